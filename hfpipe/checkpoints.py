@@ -1,0 +1,188 @@
+"""Checkpoints that count only when they are whole, the position in the data, and stopping on a signal.
+
+Trainer writes a checkpoint file by file. The position of the data is added to it, then a manifest with the size and
+hash of every file, last: a folder without a matching manifest was cut short and is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import xxhash
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hfpipe import ranks
+from hfpipe.data.loader import BatchLoader
+from hfpipe.files import write_json
+
+MANIFEST = "manifest.json"
+DATA_STATE = "data_state.json"
+
+
+def _hash(path: Path) -> str:
+    """xxh3 of a file: it has to find a cut or rotten file at the speed of the disk, not to withstand an attacker."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, stage_hash: str) -> None:
+    """Declares a checkpoint whole; `stage_hash` says of which stage it is."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {str(path.relative_to(folder)): [path.stat().st_size, _hash(path)] for path in files}
+    write_json(folder / MANIFEST, {"stage": stage_hash, "files": entries})
+
+
+def fault_of(folder: Path, stage_hash: str) -> str | None:
+    """Why a checkpoint cannot be continued from; None when it is whole and of this stage."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return "it has no manifest: writing it was cut short"
+    except (OSError, ValueError):
+        return "its manifest cannot be read"
+    if manifest["stage"] != stage_hash:
+        return "it belongs to another version of this stage"
+    for name, (size, digest) in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or has another size"
+        if _hash(path) != digest:
+            return f"{name} has other content than was written"
+    return None
+
+
+def _by_step(stage_folder: Path) -> list[Path]:
+    """Checkpoint folders, the newest first."""
+    found = [path for path in stage_folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def newest_whole(stage_folder: Path, stage_hash: str) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line on each newer one that was passed over."""
+    passed_over: list[str] = []
+    for folder in _by_step(stage_folder):
+        fault = fault_of(folder, stage_hash)
+        if fault is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} was passed over: {fault}")
+    return None, passed_over
+
+
+class CheckpointCallback(TrainerCallback):
+    """Completes every checkpoint, stops on SIGTERM or SIGINT at the end of a step, and says so.
+
+    Old checkpoints are removed here, and not by Trainer, which removes them before the new one is whole.
+
+    Args:
+        loader: Its source knows the position in the data.
+        stage_hash: Goes into the manifest.
+        keep: Checkpoints to keep; None for all.
+    """
+
+    def __init__(self, loader: BatchLoader, stage_hash: str, keep: int | None) -> None:
+        self.loader, self.stage_hash, self.keep = loader, stage_hash, keep
+        self.signalled = False
+        self.stopped_at: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> CheckpointCallback:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signalled and number == signal.SIGINT:  # a second Ctrl-C does not wait for the checkpoint
+            raise KeyboardInterrupt
+        self.signalled = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        signalled = self.signalled
+        if args.world_size > 1:  # one rank may hear of it a step before another, and all must stop at the same step
+            flag = torch.tensor(int(signalled), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            signalled = bool(flag.item())
+        if signalled and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        states = ranks.gather(self.loader.source.state_dict())  # also waits for the files of every rank
+        if args.should_save:
+            write_json(folder / DATA_STATE, self.loader.source.merge_states(states))
+            write_manifest(folder, self.stage_hash)
+            if self.keep is not None:
+                for old in _by_step(folder.parent)[max(self.keep, 1) :]:
+                    shutil.rmtree(old, ignore_errors=True)
+        ranks.wait()
+
+
+class LogCallback(TrainerCallback):
+    """Writes log.jsonl and prints a line now and then: step, loss, speed, the time that is left."""
+
+    def __init__(self, loader: BatchLoader, path: Path, tokens_per_step: float | None) -> None:
+        self.loader, self.path, self.tokens_per_step = loader, path, tokens_per_step
+        self._mark = (0, 0.0, 0.0)  # step, clock, seconds waited for data
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._mark = (state.global_step, time.perf_counter(), self.loader.waited_seconds)
+        if args.should_save and self.path.exists():  # drop what was logged after the checkpoint that is continued from
+            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
+            self.path.write_text("".join(f"{line}\n" for line in lines))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or not args.should_save:
+            return
+        step, clock, waited = self._mark
+        seconds = max(time.perf_counter() - clock, 1e-9)
+        steps = max(state.global_step - step, 1)
+        row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"}}
+        row["seconds_per_step"] = round(seconds / steps, 4)
+        row["data_wait"] = round((self.loader.waited_seconds - waited) / seconds, 4)
+        if self.tokens_per_step:
+            row["tokens_per_second"] = round(self.tokens_per_step * steps / seconds)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        left = (state.max_steps - state.global_step) * seconds / steps
+        speed = f"  {row['tokens_per_second']:,} tokens/s" if "tokens_per_second" in row else ""
+        print(
+            f"  step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  loss {row['loss']:.4f}"
+            f"  {row['seconds_per_step']:.2f} s/step{speed}  {_clock(left)} left",
+            flush=True,
+        )
+        self._mark = (state.global_step, time.perf_counter(), self.loader.waited_seconds)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a line cut short by a kill
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

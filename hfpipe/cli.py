@@ -1,0 +1,190 @@
+"""The command line. Each command imports what it needs when it runs: `--help` and `check --fast` are instant."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from hfpipe import __version__
+from hfpipe.errors import MachineError, RecipeError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code (see `hfpipe.errors`)."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or error.exit_code == 5:  # bad data may be met on one rank only
+            print(f"hfpipe: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("hfpipe: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    except Exception as error:
+        known = _machine_fault(error)
+        if known is None:
+            traceback.print_exc()
+            print(
+                "hfpipe: this is a fault of hfpipe, not of your recipe; please report it with the lines above",
+                file=sys.stderr,
+            )
+            return 1
+        print(f"hfpipe: {known}", file=sys.stderr)
+        return known.exit_code
+    return 0
+
+
+def _machine_fault(error: Exception) -> MachineError | None:
+    """The errors of a machine at its limits, in words."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return MachineError(
+            "out of memory on the GPU. Halve training.per_device_train_batch_size (global_batch_size keeps the result "
+            "the same), shorten training.max_length, set training.gradient_checkpointing: true, or train an adapter on "
+            "a 4-bit base (lora: and quantization: nf4)."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(f"the disk is full ({error.filename or 'while writing'}). Free some space and run again.")
+    if isinstance(error, PermissionError):
+        return MachineError(f"no permission to write or read {error.filename}.")
+    return None
+
+
+def _run(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
+    from hfpipe.pipeline import run_recipe
+
+    run_recipe(recipe)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.fast:
+        stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
+        print(f"{options.recipe}: no fault found. Stages: {stages}.")
+        return
+    from hfpipe.preflight import preflight
+
+    preflight(recipe)
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from hfpipe.preflight import preview
+    from hfpipe.recipe import load_recipe
+
+    preview(load_recipe(options.recipe, options.set), options.rows)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    from hfpipe.artifacts import evaluate_model
+
+    evaluate_model(options.model, recipe, options.output)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.artifacts import merge_run
+
+    print(merge_run(folder, options.stage))
+
+
+def _push(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.hub import push
+
+    private = None if options.private is None else options.private
+    print(push(folder, repo_id=options.repo_id, what=options.what, private=private))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from hfpipe.report.markdown import write_report
+
+    folder = _run_folder(options.run)
+    if not (folder / "scorecard.json").exists():
+        raise RecipeError(f"{folder} has no scorecard.json yet; `hfpipe run` writes it once the base is scored.")
+    print(write_report(folder))
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from hfpipe.shipped import copy_recipe, list_recipes
+
+    print(copy_recipe(options.copy) if options.copy else list_recipes())
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _run_folder(name: str) -> Path:
+    folder = Path(name)
+    if not (folder / "recipe.yaml").is_file():
+        known = sorted(str(path.parent) for path in Path("runs").glob("*/recipe.yaml"))
+        there = f"Run folders here: {', '.join(known)}." if known else "There is none in ./runs."
+        raise RecipeError(f"{name} is not a run folder (it has no recipe.yaml). {there}")
+    return folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hfpipe",
+        description="One recipe from raw text to a scored adapter on the Hub.",
+        epilog="exit codes: 0 done, 1 a fault of hfpipe, 2 wrong recipe or arguments, 3 budget exceeded, "
+        "4 this machine or account cannot do it, 5 bad data, 75 stopped by a signal with a checkpoint saved",
+    )
+    parser.add_argument("--version", action="version", version=f"hfpipe {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: object, text: str, *, recipe: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        if recipe:
+            sub.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+            sub.add_argument(
+                "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. stages.chat.lora.r=8"
+            )
+        return sub
+
+    command("run", _run, "run the whole recipe; run again to continue where it stopped", recipe=True)
+    check = command("check", _check, "what can be known before training: faults, rows, tokens, steps", recipe=True)
+    check.add_argument("--fast", action="store_true", help="the file alone, in half a second")
+    preview = command(
+        "preview", _preview, "the first rows as the model sees them, trained tokens coloured", recipe=True
+    )
+    preview.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
+    evaluate = commands.add_parser("evaluate", help="score any model, adapter or run folder on a recipe's suites")
+    evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument("model", metavar="MODEL", help="Hub id, folder of a model or an adapter, or run folder")
+    evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
+    evaluate.add_argument("--output", metavar="FILE", help="write the scores here as JSON")
+    merge = command("merge", _merge, "the merged model of a run, verified against the adapter")
+    merge.add_argument("run", metavar="RUN", help="a run folder")
+    merge.add_argument("--stage", help="which adapter; the last one when absent")
+    push = command("push", _push, "upload adapter or model with its card to the Hub")
+    push.add_argument("run", metavar="RUN", help="a run folder")
+    push.add_argument("--repo-id", help="OWNER/NAME; the recipe's push.repo_id when absent")
+    push.add_argument("--what", choices=["adapter", "model", "merged"])
+    push.add_argument(
+        "--private", action=argparse.BooleanOptionalAction, default=None, help="private unless told not to be"
+    )
+    report = command("report", _report, "report.md again from the scorecard, without a model")
+    report.add_argument("run", metavar="RUN", help="a run folder")
+    recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
+    recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
+    command("schema", _schema, "JSON schema of a recipe, for editors")
+    return parser

@@ -1,0 +1,1 @@
+"""Data: sources, the built-in corpus, tokens and labels, the stream, rows, batches."""

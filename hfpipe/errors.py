@@ -1,0 +1,41 @@
+"""Errors that a user can cause, each with the exit code of its family.
+
+The command line prints the message of a `UserError` as it stands, without a traceback. A message is one paragraph:
+what was found, where, what is allowed, what to do.
+"""
+
+
+class UserError(Exception):
+    """Base of every error that is not a fault of hfpipe; `exit_code` is what the process ends with."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """The recipe or the arguments are wrong."""
+
+    exit_code = 2
+
+
+class BudgetExceeded(UserError):
+    """A suite lost more than its budget allows."""
+
+    exit_code = 3
+
+
+class MachineError(UserError):
+    """This machine or account cannot do it: memory, disk, network, access."""
+
+    exit_code = 4
+
+
+class DataError(UserError):
+    """The data is bad: a missing column, nothing to train on, too many dirty rows."""
+
+    exit_code = 5
+
+
+class Stopped(UserError):
+    """A signal came; a checkpoint is saved and the same command continues."""
+
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""The base model: tokenizer, loading, quantization, adapters, merging."""

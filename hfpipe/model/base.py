@@ -1,0 +1,121 @@
+"""The base of a run: found on the Hub and pinned to its commit, or made from nothing; prepared once, then read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from hfpipe import ranks
+from hfpipe.data.sources import load_rows
+from hfpipe.errors import DataError
+from hfpipe.files import whole_folder, write_json
+from hfpipe.model.create import create_model, train_tokenizer
+from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer
+from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
+
+
+@dataclass(frozen=True)
+class PreparedBase:
+    """The base model, ready to be loaded.
+
+    Args:
+        ref: Where it is.
+        tokenizer: The run's tokenizer.
+        hash: Identifies the base; part of the hash of every stage.
+        pinned: Changes to the recipe's model block that make it name this very commit.
+    """
+
+    ref: ModelRef
+    tokenizer: Any
+    hash: str
+    pinned: dict[str, Any]
+
+
+def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
+    """Makes or finds the base model and its tokenizer.
+
+    Args:
+        recipe: The recipe.
+        folder: `stages/base` in the run folder; a fresh model is written there.
+
+    Raises:
+        UserError: The model or tokenizer cannot be had.
+    """
+    options = recipe.model
+    done = folder / "done.json"
+    unpinned = options.model_copy(update={"revision": "main"})
+    key = hash_of([unpinned, recipe.seed, recipe.stages[0].data] if options.architecture else unpinned)
+    known = json.loads(done.read_text()) if done.exists() else {}
+    if known.get("hash") != key or options.revision not in (known["revision"], known["commit"]):
+        if options.architecture is not None:
+            if ranks.is_main():
+                _create(recipe, folder / "model")
+            commit = None
+        else:
+            commit = _commit_of(options.id or "", options.revision, options.trust_remote_code)
+        known = {"hash": key, "revision": options.revision, "commit": commit}
+        ranks.wait()
+        if ranks.is_main():
+            write_json(done, known)
+    commit = known["commit"]  # of the first start: a branch that moves on does not change a run under way
+    ref = (
+        ModelRef(str(folder / "model"), options)
+        if options.architecture is not None
+        else ModelRef(options.id or "", options, revision=commit)
+    )
+    tokenizer = _tokenizer(recipe, ref)
+    pinned = {"revision": commit} if commit else {}
+    return PreparedBase(ref, tokenizer, hash_of([key, commit]), pinned)
+
+
+def _create(recipe: Recipe, folder: Path) -> None:
+    """Trains the tokenizer where the recipe asks for it, and writes a model with fresh weights."""
+    block, architecture = recipe.model.tokenizer, recipe.model.architecture or {}
+    assert block is not None  # the recipe's check requires it with an architecture
+    if block.train is not None:
+        context = architecture.get("max_position_embeddings", 1024)
+        tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, block.train), block.train.vocab_size, context)
+    else:
+        tokenizer = load_tokenizer(block.id or "", revision=block.revision)
+    model = create_model(architecture, tokenizer, recipe.seed)
+    with whole_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    ranks.say(f"base: {model.num_parameters():,} fresh parameters, {len(tokenizer):,} tokens")
+
+
+def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator[str]:
+    """The first documents of each source of the first stage."""
+    for source in recipe.stages[0].data:
+        rows = load_rows(source, seed=recipe.seed)
+        for row in islice(rows, training.take):
+            text = row.get("text") or f"{row.get('prompt', '')}{row.get('completion', '')}"
+            if text:
+                yield text
+
+
+def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
+    block = recipe.model.tokenizer
+    trust = recipe.model.trust_remote_code
+    if block is not None and block.id is not None:
+        tokenizer = load_tokenizer(block.id, revision=block.revision, trust_remote_code=trust)
+    else:
+        tokenizer = load_tokenizer(ref.path, revision=ref.revision, trust_remote_code=trust)
+    if block is not None and block.chat_template is not None:
+        tokenizer.chat_template = block.chat_template
+    if tokenizer.backend_tokenizer.get_vocab_size() == 0:
+        raise DataError(f"the tokenizer of {ref.path} has no tokens.")
+    return tokenizer
+
+
+def _commit_of(path: str, revision: str, trust_remote_code: bool) -> str | None:
+    """The commit a branch of a Hub model stands at; None for a folder."""
+    with clear_errors("model", path):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    return getattr(config, "_commit_hash", None)

@@ -1,0 +1,77 @@
+"""A base model from nothing: a tokenizer trained on the corpus and an architecture with fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from hfpipe.errors import RecipeError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer (GPT-2's scheme), whose one special token begins, ends and pads.
+
+    Args:
+        texts: Documents to learn the merges from.
+        vocab_size: Tokens in all, the 256 bytes and the special token included.
+        max_length: The model's context in tokens, recorded in the tokenizer.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
+    """Builds a causal language model with fresh float32 weights.
+
+    Args:
+        architecture: Fields of the transformers config named by `model_type`; the vocabulary and the special tokens are
+            the tokenizer's.
+        tokenizer: The tokenizer the model is for.
+        seed: Seed of the weights.
+
+    Raises:
+        RecipeError: The fields contradict each other, or the architecture is not a causal language model.
+    """
+    fields = dict(architecture)
+    model_type = fields.pop("model_type")
+    fields.setdefault("vocab_size", len(tokenizer))
+    if fields["vocab_size"] < len(tokenizer):
+        raise RecipeError(
+            f"model.architecture.vocab_size is {fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens. "
+            "Leave it out to take the tokenizer's."
+        )
+    fields |= {
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    set_seed(seed)
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        message = str(error).strip().split("\n")[0]
+        raise RecipeError(
+            f"model.architecture cannot be built as a {model_type} causal language model: {message}"
+        ) from error

@@ -1,0 +1,236 @@
+"""A recipe from beginning to end: base, stages, suites, budgets, merge, report, push. Run again, it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hfpipe import ranks
+from hfpipe.environment import environment
+from hfpipe.errors import BudgetExceeded
+from hfpipe.evaluation import score_suite, suite_rows
+from hfpipe.files import write_json, write_text
+from hfpipe.model.adapter import merge_adapter
+from hfpipe.model.base import PreparedBase, prepare_base
+from hfpipe.model.load import ModelRef, load_model
+from hfpipe.recipe import Recipe, dump_recipe, hash_of
+from hfpipe.report.markdown import closing_lines, write_report
+from hfpipe.scores import BASE, Score, over_budget, write_scorecard
+from hfpipe.stages import STAGES, StageRun
+
+PROBE_TEXTS = 4
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to hfpipe: the libraries report errors only, and draw no bars."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed", "huggingface_hub", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+@dataclasses.dataclass
+class Run:
+    """A recipe under way, with its folder and everything loaded once."""
+
+    recipe: Recipe
+    folder: Path
+    base: PreparedBase
+    rows: dict[str, list[dict[str, Any]]]
+    hashes: dict[str, str]
+
+    def stage_folder(self, name: str) -> Path:
+        return self.folder / "stages" / name
+
+    def trained(self, name: str) -> ModelRef:
+        """The model that a finished stage left, or the base; an adapter comes on the base it was trained on."""
+        if name == BASE:
+            return self.base.ref
+        stage = next(stage for stage in self.recipe.stages if stage.name == name)
+        return ModelRef(str(self.stage_folder(name) / "model"), self.recipe.model, quantization=stage.quantized)
+
+
+def output_folder(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir or f"runs/{recipe.name}")
+
+
+def run_recipe(recipe: Recipe) -> Path:
+    """Runs a recipe, or what is left of it.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: With the exit code of its family; what was finished stays, and the same command continues.
+    """
+    quiet_libraries()
+    PartialState()
+    folder = output_folder(recipe)
+    ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
+    run = open_run(recipe, folder)
+    scores = _score(run, BASE)
+    for number, stage in enumerate(recipe.stages):
+        _train(run, stage.name, parent=stage.parent or (recipe.stages[number - 1].name if number else BASE))
+        scores += _score(run, stage.name)
+        if ranks.is_main():
+            write_scorecard(scores, folder / "scorecard.json")
+            write_report(folder)
+        _check_budgets(recipe, scores, stage.name)
+    if recipe.merge:
+        last = next(stage.name for stage in reversed(recipe.stages) if stage.lora is not None)
+        merged(run, last)
+    if ranks.is_main():
+        write_report(folder)
+        for line in closing_lines(folder):
+            ranks.say(line)
+    if recipe.push is not None:
+        if ranks.is_main():
+            from hfpipe.hub import push
+
+            ranks.say(f"pushed to {push(folder)}")
+        ranks.wait()
+    return folder
+
+
+def open_run(recipe: Recipe, folder: Path) -> Run:
+    """Prepares the base, reads the suites, and records what is run and on what."""
+    base = prepare_base(recipe, folder / "stages" / BASE)
+    hashes = {BASE: base.hash}
+    for number, stage in enumerate(recipe.stages):
+        parent = stage.parent or (recipe.stages[number - 1].name if number else BASE)
+        seen = [hashes[parent], recipe.seed, stage]
+        if getattr(stage, "replay", None) is not None:
+            seen.append(hashes[stage.replay.stage])  # type: ignore[union-attr]
+        hashes[stage.name] = hash_of(seen)
+    if ranks.is_main():
+        resolved = recipe.model_copy(update={"model": recipe.model.model_copy(update=base.pinned)})
+        write_text(folder / "recipe.yaml", dump_recipe(resolved))
+        write_json(folder / "environment.json", environment(base.ref))
+    with PartialState().main_process_first():
+        rows = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
+    return Run(recipe, folder, base, rows, hashes)
+
+
+def _train(run: Run, name: str, parent: str) -> None:
+    """Trains a stage unless it is done; a folder of another version of the stage is moved aside, not overwritten."""
+    stage = next(stage for stage in run.recipe.stages if stage.name == name)
+    folder = run.stage_folder(name)
+    if _read(folder / "done.json").get("hash") == run.hashes[name]:
+        ranks.say(f"{name}: done before, skipped")
+        return
+    ranks.wait()
+    if ranks.is_main():
+        _move_aside(folder, run.hashes[name])
+        write_json(folder / "stage.json", {"hash": run.hashes[name]})
+    ranks.wait()
+    parent_ref = merged(run, parent) if run.trained(parent).is_adapter else run.trained(parent)
+    how = "LoRA" if stage.lora is not None else "full"
+    how = f"{stage.quantized.type} {how}" if stage.quantized else how
+    ranks.say(f"{name}: {stage.kind} ({how}) from {parent}")
+    facts = STAGES[stage.kind](
+        StageRun(
+            recipe=run.recipe,
+            stage=stage,
+            parent=dataclasses.replace(parent_ref, quantization=stage.quantized),
+            tokenizer=run.base.tokenizer,
+            folder=folder,
+            hash=run.hashes[name],
+            probe_texts=_probe_texts(run),
+        )
+    )
+    if ranks.is_main():
+        write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts})
+        for checkpoint in folder.glob("checkpoint-*"):
+            _remove(checkpoint)
+    ranks.wait()
+
+
+def _score(run: Run, name: str) -> list[Score]:
+    """Scores every suite on what a stage left; what was scored before on the same model is read, not computed."""
+    path = run.stage_folder(name) / "scores.json"
+    known = _read(path)
+    scores: list[Score] = []
+    model = None
+    for suite_name, suite in run.recipe.evaluate.items():
+        key = hash_of([run.hashes[name], suite])
+        if known.get(suite_name, {}).get("hash") == key:
+            scores += [Score(**row) for row in known[suite_name]["scores"]]
+            continue
+        if model is None:
+            model = load_model(run.trained(name))
+        found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
+        for score in found:
+            ranks.say(f"  {name}: {suite_name} {score.metric} {score.value:.4f} ± {score.stderr:.4f} (n={score.n})")
+        scores += found
+        known[suite_name] = {"hash": key, "scores": [dataclasses.asdict(score) for score in found]}
+        if ranks.is_main():
+            write_json(path, known)
+    return scores
+
+
+def _check_budgets(recipe: Recipe, scores: list[Score], stage: str) -> None:
+    for name, suite in recipe.evaluate.items():
+        if suite.budget is None:
+            continue
+        for change in over_budget(scores, stage, name, suite.budget):
+            raise BudgetExceeded(
+                f"stage {stage} lost {-change.relative:.1%} of {name} {change.after.metric} "
+                f"({change.before.value:.4f} after {change.before.stage}, {change.after.value:.4f} now), more than the "
+                f"budget of {suite.budget:.1%}. Nothing was merged or pushed; the model stays in the run folder. Replay "
+                "earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, and run again."
+            )
+
+
+def merged(run: Run, name: str) -> ModelRef:
+    """The merged model of an adapter stage, made and verified if it is not there yet."""
+    folder = run.stage_folder(name) / "merged"
+    if not ranks.from_main(folder.exists()):
+        if ranks.is_main():
+            nats = merge_adapter(run.trained(name), run.base.tokenizer, folder, _probe_texts(run))
+            ranks.say(f"{name}: merged and verified (largest difference {nats:.1e} nats)")
+        ranks.wait()
+    return ModelRef(str(folder), run.recipe.model)
+
+
+def _probe_texts(run: Run) -> list[str]:
+    """A few texts of the suites, on which two forms of one model are compared."""
+    texts = []
+    for rows in run.rows.values():
+        for row in rows[:PROBE_TEXTS]:
+            texts.append(row.get("text") or str(row.get("prompt", "")) + str(row.get("completion", "")))
+    return [text[:400] for text in texts if text][: 2 * PROBE_TEXTS] or ["The quick brown fox jumps."]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _move_aside(folder: Path, new_hash: str) -> None:
+    """Keeps the work of an earlier version of a stage under another name."""
+    old = _read(folder / "stage.json").get("hash")
+    if old is not None and old != new_hash:
+        aside = folder.with_name(f"{folder.name}.{old[:8]}")
+        if aside.exists():
+            _remove(aside)
+        os.replace(folder, aside)
+        ranks.say(f"{folder.name}: the recipe has changed; the earlier work is now in {aside}")
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,201 @@
+"""`hfpipe check` and `hfpipe preview`: what can be known before training, and the rows as the model will see them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from itertools import islice
+from typing import Any
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfpipe.data.encode import IGNORED, encode_for_training
+from hfpipe.data.sources import load_rows
+from hfpipe.errors import DataError, MachineError
+from hfpipe.evaluation import suite_rows
+from hfpipe.metrics import load_metric
+from hfpipe.model.base import texts_for_tokenizer
+from hfpipe.model.create import train_tokenizer
+from hfpipe.model.load import clear_errors, load_tokenizer
+from hfpipe.pipeline import output_folder, quiet_libraries
+from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.stages.common import divide_batch
+
+SAMPLE_ROWS = 200
+GIB = 1 << 30
+
+
+def preflight(recipe: Recipe) -> None:
+    """Prints one page on a recipe: model, memory, disk, rows and tokens of each source, steps, suites, the Hub.
+
+    Raises:
+        UserError: Something that would stop the run.
+    """
+    quiet_libraries()
+    tokenizer = run_tokenizer(recipe)
+    parameters, embedding = _parameters(recipe, tokenizer)
+    print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
+    for stage in recipe.stages:
+        _check_stage(recipe, stage, tokenizer, parameters, embedding)
+    for name, suite in recipe.evaluate.items():
+        rows = suite_rows(suite, recipe.seed)
+        for metric in suite.metrics:
+            load_metric(metric)
+        print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics)}")
+    _check_disk(recipe, parameters)
+    if recipe.push is not None:
+        from hfpipe.hub import check_access
+
+        print(f"hub        {check_access(recipe.push.repo_id)}")
+    print("no fault found; start it with: hfpipe run")
+
+
+def run_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer that a run of this recipe would use; a small one is trained where the recipe trains its own."""
+    block = recipe.model.tokenizer
+    if block is not None and block.train is not None:
+        sample = block.train.model_copy(update={"take": 2000})
+        tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, sample), block.train.vocab_size, 1024)
+    elif block is not None and block.id is not None:
+        tokenizer = load_tokenizer(block.id, revision=block.revision)
+    else:
+        trust = recipe.model.trust_remote_code
+        tokenizer = load_tokenizer(recipe.model.id or "", revision=recipe.model.revision, trust_remote_code=trust)
+    if block is not None and block.chat_template is not None:
+        tokenizer.chat_template = block.chat_template
+    return tokenizer
+
+
+def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:
+    """Parameters of the model and of its embeddings, without its weights."""
+    options = recipe.model
+    if options.architecture is not None:
+        fields = {"vocab_size": len(tokenizer), **options.architecture}
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    else:
+        with clear_errors("model", options.id or ""):
+            config = AutoConfig.from_pretrained(
+                options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
+            )
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+    return model.num_parameters(), model.get_input_embeddings().weight.numel()
+
+
+def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, embedding: int) -> None:
+    per_device, accumulation = divide_batch(stage)
+    max_length = stage.training.get("max_length") or 1024
+    tokens_known = 0.0
+    rows_known = 0
+    for source in stage.data:
+        rows = load_rows(source, seed=recipe.seed)
+        facts = sample_facts(rows, stage, tokenizer, max_length, source)
+        count = rows.num_rows if isinstance(rows, Dataset) else None
+        known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
+        rows_known += count or 0
+        tokens_known += (count or 0) * facts["tokens"]
+        print(f"data       {stage.name}: {source.path}: {known}; {facts['tokens']:.0f} tokens a row")
+        if facts["untrained"]:
+            print(f"           {facts['untrained']:.0%} of the sampled rows have no token to train on")
+    global_batch = per_device * accumulation
+    steps = stage.training.get("max_steps", -1)
+    if steps <= 0:
+        epochs = stage.training.get("num_train_epochs", 1)
+        size = rows_known if stage.kind == "sft" else tokens_known / max_length
+        steps = math.ceil(size * epochs / global_batch)
+    print(
+        f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"
+    )
+    need = _memory_bytes(stage, parameters, embedding)
+    on_gpu = torch.cuda.is_available()
+    have = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
+    print(f"memory     {stage.name}: weights and optimizer about {need / GIB:.1f} GiB of {have / GIB:.1f} GiB")
+    if need > have:
+        raise MachineError(
+            f"stage {stage.name} needs about {need / GIB:.1f} GiB for weights and optimizer alone and this "
+            f"{'GPU' if on_gpu else 'machine'} has {have / GIB:.1f} GiB. Train an adapter (lora:), on a 4-bit base "
+            "(quantization: nf4), take a smaller model, or shard it over several GPUs (recipes/accelerate/fsdp2.yaml)."
+        )
+
+
+def _memory_bytes(stage: Stage, parameters: int, embedding: int) -> float:
+    """Bytes of weights, gradients and AdamW's moments; activations come on top and depend on the batch."""
+    if stage.lora is None:
+        return 16.0 * parameters
+    linears = parameters - embedding
+    weights = 0.55 * linears + 2 * embedding if stage.quantized else 2.0 * parameters
+    return weights + 16 * 0.01 * parameters  # an adapter is about 1 % of its base
+
+
+def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Source) -> dict[str, float]:
+    """Tokens a row and the share of rows without a trained token, over the first rows of a source.
+
+    Raises:
+        DataError: The source is empty.
+    """
+    sample = [row for row in islice(rows, SAMPLE_ROWS) if all(row[key] for key in row if key != "id")]
+    if not sample:
+        raise DataError(f"stages.{stage.name}: {source.path} has no row with content among its first {SAMPLE_ROWS}.")
+    encoded = _encode(sample, stage, tokenizer, max_length if stage.kind == "sft" else None)
+    tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
+    return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
+
+
+def _encode(rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
+    return encode_for_training(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        completion_only=stage.training.get("completion_only_loss"),
+        assistant_only=stage.training.get("assistant_only_loss", False),
+    )
+
+
+def _check_disk(recipe: Recipe, parameters: int) -> None:
+    """Two checkpoints with optimizer and the final model of each full stage must find room."""
+    need = sum((2 * 12 + 4) * parameters if stage.lora is None else 0.5 * parameters for stage in recipe.stages)
+    place = output_folder(recipe).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    print(f"disk       about {need / GIB:.1f} GiB for checkpoints and models; {free / GIB:.1f} GiB free in {place}")
+    if need > free:
+        raise MachineError(
+            f"the run needs about {need / GIB:.1f} GiB of disk and {place} has {free / GIB:.1f} GiB. Set output_dir to "
+            "a larger disk, or training.save_total_limit: 1."
+        )
+
+
+def preview(recipe: Recipe, count: int) -> None:
+    """Prints the first rows of each stage token by token; tokens that are trained on are green (or in brackets)."""
+    quiet_libraries()
+    tokenizer = run_tokenizer(recipe)
+    coloured = sys.stdout.isatty()
+    for stage in recipe.stages:
+        for source in stage.data:
+            rows = list(islice(load_rows(source, seed=recipe.seed), count))
+            limit = stage.training.get("max_length") or 1024
+            for number, row in enumerate(_encode(rows, stage, tokenizer, limit)):
+                trained = sum(label != IGNORED for label in row["labels"])
+                print(f"{stage.name}, {source.path}, row {number}: {len(row['input_ids'])} tokens, {trained} trained")
+                print(_painted(row, tokenizer, coloured))
+                print()
+
+
+def _painted(row: dict[str, Any], tokenizer: Any, coloured: bool) -> str:
+    """The tokens of a row in runs of trained and untrained ones."""
+    parts = []
+    start = 0
+    flags = [label != IGNORED for label in row["labels"]]
+    for end in range(1, len(flags) + 1):
+        if end == len(flags) or flags[end] != flags[start]:
+            text = tokenizer.decode(row["input_ids"][start:end])
+            paint = ("\x1b[32m{}\x1b[0m" if coloured else "[[{}]]") if flags[start] else "{}"
+            parts.append(paint.format(text))
+            start = end
+    return "".join(parts)

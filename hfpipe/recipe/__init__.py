@@ -1,0 +1,40 @@
+"""What a recipe may say: its words, loading and overrides, every fault at once. Imports no heavy library."""
+
+from hfpipe.recipe.dump import dump_recipe, hash_of
+from hfpipe.recipe.loading import load_recipe
+from hfpipe.recipe.schema import json_schema
+from hfpipe.recipe.words import (
+    Model,
+    Pretrain,
+    Push,
+    Quantization,
+    Recipe,
+    Replay,
+    Sft,
+    Source,
+    Stage,
+    StageBase,
+    Suite,
+    Tokenizer,
+    TokenizerTraining,
+)
+
+__all__ = [
+    "Model",
+    "Pretrain",
+    "Push",
+    "Quantization",
+    "Recipe",
+    "Replay",
+    "Sft",
+    "Source",
+    "Stage",
+    "StageBase",
+    "Suite",
+    "Tokenizer",
+    "TokenizerTraining",
+    "dump_recipe",
+    "hash_of",
+    "json_schema",
+    "load_recipe",
+]

@@ -1,0 +1,39 @@
+"""A recipe as YAML that `load_recipe` reads again, and the hash of any part of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from hfpipe.recipe.words import Recipe
+from hfpipe.recipe.yaml_lines import Dumper
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Writes a recipe, overrides and all; what is at its default is left out, but the seed is always there."""
+    data = recipe.model_dump(exclude_defaults=True)
+    data = {"name": recipe.name, "seed": recipe.seed, **data}
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 (hex) of a model, or of any plain data, as canonical JSON: the order of keys does not matter.
+
+    Words at their default do not count, so that a word which a later version adds leaves the hashes of older recipes
+    alone.
+    """
+    canonical = json.dumps(to_jsonable_python(_plain(value)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,124 @@
+"""Blocks that go to a library as they stand, checked against that library's own signature."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hfpipe.recipe.faults import Fault, did_you_mean, found_and_allowed
+from hfpipe.recipe.kinds import explain, fits
+from hfpipe.recipe.raw import Block, RawStage, stages, suites
+from hfpipe.recipe.signatures import (
+    Field,
+    Fields,
+    config_fields,
+    generation_fields,
+    load_dataset_fields,
+    lora_fields,
+    model_types,
+    training_fields,
+)
+from hfpipe.recipe.words import Source
+
+ARGUMENTS_CLASS = {"pretrain": "TrainingArguments", "sft": "SFTConfig"}
+
+
+def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields the faults of every block that is passed through."""
+    for stage in stages(data):
+        yield from _check_training(stage)
+        yield from check_block(
+            stage.at("lora"), lora_fields(), "LoraConfig", {"below `training:`": _training_of(stage)}
+        )
+        for source in stage.sources:
+            yield from _check_source(source)
+    for suite in suites(data):
+        yield from _check_source(suite.source)
+        if suite.data.get("generation"):
+            yield from check_block(suite.at("generation"), generation_fields(), "GenerationConfig")
+    yield from _check_architecture(Block((), data).at("model").at("architecture"))
+
+
+def check_block(
+    block: Block,
+    fields: Fields | None,
+    owner: str,
+    elsewhere: Mapping[str, Callable[[], Fields | None]] | None = None,
+    *,
+    exact: bool = False,
+) -> Iterator[Fault]:
+    """Yields the unknown keys and the values of a wrong type of a block.
+
+    Args:
+        block: The block.
+        fields: What its class takes; None where that is not known, and nothing is checked.
+        owner: The class, for the message.
+        elsewhere: Blocks beside this one that a stray key may belong to, and their fields.
+        exact: Whether the class takes no whole number for a float.
+    """
+    if fields is None:
+        return
+    for key, value in block.data.items():
+        steps = (*block.steps, key)
+        if key not in fields:
+            home = next((name for name, of in (elsewhere or {}).items() if key in (of() or {})), None)
+            near = "" if home else did_you_mean(key, fields)
+            belongs = f" It belongs {home}." if home else ""
+            yield Fault(steps, f"unknown key of {owner}.{belongs}{near}")
+        elif not fits(value, fields[key].kinds, exact=exact):
+            yield Fault(steps, explain(value, fields[key].kinds))
+
+
+def pretrain_fields() -> Fields | None:
+    """What `training` of a pretrain stage takes: TrainingArguments, and hfpipe's own `max_length` of a packed row."""
+    fields = training_fields("pretrain")
+    own = Field("max_length", ast.Constant("int"), help="tokens of a packed row")
+    return None if fields is None else fields | {own.name: own}
+
+
+def _training_of(stage: RawStage) -> Callable[[], Fields | None]:
+    return lambda: training_fields(stage.kind) if stage.kind else None
+
+
+def _check_training(stage: RawStage) -> Iterator[Fault]:
+    if stage.kind is None:
+        return
+    fields = training_fields(stage.kind)
+    elsewhere: dict[str, Callable[[], Fields | None]] = {"below `lora:`": lora_fields}
+    if stage.kind == "pretrain":
+        fields = pretrain_fields()
+        elsewhere["to kind: sft"] = lambda: training_fields("sft")
+    yield from check_block(stage.at("training"), fields, ARGUMENTS_CLASS[stage.kind], elsewhere)
+
+
+def _check_source(source: Block) -> Iterator[Fault]:
+    passed = {key: value for key, value in source.data.items() if key not in Source.model_fields}
+    path = source.data.get("path")
+    if isinstance(source.data.get("columns"), list) and path != "builtin":
+        passed["columns"] = source.data["columns"]  # Parquet's own `columns`
+    fields = load_dataset_fields()
+    if path == "builtin":
+        fields = {name: field for name, field in (fields or {}).items() if name in ("name", "split")}
+    elif fields is not None and not passed.keys() <= fields.keys():
+        fields = load_dataset_fields(str(path))
+    owner = "`path: builtin`" if path == "builtin" else "a source or of load_dataset"
+    if fields is not None:
+        own = {name: Field(name) for name in Source.model_fields if name != "columns"}
+        yield from check_block(Block(source.steps, passed), own | fields, owner)
+
+
+def _check_architecture(architecture: Block) -> Iterator[Fault]:
+    model_type = architecture.data.get("model_type")
+    if model_type is None:
+        return
+    if not isinstance(model_type, str):
+        yield Fault((*architecture.steps, "model_type"), found_and_allowed(model_type, "text, such as llama"))
+        return
+    fields = config_fields(model_type)
+    if fields is None and model_types() and model_type not in model_types():
+        near = did_you_mean(model_type, model_types())
+        yield Fault(
+            (*architecture.steps, "model_type"), f"found '{model_type}', which transformers does not know.{near}"
+        )
+    yield from check_block(architecture, fields, f"the {model_type} config", exact=True)

@@ -1,0 +1,216 @@
+"""Rules over several keys: what no single type can say. Each fault names what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
+from hfpipe.recipe.overlap import check_overlap
+from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites, text_of
+
+BASE = "base"
+ROLES = ("text", "prompt", "completion", "messages")
+BUILTIN_TABLES = ("text", "package", "summary")
+BUILTIN_SPLITS = ("train", "test")
+
+# Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
+_DECIDED = {
+    "output_dir": "Use the recipe's `output_dir`.",
+    "resume_from_checkpoint": "Run the same command again: a run continues from its last whole checkpoint.",
+    "ignore_data_skip": "Leave it out: a resumed run continues in its data exactly where it stopped.",
+    "push_to_hub": "Use the recipe's `push:` block.",
+    "hub_model_id": "Use `push: {repo_id: ...}`.",
+    "hub_token": "Leave it out: a token does not belong in a file. Log in with `hf auth login`, or set HF_TOKEN.",
+    "dataset_text_field": "Use `columns: {text: ...}` of the source.",
+    "remove_unused_columns": "Leave it out: rows hold what the model takes and nothing else.",
+    "seed": "Use the recipe's `seed`.",
+    "data_seed": "Use the recipe's `seed`.",
+}
+
+
+def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields every combination of keys that cannot be."""
+    yield from _check_model(Block((), data).at("model"))
+    yield from _check_names(data)
+    for position, stage in enumerate(stages(data)):
+        yield from _check_stage(stage)
+        yield from _check_ancestors(stage, stages(data)[:position])
+        yield from _check_weights(stage)
+        for source in stage.sources:
+            yield from _check_source(source)
+    for suite in suites(data):
+        yield from _check_source(suite.source)
+        if suite.source.data.get("weight") is not None:
+            yield Fault(
+                (*suite.source.steps, "weight"),
+                "a suite draws from one source, so there is nothing to weigh. Remove it.",
+            )
+    yield from _check_outcome(data)
+    yield from check_overlap(data)
+
+
+def _check_model(model: Block) -> Iterator[Fault]:
+    if not model.data:
+        return
+    has_id, has_architecture = (model.data.get(key) is not None for key in ("id", "architecture"))
+    tokenizer = model.at("tokenizer")
+    if has_id and has_architecture:
+        text = "has both `id` and `architecture`: a model is loaded or made from nothing. Keep one."
+        yield Fault((*model.steps, "architecture"), text)
+    elif not has_id and not has_architecture:
+        text = "needs `id` (a model on the Hub or in a folder) or `architecture` (a model made from nothing)."
+        yield Fault(model.steps, text)
+    if has_architecture and model.at("architecture").data.get("model_type") is None:
+        yield Fault((*model.steps, "architecture", "model_type"), "missing; the kind of model, such as llama or gpt2.")
+    if has_architecture and not has_id and model.data.get("tokenizer") is None:
+        text = "missing; a model made from nothing needs a tokenizer, `{id: ...}` or `{train: {vocab_size: ...}}`."
+        yield Fault((*model.steps, "tokenizer"), text)
+    if isinstance(model.data.get("tokenizer"), dict):
+        yield from _check_tokenizer(tokenizer, loaded=has_id and not has_architecture)
+
+
+def _check_tokenizer(tokenizer: Block, *, loaded: bool) -> Iterator[Fault]:
+    has_id, has_train = (tokenizer.data.get(key) is not None for key in ("id", "train"))
+    if has_id and has_train:
+        yield Fault((*tokenizer.steps, "train"), "a tokenizer has `id` or `train`, not both. Keep one.")
+    elif has_train and loaded:
+        text = "a new tokenizer does not fit the embeddings of a loaded model. Remove it, or start from `architecture`."
+        yield Fault((*tokenizer.steps, "train"), text)
+    elif not has_id and not has_train and not (loaded and tokenizer.data.get("chat_template") is not None):
+        yield Fault(tokenizer.steps, "needs `id` (a tokenizer to load) or `train: {vocab_size: ...}`.")
+
+
+def _check_names(data: dict[str, Any]) -> Iterator[Fault]:
+    """A name is a folder or a file of the run, on file systems that do not tell capitals apart too."""
+    seen: dict[str, str] = {}
+    for stage in stages(data):
+        if stage.name is None:
+            continue
+        if stage.name.casefold() == BASE:
+            yield Fault((*stage.steps, "name"), f"'{stage.name}' is the model before any training. Take another name.")
+        elif stage.name.casefold() in seen:
+            text = f"'{stage.name}' is the name of another stage too. Give every stage a name of its own."
+            yield Fault((*stage.steps, "name"), text)
+        seen[stage.name.casefold()] = stage.name
+    names: dict[str, str] = {}
+    for suite in suites(data):
+        if (other := names.setdefault(suite.name.casefold(), suite.name)) != suite.name:
+            text = f"'{suite.name}' and '{other}' differ in capitals only. Give every suite a name of its own."
+            yield Fault(suite.steps, text)
+
+
+def _check_stage(stage: RawStage) -> Iterator[Fault]:
+    training = stage.at("training")
+    for key in training.data:
+        if key in _DECIDED:
+            yield Fault((*training.steps, key), f"hfpipe decides this itself. {_DECIDED[key]}")
+    if "lora" in stage.data and stage.data["lora"] is None:
+        text = "found nothing below it. Write `lora: {}` for PEFT's defaults, or remove it to train all weights."
+        yield Fault((*stage.steps, "lora"), text)
+    quantization = stage.data.get("quantization")
+    form = quantization.get("type") if isinstance(quantization, dict) else quantization
+    if form in ("nf4", "int8") and "lora" not in stage.data:
+        bits = "4-bit" if form == "nf4" else "8-bit"
+        text = f"a full fine-tune of a {bits} model is not possible: its weights cannot be trained."
+        yield Fault((*stage.steps, "quantization"), f"{text} Add `lora: {{r: 16}}`, or remove `quantization`.")
+    if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
+        text = "follows from `global_batch_size`, which is set too. Keep one of the two."
+        yield Fault((*training.steps, "gradient_accumulation_steps"), text)
+    if stage.kind == "pretrain":
+        yield from _check_length_of_training(stage, training)
+
+
+def _check_length_of_training(stage: RawStage, training: Block) -> Iterator[Fault]:
+    if not isinstance(stage.data.get("training", {}), dict):
+        return
+    steps, epochs = (_positive(training.data.get(key)) for key in ("max_steps", "num_train_epochs"))
+    if not steps and any(source.data.get("streaming") is True for source in stage.sources):
+        text = "missing; a source with `streaming: true` has no known length, so say how many steps to train."
+        yield Fault((*training.steps, "max_steps"), text)
+    elif not steps and not epochs:
+        text = "missing; a pretrain stage needs `max_steps` or `num_train_epochs`, above 0."
+        yield Fault((*training.steps, "max_steps"), text)
+
+
+def _positive(value: Any) -> bool:
+    """Whether a number is above zero; a value of another type is another check's to report."""
+    return value is not None and (not isinstance(value, (int, float)) or value > 0)
+
+
+def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault]:
+    names = [other.name for other in earlier if other.name]
+    parent, replayed = text_of(stage.data.get("parent")), stage.at("replay")
+    if parent is not None and parent not in (BASE, *names):
+        yield Fault((*stage.steps, "parent"), _not_among("an earlier stage", parent, [BASE, *names]))
+    if (name := text_of(replayed.data.get("stage"))) is not None and name not in names:
+        yield Fault((*replayed.steps, "stage"), _not_among("an earlier stage", name, names))
+
+
+def _not_among(what: str, name: str, names: list[str]) -> str:
+    allowed = f"allowed: {listed(names)}" if names else "there is none"
+    return f"'{name}' is not {what}; {allowed}.{did_you_mean(name, names)}"
+
+
+def _check_weights(stage: RawStage) -> Iterator[Fault]:
+    weighted = [source.data.get("weight") is not None for source in stage.sources]
+    for source, has_weight in zip(stage.sources, weighted, strict=True):
+        if any(weighted) and not has_weight and source.data:
+            yield Fault(
+                source.steps, "has no `weight`, and other sources of the stage do. Give every source one, or none."
+            )
+
+
+def _check_source(source: Block) -> Iterator[Fault]:
+    if "token" in source.data:
+        text = "a token does not belong in a file. Log in with `hf auth login`, or set HF_TOKEN."
+        yield Fault((*source.steps, "token"), text)
+    if source.data.get("path") == "builtin":
+        for key, allowed in (("name", BUILTIN_TABLES), ("split", BUILTIN_SPLITS)):
+            value = source.data.get(key)
+            if value is not None and value not in allowed:
+                text = f"found {found(value)}; allowed with `path: builtin` is one of {listed(allowed)}."
+                yield Fault((*source.steps, key), text + did_you_mean(value, allowed))
+    yield from _check_roles(source)
+
+
+def _check_roles(source: Block) -> Iterator[Fault]:
+    given: dict[Any, str] = {}
+    for key in ("columns", "template"):
+        for role in mapping(source.data.get(key)):
+            steps = (*source.steps, key, role)
+            if role not in ROLES:
+                yield Fault(steps, f"unknown role; the roles are {listed(ROLES)}.{did_you_mean(role, ROLES)}")
+            elif role in given:
+                yield Fault(steps, f"`{given[role]}` gives this role already. Keep one.")
+            elif key == "template" and role == "messages":
+                yield Fault(steps, "a template makes text, and messages are a list. Use `columns: {messages: ...}`.")
+            given[role] = key
+    for role, other in (("prompt", "completion"), ("completion", "prompt")):
+        if role in given and other not in given:
+            text = f"`{role}` is given without `{other}`, and the two go together. Add it: `{other}: <column>`."
+            yield Fault((*source.steps, given[role], role), text)
+    shapes = ["messages" in given, "text" in given, "prompt" in given or "completion" in given]
+    if sum(shapes) > 1:
+        both = listed(role for role in ROLES if role in given)
+        text = f"the source gives {both}; a row is text, or prompt and completion, or messages. Keep one of them."
+        yield Fault(source.steps, text)
+
+
+def _check_outcome(data: dict[str, Any]) -> Iterator[Fault]:
+    every = stages(data)
+    if not every:
+        return
+    adapters = [stage.name for stage in every if "lora" in stage.data]
+    if data.get("merge") is True and not adapters:
+        yield Fault(("merge",), "no stage has a `lora:` block, so there is no adapter to merge. Remove it.")
+    push = mapping(data.get("push"))
+    if not push:
+        return
+    names = [stage.name for stage in every if stage.name]
+    pushed, what = text_of(push.get("stage")), push.get("what", "adapter")
+    if pushed is not None and pushed not in names:
+        yield Fault(("push", "stage"), _not_among("a stage", pushed, names))
+    elif what in ("adapter", "merged") and not (adapters if pushed is None else pushed in adapters):
+        lacking = f"the stage '{pushed}' has no `lora:` block" if adapters else "no stage has a `lora:` block"
+        yield Fault(("push", "what"), f"'{what}' needs an adapter, and {lacking}. Write `what: model`.")

@@ -1,0 +1,53 @@
+"""JSON Schema of a recipe, with the libraries' own fields in it, so that an editor completes and checks them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfpipe.recipe.kinds import json_schema_of
+from hfpipe.recipe.passthrough import pretrain_fields
+from hfpipe.recipe.signatures import (
+    UNKNOWN,
+    Field,
+    Fields,
+    generation_fields,
+    load_dataset_fields,
+    lora_fields,
+    training_fields,
+)
+from hfpipe.recipe.words import Recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema (draft 2020-12). It takes all that `load_recipe` takes; rules over several keys are not in it."""
+    schema = Recipe.model_json_schema()
+    blocks = schema["$defs"]
+    for block, training in (("Pretrain", pretrain_fields()), ("Sft", training_fields("sft"))):
+        properties = blocks[block]["properties"]
+        _close(properties["training"], training)
+        _close(properties["lora"]["anyOf"][0], lora_fields())
+    _close(blocks["Suite"]["properties"]["generation"], generation_fields())
+    passed = load_dataset_fields("any path")
+    if passed is not None:
+        source = blocks["Source"]
+        source["properties"] |= {
+            name: _schema_of(field) for name, field in passed.items() if name not in source["properties"]
+        }
+        source["additionalProperties"] = False
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hfpipe recipe", **schema}
+
+
+def _close(block: dict[str, Any], fields: Fields | None) -> None:
+    """Gives a block of free keys the fields of its class, and no others."""
+    if fields is not None:
+        block["properties"] = {name: _schema_of(field) for name, field in fields.items()}
+        block["additionalProperties"] = False
+
+
+def _schema_of(field: Field) -> dict[str, Any]:
+    schema = dict(json_schema_of(field.kinds))
+    if field.help:
+        schema["description"] = field.help
+    if field.default is not UNKNOWN and field.default is not None:
+        schema["default"] = field.default
+    return schema

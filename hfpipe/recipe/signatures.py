@@ -1,0 +1,257 @@
+"""The fields of the libraries' own classes, read from their source with `ast`: nothing is imported.
+
+Only the files that a recipe needs are parsed. Where a file cannot be found or read, the reader gives None and the check
+that needs it is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from typing import Any
+
+from hfpipe.recipe.kinds import ANYTHING, NULL, Kind, kinds_of
+from hfpipe.recipe.library import (
+    UNKNOWN,
+    ancestry,
+    assigned,
+    enum_members,
+    find_class,
+    is_whole,
+    literal,
+    methods_of,
+    package,
+    parsed,
+    signature_of,
+)
+
+# Annotations narrower than what the class takes: it turns these values into others itself.
+_ALSO_TAKEN = {"fsdp": (Kind("bool"), Kind("list"))}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a class, or a parameter of a function.
+
+    Args:
+        name: Its name.
+        annotation: What it takes, as the source says it; None for anything.
+        module: Where the annotation stands, to look up the classes it names.
+        default: Its default, when that is a literal.
+        choices: The only words allowed, when the source lists them beside the field.
+        help: One line of its documentation, when the source has it beside the field.
+    """
+
+    name: str
+    annotation: ast.expr | None = None
+    module: str = ""
+    default: Any = UNKNOWN
+    choices: tuple[str, ...] = ()
+    help: str = ""
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What it takes; empty for anything. Worked out for the keys of a recipe only: an enum may be files away."""
+        kinds = kinds_of(self.annotation, partial(enum_members, self.module))
+        if kinds == (Kind("str"),) and self.choices:
+            kinds = (Kind("str", self.choices),)
+        if self.default is None and kinds and NULL not in kinds:
+            kinds = (*kinds, NULL)
+        return (*kinds, *_ALSO_TAKEN.get(self.name, ())) if kinds else ANYTHING
+
+
+Fields = dict[str, Field]
+_CONSTRUCTION = ("__init__", "__post_init__")  # methods that take keyword arguments apart
+
+
+@cache
+def training_fields(kind: str) -> Fields | None:
+    """Fields of the trainer's arguments: TrainingArguments for pretrain, SFTConfig for sft."""
+    where = {
+        "pretrain": ("transformers.training_args", "TrainingArguments"),
+        "sft": ("trl.trainer.sft_config", "SFTConfig"),
+    }
+    return _fields(*where[kind])
+
+
+@cache
+def lora_fields() -> Fields | None:
+    """Fields of peft.LoraConfig that its constructor takes."""
+    return _fields("peft.tuners.lora.config", "LoraConfig")
+
+
+@cache
+def generation_fields() -> Fields | None:
+    """Names that transformers.GenerationConfig takes out of its keyword arguments; defaults tell which are numbers."""
+    located = find_class("transformers.generation.configuration_utils", "GenerationConfig")
+    if located is None:
+        return None
+    module, node = located
+    defaults: dict[str, Any] = {}
+    for method in methods_of(module, node):
+        if method.name == "_get_default_generation_params":
+            returned = literal(getattr(method.body[-1], "value", None))
+            defaults = returned if isinstance(returned, dict) else {}
+    numbers = {int: ast.Constant("int | None"), float: ast.Constant("float | None")}
+    names = {*_taken_from_kwargs(module, node), *_own_fields(node, module)}
+    return {
+        name: Field(name, numbers.get(type(defaults.get(name)))) for name in sorted(names) if not name.startswith("_")
+    } or None
+
+
+@cache
+def config_fields(model_type: str) -> Fields | None:
+    """Fields of the transformers config of a model type, the names it maps to them, and what it takes besides."""
+    located = _config_class(model_type)
+    if located is None or not is_whole(*located):
+        return None
+    fields = _inherited_fields(*located)
+    for owner, ancestor in ancestry(*located):
+        for name in (*_taken_from_kwargs(owner, ancestor), *_parameters_of_init(owner, ancestor)):
+            fields.setdefault(name, Field(name))
+        mapped = literal(assigned(ancestor.body, "attribute_map"))
+        for name, target in mapped.items() if isinstance(mapped, dict) else ():
+            fields.setdefault(name, replace(fields[target], name=name) if target in fields else Field(name))
+    fields["model_type"] = Field("model_type", ast.Constant("str"))
+    return {name: field for name, field in fields.items() if not name.startswith("_")}
+
+
+@cache
+def model_types() -> tuple[str, ...]:
+    """Every `model_type` of transformers; empty when its table cannot be read."""
+    names: dict[str, None] = {}
+    for module in ("transformers.models.auto.auto_mappings", "transformers.models.auto.configuration_auto"):
+        for node in ast.walk(parsed(module)):
+            if isinstance(node, ast.Tuple) and isinstance(pair := literal(node), tuple) and len(pair) == 2:
+                if isinstance(pair[1], str) and pair[1].endswith("Config"):
+                    names[str(pair[0])] = None
+            elif isinstance(node, ast.Dict) and isinstance(table := literal(node), dict):
+                names |= {str(key): None for key, value in table.items() if str(value).endswith("Config")}
+    return tuple(names)
+
+
+@cache
+def load_dataset_fields(path: str | None = None) -> Fields | None:
+    """Parameters of datasets.load_dataset, with the options of a packaged builder.
+
+    Args:
+        path: The builder (json, csv, ...). Any other path may turn out to be any of them, and so takes the options of
+            all; None takes those of none.
+    """
+    function = signature_of("datasets.load", "load_dataset")
+    if function is None:
+        return None
+    fields = {
+        argument.arg: Field(argument.arg, argument.annotation, "datasets.load")
+        for argument in (*function.args.args, *function.args.kwonlyargs)
+    }
+    if path is None:
+        return fields
+    for builder in [path] if path in builders() else builders():
+        fields = _builder_fields(builder) | fields
+    return fields
+
+
+@cache
+def builders() -> tuple[str, ...]:
+    """Names of the builders that come with datasets: json, csv, parquet, text..."""
+    folder = package("datasets")
+    files = folder.glob("packaged_modules/*/*.py") if folder else ()
+    return tuple(sorted(file.stem for file in files if file.stem == file.parent.name))
+
+
+def _builder_fields(builder: str) -> Fields:
+    module = f"datasets.packaged_modules.{builder}.{builder}"
+    configs = [node for node in parsed(module).body if isinstance(node, ast.ClassDef)]
+    return {
+        name: field
+        for node in configs
+        if node.name.endswith("Config")
+        for name, field in _inherited_fields(module, node).items()
+    }
+
+
+def _fields(module: str, name: str) -> Fields | None:
+    located = find_class(module, name)
+    return (_inherited_fields(*located) or None) if located and is_whole(*located) else None
+
+
+def _inherited_fields(module: str, node: ast.ClassDef) -> Fields:
+    fields: Fields = {}
+    for owner, ancestor in ancestry(module, node):
+        fields |= _own_fields(ancestor, owner)
+    return fields
+
+
+def _own_fields(node: ast.ClassDef, module: str) -> Fields:
+    """The annotated fields that a dataclass declares itself."""
+    decorators = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
+    if "dataclass" not in decorators and "strict" not in decorators and not node.name.endswith("Config"):
+        return {}
+    fields = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            field = _field(statement.target.id, statement, module)
+            if field is not None:
+                fields[field.name] = field
+    return fields
+
+
+def _field(name: str, statement: ast.AnnAssign, module: str) -> Field | None:
+    if "ClassVar" in ast.unparse(statement.annotation):
+        return None
+    value = statement.value
+    options = {keyword.arg: keyword.value for keyword in value.keywords} if isinstance(value, ast.Call) else {}
+    if options and literal(options.get("init")) is False:
+        return None
+    metadata = options.get("metadata")
+    notes = dict(zip(metadata.keys, metadata.values, strict=True)) if isinstance(metadata, ast.Dict) else {}
+    named = {key.value: literal(note) for key, note in notes.items() if isinstance(key, ast.Constant)}
+    return Field(
+        name,
+        statement.annotation,
+        module,
+        default=literal(options.get("default") if options else value),
+        choices=tuple(named["choices"]) if isinstance(named.get("choices"), list) else (),
+        help=named["help"] if isinstance(named.get("help"), str) else "",
+    )
+
+
+def _taken_from_kwargs(module: str, node: ast.ClassDef) -> Iterator[str]:
+    """Names that a class looks up with `kwargs.pop("name")` or `kwargs.get("name")` when it is made."""
+    methods = [
+        method
+        for method in methods_of(module, node)
+        if method.name in _CONSTRUCTION or method.name.startswith("convert_")
+    ]
+    for call in (part for method in methods for part in ast.walk(method)):
+        match call:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="kwargs"), attr="pop" | "get"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield name
+
+
+def _parameters_of_init(module: str, node: ast.ClassDef) -> list[str]:
+    """What a class that is no dataclass takes: the parameters of its own `__init__`."""
+    arguments = [method.args for method in methods_of(module, node) if method.name == "__init__"]
+    return [argument.arg for every in arguments for argument in (*every.args[1:], *every.kwonlyargs)]
+
+
+def _config_class(model_type: str) -> tuple[str, ast.ClassDef] | None:
+    """The config class with this `model_type`, in the folder of that name or of the longest beginning of it."""
+    transformers = package("transformers")
+    folder = model_type.replace("-", "_")
+    while transformers and folder and not (transformers / "models" / folder).is_dir():
+        folder = folder.rpartition("_")[0]
+    if not transformers or not folder:
+        return None
+    for file in sorted((transformers / "models" / folder).glob("configuration_*.py")):
+        module = f"transformers.models.{folder}.{file.stem}"
+        for node in parsed(module).body:
+            if isinstance(node, ast.ClassDef) and literal(assigned(node.body, "model_type")) == model_type:
+                return module, node
+    return None

@@ -1,0 +1,171 @@
+"""Whether a recipe has the recipe's words: pydantic's findings in plain language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
+from hfpipe.recipe.raw import kind_of, sequence
+from hfpipe.recipe.signatures import lora_fields, training_fields
+from hfpipe.recipe.words import (
+    BLOCK,
+    KINDS,
+    LIST,
+    WORD,
+    Model,
+    Push,
+    Quantization,
+    Recipe,
+    Replay,
+    Suite,
+    Tokenizer,
+    TokenizerTraining,
+)
+
+_BLOCKS: dict[str, type[BaseModel]] = {
+    "model": Model,
+    "tokenizer": Tokenizer,
+    "train": TokenizerTraining,
+    "quantization": Quantization,
+    "replay": Replay,
+    "push": Push,
+}
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping (lines of `key: value` below it)",
+    "model_type": "a mapping (lines of `key: value` below it)",
+    "model_attributes_type": "a mapping (lines of `key: value` below it)",
+}
+_BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+_BOUND_WORDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
+
+
+def check_structure(data: dict[str, Any]) -> tuple[Recipe | None, list[Fault]]:
+    """Reads plain data as a recipe.
+
+    Returns:
+        The recipe, or None and what is wrong with it.
+    """
+    faults = [fault for index, stage in enumerate(sequence(data.get("stages"))) for fault in _check_kind(index, stage)]
+    readable = data | {"stages": [_with_kind(stage) for stage in sequence(data.get("stages"))]} if faults else data
+    try:
+        recipe = Recipe.model_validate(readable)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        return None, faults + [fault for fault in (_translate(found, readable) for found in errors) if fault]
+    return (None if faults else recipe), faults
+
+
+def _check_kind(index: int, stage: Any) -> Iterable[Fault]:
+    if not isinstance(stage, dict) or (isinstance(stage.get("kind"), str) and stage["kind"] in KINDS):
+        return
+    kinds, steps = f"the kinds are {listed(KINDS)}", ("stages", index, "kind")
+    if "kind" not in stage:
+        yield Fault(steps, f"missing; {kinds}.")
+    elif stage["kind"] in ("lora", "qlora"):
+        yield Fault(
+            steps, f"found the text '{stage['kind']}'; {kinds}. Write `kind: sft` and a `lora:` block below it."
+        )
+    else:
+        yield Fault(steps, f"found {found(stage['kind'])}; {kinds}.{did_you_mean(stage['kind'], KINDS)}")
+
+
+def _with_kind(stage: Any) -> Any:
+    """The stage with the kind that was meant, so that the rest of it is checked too."""
+    kind = kind_of(stage)
+    return stage | {"kind": kind} if isinstance(stage, dict) and kind else stage
+
+
+def _translate(error: ErrorDetails, data: dict[str, Any]) -> Fault | None:
+    steps = _plain_steps(error["loc"])
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind.startswith("union_tag"):
+        return None  # the kind of a stage, which _check_kind has reported
+    if kind == "missing":
+        about = _description(steps, data)
+        return Fault(steps, f"missing; {about}." if about else "missing.")
+    if kind == "extra_forbidden":
+        return Fault(steps, _unknown_key(steps, data))
+    if kind == "invalid_key":
+        return Fault(
+            steps, f"found {found(steps[-1])} as a key; allowed is a word. Did you mean '{steps[-1]}' in quotes?"
+        )
+    if kind == "string_pattern_mismatch":
+        about = "letters, digits, '.', '_' and '-', as in `name` or `me/name`" if steps[-1] == "repo_id" else ""
+        about = about or "letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+        return Fault(steps, f"found {found(value)}; allowed are {about}.")
+    if kind == "too_short":
+        return Fault(steps, "found an empty list; allowed is a list with at least one item.")
+    if kind == "literal_error":
+        return Fault(steps, _wrong_word(value, context["expected"]))
+    if kind in _BOUNDS:
+        bound = _BOUNDS[kind]
+        return Fault(steps, f"found {found(value)}; allowed is a number {_BOUND_WORDS[bound]} {context[bound]:g}.")
+    if kind == "value_error":
+        return Fault(steps, str(context["error"]))
+    if kind == "list_type" and steps[-1] == "columns":
+        return Fault(steps, found_and_allowed(value, "a mapping (role: column), or a list of columns to read"))
+    if kind in _TYPES:
+        return Fault(steps, found_and_allowed(value, _TYPES[kind]))
+    return Fault(steps, f"found {found(value)}. {error['msg']}.")
+
+
+def _plain_steps(location: tuple[int | str, ...]) -> Steps:
+    """A path without what pydantic adds to it: the kind behind a stage's index, and the tags of shapes."""
+    steps = [step for step in location if step not in (WORD, LIST, BLOCK, "[key]")]
+    if len(steps) > 2 and steps[0] == "stages" and steps[2] in KINDS:
+        del steps[2]
+    return tuple(steps)
+
+
+def _wrong_word(value: Any, expected: str) -> str:
+    words = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
+    near = nearest(value, words) if isinstance(value, str) else None
+    return found_and_allowed(value, f"one of {listed(words)}" if len(words) > 1 else words[0], near=near)
+
+
+def _block_at(steps: Steps, data: dict[str, Any]) -> type[BaseModel]:
+    """The words of the block that lies at a path."""
+    if not steps:
+        return Recipe
+    if len(steps) == 2 and steps[0] == "stages":
+        return KINDS[kind_of(sequence(data["stages"])[steps[1]]) or "sft"]
+    if len(steps) == 2 and steps[0] == "evaluate":
+        return Suite
+    return _BLOCKS.get(steps[-1], Recipe)
+
+
+def _description(steps: Steps, data: dict[str, Any]) -> str:
+    if steps[-1] == "path":  # of a source, whose block is not closed
+        return "a Hub data set, a builder (json, parquet, text, csv...), a folder, or `builtin`"
+    field = _block_at(steps[:-1], data).model_fields.get(str(steps[-1]))
+    return (field.description or "") if field else ""
+
+
+def _unknown_key(steps: Steps, data: dict[str, Any]) -> str:
+    key, block = str(steps[-1]), _block_at(steps[:-1], data)
+    if len(steps) == 3 and steps[0] == "stages":
+        kind = kind_of(sequence(data["stages"])[steps[1]]) or "sft"
+        below: dict[str, Callable[[], Any]] = {"training": lambda: training_fields(kind), "lora": lora_fields}
+        owner = next((name for name, fields in below.items() if key in (fields() or {})), None)
+        if owner and key not in block.model_fields:
+            return f"unknown key of a {kind} stage. It belongs below `{owner}:`."
+        elsewhere = [kind for kind, words in KINDS.items() if key in words.model_fields]
+        if elsewhere:
+            return f"is a key of a {elsewhere[0]} stage, not of a {kind} stage."
+        return f"unknown key of a {kind} stage. {_near_or_all(key, block)}"
+    title = {Recipe: "a recipe", Suite: "a suite"}.get(block) or f"`{steps[-2]}`"
+    return f"unknown key of {title}. {_near_or_all(key, block)}"
+
+
+def _near_or_all(key: str, block: type[BaseModel]) -> str:
+    return did_you_mean(key, block.model_fields).strip() or f"The keys are {listed(block.model_fields)}."

@@ -1,0 +1,222 @@
+"""The words of a recipe: what hfpipe itself understands, as pydantic models.
+
+Only the words that Hugging Face lacks are typed here. Blocks that are passed through (`training`, `lora`, the arguments
+of `load_dataset`, `architecture`, `generation`) stay plain mappings and are checked against the installed libraries by
+`signatures.py`. Nothing in this file imports a heavy library.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_' and '-'")]
+
+
+# A value that may be a word, a list or a block is told apart by its shape, so that a fault is reported once and not
+# once for each of the shapes. The tags appear in pydantic's paths; `structure.py` takes them out again.
+WORD, LIST, BLOCK = "<word>", "<list>", "<block>"
+
+
+def _word_or_block(value: Any) -> str:
+    return BLOCK if isinstance(value, (dict, BaseModel)) else WORD
+
+
+def _list_or_block(value: Any) -> str:
+    return BLOCK if isinstance(value, dict) else LIST
+
+
+def _as_share(value: Any) -> Any:
+    """Reads "3%" and "3 %" as 0.03; a number is a share already."""
+    if isinstance(value, str):
+        percent = re.fullmatch(r"\s*([-+]?\d+(?:\.\d*)?)\s*%\s*", value)
+        if percent is None:
+            raise ValueError(f"found the text '{value}'; allowed is a share, such as 3% or 0.03.")
+        value = float(percent[1]) / 100
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 1:
+        hint = f" Did you mean {value:g}%?" if value <= 100 else ""
+        raise ValueError(
+            f"found {value:g}, which is {value:.0%}; allowed is a share up to 100%, such as 3% or 0.03.{hint}"
+        )
+    return value
+
+
+Share = Annotated[
+    float,
+    BeforeValidator(_as_share),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"type": "string", "pattern": r"^\s*\+?\d+(\.\d*)?\s*%\s*$"},
+            ]
+        }
+    ),
+]
+
+
+class Words(BaseModel):
+    """A closed block: an unknown key is a fault, and so is a value of another type ("8" is not 8)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Words):
+    """One `load_dataset` call, and what its columns mean.
+
+    Keys that are not declared here go to `datasets.load_dataset` as they stand.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    path: str = Field(description="a Hub data set, a builder (json, parquet, text, csv...), a folder, or `builtin`")
+    weight: float | None = Field(
+        None, gt=0, description="share of the tokens (pretrain) or of the rows (sft) drawn from this source"
+    )
+    take: int | None = Field(None, gt=0, description="keep this many rows")
+    skip: int = Field(0, ge=0, description="leave out this many rows at the beginning")
+    where: str | None = Field(None, description='a condition on columns, such as "language_score > 0.9"')
+    columns: (
+        Annotated[
+            Annotated[dict[str, str], Tag(BLOCK)] | Annotated[list[str], Tag(LIST)], Discriminator(_list_or_block)
+        ]
+        | None
+    ) = Field(None, description="role: column, for columns with other names, e.g. {text: content}")
+    template: dict[str, str] | None = Field(
+        None, description='builds roles from columns, e.g. {prompt: "Q: {question}\\nA:", completion: " {answer}"}'
+    )
+
+    @property
+    def passed_through(self) -> dict[str, Any]:
+        """The arguments of `load_dataset` as the recipe gives them."""
+        extra = dict(self.model_extra or {})
+        if isinstance(self.columns, list):  # Parquet's own `columns`: which ones to read
+            extra["columns"] = self.columns
+        return extra
+
+
+class TokenizerTraining(Words):
+    """A byte-level BPE tokenizer, trained on the data of the first stage."""
+
+    vocab_size: int = Field(gt=256, description="number of tokens, special tokens included")
+    take: int = Field(20_000, gt=0, description="documents to train on")
+
+
+class Tokenizer(Words):
+    id: str | None = Field(None, description="a tokenizer on the Hub or in a folder")
+    revision: str = "main"
+    train: TokenizerTraining | None = Field(None, description="train one from nothing")
+    chat_template: str | None = Field(None, description="a Jinja chat template, when the tokenizer has none")
+
+
+class Model(Words):
+    """The base model: one of the Hub (or a folder), or an architecture with fresh weights."""
+
+    id: str | None = Field(None, description="a model on the Hub or in a folder")
+    revision: str = "main"
+    architecture: dict[str, Any] | None = Field(
+        None, description="fields of a transformers config, with `model_type`: start from nothing"
+    )
+    tokenizer: Tokenizer | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class Quantization(Words):
+    """How the frozen base of an adapter is stored while it trains; bitsandbytes' own names go below `type`."""
+
+    type: Literal["nf4", "int8", "none"]
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = None
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: list[str] | None = None
+
+
+class Replay(Words):
+    """Mixes the data of an earlier stage into this one."""
+
+    stage: Name
+    share: Share = Field(gt=0, lt=1, description="share of replayed rows in every epoch")
+
+
+class StageBase(Words):
+    """What stages of every kind have."""
+
+    name: Name
+    kind: str
+    data: list[Source] = Field(min_length=1)
+    parent: str | None = Field(None, description="the stage to start from, or `base`; the stage before when absent")
+    global_batch_size: int | None = Field(
+        None, gt=0, description="rows per optimizer step over all ranks; divided over the ranks, the rest accumulated"
+    )
+    training: dict[str, Any] = Field(default_factory=dict, description="fields of the trainer's own arguments class")
+    lora: dict[str, Any] | None = Field(None, description="fields of peft.LoraConfig")
+    quantization: Annotated[
+        Annotated[Literal["nf4", "int8", "none"], Tag(WORD)] | Annotated[Quantization, Tag(BLOCK)],
+        Discriminator(_word_or_block),
+    ] = Field("none", description="how the frozen base of an adapter is stored while it trains")
+
+    @property
+    def quantized(self) -> Quantization | None:
+        """The quantization as a block; None for full precision."""
+        block = Quantization(type=self.quantization) if isinstance(self.quantization, str) else self.quantization
+        return None if block.type == "none" else block
+
+
+class Pretrain(StageBase):
+    """Continued (or first) pretraining on packed documents."""
+
+    kind: Literal["pretrain"]
+    objective: Literal["causal"] = "causal"
+    lanes: int | None = Field(None, gt=0, description="parallel lanes of the stream; fixed for the life of the run")
+
+
+class Sft(StageBase):
+    """Supervised fine-tuning on prompt + completion, messages, or text."""
+
+    kind: Literal["sft"]
+    replay: Replay | None = None
+
+
+KINDS: dict[str, type[StageBase]] = {"pretrain": Pretrain, "sft": Sft}
+Stage = Annotated[Pretrain | Sft, Field(discriminator="kind")]
+
+
+class Suite(Words):
+    """A held-out data set with its metrics, scored on the base and after every stage."""
+
+    data: Source
+    metrics: list[str] = Field(min_length=1)
+    budget: Share | None = Field(None, ge=0, description="how much of the score may be lost, e.g. 3%")
+    choices: list[str] | None = Field(None, description="the answers `accuracy` ranks; those of the suite when absent")
+    max_length: int = Field(1024, gt=1, description="tokens of context when a row is scored")
+    batch_size: int = Field(16, gt=0, description="rows scored at once on each rank")
+    generation: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.GenerationConfig")
+
+
+class Push(Words):
+    """What goes to the Hub when the run is done."""
+
+    repo_id: str = Field(pattern=r"^([\w.-]+/)?[\w.-]+$")
+    what: Literal["adapter", "model", "merged"] = "adapter"
+    stage: str | None = Field(None, description="the last stage when absent")
+    private: bool = True
+    revision: str | None = Field(None, description="a branch; made when it does not exist")
+    commit_message: str | None = None
+
+
+class Recipe(Words):
+    """One run: a base model, stages in order, suites, and what leaves the run."""
+
+    name: Name
+    seed: int = 42
+    output_dir: str | None = Field(None, description="`runs/<name>` when absent")
+    model: Model
+    stages: list[Stage] = Field(min_length=1)
+    evaluate: dict[Name, Suite] = Field(default_factory=dict)
+    merge: bool = Field(False, description="merge the last adapter into its base, verified against the adapter")
+    push: Push | None = None

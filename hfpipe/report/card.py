@@ -1,0 +1,252 @@
+"""The model card: what a pushed artefact is, how to load it, what it gained and what it cost.
+
+The metadata block goes through huggingface_hub's own `ModelCardData`, so that the Hub shows the base model, the data
+sets and the scores (`model-index`). The text holds nothing that changes from one push of a run to the next: the same
+run gives the same card, and a repeated push changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.scores import BASE, Change, Score, forgetting, stages_of
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# `load_dataset` takes these for its own builders, and `builtin` is ours: none of them is a data set on the Hub.
+BUILDERS = {"builtin", "json", "csv", "parquet", "arrow", "text", "xml", "sql", "pandas", "webdataset", "generator"}
+LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What is pushed.
+
+    Args:
+        repo_id: Where it goes on the Hub.
+        what: `adapter`, `merged` or `model`.
+        stage: The stage that made it.
+        revision: The branch it goes to; None for main.
+        base: Hub id of the base model; None when the run started from nothing.
+        base_revision: Commit of the base that was used.
+        license: Licence of the base, where it is known.
+    """
+
+    repo_id: str
+    what: str
+    stage: str
+    revision: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+    license: str | None = None
+
+
+def model_card(artefact: Artefact, recipe: Recipe, scores: Sequence[Score], environment: Mapping[str, Any]) -> str:
+    """The README.md of a pushed artefact.
+
+    Args:
+        artefact: What is pushed.
+        recipe: The recipe of the run.
+        scores: Its scorecard; may be empty.
+        environment: environment.json; every key is optional.
+
+    Returns:
+        A metadata block and Markdown.
+    """
+    order = stages_of(scores)
+    if artefact.stage in order:  # what later stages did is not about this artefact
+        scores = [score for score in scores if order.index(score.stage) <= order.index(artefact.stage)]
+    sections = [
+        f"# {artefact.repo_id.split('/')[-1]}",
+        _what_it_is(artefact, recipe),
+        "## How to load it\n\n" + _how_to_load(artefact, recipe),
+        "## Scores\n\n" + _scores(artefact, scores),
+        "## Training\n\n" + _training(artefact, recipe),
+        "## Environment\n\n" + _environment(environment),
+        "## Limits\n\n" + _limits(artefact),
+    ]
+    return f"---\n{_metadata(artefact, recipe, scores).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def lineage(recipe: Recipe, stage: str) -> list[Stage]:
+    """The stages that an artefact went through, first to last."""
+    place = [s.name for s in recipe.stages].index(stage)
+    one = recipe.stages[place]
+    parent = one.parent or (recipe.stages[place - 1].name if place else BASE)
+    return [*(lineage(recipe, parent) if parent != BASE else []), one]
+
+
+def hub_id(source: Source) -> str | None:
+    """The Hub id of a source; None for a file, a folder or a builder."""
+    path = source.path
+    return path if path not in BUILDERS and HUB_ID.fullmatch(path) else None
+
+
+def _metadata(artefact: Artefact, recipe: Recipe, scores: Sequence[Score]) -> ModelCardData:
+    adapter = artefact.what == "adapter"
+    stages = lineage(recipe, artefact.stage)
+    used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
+    here = [score for score in scores if score.stage == artefact.stage]
+    tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *(["lora"] if adapter else [])]
+    relation = ("adapter" if adapter else "finetune") if artefact.base else None
+    return ModelCardData(
+        base_model=artefact.base,
+        base_model_relation=relation,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        license=artefact.license,
+        datasets=list(used) or None,
+        tags=tags,
+        model_name=artefact.repo_id.split("/")[-1],
+        eval_results=[_eval_result(score, recipe) for score in here] or None,
+    )
+
+
+def _eval_result(score: Score, recipe: Recipe) -> EvalResult:
+    suite = recipe.evaluate.get(score.suite)
+    source = suite.data if suite else None
+    arguments = source.passed_through if source else {}
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=(hub_id(source) if source else None) or score.suite,
+        dataset_name=score.suite,
+        dataset_config=arguments.get("name"),
+        dataset_split=arguments.get("split"),
+        dataset_revision=arguments.get("revision"),
+        metric_type=score.metric,
+        metric_name=f"{score.metric} on {score.suite} (n = {score.n})",
+        metric_value=round(score.value, 6),
+    )
+
+
+def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
+    made = {
+        "adapter": "A LoRA adapter for {base}",
+        "merged": "{base} with a LoRA adapter merged into its weights",
+        "model": "{base}, fine-tuned in full",
+    }[artefact.what]
+    if artefact.base:
+        made = made.format(base=f"[{artefact.base}](https://huggingface.co/{artefact.base})")
+    else:
+        made = "A language model trained from nothing" + (", with an adapter merged in" if "{base} w" in made else "")
+    if artefact.base and artefact.base_revision:
+        made += f" (commit `{artefact.base_revision}`)"
+    last = lineage(recipe, artefact.stage)[-1]
+    how = f", on the base in {last.quantized.type}" if last.quantized else ""
+    return f"{made}, made by stage `{artefact.stage}` of the hfpipe recipe `{recipe.name}`{how}."
+
+
+def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
+    branch = f', revision="{artefact.revision}"' if artefact.revision else ""
+    head = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch})'
+    if artefact.what != "adapter":
+        load = f'model = AutoModelForCausalLM.from_pretrained("{artefact.repo_id}"{branch})'
+        at = f" --revision {artefact.revision}" if artefact.revision else ""
+        return f"```python\n{head}\n\n{load}\n{tokenizer}\n```\n\nvLLM: `vllm serve {artefact.repo_id}{at}`"
+    commit = f', revision="{artefact.base_revision}"' if artefact.base_revision else ""
+    load = (
+        f'base = AutoModelForCausalLM.from_pretrained("{artefact.base}"{commit})\n'
+        f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
+    )
+    rank = (lineage(recipe, artefact.stage)[-1].lora or {}).get("r", 8)
+    at = f" --revision {artefact.base_revision}" if artefact.base_revision else ""
+    at += f" --max-lora-rank {rank}" if rank > LORA_RANK_OF_VLLM else ""
+    name = artefact.repo_id.split("/")[-1]
+    vllm = f"vllm serve {artefact.base}{at} --enable-lora --lora-modules {name}={artefact.repo_id}"
+    return f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n{tokenizer}\n```\n\nvLLM: `{vllm}`"
+
+
+def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:
+    if not scores:
+        return "No suite was scored."
+    order = stages_of(scores)
+    by_place = {(score.key, score.stage): score for score in scores}
+    lines = ["| suite | metric | n | " + " | ".join(order) + " |", "| --- " * (3 + len(order)) + "|"]
+    for key in dict.fromkeys(score.key for score in scores):
+        cells = [_cell(by_place.get((key, stage))) for stage in order]
+        some = next(score for score in scores if score.key == key)
+        arrow = "↑" if some.higher_is_better else "↓"
+        lines.append(f"| {some.suite} | {some.metric} {arrow} | {some.n} | " + " | ".join(cells) + " |")
+    table = "\n".join(lines) + "\n\n↑ higher is better, ↓ lower is better; ± is one standard error."
+    if artefact.stage not in order:
+        return f"{table}\n\nStage `{artefact.stage}`, which made this artefact, was not scored."
+    return f"{table}\n\n{_gain_and_forgetting(artefact.stage, scores)}"
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.value:.4g}" + (f" ± {score.stderr:.2g}" if score.stderr is not None else "")
+
+
+def _gain_and_forgetting(stage: str, scores: Sequence[Score]) -> str:
+    """One line per suite and metric: better or worse than the best before, or within the noise."""
+    changes = [forgetting(scores, stage, score.key) for score in scores if score.stage == stage]
+    lines = [_in_words(change) for change in changes if change is not None]
+    intro = "Against the best score before this stage, the base included (95 % interval, the two taken as independent):"
+    return "\n".join([intro, "", *lines]) if lines else "There is no score from before this stage to compare with."
+
+
+def _in_words(change: Change) -> str:
+    before, after = change.before, change.after
+    word = ("gained" if change.gain > 0 else "forgotten") if change.beyond_noise else "no difference beyond the noise"
+    found = f"{before.value:.4g} ({before.stage}) to {after.value:.4g}, {abs(change.gain):.3g} ± {change.stderr:.2g}"
+    return f"- **{word}**: {after.suite}, {after.metric}: {found}"
+
+
+def _training(artefact: Artefact, recipe: Recipe) -> str:
+    lines = []
+    for number, stage in enumerate(lineage(recipe, artefact.stage), start=1):
+        sources = ", ".join(_source(source) for source in stage.data)
+        how = f"LoRA of rank {stage.lora.get('r', 8)}" if stage.lora is not None else "all weights"
+        options = ", ".join(f"{key} {value}" for key, value in stage.training.items())
+        lines.append(
+            f"{number}. `{stage.name}` ({stage.kind}, {how}) on {sources}" + (f": {options}" if options else "")
+        )
+    return (
+        "\n".join(lines)
+        + f"\n\nSeed {recipe.seed}. [recipe.yaml](recipe.yaml) repeats the run: `hfpipe run recipe.yaml`."
+    )
+
+
+def _source(source: Source) -> str:
+    found = hub_id(source)
+    name = f"[{found}](https://huggingface.co/datasets/{found})" if found else f"`{source.path}`"
+    config = source.passed_through.get("name")
+    return (
+        name + (f" ({config})" if config else "") + (f", weight {source.weight:g}" if source.weight is not None else "")
+    )
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    """Versions and hardware as they were recorded; what was empty is left out."""
+    versions = {name: environment[name] for name in ("hfpipe", "python") if environment.get(name)}
+    versions |= environment.get("packages") or {}
+    lines = []
+    for title, values in [
+        ("versions", versions),
+        *((key, environment.get(key) or {}) for key in ("hardware", "launch")),
+    ]:
+        told = [f"{key} {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in values.items() if v]
+        if told:
+            lines.append(f"- {title}: {'; '.join(told)}")
+    return "\n".join(lines) or "Not recorded."
+
+
+def _limits(artefact: Artefact) -> str:
+    lines = [
+        "- What is known about this artefact is in the table above and nothing else: no suite measured its safety, its "
+        "truthfulness, or its use in other languages and fields.",
+        "- It learned from the data sets above and may repeat what is wrong or offensive in them.",
+    ]
+    if artefact.base:
+        lines.append(f"- It inherits the limits and the terms of use of {artefact.base}.")
+    if not artefact.license:
+        lines.append("- No licence is stated here: that of the base and of the data sets must be looked up.")
+    return "\n".join(lines)

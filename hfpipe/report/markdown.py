@@ -1,0 +1,173 @@
+"""report.md, and the closing lines of a run: what was gained, what was forgotten, where it lies, what to type next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hfpipe.files import write_text
+from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.scores import BASE, Change, Score, forgetting, last_change, read_scorecard, stages_of
+
+# A change smaller than this many percent points is told with one digit more.
+PERCENT_METRICS = {"accuracy", "exact_match", "f1", "precision", "recall"}
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.md of a run folder.
+
+    Raises:
+        FileNotFoundError: The folder holds no scorecard.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    scores = read_scorecard(folder / "scorecard.json")
+    parts = [
+        f"# {recipe.name}",
+        _verdict(scores),
+        _table(scores),
+        _changes(scores),
+        _stages(folder, recipe),
+        _facts(folder),
+    ]
+    path = folder / "report.md"
+    write_text(path, "\n\n".join(part for part in parts if part) + "\n")
+    return path
+
+
+def number(score: Score) -> str:
+    """A score as it is printed everywhere: shares in percent, the rest with four digits."""
+    scale, digits = (100, 1) if score.metric in PERCENT_METRICS else (1, 4)
+    error = "" if score.stderr is None else f" ± {score.stderr * scale:.{digits}f}"
+    return f"{score.value * scale:.{digits}f}{error}{' %' if scale == 100 else ''}"
+
+
+def describe(change: Change) -> str:
+    """One change in words: `bits_per_byte 3.2 -> 1.9 (41 % better)`."""
+    before, after = change.before, change.after
+    way = "better" if change.gain > 0 else "worse"
+    noise = "" if change.beyond_noise else ", within the noise"
+    size = f"{abs(change.relative):.1%} {way}" if before.value else way
+    return f"{after.suite} {after.metric} {number(before)} -> {number(after)} ({size}{noise})"
+
+
+def _verdict(scores: list[Score]) -> str:
+    """One sentence: the gains of the whole run, and what the last stage forgot."""
+    gained, lost = gains_and_losses(scores)
+    gains = "; ".join(describe(change) for change in gained) or "nothing beyond the noise"
+    losses = "; ".join(describe(change) for change in lost) or "nothing beyond the noise"
+    return f"**Gained:** {gains}.\n\n**Forgotten:** {losses}."
+
+
+def gains_and_losses(scores: list[Score]) -> tuple[list[Change], list[Change]]:
+    """From the base to the last stage what became better; against the best earlier stage what the last one lost."""
+    last = stages_of(scores)[-1]
+    keys = list(dict.fromkeys(score.key for score in scores))
+    base = {score.key: score for score in scores if score.stage == BASE}
+    end = {score.key: score for score in scores if score.stage == last}
+    gained = [Change(base[key], end[key]) for key in keys if key in base and key in end and last != BASE]
+    lost = [change for key in keys if (change := forgetting(scores, last, key))]
+    return (
+        [change for change in gained if change.gain > 0 and change.beyond_noise],
+        [change for change in lost if change.gain < 0 and change.beyond_noise],
+    )
+
+
+def _table(scores: list[Score]) -> str:
+    """Suites by stages; ± is one standard error."""
+    stages = stages_of(scores)
+    by_place = {(score.key, score.stage): score for score in scores}
+    lines = [
+        "## Scores",
+        "",
+        "| suite | metric | n | " + " | ".join(stages) + " |",
+        "| --- | --- | ---: | " + " | ".join("---:" for _ in stages) + " |",
+    ]
+    for key in dict.fromkeys(score.key for score in scores):
+        row = [by_place.get((key, stage)) for stage in stages]
+        first = next(score for score in row if score)
+        arrow = "↑" if first.higher_is_better else "↓"
+        cells = " | ".join(number(score) if score else "" for score in row)
+        lines.append(f"| {key[0]} | {key[1]} {arrow} | {first.n} | {cells} |")
+    return "\n".join(lines) + "\n\n± is one standard error; ↑ more is better, ↓ less is better."
+
+
+def _changes(scores: list[Score]) -> str:
+    lines = ["## What each stage did"]
+    for stage in stages_of(scores)[1:]:
+        lines += ["", f"**{stage}**", ""]
+        for key in dict.fromkeys(score.key for score in scores):
+            change = last_change(scores, stage, key)
+            if change:
+                lines.append(f"- {describe(change)}")
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def _stages(folder: Path, recipe: Recipe) -> str:
+    lines = [
+        "## Training",
+        "",
+        "| stage | kind | from | steps | last loss | data |",
+        "| --- | --- | --- | ---: | ---: | --- |",
+    ]
+    for stage in recipe.stages:
+        done = folder / "stages" / stage.name / "done.json"
+        if not done.exists():
+            continue
+        facts = json.loads(done.read_text())
+        loss = "" if facts.get("last_loss") is None else f"{facts['last_loss']:.4f}"
+        lines.append(
+            f"| {stage.name} | {stage.kind} | {facts['parent']} | {facts['steps']} | {loss} | {_data(facts['data'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _data(facts: dict[str, Any]) -> str:
+    shown = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+    return ", ".join(
+        f"{value:,} {key}" if isinstance(value, int) else f"{key} {value:.3g}" for key, value in shown.items()
+    )
+
+
+def _facts(folder: Path) -> str:
+    facts = json.loads((folder / "environment.json").read_text())
+    hardware = facts["hardware"]
+    machine = ", ".join(hardware["gpus"]) or f"{hardware['cpus']} CPUs"
+    versions = ", ".join(f"{name} {found}" for name, found in facts["packages"].items())
+    lines = [
+        "## Environment",
+        "",
+        f"{machine} ({hardware['system']}), {facts['launch']['processes']} process(es), Python {facts['python']}, "
+        f"hfpipe {facts['hfpipe']}, {versions}.",
+        f"Base: {facts['base']['id']}"
+        + (f" at {facts['base']['revision']}" if facts["base"]["revision"] else "")
+        + ".",
+    ]
+    if facts["trust_remote_code"]:
+        lines.append("The recipe allowed the model's own code to run (trust_remote_code).")
+    return "\n".join(lines)
+
+
+def closing_lines(folder: Path) -> list[str]:
+    """What a person reads last: gains, losses, where things lie, and the next two commands."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    scores = read_scorecard(folder / "scorecard.json") if (folder / "scorecard.json").exists() else []
+    lines = [""]
+    if scores:
+        gained, lost = gains_and_losses(scores)
+        lines += [f"gained     {describe(change)}" for change in gained] or ["gained     nothing beyond the noise"]
+        lines += [f"forgotten  {describe(change)}" for change in lost] or ["forgotten  nothing beyond the noise"]
+    last = folder / "stages" / recipe.stages[-1].name
+    is_adapter = (last / "model" / "adapter_config.json").exists()
+    lines.append(f"{'adapter' if is_adapter else 'model':9}  {last / 'model'}")
+    if (last / "merged").exists():
+        lines.append(f"merged     {last / 'merged'}")
+    lines.append(f"report     {folder / 'report.md'}")
+    what = "merged" if (last / "merged").exists() else "adapter" if is_adapter else "model"
+    return [
+        *lines,
+        "",
+        "next:",
+        f"  hfpipe push {folder} --repo-id YOU/{recipe.name} --what {what}",
+        "  hfpipe recipes --copy smollm2-fineweb",
+    ]

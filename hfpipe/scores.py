@@ -1,0 +1,129 @@
+"""Scores: one number with its n and standard error; the scorecard; what was gained and what was forgotten.
+
+Numbers are data and pages are views: every report and card reads the scorecard that is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hfpipe.files import write_json
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one suite after one stage.
+
+    Args:
+        stage: The stage that was scored; `base` before any training.
+        suite: Name of the suite.
+        metric: Name of the metric.
+        value: The score; bits, shares and counts in the metric's own unit.
+        stderr: Standard error of `value`; None where the metric has none.
+        n: Rows that were scored.
+        higher_is_better: Direction of the metric.
+    """
+
+    stage: str
+    suite: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.suite, self.metric
+
+
+@dataclass(frozen=True)
+class Change:
+    """The way from one score to another of the same suite and metric.
+
+    `gain` is positive when the score became better, whatever its direction; `stderr` is that of the difference, with
+    the two scores taken as independent (they share their rows, so the true error is smaller).
+    """
+
+    before: Score
+    after: Score
+
+    @property
+    def gain(self) -> float:
+        difference = self.after.value - self.before.value
+        return difference if self.after.higher_is_better else -difference
+
+    @property
+    def stderr(self) -> float:
+        return math.hypot(self.before.stderr or 0.0, self.after.stderr or 0.0)
+
+    @property
+    def relative(self) -> float:
+        """The gain as a share of the score before; infinite when that was zero."""
+        if self.gain == 0:
+            return 0.0
+        return self.gain / abs(self.before.value) if self.before.value else math.copysign(math.inf, self.gain)
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the change is outside a 95 % interval."""
+        return abs(self.gain) > 1.96 * self.stderr
+
+
+def read_scorecard(path: Path) -> list[Score]:
+    """Reads scorecard.json."""
+    return [Score(**row) for row in json.loads(path.read_text())]
+
+
+def write_scorecard(scores: Iterable[Score], path: Path) -> None:
+    """Writes scorecard.json in one piece."""
+    write_json(path, [asdict(score) for score in scores])
+
+
+def stages_of(scores: Sequence[Score]) -> list[str]:
+    """Names of the scored stages in order."""
+    return list(dict.fromkeys(score.stage for score in scores))
+
+
+def last_change(scores: Sequence[Score], stage: str, key: tuple[str, str]) -> Change | None:
+    """From the stage before to `stage`: what this one stage did."""
+    order = stages_of(scores)
+    by_stage = {score.stage: score for score in scores if score.key == key}
+    earlier = [name for name in order[: order.index(stage)] if name in by_stage]
+    if not earlier or stage not in by_stage:
+        return None
+    return Change(by_stage[earlier[-1]], by_stage[stage])
+
+
+def forgetting(scores: Sequence[Score], stage: str, key: tuple[str, str]) -> Change | None:
+    """From the best earlier score (the base included) to `stage`; a negative gain is what was forgotten.
+
+    The best earlier score, and not only the base, is the reference, so that what one stage taught and the next one lost
+    counts too, and a model that starts from nothing has something to forget (Chaudhry et al. 2018, arXiv:1801.10112).
+    """
+    order = stages_of(scores)
+    by_stage = {score.stage: score for score in scores if score.key == key}
+    earlier = [by_stage[name] for name in order[: order.index(stage)] if name in by_stage]
+    if not earlier or stage not in by_stage:
+        return None
+    best = max(earlier, key=lambda score: score.value if score.higher_is_better else -score.value)
+    return Change(best, by_stage[stage])
+
+
+def over_budget(scores: Sequence[Score], stage: str, suite: str, budget: float) -> list[Change]:
+    """The changes of a suite whose relative loss is above `budget` (a share), beyond the noise."""
+    found = []
+    for key in dict.fromkeys(score.key for score in scores if score.suite == suite and score.stage == stage):
+        change = forgetting(scores, stage, key)
+        if change is None:
+            continue
+        allowed = budget * abs(change.before.value)
+        if -change.gain - 1.96 * change.stderr > allowed:
+            found.append(change)
+    return found

@@ -1,0 +1,46 @@
+"""The recipes that come with hfpipe."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from hfpipe.errors import RecipeError
+from hfpipe.files import write_text
+
+
+def recipes_folder() -> Path:
+    """`recipes/` of a checkout, or the copy inside an installed package."""
+    packaged = Path(__file__).parent / "shipped_recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def list_recipes() -> str:
+    """One line a recipe: its name and the first sentence of its opening comment."""
+    lines = []
+    for name, path in shipped_recipes().items():
+        first = path.read_text().split("\n", 1)[0].lstrip("# ")
+        lines.append(f"{name:24} {first}")
+    return "\n".join([*lines, "", "start from one: hfpipe recipes --copy NAME"])
+
+
+def copy_recipe(name: str) -> str:
+    """Copies a recipe into the current folder and says what to do with it.
+
+    Raises:
+        RecipeError: There is no such recipe, or a file of its name is here already.
+    """
+    found = shipped_recipes()
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"there is no recipe {name!r}; there are {', '.join(found)}.{hint}")
+    target = Path(f"{name}.yaml")
+    if target.exists():
+        raise RecipeError(f"{target} is here already; rename it or go to another folder. Nothing was overwritten.")
+    write_text(target, found[name].read_text())
+    return f"{target} written. Edit it, then: hfpipe check {target}"

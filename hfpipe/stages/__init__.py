@@ -1,0 +1,11 @@
+"""The kinds of a stage. Each is one function, read top to bottom: a stage of the recipe to a trained model on disk."""
+
+from __future__ import annotations
+
+from hfpipe.stages.common import StageRun
+from hfpipe.stages.pretrain import run_pretrain
+from hfpipe.stages.sft import run_sft
+
+STAGES = {"pretrain": run_pretrain, "sft": run_sft}
+
+__all__ = ["STAGES", "StageRun"]

@@ -1,0 +1,204 @@
+"""What the stages share: trainer arguments, the division of a global batch, training with resume, saving."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from hfpipe import ranks
+from hfpipe.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
+from hfpipe.data.loader import BatchLoader
+from hfpipe.errors import DataError, RecipeError, Stopped
+from hfpipe.files import whole_folder
+from hfpipe.model.adapter import TOLERANCE, probe, require_equal, verify_adapter
+from hfpipe.model.load import ModelRef, compute_dtype, load_model
+from hfpipe.recipe import Recipe, Stage
+
+DEFAULT_PER_DEVICE = 8
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage about to be trained.
+
+    Args:
+        recipe: The whole recipe.
+        stage: The stage of it.
+        parent: The model it starts from, a whole model and not an adapter.
+        tokenizer: The run's tokenizer.
+        folder: `stages/<stage>` in the run folder.
+        hash: Hash of the stage and of all before it.
+        probe_texts: A few held-out texts on which the saved model is compared with the trained one.
+    """
+
+    recipe: Recipe
+    stage: Stage
+    parent: ModelRef
+    tokenizer: Any
+    folder: Path
+    hash: str
+    probe_texts: list[str]
+
+
+def divide_batch(stage: Stage) -> tuple[int, int]:
+    """Rows of a micro-batch on one rank, and micro-batches of a step.
+
+    Raises:
+        RecipeError: `global_batch_size` does not divide over the ranks; the message says which counts would.
+    """
+    count = ranks.ranks()
+    per_device = stage.training.get("per_device_train_batch_size")
+    if stage.global_batch_size is None:
+        return per_device or DEFAULT_PER_DEVICE, stage.training.get("gradient_accumulation_steps", 1)
+    size = stage.global_batch_size
+    if size % count or (per_device and size % (count * per_device)):
+        rows = f"{per_device} rows on each of " if per_device else ""
+        unit = count * (per_device or 1)
+        fits = [n for n in range(1, size + 1) if size % (n * (per_device or 1)) == 0]
+        nearest = sorted({max(size // unit * unit, unit), (size // unit + 1) * unit})
+        advice = f"It divides over {_list(fits)} ranks; " if fits else ""
+        raise RecipeError(
+            f"stages.{stage.name}.global_batch_size is {size}, which does not divide over {rows}{count} ranks. {advice}"
+            f"on {count} ranks, {_list(nearest)} would do."
+        )
+    share = size // count
+    if not per_device:
+        per_device = max(n for n in range(1, min(share, DEFAULT_PER_DEVICE) + 1) if share % n == 0)
+    return per_device, share // per_device
+
+
+def _list(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers)) if len(numbers) < 3 else ", ".join(map(str, numbers))
+
+
+def trainer_arguments(
+    cls: type[TrainingArguments], run: StageRun, max_steps: int, per_device: int, accumulation: int, **more: Any
+) -> Any:
+    """The trainer's own arguments: hfpipe's defaults, over them the recipe's, over them what hfpipe decides itself."""
+    on_gpu = torch.cuda.is_available()
+    bf16 = on_gpu and compute_dtype() == torch.bfloat16
+    training = {key: value for key, value in run.stage.training.items() if key in cls.__dataclass_fields__}
+    defaults = {
+        "logging_steps": max(1, min(10, max_steps // 10)),
+        "report_to": "none",
+        "use_cpu": not on_gpu and not torch.backends.mps.is_available(),
+        "bf16": bf16 and not training.get("fp16", False),
+        "gradient_checkpointing": on_gpu,
+        "save_strategy": "steps",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, max_steps // 20),
+        "average_tokens_across_devices": True,
+        "disable_tqdm": True,
+    }
+    decided = {
+        "output_dir": str(run.folder),
+        "seed": run.recipe.seed,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "ignore_data_skip": True,  # the source continues where the checkpoint stands, without a replay
+        "remove_unused_columns": False,
+        "save_total_limit": None,  # CheckpointCallback removes the old ones, once the new one is whole
+    }
+    if "activation_checkpointing" in training:
+        defaults.pop("gradient_checkpointing")
+    try:
+        return cls(**{**defaults, **training, **decided, **more})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"stages.{run.stage.name}.training: {cls.__name__} refuses it: {error}") from error
+
+
+def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step: float | None) -> dict[str, Any]:
+    """Trains from the last whole checkpoint, or from the start, to the end, and saves the model.
+
+    Args:
+        run: The stage.
+        trainer: Trainer or SFTTrainer, with its model and arguments.
+        loader: Serves this rank's batches in place of the trainer's own loader.
+        tokens_per_step: Tokens of a step over all ranks, for the log.
+
+    Returns:
+        Facts about the training for done.json.
+
+    Raises:
+        Stopped: A signal came; a checkpoint is saved.
+        DataError: The loss is not a number.
+    """
+    checkpoint, passed_over = newest_whole(run.folder, run.hash)
+    checkpoint = ranks.from_main(checkpoint)
+    for line in passed_over:
+        ranks.say(f"  {line}")
+    if checkpoint:
+        loader.source.load_state_dict(json.loads((checkpoint / DATA_STATE).read_text()))
+        ranks.say(f"  continuing from {checkpoint.name}")
+    # Trainer would let accelerate shard the loader again, or let one rank read for all.
+    trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign, assignment, return-value]
+    keep = run.stage.training.get("save_total_limit", 2)
+    with CheckpointCallback(loader, run.hash, keep) as checkpoints:
+        trainer.remove_callback(PrinterCallback)  # LogCallback prints
+        trainer.add_callback(checkpoints)
+        trainer.add_callback(LogCallback(loader, run.folder / "log.jsonl", tokens_per_step))
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoints.stopped_at is not None:
+        raise Stopped(
+            f"stopped by a signal at step {checkpoints.stopped_at} of {trainer.state.max_steps} of stage "
+            f"{run.stage.name}; a checkpoint is saved in {run.folder}. Run the same command again to continue."
+        )
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    if losses and not losses[-1] == losses[-1]:
+        raise DataError(
+            f"stages.{run.stage.name}: the loss is not a number (NaN) at the end of training. Lower learning_rate, "
+            "raise warmup_steps, or set max_grad_norm."
+        )
+    save(run, trainer)
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "last_loss": losses[-1] if losses else None,
+        "data": loader.source.report(),
+    }
+
+
+def save(run: StageRun, trainer: Trainer) -> None:
+    """Writes the trained model or adapter in one piece, loads it again from disk, and compares it with the trained one.
+
+    Raises:
+        RuntimeError: What is on disk is not what was trained.
+    """
+    target = run.folder / "model"
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    with torch.no_grad():
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        trained = None if sharded else probe(model, run.tokenizer, run.probe_texts)
+    if not ranks.is_main() and not sharded:
+        ranks.wait()
+        return
+    with whole_folder(target if ranks.is_main() else run.folder / f"rank{ranks.rank()}") as beside:
+        trainer.save_model(str(beside))
+        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no one should have to load
+        run.tokenizer.save_pretrained(beside)
+        if run.stage.lora is not None and ranks.is_main():
+            _record_base(beside, run)
+            verify_adapter(beside)
+        if trained is not None:
+            saved = ModelRef(str(beside), run.parent.options, quantization=run.stage.quantized)
+            again = load_model(saved, frozen=run.stage.lora is not None)
+            coarsest = max(
+                (p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda t: TOLERANCE.get(t, 0)
+            )
+            require_equal(trained, probe(again, run.tokenizer, run.probe_texts), coarsest, f"stage {run.stage.name}")
+    ranks.wait()
+
+
+def _record_base(folder: Path, run: StageRun) -> None:
+    """Names the base in adapter_config.json as others can load it: by its Hub id and the commit that was used."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = run.parent.path
+    config["revision"] = run.parent.revision
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,67 @@
+"""`kind: pretrain`: next-token training on packed documents, by Trainer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from hfpipe import ranks
+from hfpipe.data.loader import BatchLoader
+from hfpipe.data.sources import load_rows
+from hfpipe.data.stream import TokenStream
+from hfpipe.errors import RecipeError
+from hfpipe.model.adapter import lora_config
+from hfpipe.model.load import load_model
+from hfpipe.recipe import Pretrain
+from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+def run_pretrain(run: StageRun) -> dict[str, Any]:
+    """Trains a pretrain stage and saves its model; see `stages.common.train` for what is returned and raised."""
+    stage = run.stage
+    assert isinstance(stage, Pretrain)
+    model = load_model(run.parent, frozen=stage.lora is not None)
+    max_length = stage.training.get("max_length") or min(model.config.max_position_embeddings, DEFAULT_MAX_LENGTH)
+    per_device, accumulation = divide_batch(stage)
+    stream = TokenStream(
+        [load_rows(source, seed=run.recipe.seed) for source in stage.data],
+        run.tokenizer,
+        max_length=max_length,
+        weights=[source.weight or 1.0 for source in stage.data],
+        names=[source.path for source in stage.data],
+        lanes=stage.lanes,
+        seed=run.recipe.seed,
+        rank=ranks.rank(),
+        ranks=ranks.ranks(),
+    )
+    global_batch = per_device * accumulation * ranks.ranks()
+    max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, global_batch * max_length)
+    arguments = trainer_arguments(TrainingArguments, run, max_steps, per_device, accumulation)
+    if stage.lora is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora_config(stage.lora))
+    model.config.use_cache = False  # a cache would let packed documents see each other
+    trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer)
+    loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id)
+    return train(run, trainer, loader, tokens_per_step=global_batch * max_length)
+
+
+def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
+    """Steps of `num_train_epochs`, by tokenizing the data once: the schedule has to know where it ends."""
+    tokens = 0
+    for source in run.stage.data:
+        rows = load_rows(source, seed=run.recipe.seed)
+        if not hasattr(rows, "num_rows"):
+            raise RecipeError(
+                f"stages.{run.stage.name}.training: a streamed source has no known end, so epochs cannot be counted; "
+                "give max_steps."
+            )
+        for batch in rows.iter(batch_size=1000):
+            texts = [text for text in batch["text"] if text]
+            tokens += sum(map(len, run.tokenizer(texts, return_attention_mask=False)["input_ids"])) + len(texts)
+    return max(1, math.ceil(tokens * run.stage.training.get("num_train_epochs", 1) / tokens_per_step))

@@ -1,0 +1,404 @@
+"""Pushing: what arrives is what was trained, a failure loses nothing, and a second try doubles nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from safetensors.numpy import save_file
+
+from hfpipe.errors import RecipeError
+from hfpipe.hub import prepare_artifact
+from hfpipe.recipe import Push, load_recipe
+
+PLANTED = "hf_PlantedTokenThatNobodyMaySee01"
+RECIPE = {
+    "name": "toy",
+    "model": {"id": "me/base", "revision": "main"},
+    "stages": [
+        {"name": "law", "kind": "pretrain", "data": [{"path": "team/law"}], "training": {"max_steps": 10}},
+        {"name": "chat", "kind": "sft", "data": [{"path": "json", "data_files": "chat.jsonl"}], "lora": {"r": 4}},
+    ],
+    "evaluate": {"general": {"data": {"path": "team/general", "split": "test"}, "metrics": ["bits_per_byte"]}},
+    "push": {"repo_id": "me/toy"},
+}
+SCORES = [  # stage, suite, metric, value, stderr, n, higher_is_better
+    ("base", "general", "bits_per_byte", 1.0, 0.01, 500, False),
+    ("law", "general", "bits_per_byte", 0.8, 0.01, 500, False),
+    ("chat", "general", "bits_per_byte", 0.9, 0.01, 500, False),
+    ("base", "task", "exact_match", 0.0, 0.0, 200, True),
+    ("chat", "task", "exact_match", 0.75, 0.03, 200, True),
+]
+FIELDS = ("stage", "suite", "metric", "value", "stderr", "n", "higher_is_better")
+
+
+def make_run(folder: Path, recipe: dict[str, Any] = RECIPE) -> Path:
+    """A run folder as a run leaves it, with weights that no one needs to load."""
+    stages = folder / "stages"
+    for name, weights in [("law/model", "model"), ("chat/model", "adapter_model"), ("chat/merged", "model")]:
+        (stages / name).mkdir(parents=True)
+        save_file({"w": np.arange(30_000, dtype=np.float32)}, stages / name / f"{weights}.safetensors")
+        (stages / name / "tokenizer.json").write_text('{"version": "1.0"}')
+        (stages / name / "chat_template.jinja").write_text("{{ messages }}")
+        (stages / name / "training_args.bin").write_bytes(b"a pickle")
+        if weights == "model":
+            (stages / name / "config.json").write_text('{"model_type": "llama"}')
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "me/base", "r": 4}
+    (stages / "chat/model/adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "scorecard.json").write_text(json.dumps([dict(zip(FIELDS, row, strict=True)) for row in SCORES]))
+    environment = {"python": "3.11", "packages": {"torch": "2.13"}, "hardware": {"device": "cpu"}}
+    environment["base"] = {"id": "me/base", "revision": "c" * 40, "license": "apache-2.0"}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    return folder
+
+
+@dataclass
+class Pusher:
+    """Pushes in a process of its own, as a user does; its output is kept."""
+
+    hub: HubServer
+    folder: Path
+    options: dict[str, Any] = field(default_factory=dict)  # of HubServer.env
+
+    def __call__(self, **arguments: Any) -> subprocess.CompletedProcess[str]:
+        return self.run(f"'URL', hub.push(Path('run'), **{arguments!r})")
+
+    def check(self, repo_id: str) -> subprocess.CompletedProcess[str]:
+        return self.run(f"hub.check_access({repo_id!r})")
+
+    def run(self, call: str) -> subprocess.CompletedProcess[str]:
+        program = (
+            "import sys\nfrom pathlib import Path\nfrom hfpipe import hub\nfrom hfpipe.errors import UserError\n"
+            f"try: print({call})\n"
+            "except UserError as error: print('ERROR', error); sys.exit(error.exit_code)"
+        )
+        env = os.environ | self.hub.env(self.folder / "home", **self.options)
+        env["PYTHONPATH"] = str(Path(__file__).parent.parent)
+        return subprocess.run(
+            [sys.executable, "-c", program], env=env, cwd=self.folder, text=True, capture_output=True, timeout=60
+        )
+
+
+class Outcome(NamedTuple):
+    name: str
+    pusher: Pusher
+    process: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def pusher(hub: HubServer, tmp_path: Path) -> Pusher:
+    make_run(tmp_path / "run")
+    return Pusher(hub, tmp_path)
+
+
+def pushes(hub: HubServer, repo_id: str = "me/toy") -> int:
+    """Commits behind the one that made the repository."""
+    return len(hub.commits(repo_id)) - 1
+
+
+# What is pushed
+
+
+def test_the_artefact_is_whole_on_disk(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    recipe = load_recipe(run / "recipe.yaml")
+    folder = prepare_artifact(run, Push(repo_id="me/toy"), recipe)
+    assert folder == run / "push" / "adapter"
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "recipe.yaml",
+        "scorecard.json",
+        "tokenizer.json",
+    }
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "c" * 40)
+    merged = prepare_artifact(run, Push(repo_id="me/toy", what="merged"), recipe)
+    assert {"config.json", "model.safetensors", "README.md"} <= {file.name for file in merged.iterdir()}
+
+
+def test_the_card_says_what_it_is_and_what_it_cost(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    folder = prepare_artifact(run, Push(repo_id="me/toy"), load_recipe(run / "recipe.yaml"))
+    card = ModelCard.load(folder / "README.md")
+    data = card.data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("me/base", "adapter", "peft")
+    assert (data.license, data.datasets, data.pipeline_tag) == ("apache-2.0", ["team/law"], "text-generation")
+    results = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
+    assert results == {("team/general", "bits_per_byte"): 0.9, ("task", "exact_match"): 0.75}
+    assert "| general | bits_per_byte ↓ | 500 | 1 ± 0.01 | 0.8 ± 0.01 | 0.9 ± 0.01 |" in card.text
+    assert "**forgotten**: general, bits_per_byte: 0.8 (law) to 0.9" in card.text
+    assert "**gained**: task, exact_match: 0 (base) to 0.75" in card.text
+    assert f'AutoModelForCausalLM.from_pretrained("me/base", revision="{"c" * 40}")' in card.text
+    assert card.content == ModelCard.load(prepare_again(run) / "README.md").content
+
+
+def prepare_again(run: Path) -> Path:
+    return prepare_artifact(run, Push(repo_id="me/toy"), load_recipe(run / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("what", "stage", "remedy"),
+    [
+        ("model", "chat", "what: adapter"),
+        ("adapter", "law", "what: model"),
+        ("merged", "law", "hfpipe merge"),
+        ("adapter", "absent", "law, chat"),
+    ],
+)
+def test_what_the_stage_did_not_make_is_refused(tmp_path: Path, what: str, stage: str, remedy: str) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(RecipeError, match=remedy):
+        prepare_artifact(run, Push(repo_id="me/toy", what=what, stage=stage), load_recipe(run / "recipe.yaml"))
+    assert not (run / "push").exists()
+
+
+def test_an_adapter_on_a_local_base_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = run / "stages/chat/model/adapter_config.json"
+    for local in ["runs/toy/stages/law/model", str(run / "stages/law/model"), "absent/folder/deep"]:
+        config.write_text(json.dumps({"base_model_name_or_path": local}))
+        with pytest.raises(RecipeError, match="what: merged"):
+            prepare_again(run)
+
+
+# The way to the Hub
+
+
+def test_a_push_is_one_private_commit_and_a_second_one_none(pusher: Pusher, hub: HubServer) -> None:
+    first = pusher()
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert f"URL {hub.url}/me/toy" in first.stdout
+    assert hub.repos["model", "me/toy"].private
+    second = pusher()
+    assert "nothing was sent" in second.stdout
+    assert pushes(hub) == 1
+    (pusher.folder / "run/stages/chat/model/tokenizer.json").write_text("{}")
+    sent = len(hub.requests)
+    assert pusher().returncode == 0
+    assert pushes(hub) == 2
+    assert not [request for request in hub.requests[sent:] if "xorb" in request]  # the weights were there already
+
+
+def test_a_model_pushed_over_an_adapter_is_not_taken_for_it(pusher: Pusher, hub: HubServer) -> None:
+    pusher.options = {"xet": False}
+    assert pusher().returncode == 0
+    done = pusher(what="merged", revision="whole", private=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"URL {hub.url}/me/toy/tree/whole" in done.stdout
+    assert "adapter_config.json" in hub.files("me/toy")
+    files = hub.files("me/toy", "whole")
+    assert "model.safetensors" in files
+    assert not [name for name in files if name.startswith("adapter")]
+    assert "vllm serve me/toy --revision whole" in files["README.md"].decode()
+
+
+COMMIT = "POST /api/models/me/toy/commit"
+Plant = Callable[[HubServer], None]
+
+
+def at_once(folder: Path, cases: dict[str, tuple[Plant, dict[str, Any], dict[str, Any]]]) -> Iterator[Outcome]:
+    """Pushes once per case, each to a Hub of its own with its fault planted, all at the same time.
+
+    Args:
+        folder: Where each case gets a folder.
+        cases: By name, the fault, the client's environment (see HubServer.env), and the arguments of `push`.
+    """
+    with ExitStack() as hubs, ThreadPoolExecutor(4) as threads:
+        running = []
+        for name, (plant, options, arguments) in cases.items():
+            pusher = Pusher(hubs.enter_context(HubServer()), folder / name, options)
+            make_run(folder / name / "run")
+            pusher.hub.tells_oids = (
+                False  # the real one may leave them out, and then only our own look prevents doubles
+            )
+            plant(pusher.hub)
+            running.append((name, pusher, threads.submit(pusher, **arguments)))
+        for name, pusher, process in running:
+            yield Outcome(name, pusher, process.result())
+
+
+def test_a_passing_trouble_is_overcome_by_one_commit(tmp_path: Path) -> None:
+    lfs = {"xet": False}
+    cases = {
+        "503": (lambda hub: hub.fail(COMMIT, 503), {}, {}),
+        "503-lfs": (lambda hub: hub.fail(COMMIT, 503), lfs, {}),
+        "429": (lambda hub: hub.fail(COMMIT, 429), lfs, {}),
+        "412": (lambda hub: hub.fail(COMMIT, 412), lfs, {}),
+        "500-on-create": (lambda hub: hub.fail("POST /api/repos/create", 500), lfs, {}),
+        "dropped": (lambda hub: hub.drop(COMMIT), {}, {}),
+        "reply-lost": (lambda hub: hub.lose_reply(COMMIT), {}, {}),
+        "reply-lost-lfs": (lambda hub: hub.lose_reply(COMMIT), lfs, {}),
+    }
+    for name, pusher, done in at_once(tmp_path, cases):
+        assert done.returncode == 0, (name, done)
+        assert "has it now" in done.stdout, name
+        assert pushes(pusher.hub) == 1, name
+
+
+def test_a_lasting_trouble_ends_in_one_paragraph_and_one_command(tmp_path: Path) -> None:
+    cases: dict[str, tuple[Plant, dict[str, Any], str]] = {
+        "dropped": (lambda hub: hub.drop(COMMIT, times=9), {}, "disconnected"),
+        "409": (lambda hub: hub.fail(COMMIT, 409, times=9), {}, "changed by somebody else"),
+        "503": (lambda hub: hub.fail(COMMIT, 503, times=9), {"xet": False}, "answered 503"),
+        "no-token": (lambda hub: None, {"token": None}, "hf auth login"),
+        "read-only": (lambda hub: None, {"token": HubServer.read_token}, "may only read"),
+        "unknown-token": (lambda hub: None, {"token": PLANTED}, "does not accept the token (401)"),
+        "403": (lambda hub: hub.fail("/preupload/", 403), {}, "may not write to me/toy (403)"),
+        "403-from-xet": (lambda hub: hub.fail("xet-write-token", 403), {}, "may not write to me/toy (403)"),
+    }
+    with_arguments = {name: (plant, options, {}) for name, (plant, options, _) in cases.items()}
+    for name, pusher, failed in at_once(tmp_path, with_arguments):
+        assert failed.returncode == 4, (name, failed)
+        message = failed.stdout.partition("ERROR ")[2]
+        assert cases[name][2] in message
+        assert "whole in run/push/adapter" in message, name
+        assert message.strip().endswith("hfpipe push run"), name
+        assert (pusher.folder / "run/push/adapter/adapter_model.safetensors").is_file(), name
+        assert "Traceback" not in failed.stderr, name
+        if name == "403":  # the command that the message gives finishes it
+            assert pusher().returncode == 0
+            assert pushes(pusher.hub) == 1
+
+
+def test_a_stalled_hub_meets_the_deadline(tmp_path: Path) -> None:
+    arguments = {"deadline_seconds": 4, "what": "adapter"}
+    cases = {
+        "commit": (lambda hub: hub.stall(COMMIT, times=99), {}, arguments),
+        "lfs": (lambda hub: hub.stall("PUT /lfs/", times=99), {"xet": False}, arguments),
+        "xet": (lambda hub: hub.stall("/v1/xorbs", times=99), {}, arguments),
+    }
+    started = time.monotonic()
+    for name, pusher, failed in at_once(tmp_path, cases):
+        assert failed.returncode == 4, (name, failed)
+        assert "not done after 4 seconds" in failed.stdout, name
+        assert failed.stdout.strip().endswith("hfpipe push run --what adapter"), name
+        assert pushes(pusher.hub) == 0, name
+    assert time.monotonic() - started < 20
+
+
+def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("model", "team/there")
+    hub.add_repo("model", "me/locked")
+    hub.fail("GET /api/models/me/locked/auth-check/write", 403)
+    answers = {
+        "toy": "may write to me/toy, which will be made",
+        "team/there": "may write to team/there, which exists",
+        "others/toy": "may not write under others. Allowed: me, team.",
+        "me/locked": "the token may not write to me/locked (403)",
+    }
+    before = set(hub.repos)
+    pusher = Pusher(hub, tmp_path)
+    for repo_id, answer in answers.items():
+        assert answer in pusher.check(repo_id).stdout
+    pusher.options = {"token": HubServer.read_token}
+    assert "may only read" in pusher.check("me/toy").stdout
+    assert set(hub.repos) == before
+
+
+def test_no_token_in_anything_that_a_push_leaves(pusher: Pusher, hub: HubServer) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["stages"][0]["data"][0]["storage_options"] = {"key": PLANTED}
+    (pusher.folder / "run/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    hub.fail(COMMIT, 503)
+    outputs = [pusher(), pusher()]
+    hub.fail("/preupload/", 403)
+    (pusher.folder / "run/stages/chat/model/tokenizer.json").write_text("{}")
+    outputs.append(pusher())
+    assert [output.returncode for output in outputs] == [0, 0, 4]
+    written = [file.read_bytes() for file in (pusher.folder / "run/push").rglob("*") if file.is_file()]
+    written += [(output.stdout + output.stderr).encode() for output in outputs]
+    written += hub.files("me/toy").values()
+    for token in (PLANTED, hub.token):
+        assert not [text for text in written if token.encode() in text]
+
+
+# The whole way
+
+
+PULL = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ids = AutoTokenizer.from_pretrained("me/toy")("what was learned", return_tensors="pt").input_ids
+base = AutoModelForCausalLM.from_pretrained("me/base")
+merged = AutoModelForCausalLM.from_pretrained("me/toy", revision="whole")
+direct = AutoPeftModelForCausalLM.from_pretrained("me/toy")
+with torch.no_grad():
+    logits = {"base": base(ids).logits, "merged": merged(ids).logits, "direct": direct(ids).logits}
+    logits["adapter"] = PeftModel.from_pretrained(base, "me/toy")(ids).logits
+torch.save(logits, "logits.pt")
+assert not [name for name in sys.modules if name.startswith("hfpipe")]
+"""
+
+
+def test_plain_transformers_and_peft_get_the_same_logits(pusher: Pusher, hub: HubServer) -> None:
+    import torch
+
+    tokenizer, base, adapted = tiny_models(pusher.folder)
+    hub.add_repo("model", "me/base", {file.name: file for file in base.iterdir()})
+    stage = pusher.folder / "run/stages/chat"
+    commit = hub.commits("me/base")[-1].oid
+    environment = {"base": {"id": "me/base", "revision": commit}}
+    (pusher.folder / "run/environment.json").write_text(json.dumps(environment))
+    for folder in (stage / "model", stage / "merged"):
+        for file in folder.iterdir():
+            file.unlink()
+        tokenizer.save_pretrained(folder)
+    adapted.save_pretrained(stage / "model")
+    config = stage / "model/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "me/base"}))
+    ids = tokenizer("what was learned", return_tensors="pt").input_ids
+    with torch.no_grad():
+        trained = adapted(ids).logits
+        adapted.merge_and_unload().save_pretrained(stage / "merged")
+    for xet, arguments in ((True, {}), (False, {"what": "merged", "revision": "whole"})):
+        pusher.options = {"xet": xet}
+        done = pusher(**arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+    env = os.environ | hub.env(pusher.folder / "elsewhere") | {"OMP_NUM_THREADS": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "-c", PULL], env=env, cwd=pusher.folder, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    logits = torch.load(pusher.folder / "logits.pt")
+    assert not torch.allclose(logits["base"], trained, atol=1e-3)
+    torch.testing.assert_close(logits["adapter"], trained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits["direct"], trained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits["merged"], trained, atol=1e-5, rtol=0)
+
+
+def tiny_models(folder: Path) -> tuple[Any, Path, Any]:
+    """A tokenizer, the folder of a base model, and that base with an adapter that changes it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "what": 1, "was": 2, "learned": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return tokenizer, folder / "base", get_peft_model(base, lora).eval()
