@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate import PartialState
-
 from hfpipe import ranks
 from hfpipe.errors import RecipeError
 from hfpipe.evaluation import score_suite, suite_rows
@@ -31,7 +29,6 @@ def evaluate_model(name: str, recipe: Recipe, output: str | None) -> None:
     if not recipe.evaluate:
         raise RecipeError("the recipe has no suites: add an `evaluate:` block.")
     quiet_libraries()
-    PartialState()
     path = _model_of(name)
     ref = ModelRef(path, recipe.model)
     tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
@@ -79,6 +76,5 @@ def merge_run(folder: Path, stage: str | None) -> str:
         there = f"finished adapters: {', '.join(adapters)}" if adapters else "the run has no finished adapter"
         raise RecipeError(f"{folder}: nothing to merge{f' in stage {stage!r}' if stage else ''}; {there}.")
     quiet_libraries()
-    PartialState()
     with_place = recipe.model_copy(update={"output_dir": str(folder)})
     return merged(open_run(with_place, folder), stage or adapters[-1]).path

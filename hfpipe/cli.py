@@ -105,8 +105,15 @@ def _push(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
     from hfpipe.hub import push
 
-    private = None if options.private is None else options.private
-    print(push(folder, repo_id=options.repo_id, what=options.what, private=private))
+    push(
+        folder,
+        repo_id=options.repo_id,
+        what=options.what,
+        stage=options.stage,
+        private=options.private,
+        revision=options.revision,
+        commit_message=options.commit_message,
+    )
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -179,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("run", metavar="RUN", help="a run folder")
     push.add_argument("--repo-id", help="OWNER/NAME; the recipe's push.repo_id when absent")
     push.add_argument("--what", choices=["adapter", "model", "merged"])
+    push.add_argument("--stage", help="which stage's; the last one when absent")
+    push.add_argument("--revision", metavar="BRANCH", help="a branch; made when it does not exist")
+    push.add_argument("--commit-message", metavar="TEXT")
     push.add_argument(
         "--private", action=argparse.BooleanOptionalAction, default=None, help="private unless told not to be"
     )

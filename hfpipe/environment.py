@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 import hfpipe
+from hfpipe import ranks
 from hfpipe.model.load import ModelRef
 
 PACKAGES = (
@@ -31,7 +31,7 @@ PACKAGES = (
 
 def environment(base: ModelRef) -> dict[str, Any]:
     """The facts that someone needs who wants the same numbers again."""
-    state = PartialState()
+    state = ranks.state()
     return {
         "hfpipe": hfpipe.__version__,
         "python": platform.python_version(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from hfpipe import ranks
 from hfpipe.data.encode import encode, prompt_and_completion
+from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
 from hfpipe.metrics import higher_is_better, load_metric, needs_of
@@ -28,7 +29,7 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     """
     rows = [
         row
-        for row in load_rows(suite.data, default_split="test", seed=seed)
+        for row in readable(load_rows(suite.data, default_split="test", seed=seed), suite.data)
         if all(row[key] for key in row if key != "id")
     ]
     if not rows:

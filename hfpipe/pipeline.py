@@ -10,8 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from hfpipe import ranks
 from hfpipe.environment import environment
 from hfpipe.errors import BudgetExceeded
@@ -78,7 +76,7 @@ def run_recipe(recipe: Recipe) -> Path:
         UserError: With the exit code of its family; what was finished stays, and the same command continues.
     """
     quiet_libraries()
-    PartialState()
+    ranks.state()
     folder = output_folder(recipe)
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     run = open_run(recipe, folder)
@@ -101,7 +99,7 @@ def run_recipe(recipe: Recipe) -> Path:
         if ranks.is_main():
             from hfpipe.hub import push
 
-            ranks.say(f"pushed to {push(folder)}")
+            push(folder)
         ranks.wait()
     return folder
 
@@ -120,7 +118,7 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
         resolved = recipe.model_copy(update={"model": recipe.model.model_copy(update=base.pinned)})
         write_text(folder / "recipe.yaml", dump_recipe(resolved))
         write_json(folder / "environment.json", environment(base.ref))
-    with PartialState().main_process_first():
+    with ranks.state().main_process_first():
         rows = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
     return Run(recipe, folder, base, rows, hashes)
 
@@ -190,8 +188,9 @@ def _check_budgets(recipe: Recipe, scores: list[Score], stage: str) -> None:
             raise BudgetExceeded(
                 f"stage {stage} lost {-change.relative:.1%} of {name} {change.after.metric} "
                 f"({change.before.value:.4f} after {change.before.stage}, {change.after.value:.4f} now), more than the "
-                f"budget of {suite.budget:.1%}. Nothing was merged or pushed; the model stays in the run folder. Replay "
-                "earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, and run again."
+                f"budget of {suite.budget:.1%}. Nothing was merged or pushed; the model stays in the run folder. "
+                "Replay earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, and run "
+                "again."
             )
 
 

@@ -1,36 +1,42 @@
 """Accelerate's process state, in the few words that hfpipe needs.
 
-`PartialState` is asked anew each time because `TrainingArguments` resets it when it is built.
+The state is asked anew each time because `TrainingArguments` resets it when it is built.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 
+def state() -> PartialState:
+    """This launch as accelerate sees it; without an accelerator the ranks meet over gloo, if they are told to."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def rank() -> int:
-    return PartialState().process_index
+    return state().process_index
 
 
 def ranks() -> int:
-    return PartialState().num_processes
+    return state().num_processes
 
 
 def is_main() -> bool:
-    return PartialState().is_main_process
+    return state().is_main_process
 
 
 def wait() -> None:
     """Waits until every rank is here."""
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()
 
 
 def gather(value: Any) -> list[Any]:
     """The values of all ranks in rank order, on every rank."""
-    return gather_object([value])
+    return gather_object([value]) if ranks() > 1 else [value]
 
 
 def from_main(value: Any) -> Any:

@@ -19,7 +19,7 @@ from hfpipe.model.create import train_tokenizer
 
 datasets.disable_progress_bars()
 LENGTH = 32
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def documents(count: int, seed: int = 0, longest: int = 40, prefix: str = "d") -> list[dict]:
@@ -129,7 +129,8 @@ def test_fewer_documents_than_lanes_do_not_hang(tokenizer) -> None:
 
 
 def test_dirty_rows_are_counted_and_left_out(tokenizer) -> None:
-    rows = [*documents(20), {"id": "none", "text": None}, {"id": "empty", "text": " \n"}, {"id": "nul", "text": "a\x00b"}]
+    rows = [*documents(20), {"id": "none", "text": None}]
+    rows += [{"id": "empty", "text": " \n"}, {"id": "nul", "text": "a\x00b"}]
     source = stream([Dataset.from_list(rows)], tokenizer, lanes=1)
     served = [row for batch in take(source, 30) for row in batch]
     found = set(texts(served, 1, tokenizer))

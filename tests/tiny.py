@@ -52,8 +52,8 @@ def recipe(folder: Path, **changes: object) -> dict:
         "model": {
             "architecture": {
                 "model_type": "llama",
-                "hidden_size": 32,
-                "intermediate_size": 64,
+                "hidden_size": 64,
+                "intermediate_size": 128,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,

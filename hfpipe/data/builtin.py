@@ -38,7 +38,7 @@ from hfpipe.data import docstrings
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.recipe.faults import did_you_mean, listed
 
-FORMAT = 2  # raise it when the documents change: part of the cache's name
+FORMAT = 1  # raise it when the documents change: part of the cache's name
 PYTHON = "python"  # the standard library, among the packages
 # What hfpipe requires, and what that requires, in a fixed order; a package that is not installed gives nothing.
 PACKAGES = (

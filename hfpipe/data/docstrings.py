@@ -66,7 +66,7 @@ def _in_body(node: ast.Module | ast.ClassDef, module: str, prefix: str) -> Itera
 def _own(node: Any, **place: str) -> Iterator[dict[str, str]]:
     raw = ast.get_docstring(node, clean=False)
     if raw and len(raw) >= MIN_CHARACTERS:
-        text = inspect.cleandoc(raw)
+        text = inspect.cleandoc(raw).strip()
         if len(text) >= MIN_CHARACTERS:
             yield {**place, "text": text}
 

@@ -9,7 +9,9 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hfpipe.data.packing import pack
+from hfpipe.data.source_errors import readable
 from hfpipe.errors import DataError
+from hfpipe.recipe import Source
 
 MAX_CHARACTERS = 10_000_000  # of a document; what is longer is cut
 LISTED = 20  # ids of dirty rows that the report names
@@ -22,11 +24,11 @@ class Reader:
         rows: The source, with a column `text`.
         lane: Which share.
         lanes: How many shares.
-        name: The source's name, for messages.
+        source: What the rows were opened from, for messages.
     """
 
-    def __init__(self, rows: Dataset | IterableDataset, lane: int, lanes: int, name: str) -> None:
-        self.name = name
+    def __init__(self, rows: Dataset | IterableDataset, lane: int, lanes: int, source: Source) -> None:
+        self.source = source
         self.epoch = 0
         self.read = 0  # rows of this epoch that were read
         self.dirty: dict[str, int] = {}
@@ -34,6 +36,7 @@ class Reader:
         self._usable = 0  # documents of this epoch that were not dirty
         self._share = _shares(rows, lane, lanes)
         self._stream: IterableDataset | None = None
+        self._stream_state: dict[str, Any] | None = None  # what a stream that has not moved yet cannot tell itself
         self._rows: Iterator[dict[str, Any]] | None = None
 
     def next(self) -> str:
@@ -50,11 +53,12 @@ class Reader:
             if row is None:
                 if not self._usable:
                     raise DataError(
-                        f"source {self.name!r} has no document with text in it ({self.read} rows were read)."
+                        f"source {self.source.path!r} has no document with text in it ({self.read} rows read)."
                     )
                 self.epoch, self.read, self._usable, self._rows = self.epoch + 1, 0, 0, None
                 continue
             self.read += 1
+            self._stream_state = None
             text = row["text"]
             if isinstance(text, str) and text and not text.isspace():
                 self._usable += 1
@@ -74,10 +78,12 @@ class Reader:
             return
         if state is not None:
             share.load_state_dict(state)
-        self._stream, self._rows = share, iter(share)
+        self._stream, self._stream_state, self._rows = share, state, readable(share, self.source)
 
     def state(self) -> dict[str, Any]:
-        inner = self._stream.state_dict() if self._stream is not None and self._rows is not None else None
+        inner = self._stream_state
+        if inner is None and self._stream is not None and self.read:
+            inner = self._stream.state_dict()
         dirty = {"dirty": dict(self.dirty), "dirty_ids": list(self.dirty_ids)}
         return {"epoch": self.epoch, "read": self.read, "usable": self._usable, "stream": inner, **dirty}
 

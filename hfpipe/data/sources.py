@@ -1,221 +1,257 @@
 """Sources: one `load_dataset` call of a recipe, to rows whose columns are roles.
 
-The roles are `text`, `prompt` + `completion`, or `messages`; `id` comes along where there is one. Streams stay streams.
+The roles are `text`, `prompt` + `completion`, or `messages`; `id` comes along where there is one. Streams stay streams,
+and tables stay on disk.
 """
 
 from __future__ import annotations
 
-import difflib
 import string
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
-from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import OfflineModeIsEnabled
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from huggingface_hub import HfApi
 
-from hfpipe.data.where import compile_where
-from hfpipe.errors import DataError, MachineError, RecipeError
+from hfpipe.data.builtin import builtin
+from hfpipe.data.ranges import stream_range
+from hfpipe.data.source_errors import friendly
+from hfpipe.data.where import Where
+from hfpipe.errors import DataError, RecipeError
 from hfpipe.recipe import Source
+from hfpipe.recipe.faults import did_you_mean, listed
 
-ROLES = (("messages",), ("prompt", "completion"), ("text",))
+Rows: TypeAlias = Dataset | IterableDataset
+Kind = Literal["text", "prompt_completion", "messages"]
+ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+__all__ = ["fingerprint", "friendly", "load_rows", "roles_of"]
 
 
-def load_rows(source: Source, *, default_split: str = "train", seed: int = 0) -> Dataset | IterableDataset:
-    """Opens a source and gives its rows with the columns of one role, and `id`.
+def load_rows(source: Source, *, default_split: str = "train", seed: int = 0) -> Rows:
+    """Opens a source and gives its rows with the columns of one role, and `id` where there is one.
+
+    First `skip` and `take` cut the rows by their place, so that two sources which share no place share no row; then
+    `where` chooses among them; then `columns` and `template` name and build the roles.
 
     Args:
         source: The source as the recipe gives it.
-        default_split: The split where the recipe names none.
-        seed: Unused by most sources; a source that samples draws with it.
+        default_split: The split where the recipe names none; files that are not given by split are `train`.
+        seed: Reserved for sources that draw; none does.
 
     Returns:
-        A `Dataset`, or an `IterableDataset` when the source streams.
+        A `Dataset`, or an `IterableDataset` when the source streams; its errors come while it is read: see `friendly`.
 
     Raises:
-        RecipeError: The file, split or configuration does not exist.
+        RecipeError: The file, split or configuration does not exist, or `where` or `template` is written wrongly.
         MachineError: The Hub cannot be reached or refuses.
         DataError: The data cannot be read, or lacks the columns.
     """
-    with clear_errors(source):
+    with friendly(source, opening=True):
         rows = _open(source, default_split)
-        columns = _column_names(rows)
+    with friendly(source):
+        features = _features_of(rows, source)
+        rows = _cut(rows, source.skip, source.take)
         if source.where is not None:
-            rows = rows.filter(compile_where(source.where, columns, source.path))
-        if source.skip:
-            size = len(rows) if isinstance(rows, Dataset) else source.skip
-            rows = rows.skip(min(source.skip, size))
-        if source.take is not None:
-            size = len(rows) if isinstance(rows, Dataset) else source.take
-            rows = rows.take(min(source.take, size))
-        return _with_roles(rows, columns, source)
+            keep = Where(source.where, source.path)
+            for column in keep.columns:
+                _require(column, features, "where", source)
+            rows = rows.filter(keep, input_columns=keep.columns)
+        return _with_roles(rows, features, source)
 
 
-def _open(source: Source, default_split: str) -> Dataset | IterableDataset:
+def roles_of(rows: Rows) -> Kind:
+    """Which kind of rows `load_rows` gave."""
+    columns = rows.column_names if rows.column_names is not None else next(iter(rows), {})
+    return next(kind for kind, roles in ROLES.items() if set(roles) <= set(columns))
+
+
+def fingerprint(source: Source) -> str | None:
+    """The commit of a data set on the Hub; None for what is local or cannot be asked now."""
+    path = source.path
+    if path == "builtin" or path in _PACKAGED_DATASETS_MODULES or Path(path).exists():
+        return None
+    try:
+        return HfApi().dataset_info(path, revision=source.passed_through.get("revision"), timeout=10).sha
+    except Exception:  # a fact for the record; loading says what is wrong
+        return None
+
+
+def _open(source: Source, default_split: str) -> Rows:
     """The rows as they are stored."""
     arguments = dict(source.passed_through)
-    if isinstance(arguments.get("data_files"), str | list):
-        default_split = "train"  # what `datasets` calls files that are not given by split
-    split = arguments.pop("split", default_split)
-    folder = Path(source.path)
+    files = arguments.get("data_files")
+    split = arguments.pop("split", None) or ("train" if isinstance(files, str | list) else default_split)
     if source.path == "builtin":
-        from hfpipe.data.builtin import builtin
-
-        return builtin(arguments.get("name", "text"), split)
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        saved = load_from_disk(source.path)
-        if isinstance(saved, DatasetDict):
-            if split not in saved:
-                raise RecipeError(f"{source.path} has no split {split!r}; there are {', '.join(saved)}.")
-            saved = saved[split]
+        return builtin(arguments.get("name") or "text", split)
+    folder = Path(source.path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        saved = _saved(folder, split)
         return saved.to_iterable_dataset() if arguments.get("streaming") else saved
+    needs_files = source.path in _PACKAGED_DATASETS_MODULES and source.path not in ("eval", "iceberg", "lance")
+    if needs_files and not files and not arguments.get("data_dir"):
+        raise RecipeError(
+            f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
+        )
     return load_dataset(source.path, split=split, **arguments)
 
 
-@contextmanager
-def clear_errors(source: Source) -> Iterator[None]:
-    """Turns what `datasets` raises, here or while a stream is read, into one paragraph with the remedy."""
-    where = f"source {source.path!r}"
+def _saved(folder: Path, split: str) -> Dataset:
+    """A folder that `save_to_disk` wrote."""
+    saved = load_from_disk(str(folder))
+    if not isinstance(saved, DatasetDict):
+        return saved  # has no splits
+    if split not in saved:
+        hint = did_you_mean(split, saved)
+        raise RecipeError(f"source {str(folder)!r} has no split {split!r}; allowed: {listed(saved)}.{hint}")
+    return saved[split]
+
+
+def _cut(rows: Rows, skip: int, take: int | None) -> Rows:
+    if not skip and take is None:
+        return rows
+    if isinstance(rows, IterableDataset):
+        return stream_range(rows, skip, take)
+    end = len(rows) if take is None else min(skip + take, len(rows))
+    return rows.select(range(min(skip, end), end))
+
+
+def _features_of(rows: Rows, source: Source) -> Features:
+    """Columns and their types; a stream that does not know them is asked for its first row."""
+    if rows.features is not None:
+        return rows.features
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError(f"source {source.path!r} has no rows; look at its files and its split.")
+    return Dataset.from_list([first]).features
+
+
+def _require(column: str, columns: Iterable[str], key: str, source: Source) -> None:
+    if column not in columns:
+        raise DataError(
+            f"source {source.path!r}: {key} names the column {column!r}, which the data does not have; its columns are "
+            f"{listed(columns)}.{did_you_mean(column, columns)}"
+        )
+
+
+def _with_roles(rows: Rows, features: Features, source: Source) -> Rows:
+    """Only the columns of one role, as they are, renamed or built."""
+    columns = list(features)
+    renamed = dict(source.columns) if isinstance(source.columns, dict) else {}
+    templates = dict(source.template or {})
+    for role, column in renamed.items():
+        _require(column, columns, f"columns.{role}", source)
+    for role, text in templates.items():
+        for field in _fields(text, role, source):
+            _require(field, columns, f"template.{role}", source)
+    named = {*renamed, *templates}
+    available = {*columns, *named}
+    asked = [kind for kind, roles in ROLES.items() if named & set(roles)]  # what the recipe names comes first
+    kinds = [kind for kind in asked or ROLES if available >= set(ROLES[kind])]
+    if not kinds:
+        raise DataError(
+            f"source {source.path!r} has the columns {listed(columns)}, and none of them is `text`, `prompt` with "
+            "`completion`, or `messages`. Say what they mean: `columns: {text: SOME_COLUMN}` renames, "
+            '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
+        )
+    roles = [*ROLES[kinds[0]], *(["id"] if "id" in available else [])]
+    taken = {role: renamed.get(role, role) for role in roles if role not in templates}
+    built = {role: templates[role] for role in roles if role in templates}
+    for role, column in taken.items():
+        _check_type(features[column], role, column, source)
+    if built or len(set(taken.values())) < len(taken):
+        rows = _build(rows, columns, taken, built)
+    else:
+        rows = rows.select_columns(list(taken.values()))
+        if changed := {column: role for role, column in taken.items() if column != role}:
+            rows = rows.rename_columns(changed)
+    return _with_features(rows, roles)
+
+
+def _fields(text: str, role: str, source: Source) -> list[str]:
+    """The columns that a template names."""
     try:
-        yield
-    except DataFilesNotFoundError as error:
-        raise RecipeError(f"{where}: {_first_line(error)} Check data_files and data_dir.") from error
-    except FileNotFoundError as error:
-        raise RecipeError(
-            f"{where}: {_first_line(error)} Paths are taken from the current folder, {Path.cwd()}."
-        ) from error
-    except DatasetNotFoundError as error:
-        if "gated" in str(error) or "authenticat" in str(error):
-            raise MachineError(
-                f"{where} is gated or private. Accept its conditions on its page of the Hub, then log in: `hf auth login`."
-            ) from error
-        if "Couldn't reach" in str(error):
-            raise MachineError(f"{where}: the Hub cannot be reached. Check the network, and HF_HUB_OFFLINE.") from error
-        raise RecipeError(
-            f"{where} was found neither as a folder nor on the Hub. Check the spelling; a private data set needs "
-            "`hf auth login` with an account that may read it."
-        ) from error
-    except (OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise MachineError(
-            f"{where}: the Hub cannot be reached ({type(error).__name__}). Check the network, and HF_HUB_OFFLINE; what is "
-            "in the cache loads without one."
-        ) from error
-    except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{where} cannot be read: {_first_line(cause)}{_file_of(source)}") from error
+        parsed = list(string.Formatter().parse(text))
     except ValueError as error:
-        text = str(error)
-        if "Unknown split" in text or "Bad split" in text:
-            raise RecipeError(f"{where}: {_first_line(error)}{_splits_of(source, text)}") from error
-        if "BuilderConfig" in text or "Config name is missing" in text:
-            raise RecipeError(f"{where}: {' '.join(text.split())[:600]} Give one of them as `name`.") from error
-        if isinstance(error, UnicodeDecodeError) or type(error).__module__.startswith(("pyarrow", "pandas", "json")):
-            raise DataError(f"{where} cannot be read: {_first_line(error)}{_file_of(source)}") from error
-        if "Couldn't cast" in text or "schema" in text.lower():
+        raise RecipeError(
+            f"source {source.path!r}: template.{role}: {error}. A column is written {{column}}; braces of the text "
+            "itself are doubled: {{ and }}."
+        ) from error
+    fields = []
+    for _, field, form, conversion in parsed:
+        if field is None:
+            continue
+        if not field or form or conversion or set(field) & set(".[]"):
+            raise RecipeError(
+                f"source {source.path!r}: template.{role}: {field!r} is not the plain name of a column. A column is "
+                "written {column}, without attribute, index or format; braces of the text are doubled: {{ and }}."
+            )
+        fields.append(field)
+    return fields
+
+
+def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
+    """A role is text, or a conversation; a number is not made text behind the user's back."""
+    if role == "id":
+        return
+    if role != "messages":
+        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view", "null")):
             raise DataError(
-                f"{where}: its rows do not have the same columns throughout: {_first_line(error)}"
-            ) from error
-        raise RecipeError(f"{where}: {_first_line(error)}") from error
-    except (TypeError, KeyError) as error:
-        if type(error).__module__.startswith("hfpipe"):
-            raise
-        raise RecipeError(f"{where}: load_dataset refuses it: {_first_line(error)}") from error
+                f"source {source.path!r}: `{role}` is the column {column!r}, which holds {_kind(feature)}, not text. "
+                f'Build text of it with `template: {{{role}: "{{{column}}}"}}`, or name a conversation `messages`.'
+            )
+        return
+    turn = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if isinstance(turn, dict) and not {"role", "content"} <= set(turn):
+        raise DataError(
+            f"source {source.path!r}: the turns of {column!r} have {listed(turn)}; a conversation is a list of turns "
+            "with `role` and `content`."
+        )
+    if turn is None and isinstance(feature, Value) and feature.dtype != "null":
+        raise DataError(
+            f"source {source.path!r}: `messages` is the column {column!r}, which holds {feature.dtype} and not a list "
+            "of turns with `role` and `content`. If it is text, name it `text`."
+        )
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0][:400]
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+def _kind(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def _file_of(source: Source) -> str:
-    files = source.passed_through.get("data_files")
-    return f" Look at {files}." if files else ""
+def _build(rows: Rows, columns: list[str], taken: dict[str, str], built: dict[str, str]) -> Rows:
+    """Builds roles by template, in batches."""
+    arguments: dict[str, Any] = {"batched": True, "fn_kwargs": {"taken": taken, "built": built}}
+    if isinstance(rows, Dataset):
+        arguments["desc"] = "template"
+    if rows.features is not None:
+        kept = {role: rows.features[column] for role, column in taken.items()}
+        arguments["features"] = Features({**kept, **{role: Value("string") for role in built}})
+    return rows.map(_fill, remove_columns=columns, **arguments)
 
 
-def _splits_of(source: Source, text: str) -> str:
-    """The splits that there are, where the error does not list them itself."""
-    if "Should be one of" in text or source.path == "builtin":
-        return ""
-    try:
-        return f" There are {', '.join(get_dataset_split_names(source.path, source.passed_through.get('name')))}."
-    except Exception:  # it only adds to a message
-        return ""
+def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, str]) -> dict[str, list[Any]]:
+    """The roles of a batch; where a value is missing, so is the text built of it, and the row counts as empty."""
+    filled = {role: batch[column] for role, column in taken.items()}
+    for role, template in built.items():
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+        rows = (
+            zip(*(batch[field] for field in fields), strict=True) if fields else ((),) * len(next(iter(batch.values())))
+        )
+        filled[role] = [
+            None if any(value is None for value in row) else template.format_map(dict(zip(fields, row, strict=True)))
+            for row in rows
+        ]
+    return filled
 
 
-def _column_names(rows: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; a stream without known features is asked for its first row."""
-    if rows.column_names is not None:
-        return list(rows.column_names)
-    return list(next(iter(rows), {}))
-
-
-def _with_roles(rows: Any, columns: list[str], source: Source) -> Any:
-    """Only the columns of one role, renamed or built as the recipe says."""
-    if source.template is not None:
-        return _from_template(rows, columns, source)
-    if isinstance(source.columns, dict):
-        for role, column in source.columns.items():
-            if column not in columns:
-                raise DataError(_missing(f"columns.{role}", column, columns, source))
-        clash = [role for role in source.columns if role in columns and role not in source.columns.values()]
-        rows = rows.remove_columns(clash)
-        rows = rows.rename_columns({column: role for role, column in source.columns.items() if column != role})
-        columns = [column for column in columns if column not in clash and column not in source.columns.values()]
-        columns += list(source.columns)
-    for role in ROLES:
-        if set(role) <= set(columns):
-            return rows.select_columns([*role, *(["id"] if "id" in columns else [])])
-    raise DataError(
-        f"source {source.path!r} has the columns {', '.join(columns) or 'none'}, and none of them is `text`, `prompt` and "
-        "`completion`, or `messages`. Say what they mean: `columns: {text: THE_COLUMN}` renames, "
-        '`template: {prompt: "Question: {question}", completion: " {answer}"}` builds them.'
-    )
-
-
-def _from_template(rows: Any, columns: list[str], source: Source) -> Any:
-    template = source.template or {}
-    for role, text in template.items():
-        for _, field, form, conversion in string.Formatter().parse(text):
-            if field is None:
-                continue
-            if form or conversion or not field.isidentifier() and field not in columns:
-                raise RecipeError(
-                    f"template.{role}: {{{field}}} is not a plain column name. Write {{column}}; braces of the text itself "
-                    "are doubled: {{ and }}."
-                )
-            if field not in columns:
-                raise DataError(_missing(f"template.{role}", field, columns, source))
-
-    def build(batch: dict[str, list[Any]]) -> dict[str, list[str | None]]:
-        keys = list(batch)
-        table = [dict(zip(keys, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return {role: [_filled(text, row) for row in table] for role, text in template.items()}
-
-    dropped = [column for column in columns if column != "id" and column not in template]
-    return rows.map(build, batched=True, remove_columns=dropped)
-
-
-def _filled(text: str, row: dict[str, Any]) -> str | None:
-    """The template with a row's values; None when one of them is missing, so that the row counts as empty."""
-    needed = [field for _, field, _, _ in string.Formatter().parse(text) if field]
-    return None if any(row[field] is None for field in needed) else text.format_map(row)
-
-
-def _missing(key: str, column: str, columns: Sequence[str], source: Source) -> str:
-    near = difflib.get_close_matches(column, columns, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"source {source.path!r}: {key} names the column {column!r}; there are {', '.join(columns)}.{hint}"
-
-
-def commit_of(source: Source) -> str | None:
-    """The commit of a Hub data set; None for what is not on the Hub or cannot be asked now."""
-    if source.path == "builtin" or "/" not in source.path or Path(source.path).exists():
-        return None
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(source.path, revision=source.passed_through.get("revision"), timeout=10).sha
-    except Exception:  # a fact for the record; loading says what is wrong
-        return None
+def _with_features(rows: Rows, roles: list[str]) -> Rows:
+    """Makes the columns of a stream known where the data does not tell; only of a conversation is the type unknown."""
+    if rows.column_names is not None or "messages" in roles:
+        return rows
+    return rows.cast(Features({role: Value("string") for role in roles}))

@@ -20,6 +20,7 @@ from datasets import Dataset, IterableDataset
 
 from hfpipe.data.lane import LISTED, Lane, Reader, Window
 from hfpipe.errors import RecipeError
+from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8
 WINDOW_DOCUMENTS = 500
@@ -38,7 +39,7 @@ class TokenStream:
         rank: This rank.
         ranks: Number of ranks.
         window_documents: Documents of a window.
-        names: Names of the sources, for messages and the report.
+        origins: What the sources were opened from, for messages and the report.
 
     Raises:
         RecipeError: `lanes` is not a multiple of `ranks`.
@@ -56,11 +57,13 @@ class TokenStream:
         rank: int = 0,
         ranks: int = 1,
         window_documents: int = WINDOW_DOCUMENTS,
-        names: Sequence[str] | None = None,
+        origins: Sequence[Source] | None = None,
     ) -> None:
         self.sources, self.tokenizer, self.max_length = list(sources), tokenizer, max_length
         self.weights = list(weights or [1.0] * len(self.sources))
-        self.names = list(names or [f"source {number}" for number in range(len(self.sources))])
+        self.origins = list(
+            origins or [Source.model_validate({"path": f"source {number}"}) for number in range(len(sources))]
+        )
         self.seed, self.rank, self.ranks, self.window_documents = seed, rank, ranks, window_documents
         self._backend = tokenizer.backend_tokenizer
         ids = tokenizer("")["input_ids"]
@@ -87,7 +90,9 @@ class TokenStream:
         self._next = 0  # rows that this rank has served
 
     def _lane(self, lane: int) -> Lane:
-        readers = [Reader(rows, lane, self.lanes, name) for rows, name in zip(self.sources, self.names, strict=True)]
+        readers = [
+            Reader(rows, lane, self.lanes, origin) for rows, origin in zip(self.sources, self.origins, strict=True)
+        ]
         seed = [self.seed, lane]
         return Lane(readers, self.weights, self._tokenize, self.max_length, self.window_documents, seed)
 
@@ -165,9 +170,9 @@ class TokenStream:
         total = {key: sum(facts[key] for facts in counted) for key in ("documents", "tokens", "cut")}
         tokens = np.sum([lane.tokens for lane in self._built.values()], axis=0)
         sources = {}
-        for number, name in enumerate(self.names):
+        for number, origin in enumerate(self.origins):
             readers = [lane.readers[number] for lane in self._built.values()]
-            sources[f"{number}: {name}"] = {
+            sources[f"{number}: {origin.path}"] = {
                 "epochs": min(reader.epoch for reader in readers),
                 "token_share": round(float(tokens[number] / max(tokens.sum(), 1)), 4),
                 "dirty": {why: sum(reader.dirty.get(why, 0) for reader in readers) for why in _reasons(readers)},

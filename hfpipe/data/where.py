@@ -1,57 +1,153 @@
 """`where:` of a source: a condition on columns, such as `language_score > 0.9 and language == "en"`.
 
-The expression is Python's syntax without calls, attributes or anything else that could do more than compare.
+It is Python's syntax without calls, attributes or anything else that could do more than compare; it is walked, not run.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from hfpipe.errors import DataError, RecipeError
 
-ALLOWED = (
-    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.cmpop),
-    *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Mod, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple),
+ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda value, values: value in values,
+    ast.NotIn: lambda value, values: value not in values,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+FOR_MISSING = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot)  # what may be asked of a value that is missing
+ALLOWED: tuple[type[ast.AST], ...] = (
+    *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd, ast.BinOp, ast.Compare),
+    *(ast.Name, ast.Load, ast.List, ast.Tuple),
+    *COMPARISONS,
+    *ARITHMETIC,
 )
 
 
-def compile_where(text: str, columns: Sequence[str], path: str) -> Callable[[dict[str, Any]], bool]:
-    """A function that says of a row whether it is kept; a row in which a compared column is missing is not.
+class Where:
+    """A condition, called with the values of `columns` in that order.
 
     Args:
         text: The condition.
-        columns: The columns that there are.
         path: The source, for messages.
 
     Raises:
         RecipeError: The condition is not of the allowed form.
-        DataError: It names a column that does not exist.
     """
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except SyntaxError as error:
-        raise RecipeError(f"source {path!r}: where: {text!r} is not a condition: {error.msg}.") from error
-    for node in ast.walk(tree):
-        if not isinstance(node, ALLOWED):
-            raise RecipeError(
-                f"source {path!r}: where: {ast.unparse(node)!r} in {text!r} is not allowed; a condition may compare columns "
-                "with numbers and texts, and join comparisons with and, or, not, in."
-            )
-        if isinstance(node, ast.Name) and node.id not in columns:
-            near = difflib.get_close_matches(node.id, columns, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(
-                f"source {path!r}: where: there is no column {node.id!r}; there are {', '.join(columns)}.{hint}"
-            )
-    code = compile(tree, "where", "eval")
 
-    def keep(row: dict[str, Any]) -> bool:
+    def __init__(self, text: str, path: str) -> None:
+        self.text, self.path = text, path
+        for node in ast.walk(self._tree):
+            is_constant = isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None)
+            asks_is = isinstance(node, ast.Compare) and any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
+            if asks_is and not all(_is_none(right) for right in node.comparators):  # type: ignore[attr-defined]
+                raise self._refused(node, "`is` is for None alone; write `==`")
+            if not is_constant and not isinstance(node, ALLOWED):
+                raise self._refused(node, "compare columns with numbers and texts, and join that by and, or, not")
+        if not self.columns:
+            raise self._refused(self._tree, "it names no column")
+
+    def __reduce__(self) -> tuple[type[Where], tuple[str, str]]:
+        return Where, (self.text, self.path)  # the same bytes on every rank: `datasets` caches by them
+
+    @cached_property
+    def _tree(self) -> ast.expr:
         try:
-            return bool(eval(code, {"__builtins__": {}}, row))
-        except TypeError:  # a missing value compared with a number
+            return ast.parse(self.text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            at = f" at character {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
+            reason = error.msg if isinstance(error, SyntaxError) else "it cannot be read"
+            raise RecipeError(
+                f"source {self.path!r}: where: {self.text!r} is not a condition{at}: {reason}. Write it like "
+                "`language_score > 0.9 and language in ['en', 'de']`."
+            ) from error
+
+    def _refused(self, node: ast.AST, reason: str) -> RecipeError:
+        at = getattr(node, "col_offset", 0) + 1
+        part = ast.unparse(node)
+        return RecipeError(
+            f"source {self.path!r}: where: {part!r}, at character {at} of {self.text!r}, is not allowed; {reason}."
+        )
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns that the condition names, in order of appearance."""
+        names = (node for node in ast.walk(self._tree) if isinstance(node, ast.Name))
+        return list(dict.fromkeys(node.id for node in sorted(names, key=lambda node: node.col_offset)))
+
+    def __call__(self, *values: Any) -> bool:
+        """Whether a row is kept; a comparison with a missing value is false, except `x == None` and `x is None`.
+
+        Raises:
+            DataError: Values are compared that have no order, such as a text with a number.
+        """
+        row = dict(zip(self.columns, values, strict=True))
+        try:
+            return bool(_value(self._tree, row))
+        except TypeError as error:
+            kinds = ", ".join(f"{name} is {type(value).__name__}" for name, value in row.items())
+            raise DataError(
+                f"source {self.path!r}: where: {self.text!r} cannot be asked of a row in which {kinds}: {error}."
+            ) from error
+        except ZeroDivisionError:
             return False
 
-    return keep
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _value(node: ast.expr, row: dict[str, Any]) -> Any:
+    if isinstance(node, ast.Name):
+        return row[node.id]
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(element, row) for element in node.elts]
+    if isinstance(node, ast.BoolOp):
+        values = (bool(_value(part, row)) for part in node.values)
+        return all(values) if isinstance(node.op, ast.And) else any(values)
+    if isinstance(node, ast.UnaryOp):
+        value = _value(node.operand, row)
+        if isinstance(node.op, ast.Not):
+            return not value
+        return None if value is None else -value if isinstance(node.op, ast.USub) else +value
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left, row), _value(node.right, row)
+        if left is None or right is None:
+            return None
+        if isinstance(left, str) or isinstance(right, str):
+            raise TypeError("a text cannot be reckoned with")
+        return ARITHMETIC[type(node.op)](left, right)
+    assert isinstance(node, ast.Compare)
+    return _comparison(node, row)
+
+
+def _comparison(node: ast.Compare, row: dict[str, Any]) -> bool:
+    left = _value(node.left, row)
+    for sign, comparator in zip(node.ops, node.comparators, strict=True):
+        right = _value(comparator, row)
+        if (left is None or right is None) and not isinstance(sign, FOR_MISSING):
+            return False
+        if not COMPARISONS[type(sign)](left, right):
+            return False
+        left = right
+    return True

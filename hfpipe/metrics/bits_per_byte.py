@@ -1,4 +1,4 @@
-"""Bits per byte: what the model spends on a byte of text, whatever its tokenizer (Gao et al. 2020, arXiv:2101.00027)."""
+"""Bits per byte: what a model spends on a byte of text, whatever its tokenizer (Gao et al. 2020, arXiv:2101.00027)."""
 
 from __future__ import annotations
 

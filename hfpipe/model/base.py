@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from hfpipe import ranks
+from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError
 from hfpipe.files import whole_folder, write_json
@@ -94,7 +95,7 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
     """The first documents of each source of the first stage."""
     for source in recipe.stages[0].data:
         rows = load_rows(source, seed=recipe.seed)
-        for row in islice(rows, training.take):
+        for row in readable(islice(rows, training.take), source):
             text = row.get("text") or f"{row.get('prompt', '')}{row.get('completion', '')}"
             if text:
                 yield text

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import is_torch_bf16_gpu_available
 
+from hfpipe import ranks
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.recipe import Model, Quantization
 
@@ -50,9 +51,7 @@ class ModelRef:
 
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
-    from accelerate import PartialState
-
-    return PartialState().device
+    return ranks.state().device
 
 
 def compute_dtype() -> torch.dtype:

@@ -53,6 +53,8 @@ def describe(change: Change) -> str:
 
 def _verdict(scores: list[Score]) -> str:
     """One sentence: the gains of the whole run, and what the last stage forgot."""
+    if not scores:
+        return "The recipe has no suites, so nothing was measured."
     gained, lost = gains_and_losses(scores)
     gains = "; ".join(describe(change) for change in gained) or "nothing beyond the noise"
     losses = "; ".join(describe(change) for change in lost) or "nothing beyond the noise"
@@ -61,6 +63,8 @@ def _verdict(scores: list[Score]) -> str:
 
 def gains_and_losses(scores: list[Score]) -> tuple[list[Change], list[Change]]:
     """From the base to the last stage what became better; against the best earlier stage what the last one lost."""
+    if not scores:
+        return [], []
     last = stages_of(scores)[-1]
     keys = list(dict.fromkeys(score.key for score in scores))
     base = {score.key: score for score in scores if score.stage == BASE}
@@ -75,6 +79,8 @@ def gains_and_losses(scores: list[Score]) -> tuple[list[Change], list[Change]]:
 
 def _table(scores: list[Score]) -> str:
     """Suites by stages; ± is one standard error."""
+    if not scores:
+        return ""
     stages = stages_of(scores)
     by_place = {(score.key, score.stage): score for score in scores}
     lines = [

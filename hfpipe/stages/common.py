@@ -93,6 +93,7 @@ def trainer_arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, max_steps // 20),
         "average_tokens_across_devices": True,
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
     }
     decided = {

@@ -9,10 +9,11 @@ from transformers import Trainer, TrainingArguments
 
 from hfpipe import ranks
 from hfpipe.data.loader import BatchLoader
+from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import RecipeError
-from hfpipe.model.adapter import lora_config
+from hfpipe.model.adapter import TOLERANCE, lora_config
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain
 from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
@@ -32,7 +33,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         run.tokenizer,
         max_length=max_length,
         weights=[source.weight or 1.0 for source in stage.data],
-        names=[source.path for source in stage.data],
+        origins=stage.data,
         lanes=stage.lanes,
         seed=run.recipe.seed,
         rank=ranks.rank(),
@@ -46,9 +47,21 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
 
         model = get_peft_model(model, lora_config(stage.lora))
     model.config.use_cache = False  # a cache would let packed documents see each other
+    _require_isolation(model)
     trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer)
     loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id)
     return train(run, trainer, loader, tokens_per_step=global_batch * max_length)
+
+
+def _require_isolation(model: Any) -> None:
+    """Refuses a model on which packed documents see each other: it would train, and be worse, without a sign."""
+    leak = isolation_leak(model)
+    if leak > TOLERANCE.get(model.dtype, 0.25):
+        raise RecipeError(
+            f"packed documents are not kept apart on this model ({type(model).__name__}, attention "
+            f"{model.config._attn_implementation}): log-probabilities change by {leak:.2g} nats. Set "
+            "model.attn_implementation to sdpa or eager; an architecture that ignores position_ids cannot be packed."
+        )
 
 
 def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:

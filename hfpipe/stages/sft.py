@@ -12,6 +12,7 @@ from hfpipe import ranks
 from hfpipe.data.encode import encode_for_training
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.rows import ShuffledRows
+from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError
 from hfpipe.model.adapter import lora_config
@@ -87,7 +88,7 @@ def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> Data
     rows = load_rows(source, seed=run.recipe.seed)
     tokenized: list[dict[str, list[int]]] = []
     read = 0
-    for batch in rows.iter(batch_size=1000):
+    for batch in readable(rows.iter(batch_size=1000), source):
         columns = list(batch)
         chunk = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         chunk = [row for row in chunk if all(row[key] is not None for key in columns if key != "id")]

@@ -1,0 +1,47 @@
+"""`skip` and `take` of a stream, such that no row outside them is read however many lanes share the stream.
+
+`IterableDataset.skip` and `.take` divide their number among the shards once the stream is sharded, and so take rows
+from the beginning of every shard: a stage that skips the rows of a suite would then be trained on most of them.
+"""
+
+from __future__ import annotations
+
+from datasets import IterableDataset
+from datasets.iterable_dataset import SkipExamplesIterable, TakeExamplesIterable
+
+
+class FirstRows(TakeExamplesIterable):
+    """The first n rows of a stream as one shard: only who reads from the beginning knows which they are."""
+
+    @property
+    def num_shards(self) -> int:
+        return 1
+
+    def reshard_data_sources(self) -> FirstRows:
+        return self
+
+    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> FirstRows:
+        return self if index == 0 else FirstRows(self.ex_iterable, 0)
+
+
+def stream_range(rows: IterableDataset, skip: int, take: int | None) -> IterableDataset:
+    """The rows [skip, skip + take) of a stream.
+
+    Args:
+        rows: The stream.
+        skip: Rows to leave out at the beginning. Read in lanes and without `take`, each lane leaves out as many of its
+            own: more than was asked for, and the rows in question for certain.
+        take: Rows to keep; None for all.
+    """
+    examples = rows._ex_iterable
+    if skip:
+        examples = SkipExamplesIterable(examples, skip, split_when_sharding=False)
+    if take is not None:
+        examples = FirstRows(examples, take)
+    return IterableDataset(
+        ex_iterable=examples,
+        info=rows.info.copy(),
+        split=rows.split,
+        formatting=rows._formatting,
+        token_per_repo_id=rows._token_per_repo_id,
+    )

@@ -1,0 +1,209 @@
+"""What goes wrong when a source is opened or read, as one paragraph with the remedy.
+
+Which exceptions these are was found by making each mistake with datasets 5.2; several are bare ValueErrors, told apart
+by their text.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import gzip
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.table import CastError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from pyarrow.lib import ArrowException
+
+from hfpipe.errors import DataError, MachineError, RecipeError, UserError
+from hfpipe.recipe import Source
+from hfpipe.recipe.faults import did_you_mean, listed
+
+LOGIN = "log in with `hf auth login` (or set HF_TOKEN) as somebody who may read it"
+Row = TypeVar("Row")
+UNREADABLE = (ArrowException, CastError, UnicodeError, gzip.BadGzipFile, zlib.error, EOFError)
+
+
+@contextmanager
+def friendly(source: Source, *, opening: bool = False) -> Iterator[None]:
+    """Turns what `datasets` raises, here or while a stream is read, into a `UserError`; what it does not know passes.
+
+    Args:
+        source: What is read.
+        opening: Whether all that happens here is `load_dataset`, so that any refusal is about its arguments.
+
+    Raises:
+        RecipeError: A file, split, configuration or argument does not exist.
+        MachineError: The Hub, the network, the disk or the account refuses.
+        DataError: The data cannot be read.
+    """
+    failed = _FailedFiles()
+    logger = logging.getLogger("datasets")
+    logger.addHandler(failed)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        explained = _explain(error, source, failed.files)
+        if explained is None and opening:
+            explained = RecipeError(f"{_name(source)} cannot be opened: {_first_line(error)}")
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        logger.removeHandler(failed)
+
+
+class _FailedFiles(logging.Handler):
+    """Keeps the names of the files that `datasets` could not read: it logs them, and its exceptions do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.files: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        named = re.search(r"Failed to .*?'([^']+)'", record.getMessage())
+        if named and named[1] not in self.files:
+            self.files.append(named[1])
+
+
+def _explain(error: BaseException, source: Source, files: list[str]) -> UserError | None:
+    if isinstance(error, DatasetGenerationError):
+        cause = error.__cause__ or error.__context__
+        known = _explain(cause, source, files) if cause is not None else None
+        return known or _unreadable(cause or error, source, files)
+    if isinstance(
+        error, DatasetNotFoundError | RepositoryNotFoundError | HfHubHTTPError | ConnectionError | TimeoutError
+    ):
+        return _from_hub(error, source)
+    if type(error).__module__.partition(".")[0].startswith("httpx"):
+        return _unreachable(error, source)
+    if isinstance(error, UNREADABLE) or type(error).__module__.startswith("pandas.errors"):
+        return _unreadable(error, source, files)
+    if isinstance(error, FileNotFoundError | StopIteration | HFValidationError):
+        return _missing_files(error, source)
+    if isinstance(error, OSError):
+        full = " The disk is full: HF_HOME may name another." if error.errno == errno.ENOSPC else ""
+        return MachineError(f"{_name(source)} cannot be read on this machine: {_first_line(error)}{full}")
+    if isinstance(error, ValueError):
+        return _from_text(str(error), source)
+    return None
+
+
+def _from_hub(error: BaseException, source: Source) -> UserError:
+    text = str(error)
+    if "Revision" in text and isinstance(error, DatasetNotFoundError):
+        return RecipeError(f"{_name(source)}: {_first_line(error)} Correct `revision`, or leave it out for `main`.")
+    if isinstance(error, GatedRepoError) or "gated" in text:
+        return MachineError(
+            f"{_name(source)} is gated. Accept its conditions on its page of the Hub, then {LOGIN}; nothing else helps."
+        )
+    if isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
+        return MachineError(
+            f"{_name(source)} was found neither as a folder nor on the Hub, where a private data set looks like a "
+            f"missing one. Check the spelling; if it is private, {LOGIN}."
+        )
+    return _unreachable(error, source)
+
+
+def _unreachable(error: BaseException, source: Source) -> MachineError:
+    offline = "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
+    why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error).rstrip(".")
+    advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
+    return MachineError(
+        f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."
+    )
+
+
+def _missing_files(error: BaseException, source: Source) -> UserError:
+    patterns = _patterns(source)
+    local = [pattern for pattern in patterns if "://" not in pattern]
+    missing = [pattern for pattern in local if not glob.glob(pattern, recursive=True)]
+    if missing:
+        return RecipeError(
+            f"{_name(source)}: no file matches {listed(missing)}. Paths are taken from the current folder, "
+            f"{Path.cwd()}."
+        )
+    if isinstance(error, StopIteration):
+        return DataError(f"{_name(source)}: there are no rows in {listed(patterns) or 'it'}.")
+    if isinstance(error, HFValidationError) or not patterns:
+        place = Path(source.path)
+        what = "is a folder without data files" if place.is_dir() else "is no folder here and no data set of the Hub"
+        return RecipeError(f"{_name(source)} {what}. Paths are taken from the current folder, {Path.cwd()}.")
+    return RecipeError(f"{_name(source)}: {_first_line(error)}")
+
+
+def _unreadable(error: BaseException, source: Source, files: list[str]) -> DataError:
+    place = listed(files or _patterns(source))
+    where = f" in {place}" if place else ""
+    if isinstance(error, CastError):
+        return DataError(
+            f"{_name(source)}: the rows{where} do not have the same columns and types throughout: {_flat(error)} "
+            "Make the files alike, or give `features`."
+        )
+    remedy = "Correct the file or leave it out."
+    if isinstance(error, UnicodeError):
+        remedy = "Give its `encoding` (latin-1, cp1252...), or save it as UTF-8."
+    return DataError(f"{_name(source)}: the data{where} cannot be read: {_first_line(error)} {remedy}")
+
+
+def _from_text(text: str, source: Source) -> UserError | None:
+    """`datasets` raises plain ValueErrors for these."""
+    found = re.search(r"\[([^\]]*)\]\s*\.?$", text.split("\nExample")[0])
+    allowed = re.findall(r"['\"]([^'\"]+)['\"]", found[1]) if found else []
+    if split := re.match(r"(?:Unknown split|Bad split:?) \"?([^\"]+?)\"?\. ", text):
+        if "[" in split[1]:
+            text = (
+                f"a stream has no slice such as {split[1]!r}; name the split ({listed(allowed)}) and `skip` or `take`."
+            )
+            return RecipeError(f"{_name(source)}: {text}")
+        hint = did_you_mean(split[1], allowed)
+        return RecipeError(f"{_name(source)} has no split {split[1]!r}; allowed: {listed(allowed)}.{hint}")
+    if text.startswith("Unrecognized instruction format"):
+        return RecipeError(
+            f"{_name(source)}: {_flat(text)} A slice of a split is written `train[:1000]` or `train[5%:]`."
+        )
+    if text.startswith("Config name is missing"):
+        return RecipeError(f"{_name(source)} has several tables. Give one of them as `name:` {listed(allowed)}.")
+    if config := re.match(r"BuilderConfig '([^']+)' not found", text):
+        hint = did_you_mean(config[1], allowed)
+        return RecipeError(f"{_name(source)} has no table `name: {config[1]}`; allowed: {listed(allowed)}.{hint}")
+    return None
+
+
+def _name(source: Source) -> str:
+    return f"source {source.path!r}"
+
+
+def _patterns(source: Source) -> list[str]:
+    """The files that the recipe names, as it names them."""
+    files = source.passed_through.get("data_files")
+    groups = list(files.values()) if isinstance(files, dict) else [files]
+    names = [name for group in groups for name in (group if isinstance(group, list | tuple) else [group])]
+    folder = source.passed_through.get("data_dir") or (source.path if Path(source.path).is_dir() else "")
+    return [os.path.join(folder, name) for name in names if isinstance(name, str)]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return _flat(lines[0] if lines else type(error).__name__)
+
+
+def _flat(text: object) -> str:
+    line = " ".join(str(text).split())[:400]
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def readable(rows: Iterable[Row], source: Source) -> Iterator[Row]:
+    """The rows of a source one after the other, with clear errors while they are read; see `friendly`."""
+    with friendly(source):
+        yield from rows
