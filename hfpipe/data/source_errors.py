@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.table import CastError
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from pyarrow.lib import ArrowException
 
@@ -89,6 +91,8 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
         return _unreachable(error, source)
     if isinstance(error, UNREADABLE) or type(error).__module__.startswith("pandas.errors"):
         return _unreadable(error, source, files)
+    if isinstance(error, FileNotFoundError) and "LocalEntryNotFoundError" in str(error):
+        return _from_hub(error, source)  # `datasets` wraps a Hub that does not answer into a missing file
     if isinstance(error, FileNotFoundError | StopIteration | HFValidationError):
         return _missing_files(error, source)
     if isinstance(error, OSError):
@@ -101,6 +105,8 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
 
 def _from_hub(error: BaseException, source: Source) -> UserError:
     text = str(error)
+    if source.path.startswith(("./", "../", "/", "~")):
+        return _missing_files(error, source)  # the Hub is asked for what is no folder
     if "Revision" in text and isinstance(error, DatasetNotFoundError):
         return RecipeError(f"{_name(source)}: {_first_line(error)} Correct `revision`, or leave it out for `main`.")
     if isinstance(error, GatedRepoError) or "gated" in text:
@@ -112,11 +118,14 @@ def _from_hub(error: BaseException, source: Source) -> UserError:
             f"{_name(source)} was found neither as a folder nor on the Hub, where a private data set looks like a "
             f"missing one. Check the spelling; if it is private, {LOGIN}."
         )
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in (401, 403):
+        return MachineError(f"{_name(source)}: the Hub refuses it ({_first_line(error).rstrip('.')}). Please {LOGIN}.")
     return _unreachable(error, source)
 
 
 def _unreachable(error: BaseException, source: Source) -> MachineError:
-    offline = "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
+    offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
     why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error).rstrip(".")
     advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
     return MachineError(
@@ -129,10 +138,7 @@ def _missing_files(error: BaseException, source: Source) -> UserError:
     local = [pattern for pattern in patterns if "://" not in pattern]
     missing = [pattern for pattern in local if not glob.glob(pattern, recursive=True)]
     if missing:
-        return RecipeError(
-            f"{_name(source)}: no file matches {listed(missing)}. Paths are taken from the current folder, "
-            f"{Path.cwd()}."
-        )
+        return RecipeError(f"{_name(source)}: no file matches {listed(missing)}. {_base(source)}")
     if isinstance(error, StopIteration):
         return DataError(f"{_name(source)}: there are no rows in {listed(patterns) or 'it'}.")
     if isinstance(error, HFValidationError) or not patterns:
@@ -140,6 +146,13 @@ def _missing_files(error: BaseException, source: Source) -> UserError:
         what = "is a folder without data files" if place.is_dir() else "is no folder here and no data set of the Hub"
         return RecipeError(f"{_name(source)} {what}. Paths are taken from the current folder, {Path.cwd()}.")
     return RecipeError(f"{_name(source)}: {_first_line(error)}")
+
+
+def _base(source: Source) -> str:
+    """Where the paths of `data_files` begin."""
+    if source.path in _PACKAGED_DATASETS_MODULES or Path(source.path).is_dir():
+        return f"Paths are taken from the current folder, {Path.cwd()}."
+    return "Paths are those of the files in that data set."
 
 
 def _unreadable(error: BaseException, source: Source, files: list[str]) -> DataError:
@@ -168,6 +181,12 @@ def _from_text(text: str, source: Source) -> UserError | None:
             return RecipeError(f"{_name(source)}: {text}")
         hint = did_you_mean(split[1], allowed)
         return RecipeError(f"{_name(source)} has no split {split[1]!r}; allowed: {listed(allowed)}.{hint}")
+    if text.startswith("Couldn't find cache for"):  # the Hub said no, and `datasets` then tells only of its cache
+        files = listed(_patterns(source))
+        return RecipeError(
+            f"{_name(source)}: neither the Hub nor the cache has it with these arguments"
+            + (f"; is there a file {files}? {_base(source)}" if files else ". Check `name` and the network.")
+        )
     if text.startswith("Unrecognized instruction format"):
         return RecipeError(
             f"{_name(source)}: {_flat(text)} A slice of a split is written `train[:1000]` or `train[5%:]`."

@@ -119,7 +119,7 @@ def _cut(rows: Rows, skip: int, take: int | None) -> Rows:
     if isinstance(rows, IterableDataset):
         return stream_range(rows, skip, take)
     end = len(rows) if take is None else min(skip + take, len(rows))
-    return rows.select(range(min(skip, end), end))
+    return rows.select(range(skip, end) if skip < end else [])  # `select` refuses an empty range at the end
 
 
 def _features_of(rows: Rows, source: Source) -> Features:
@@ -165,7 +165,8 @@ def _with_roles(rows: Rows, features: Features, source: Source) -> Rows:
     built = {role: templates[role] for role in roles if role in templates}
     for role, column in taken.items():
         _check_type(features[column], role, column, source)
-    if built or len(set(taken.values())) < len(taken):
+    swapped = any(column != role and column in taken for role, column in taken.items())  # a stream renames one by one
+    if built or swapped or len(set(taken.values())) < len(taken):
         rows = _build(rows, columns, taken, built)
     else:
         rows = rows.select_columns(list(taken.values()))

@@ -60,7 +60,8 @@ class Where:
             asks_is = isinstance(node, ast.Compare) and any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
             if asks_is and not all(_is_none(right) for right in node.comparators):  # type: ignore[attr-defined]
                 raise self._refused(node, "`is` is for None alone; write `==`")
-            if not is_constant and not isinstance(node, ALLOWED):
+            odd_operator = isinstance(node, ast.BinOp | ast.UnaryOp) and not isinstance(node.op, ALLOWED)
+            if odd_operator or not (is_constant or isinstance(node, ALLOWED)):
                 raise self._refused(node, "compare columns with numbers and texts, and join that by and, or, not")
         if not self.columns:
             raise self._refused(self._tree, "it names no column")
@@ -107,7 +108,7 @@ class Where:
             raise DataError(
                 f"source {self.path!r}: where: {self.text!r} cannot be asked of a row in which {kinds}: {error}."
             ) from error
-        except ZeroDivisionError:
+        except (ZeroDivisionError, OverflowError):
             return False
 
 
@@ -134,8 +135,8 @@ def _value(node: ast.expr, row: dict[str, Any]) -> Any:
         left, right = _value(node.left, row), _value(node.right, row)
         if left is None or right is None:
             return None
-        if isinstance(left, str) or isinstance(right, str):
-            raise TypeError("a text cannot be reckoned with")
+        if not (isinstance(left, int | float) and isinstance(right, int | float)):
+            raise TypeError("only numbers can be reckoned with")  # and a list times a number could fill the memory
         return ARITHMETIC[type(node.op)](left, right)
     assert isinstance(node, ast.Compare)
     return _comparison(node, row)

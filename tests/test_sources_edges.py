@@ -1,0 +1,92 @@
+"""Edges of a source: nothing left, roles exchanged, conditions that would fill the memory, a Hub that refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+
+from hfpipe.data.sources import friendly, load_rows
+from hfpipe.errors import DataError, RecipeError
+from hfpipe.recipe import Source
+
+streamed = pytest.mark.parametrize("streaming", [False, True])
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": f"t{n}", "prompt": "p", "completion": "c", "n": n} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def read(**words: Any) -> list[dict[str, Any]]:
+        source = Source(path="json", data_files=str(tmp_path / "rows.jsonl"), **words)
+        with friendly(source):
+            return list(load_rows(source))
+
+    return read
+
+
+@streamed
+@pytest.mark.parametrize("words", [{"skip": 4}, {"skip": 9, "take": 2}, {"skip": 4, "where": "n > 0"}])
+def test_skipping_every_row_leaves_none(read: Any, words: dict[str, Any], streaming: bool) -> None:
+    assert read(streaming=streaming, **words) == []
+
+
+@streamed
+def test_roles_may_be_exchanged(read: Any, streaming: bool) -> None:
+    rows = read(columns={"prompt": "completion", "completion": "prompt"}, streaming=streaming)
+    assert rows[0] == {"prompt": "c", "completion": "p"}
+
+
+def test_a_condition_reckons_with_numbers_only(read: Any) -> None:
+    with pytest.raises(DataError, match="only numbers"):
+        read(where="[n] * 10000000000 == n")
+    assert read(where="n * 1" + "0" * 400 + " + 0.5 > 1") == []
+
+
+def test_an_operator_that_is_refused_is_shown(read: Any) -> None:
+    with pytest.raises(RecipeError, match=r"'n \*\* 2'"):
+        read(where="n ** 2 > 1")
+
+
+CLIENT = """
+import json, sys
+from hfpipe.data.sources import load_rows
+from hfpipe.errors import UserError
+from hfpipe.recipe import Source
+try:
+    load_rows(Source(**json.loads(sys.argv[1])))
+except UserError as error:
+    print(json.dumps([error.exit_code, str(error)]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "env", "code", "says"),
+    [
+        ("team/rows", 401, {}, 4, "hf auth login"),
+        ("team/rows", 403, {}, 4, "cannot be reached"),
+        ("team/rows", None, {"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE is set"),
+        ("./nowhere", None, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, 2, "no folder here"),
+    ],
+)
+def test_a_hub_that_refuses(
+    hub: HubServer, tmp_path: Path, path: str, status: int | None, env: dict[str, str], code: int, says: str
+) -> None:
+    hub.add_repo("dataset", "team/rows", {"train.jsonl": b'{"text": "a"}\n'})
+    if status is not None:
+        hub.fail("/resolve/", status=status, times=50)
+    command = [sys.executable, "-c", CLIENT, json.dumps({"path": path})]
+    env = os.environ | hub.env(tmp_path) | env
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found[0] == code
+    assert says in found[1]
