@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from hfpipe.errors import MachineError, RecipeError, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code (see `hfpipe.errors`)."""
     options = _parser().parse_args(arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can do without
     try:
         options.command(options)
     except UserError as error:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def _train(run: Run, name: str, parent: str) -> None:
     if ranks.is_main():
         write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts})
         for checkpoint in folder.glob("checkpoint-*"):
-            _remove(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
     ranks.wait()
 
 
@@ -223,13 +225,6 @@ def _move_aside(folder: Path, new_hash: str) -> None:
     old = _read(folder / "stage.json").get("hash")
     if old is not None and old != new_hash:
         aside = folder.with_name(f"{folder.name}.{old[:8]}")
-        if aside.exists():
-            _remove(aside)
+        shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
         ranks.say(f"{folder.name}: the recipe has changed; the earlier work is now in {aside}")
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

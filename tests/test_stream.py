@@ -64,7 +64,11 @@ def texts(rows: list[list[int]], lanes: int, tokenizer) -> list[str]:
 def test_every_document_exactly_once_in_each_epoch(tmp_path: Path, tokenizer, kind: str) -> None:
     rows = documents(123)
     source = Dataset.from_list(rows) if kind == "table" else parquet(tmp_path, rows, 8 if kind == "parquet" else 1)
-    served = [row for batch in take(stream([source], tokenizer, lanes=4), 150) for row in batch]
+    tokens = stream([source], tokenizer, lanes=4)
+    served = [row for batch in take(tokens, 150) for row in batch]
+    assert tokens.report()["tokens"] == len(served) * LENGTH
+    begun = sum(tokenizer.decode(row).count(tokenizer.eos_token) for row in served)
+    assert abs(tokens.report()["documents"] - begun) <= 4  # a document may have begun and not ended in each lane
     found = Counter(texts(served, 4, tokenizer))
     assert set(found) == {row["text"] for row in rows}
     # Each lane has gone through its share a whole number of times and a part: the counts differ by that part only.

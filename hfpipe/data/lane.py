@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from hfpipe.data.packing import pack
+from hfpipe.data.packing import Packed, pack
 from hfpipe.data.source_errors import readable
 from hfpipe.errors import DataError
 from hfpipe.recipe import Source
@@ -87,6 +87,9 @@ class Reader:
         dirty = {"dirty": dict(self.dirty), "dirty_ids": list(self.dirty_ids)}
         return {"epoch": self.epoch, "read": self.read, "usable": self._usable, "stream": inner, **dirty}
 
+    def facts(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "dirty": dict(self.dirty), "dirty_ids": list(self.dirty_ids)}
+
     def load(self, state: dict[str, Any]) -> None:
         self.epoch, self.read, self._usable = state["epoch"], state["read"], state["usable"]
         self.dirty, self.dirty_ids = dict(state["dirty"]), list(state["dirty_ids"])
@@ -129,8 +132,7 @@ class Window(NamedTuple):
     """The rows that come of one window, and the lane's state before it was built."""
 
     start: dict[str, Any]
-    rows: Any
-    facts: dict[str, Any]
+    rows: Packed
 
 
 class Lane:
@@ -201,12 +203,7 @@ class Lane:
         self.window += 1
         packed = pack(np.concatenate(tokens), np.concatenate(starts), self.length)
         self.rest, self.rest_starts = packed.rest, packed.rest_starts
-        facts = {
-            "documents": documents,
-            "tokens": packed.input_ids.size,
-            "cut": int((packed.position_ids[:, 0] == 0).sum() - _whole_starts(packed, starts)),
-        }
-        return Window(start, packed, facts)
+        return Window(start, packed)
 
     def _draw(self) -> tuple[list[str], list[int]]:
         """The next documents, each from the source whose tokens lag most behind its weight.
@@ -226,9 +223,3 @@ class Lane:
             texts.append(text)
             origin.append(source)
         return texts, origin
-
-
-def _whole_starts(packed: Any, starts: list[np.ndarray]) -> int:
-    """Rows that begin with the beginning of a document, and so cut none."""
-    flat = np.concatenate(starts)[: packed.input_ids.size]
-    return int(flat.reshape(packed.input_ids.shape)[:, 0].sum()) if flat.size else 0

@@ -17,6 +17,7 @@ class Packed(NamedTuple):
         input_ids: (N, L) tokens.
         position_ids: (N, L) positions, 0 where a document (or its continuation in the next row) begins.
         labels: (N, L) the tokens, -100 at position 0: no token stands before it in its document.
+        continued: (N,) True where a row begins in the middle of a document.
         rest: (R,) tokens that are left, R < L.
         rest_starts: (R,) True where a document begins among them.
     """
@@ -24,6 +25,7 @@ class Packed(NamedTuple):
     input_ids: np.ndarray
     position_ids: np.ndarray
     labels: np.ndarray
+    continued: np.ndarray
     rest: np.ndarray
     rest_starts: np.ndarray
 
@@ -39,10 +41,18 @@ def pack(tokens: np.ndarray, starts: np.ndarray, length: int) -> Packed:
     full = len(tokens) - len(tokens) % length
     ids = tokens[:full].reshape(-1, length)
     begins = starts[:full].reshape(-1, length).copy()
+    continued = ~begins[:, 0]
     begins[:, :1] = True
     places = np.arange(length, dtype=np.int32)
     positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-    return Packed(ids, positions, np.where(begins, IGNORED, ids), tokens[full:], starts[full:])
+    return Packed(ids, positions, np.where(begins, IGNORED, ids), continued, tokens[full:], starts[full:])
+
+
+def count(packed: Packed, rows: int) -> dict[str, int]:
+    """What the first rows hold: documents that begin in them, tokens, rows that begin in the middle of a document."""
+    continued = int(packed.continued[:rows].sum())
+    documents = int((packed.position_ids[:rows] == 0).sum()) - continued
+    return {"documents": documents, "tokens": packed.input_ids[:rows].size, "continued_rows": continued}
 
 
 @torch.no_grad()

@@ -19,7 +19,9 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hfpipe.data.lane import LISTED, Lane, Reader, Window
+from hfpipe.data.packing import count
 from hfpipe.errors import RecipeError
+from hfpipe.ranks import gather
 from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8
@@ -85,7 +87,7 @@ class TokenStream:
         self._window: dict[int, Window] = {}
         self._given = dict.fromkeys(self._mine, 0)
         self._facts: dict[int, dict[str, int]] = {  # of the windows before this one
-            lane: {"documents": 0, "tokens": 0, "cut": 0} for lane in self._mine
+            lane: {"documents": 0, "tokens": 0, "continued_rows": 0} for lane in self._mine
         }
         self._next = 0  # rows that this rank has served
 
@@ -121,8 +123,8 @@ class TokenStream:
         lane = self._mine[self._next % len(self._mine)]
         while lane not in self._window or self._given[lane] == len(self._window[lane].rows.input_ids):
             if lane in self._window:  # it is served whole
-                for key, value in self._window.pop(lane).facts.items():
-                    self._facts[lane][key] += value
+                self._facts[lane] = self._counted(lane)
+                del self._window[lane]
                 self._given[lane] = 0
             self._window[lane] = ahead[lane].result()
             self._start[lane] = self._window[lane].start
@@ -164,22 +166,36 @@ class TokenStream:
             self._start[lane], self._given[lane] = saved["start"], saved["given"]
             self._facts[lane] = dict(saved["facts"])
 
+    def _counted(self, lane: int) -> dict[str, int]:
+        """What a lane has served up to now."""
+        if lane not in self._window:
+            return self._facts[lane]
+        current = count(self._window[lane].rows, self._given[lane])
+        return {key: value + current[key] for key, value in self._facts[lane].items()}
+
     def report(self) -> dict[str, Any]:
-        """What this rank has read: documents, tokens, cut documents; of each source epochs, share and dirty rows."""
-        counted = [*self._facts.values(), *(window.facts for window in self._window.values())]
-        total = {key: sum(facts[key] for facts in counted) for key in ("documents", "tokens", "cut")}
-        tokens = np.sum([lane.tokens for lane in self._built.values()], axis=0)
+        """What all ranks have served: documents, tokens; of each source epochs, share of the tokens, dirty rows.
+
+        Epochs, shares and dirty rows are those of the documents drawn so far, the windows built ahead included. Every
+        rank has to call this.
+        """
+        mine = {
+            "lanes": [self._counted(lane) for lane in self._mine],
+            "readers": [[reader.facts() for reader in lane.readers] for lane in self._built.values()],
+            "tokens": [lane.tokens for lane in self._built.values()],
+        }
+        parts = gather(mine)
+        counts = [counted for part in parts for counted in part["lanes"]]
+        total = {key: sum(counted[key] for counted in counts) for key in counts[0]}
+        tokens = np.sum([given for part in parts for given in part["tokens"]], axis=0)
         sources = {}
         for number, origin in enumerate(self.origins):
-            readers = [lane.readers[number] for lane in self._built.values()]
+            readers = [lane[number] for part in parts for lane in part["readers"]]
+            reasons = sorted({why for reader in readers for why in reader["dirty"]})
             sources[f"{number}: {origin.path}"] = {
-                "epochs": min(reader.epoch for reader in readers),
+                "epochs": min(reader["epoch"] for reader in readers),
                 "token_share": round(float(tokens[number] / max(tokens.sum(), 1)), 4),
-                "dirty": {why: sum(reader.dirty.get(why, 0) for reader in readers) for why in _reasons(readers)},
-                "dirty_ids": [name for reader in readers for name in reader.dirty_ids][:LISTED],
+                "dirty": {why: sum(reader["dirty"].get(why, 0) for reader in readers) for why in reasons},
+                "dirty_ids": [name for reader in readers for name in reader["dirty_ids"]][:LISTED],
             }
         return {**total, "lanes": self.lanes, "sources": sources}
-
-
-def _reasons(readers: list[Reader]) -> list[str]:
-    return sorted({why for reader in readers for why in reader.dirty})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hfpipe import ranks
 from hfpipe.data.source_errors import readable
@@ -118,5 +119,5 @@ def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
 def _commit_of(path: str, revision: str, trust_remote_code: bool) -> str | None:
     """The commit a branch of a Hub model stands at; None for a folder."""
     with clear_errors("model", path):
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config, "_commit_hash", None)
+        AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return extract_commit_hash(cached_file(path, "config.json", revision=revision), None)

@@ -10,7 +10,7 @@ from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.scores import BASE, Change, Score, forgetting, last_change, read_scorecard, stages_of
 
-# A change smaller than this many percent points is told with one digit more.
+# Shares, printed in percent and compared in points.
 PERCENT_METRICS = {"accuracy", "exact_match", "f1", "precision", "recall"}
 
 
@@ -46,8 +46,13 @@ def describe(change: Change) -> str:
     """One change in words: `bits_per_byte 3.2 -> 1.9 (41 % better)`."""
     before, after = change.before, change.after
     way = "better" if change.gain > 0 else "worse"
-    noise = "" if change.beyond_noise else ", within the noise"
-    size = f"{abs(change.relative):.1%} {way}" if before.value else way
+    if change.gain == 0:
+        size = "unchanged"
+    elif after.metric in PERCENT_METRICS:
+        size = f"{abs(change.gain) * 100:.1f} points {way}"
+    else:
+        size = f"{abs(change.relative):.1%} {way}"
+    noise = "" if change.beyond_noise or change.gain == 0 else ", within the noise"
     return f"{after.suite} {after.metric} {number(before)} -> {number(after)} ({size}{noise})"
 
 
@@ -131,7 +136,8 @@ def _stages(folder: Path, recipe: Recipe) -> str:
 def _data(facts: dict[str, Any]) -> str:
     shown = {key: value for key, value in facts.items() if isinstance(value, int | float)}
     return ", ".join(
-        f"{value:,} {key}" if isinstance(value, int) else f"{key} {value:.3g}" for key, value in shown.items()
+        f"{value:,} {key}" if isinstance(value, int) else f"{value:.3g} {key}"
+        for key, value in ((key.replace("_", " "), value) for key, value in shown.items())
     )
 
 

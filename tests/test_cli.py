@@ -1,0 +1,116 @@
+"""Commands beside `run`: help, check, preview, evaluate, merge, report, schema; the exit codes of mistakes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hfpipe.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    assert main(["run", str(tiny.write(folder, tiny.recipe(folder, merge=False)))]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.3), (["check", "--fast", "RECIPE"], 0.6)])
+def test_what_should_be_instant_is(folder: Path, arguments: list[str], limit: float) -> None:
+    recipe = str(tiny.write(folder, tiny.recipe(folder)))
+    command = [sys.executable, "-m", "hfpipe", *(recipe if word == "RECIPE" else word for word in arguments)]
+    seconds = []
+    for _ in range(5):  # the fastest: a busy machine may delay any one of them
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < limit
+
+
+def test_five_mistakes_are_told_at_once_and_nothing_is_begun(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = tiny.recipe(folder, output_dir=str(folder / "never"))
+    content["stages"][0]["training"]["learing_rate"] = 1e-3
+    content["stages"][1]["lora"]["rank"] = 4
+    content["stages"][1]["kind"] = "stf"
+    content["evaluate"]["general"]["budget"] = "lots"
+    content["model"]["architecture"]["hiden_size"] = 3
+    assert main(["run", str(tiny.write(folder, content, "wrong.yaml"))]) == 2
+    message = capsys.readouterr().err
+    for word in ("learning_rate", "rank", "sft", "budget", "hidden_size"):
+        assert word in message
+    assert "wrong.yaml:" in message
+    assert "Traceback" not in message
+    assert not (folder / "never").exists()
+
+
+def test_check_tells_rows_tokens_steps_memory_and_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tiny.write(folder, tiny.recipe(folder)))]) == 0
+    page = capsys.readouterr().out
+    for line in ("300 rows", "97 rows", "6 steps of 4 rows", "7 steps of 16 rows", "GiB", "general: 40 rows"):
+        assert line in page
+
+
+def test_preview_shows_what_is_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(tiny.write(folder, tiny.recipe(folder))), "--rows", "1"]) == 0
+    page = capsys.readouterr().out
+    assert "number 0: what does the cat say?[[ mew" in page
+
+
+def test_evaluate_gives_the_scores_of_the_run(finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(tiny.write(folder, tiny.recipe(folder, merge=False)))
+    assert main(["evaluate", str(finished), recipe, "--output", str(folder / "scores.json")]) == 0
+    again = {(row["suite"], row["metric"]): row["value"] for row in json.loads((folder / "scores.json").read_text())}
+    for (stage, suite, metric), value in tiny.scores(finished).items():
+        if stage == "sounds":
+            assert again[suite, metric] == pytest.approx(value, abs=1e-6)
+
+
+def test_merge_and_report_work_on_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "report.md").read_text()
+    (finished / "report.md").unlink()
+    assert main(["report", str(finished)]) == 0
+    assert (finished / "report.md").read_text() == before
+    assert main(["merge", str(finished)]) == 0
+    assert (finished / "stages" / "sounds" / "merged" / "model.safetensors").is_file()
+    assert main(["merge", str(finished), "--stage", "prose"]) == 2
+    assert "finished adapters: sounds" in capsys.readouterr().err
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["stages"]
+
+
+def test_not_a_run_folder_is_told_in_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"data_files": "nowhere.jsonl"}, 2, "nowhere.jsonl"),
+        ({"template": {"prompt": "{nothing}", "completion": "{sound}"}}, 5, "nothing"),
+        ({"split": "validation"}, 2, "train"),
+    ],
+)
+def test_wrong_data_ends_with_its_code(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], change: dict, code: int, words: str
+) -> None:
+    content = tiny.recipe(folder, output_dir=str(tmp_path / "run"), evaluate={}, merge=False)
+    content["stages"] = content["stages"][1:]
+    content["stages"][0]["data"][0] |= change
+    assert main(["run", str(tiny.write(tmp_path, content))]) == code
+    message = capsys.readouterr().err
+    assert words in message
+    assert "Traceback" not in message
