@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,14 @@ def closing_lines(folder: Path) -> list[str]:
         *lines,
         "",
         "next:",
-        f"  hfpipe push {folder} --repo-id YOU/{recipe.name} --what {what}",
-        "  hfpipe recipes --copy smollm2-fineweb",
+        f"  {_command()} push {folder} --repo-id YOU/{recipe.name} --what {what}",
+        f"  {_command()} recipes --copy smollm2-fineweb",
     ]
+
+
+def _command() -> str:
+    """How this installation is called from here: it may lie in an environment that is not activated."""
+    if shutil.which("hfpipe"):
+        return "hfpipe"
+    python = Path(sys.executable)
+    return f"{python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python} -m hfpipe"
