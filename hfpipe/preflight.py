@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,7 +22,7 @@ from hfpipe.model.base import texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import clear_errors, load_tokenizer
 from hfpipe.pipeline import output_folder, quiet_libraries
-from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.recipe import Recipe, Sft, Source, Stage
 from hfpipe.stages.common import divide_batch
 
 SAMPLE_ROWS = 200
@@ -82,7 +81,7 @@ def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:
             config = AutoConfig.from_pretrained(
                 options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
             )
-    with init_empty_weights():
+    with torch.device("meta"):  # shapes without memory, and tied weights stay one
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
     return model.num_parameters(), model.get_input_embeddings().weight.numel()
 
@@ -106,7 +105,8 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
     steps = stage.training.get("max_steps", -1)
     if steps <= 0:
         epochs = stage.training.get("num_train_epochs", 1)
-        size = rows_known if stage.kind == "sft" else tokens_known / max_length
+        replayed = stage.replay.share if isinstance(stage, Sft) and stage.replay is not None else 0.0
+        size = rows_known / (1 - replayed) if stage.kind == "sft" else tokens_known / max_length
         steps = math.ceil(size * epochs / global_batch)
     print(
         f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"

@@ -56,7 +56,15 @@ def test_five_mistakes_are_told_at_once_and_nothing_is_begun(folder: Path, capsy
 def test_check_tells_rows_tokens_steps_memory_and_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tiny.write(folder, tiny.recipe(folder)))]) == 0
     page = capsys.readouterr().out
-    for line in ("300 rows", "97 rows", "6 steps of 4 rows", "7 steps of 16 rows", "GiB", "general: 40 rows"):
+    for line in (
+        "115,008 parameters",
+        "300 rows",
+        "97 rows",
+        "6 steps of 4 rows",
+        "7 steps of 16 rows",
+        "GiB",
+        "general: 40 rows",
+    ):
         assert line in page
 
 
