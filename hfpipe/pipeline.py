@@ -16,6 +16,7 @@ from hfpipe.environment import environment
 from hfpipe.errors import BudgetExceeded
 from hfpipe.evaluation import score_suite, suite_rows
 from hfpipe.files import write_json, write_text
+from hfpipe.metrics import load_metric
 from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
@@ -107,6 +108,8 @@ def run_recipe(recipe: Recipe) -> Path:
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
     """Prepares the base, reads the suites, and records what is run and on what."""
+    for name in {name for suite in recipe.evaluate.values() for name in suite.metrics}:
+        load_metric(name)  # an unknown one is refused before anything is made
     base = prepare_base(recipe, folder / "stages" / BASE)
     hashes = {BASE: base.hash}
     for number, stage in enumerate(recipe.stages):

@@ -122,3 +122,39 @@ def test_wrong_data_ends_with_its_code(
     message = capsys.readouterr().err
     assert words in message
     assert "Traceback" not in message
+
+
+SHARED_LETTERS = """
+import datasets
+import evaluate
+
+
+class SharedLetters(evaluate.Metric):
+    def _info(self):
+        texts = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(texts))
+
+    def _compute(self, predictions, references):
+        shares = [len(set(p) & set(r)) / len(set(r)) for p, r in zip(predictions, references)]
+        return {"shared_letters": sum(shares) / len(shares)}
+"""
+
+
+def test_any_other_metric_goes_to_evaluate_and_a_misspelt_one_is_refused_first(
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = folder / "shared_letters.py"
+    script.write_text(SHARED_LETTERS)
+    content = tiny.recipe(folder, merge=False)
+    content["evaluate"]["sounds"]["metrics"] = [str(script)]
+    path = str(tiny.write(folder, content, "metric.yaml"))
+    assert main(["evaluate", str(finished), path, "--output", str(folder / "own.json")]) == 0
+    row = next(row for row in json.loads((folder / "own.json").read_text()) if row["suite"] == "sounds")
+    assert 0 <= row["value"] <= 1
+    assert row["stderr"] > 0
+    content["evaluate"]["sounds"]["metrics"] = ["acuracy"]
+    content["output_dir"] = str(folder / "never")
+    assert main(["run", str(tiny.write(folder, content, "metric.yaml"))]) == 2
+    assert "Did you mean accuracy?" in capsys.readouterr().err
+    assert not (folder / "never" / "stages").exists()

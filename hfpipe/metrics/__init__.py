@@ -6,6 +6,7 @@ needs from the model (`needs`), which way is better, and returns its standard er
 
 from __future__ import annotations
 
+import difflib
 from importlib import import_module
 from typing import Any
 
@@ -32,10 +33,12 @@ def load_metric(name: str) -> Any:
     try:
         return evaluate.load(name, keep_in_memory=True)
     except FileNotFoundError as error:
+        near = difflib.get_close_matches(name, OURS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
         raise RecipeError(
             f"metric {name!r} is neither one of hfpipe's ({', '.join(sorted(OURS))}), nor on the Hub "
             f"(evaluate-metric/{name}), nor a local script. Check the spelling, and the network: another metric than "
-            "hfpipe's own is fetched the first time."
+            f"hfpipe's own is fetched the first time.{hint}"
         ) from error
     except ImportError as error:
         raise MachineError(f"metric {name!r}: {error}") from error
