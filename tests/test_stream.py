@@ -1,18 +1,27 @@
 """The stream: every document once an epoch, the same rows on any number of ranks, exact at any interruption."""
 
+import copy
+import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, active_count, get_ident
+from time import sleep
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.packing import isolation_leak, pack
+from hfpipe.data.ranges import stream_range
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.model.create import train_tokenizer
@@ -129,7 +138,7 @@ def test_weights_are_shares_of_tokens_whatever_the_length_of_documents(tokenizer
 
 def test_fewer_documents_than_lanes_do_not_hang(tokenizer) -> None:
     served = [row for batch in take(stream([Dataset.from_list(documents(3))], tokenizer), 40) for row in batch]
-    assert set(texts(served, 8, tokenizer)) == {row["text"] for row in documents(3)}
+    assert set(texts(served, 3, tokenizer)) == {row["text"] for row in documents(3)}
 
 
 def test_dirty_rows_are_counted_and_left_out(tokenizer) -> None:
@@ -147,6 +156,206 @@ def test_dirty_rows_are_counted_and_left_out(tokenizer) -> None:
         take(stream([Dataset.from_list(rows[20:22])], tokenizer), 1)
 
 
+def test_a_file_shared_by_many_lanes_resumes_at_each_lanes_own_place(tmp_path: Path, tokenizer) -> None:
+    rows = documents(400)
+    Dataset.from_list(rows).to_parquet(tmp_path / "0.parquet", batch_size=10)
+    whole_file = load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True)
+    for source in (whole_file, stream_range(whole_file, 10, 380)):
+        whole = take(stream([source], tokenizer, lanes=4), 200)
+        for stop in (3, 40, 77, 150):
+            first, second = stream([source], tokenizer, lanes=4), stream([source], tokenizer, lanes=4)
+            take(first, stop)
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert take(second, 40) == whole[stop : stop + 40]
+
+
+def test_random_sources_resume_everywhere_with_the_same_counts(tmp_path: Path, tokenizer) -> None:
+    for seed in range(6):
+        chance = random.Random(seed)
+        rows = documents(chance.randint(5, 60), seed) + [{"id": "dirty", "text": None}] * chance.randint(0, 3)
+        chance.shuffle(rows)
+        other = documents(chance.randint(5, 40), seed + 100, prefix="e")
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        sources = [Dataset.from_list(rows), parquet(folder, other, chance.randint(1, 6))]
+        options = {
+            "lanes": chance.choice([1, 2, 4, None]),
+            "window_documents": chance.randint(1, 12),
+            "weights": [chance.uniform(0.1, 1), chance.uniform(0.1, 1)],
+            "prefetch": chance.random() < 0.5,
+        }
+        first = stream(sources, tokenizer, **options)
+        served = first.batches(3)
+        positions = [(first.state_dict(), first.report())]
+        whole = []
+        for _ in range(25):
+            whole.append([row["input_ids"].tolist() for row in next(served)])
+            positions.append((json.loads(json.dumps(first.state_dict())), first.report()))
+        served.close()
+        for stop in range(22):
+            second = stream(sources, tokenizer, **options)
+            second.load_state_dict(positions[stop][0])
+            assert second.report() == positions[stop][1]
+            assert take(second, 3, rows=3) == whole[stop : stop + 3]
+            assert second.report() == positions[stop + 3][1]
+
+
+def test_batches_begin_where_the_last_ones_ended(tokenizer) -> None:
+    source = Dataset.from_list(documents(90))
+    whole = take(stream([source], tokenizer, lanes=2), 40)
+    again = stream([source], tokenizer, lanes=2)
+    assert [batch for count in (1, 12, 7, 20) for batch in take(again, count)] == whole
+
+
+def test_more_ranks_continue_at_a_row_that_they_do_not_divide(tokenizer) -> None:
+    source = Dataset.from_list(documents(90))
+    whole = [row for batch in take(stream([source], tokenizer, lanes=4), 40, rows=1) for row in batch]
+    first = stream([source], tokenizer, lanes=4)
+    take(first, 6, rows=1)
+    found = {}
+    for rank in range(4):
+        part = stream([source], tokenizer, lanes=4, rank=rank, ranks=4)
+        part.load_state_dict(first.state_dict())
+        begin = next(n for n in range(6, 10) if n % 4 == rank)
+        found |= dict(zip(range(begin, 40, 4), (row for batch in take(part, 8, rows=1) for row in batch), strict=False))
+    assert [found[n] for n in range(6, 38)] == whole[6:38]
+
+
+def test_a_weight_holds_roughly_in_the_first_window(tokenizer) -> None:
+    short, long = documents(4000, longest=3, prefix="s"), documents(400, seed=2, longest=200, prefix="l")
+    source = stream([Dataset.from_list(short), Dataset.from_list(long)], tokenizer, lanes=1, window_documents=2000)
+    take(source, 1)
+    shares = [facts["token_share"] for facts in source.report()["sources"].values()]
+    assert shares == pytest.approx([0.5, 0.5], abs=0.2)  # tokens per character are not measured yet
+
+
+@pytest.mark.parametrize("kind", ["table", "one file", "files"])
+def test_a_lane_without_a_usable_document_reads_the_whole_source(tmp_path: Path, tokenizer, kind: str) -> None:
+    texts_of = ["alpha one", None, None, "beta two", " ", None, "gamma three", None]  # of 4 lanes some have none
+    rows = [{"id": str(number), "text": text} for number, text in enumerate(texts_of)]
+    files = {"one file": 1, "files": 8}
+    source = Dataset.from_list(rows) if kind == "table" else parquet(tmp_path, rows, files[kind])
+    tokens = stream([source], tokenizer, lanes=4)
+    served = [row for batch in take(tokens, 60) for row in batch]
+    assert set(texts(served, 4, tokenizer)) == {"alpha one", "beta two", "gamma three"}
+    resumed = stream([source], tokenizer, lanes=4)
+    resumed.load_state_dict(tokens.state_dict())
+    assert take(resumed, 5) == take(tokens, 5)
+
+
+@pytest.mark.parametrize(("ranks", "documents_", "lanes"), [(1, 3, 3), (2, 5, 4), (4, 3, 4), (3, 50, 9), (1, 50, 8)])
+def test_lanes_are_no_more_than_a_tables_documents(tokenizer, ranks: int, documents_: int, lanes: int) -> None:
+    assert stream([Dataset.from_list(documents(documents_))], tokenizer, ranks=ranks).lanes == lanes
+
+
+def stopped(source: TokenStream, rows: int = 2) -> list[dict]:
+    return [row for batch in source.batches(rows) for row in batch]
+
+
+def learned(rows: list[dict]) -> list[list[int]]:
+    """The tokens of rows without their padding; of a row that is padding, one EOS."""
+    ends = [np.flatnonzero((row["labels"] != IGNORED) | (row["position_ids"] == 0))[-1] for row in rows]
+    return [row["input_ids"][: end + 1].tolist() for row, end in zip(rows, ends, strict=True)]
+
+
+def test_stop_serves_each_document_once_and_pads_the_tail(tmp_path: Path, tokenizer) -> None:
+    for seed in range(8):
+        chance = random.Random(seed)
+        one, two = documents(chance.randint(1, 40), seed), documents(chance.randint(1, 90), seed + 9, prefix="e")
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        sources = [Dataset.from_list(one), parquet(folder, two, chance.randint(1, 5))]
+        source = stream(sources, tokenizer, lanes=4, exhausted="stop", window_documents=chance.randint(1, 20))
+        rows = stopped(source, chance.randint(1, 5))
+        assert all(len(row["input_ids"]) == LENGTH for row in rows)
+        found = filter(None, texts(learned(rows), 4, tokenizer))
+        assert Counter(found) == Counter(row["text"] for row in one + two)
+        facts = source.report()
+        assert facts["documents"] == len(one + two)
+        assert facts["tokens"] == sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in one + two)
+        assert facts["padding_share"] == pytest.approx(1 - facts["tokens"] / (facts["rows"] * LENGTH), abs=1e-4)
+        middle = stream(sources, tokenizer, lanes=4, exhausted="stop", window_documents=source.window_documents)
+        begin = len(take(middle, 2, rows=1))
+        resumed = stream(sources, tokenizer, lanes=4, exhausted="stop", window_documents=source.window_documents)
+        resumed.load_state_dict(middle.state_dict())
+        assert learned(stopped(resumed, 1))[:8] == learned(rows)[begin : begin + 8]
+
+
+def test_all_ranks_stop_after_the_same_number_of_batches(tokenizer, monkeypatch) -> None:
+    source = Dataset.from_list([{"text": "one " * (200 if n % 2 else 3)} for n in range(40)])  # rank 1 has far more
+    together, flags = Barrier(2), {}
+
+    def gather_of_threads(value: object) -> list:
+        flags[get_ident()] = value
+        together.wait(20)
+        values = list(flags.values())
+        together.wait(20)
+        return values
+
+    monkeypatch.setattr("hfpipe.data.stream.gather", gather_of_threads)
+    parts = [stream([source], tokenizer, lanes=4, rank=rank, ranks=2, exhausted="stop") for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        served = list(threads.map(stopped, parts))
+    assert len(served[0]) == len(served[1]) > 10
+    words = [sum(tokenizer.decode(row).count("one") for row in learned(rows)) for rows in served]
+    assert words == [20 * 3, 20 * 200]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_an_error_of_a_source_reaches_the_trainer_and_the_thread_ends(tokenizer, prefetch: bool) -> None:
+    def broken() -> Iterator[dict]:
+        yield from documents(30)
+        raise OSError("the disk is gone")
+
+    source = stream([IterableDataset.from_generator(broken)], tokenizer, lanes=1, prefetch=prefetch)
+    before = active_count()
+    with pytest.raises(Exception, match="the disk is gone"):
+        take(source, 1000)
+    assert active_count() == before
+
+
+def test_the_thread_ends_with_its_iterator_and_builds_no_more_than_one_window_ahead(tokenizer) -> None:
+    read = []
+
+    def counted() -> Iterator[dict]:
+        for row in documents(5000):
+            read.append(row)
+            yield row
+
+    before = active_count()
+    served = stream([IterableDataset.from_generator(counted)], tokenizer, lanes=1).batches(1)
+    next(served)
+    sleep(0.5)
+    assert len(read) <= 3 * 7  # the window that is served, the one ahead, and a part that a stream reads ahead
+    served.close()
+    assert active_count() == before
+
+
+def test_an_iterator_that_is_left_open_does_not_disturb_the_exit() -> None:
+    script = (
+        "import time\nfrom hfpipe.data.ahead import Ahead\n"
+        "def build():\n    time.sleep(0.3)\n    print('built', flush=True)\n"
+        "ahead = Ahead({0: build})\nahead.take(0)\ntime.sleep(0.1)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "built\nbuilt\n", "")
+
+
+def test_truncation_and_padding_of_the_tokenizer_do_not_matter_and_eos_does(tokenizer) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.enable_truncation(4)
+    own.backend_tokenizer.enable_padding(length=64)
+    source = Dataset.from_list(documents(30))
+    served = stream([source], own).batches(2)
+    own.backend_tokenizer.enable_truncation(4)  # as whoever else uses the tokenizer may do at any time
+    found = [[row["input_ids"].tolist() for row in next(served)] for _ in range(10)]
+    assert found == take(stream([source], tokenizer), 10)
+    own = copy.deepcopy(tokenizer)
+    own.eos_token = None
+    with pytest.raises(RecipeError, match="no EOS"):
+        stream([source], own)
+
+
 def test_packing_keeps_every_token_and_marks_every_beginning() -> None:
     tokens = np.arange(1, 101, dtype=np.int32)
     starts = np.zeros(100, dtype=bool)
@@ -157,6 +366,15 @@ def test_packing_keeps_every_token_and_marks_every_beginning() -> None:
     assert zero.tolist() == sorted({0, 7, 30, 31, 64, *range(0, 96, 16)})
     assert (packed.labels.ravel()[zero] == IGNORED).all()
     assert (np.delete(packed.labels.ravel(), zero) == np.delete(packed.input_ids.ravel(), zero)).all()
+
+
+def test_packing_counts_documents_that_begin_and_that_are_cut() -> None:
+    starts = np.zeros(40, dtype=bool)
+    starts[[0, 5, 16, 36]] = True  # rows of 8: document 1 is cut once, 2 goes over three rows, 0 and 3 are whole
+    packed = pack(np.arange(40, dtype=np.int32), starts, 8)
+    assert packed.documents.tolist() == [2, 0, 1, 0, 1]
+    assert packed.cut.tolist() == [True, False, True, False, False]
+    assert packed.continued.tolist() == [False, True, False, True, True]
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}

@@ -17,6 +17,8 @@ class Packed(NamedTuple):
         input_ids: (N, L) tokens.
         position_ids: (N, L) positions, 0 where a document (or its continuation in the next row) begins.
         labels: (N, L) the tokens, -100 at position 0: no token stands before it in its document.
+        documents: (N,) documents that begin in each row.
+        cut: (N,) True where the last of them goes on in the next row, and so loses its context there.
         continued: (N,) True where a row begins in the middle of a document.
         rest: (R,) tokens that are left, R < L.
         rest_starts: (R,) True where a document begins among them.
@@ -25,6 +27,8 @@ class Packed(NamedTuple):
     input_ids: np.ndarray
     position_ids: np.ndarray
     labels: np.ndarray
+    documents: np.ndarray
+    cut: np.ndarray
     continued: np.ndarray
     rest: np.ndarray
     rest_starts: np.ndarray
@@ -41,18 +45,14 @@ def pack(tokens: np.ndarray, starts: np.ndarray, length: int) -> Packed:
     full = len(tokens) - len(tokens) % length
     ids = tokens[:full].reshape(-1, length)
     begins = starts[:full].reshape(-1, length).copy()
-    continued = ~begins[:, 0]
+    documents, continued = begins.sum(axis=1), ~begins[:, 0]
+    followed = np.append(starts, True)[length : full + 1 : length]  # whether a new document begins after each row
     begins[:, :1] = True
     places = np.arange(length, dtype=np.int32)
     positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-    return Packed(ids, positions, np.where(begins, IGNORED, ids), continued, tokens[full:], starts[full:])
-
-
-def count(packed: Packed, rows: int) -> dict[str, int]:
-    """What the first rows hold: documents that begin in them, tokens, rows that begin in the middle of a document."""
-    continued = int(packed.continued[:rows].sum())
-    documents = int((packed.position_ids[:rows] == 0).sum()) - continued
-    return {"documents": documents, "tokens": packed.input_ids[:rows].size, "continued_rows": continued}
+    labels = np.where(begins, IGNORED, ids)
+    cut = (documents > 0) & ~followed
+    return Packed(ids, positions, labels, documents, cut, continued, tokens[full:], starts[full:])
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ class FirstRows(TakeExamplesIterable):
         return self
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> FirstRows:
-        return self if index == 0 else FirstRows(self.ex_iterable, 0)
+        # Anew in each shard, as every other stream does: the state of a stream that two lanes hold would be no one's.
+        return FirstRows(self.ex_iterable.shard_data_sources(1, 0), self.n if index == 0 else 0)
 
 
 def stream_range(rows: IterableDataset, skip: int, take: int | None) -> IterableDataset:

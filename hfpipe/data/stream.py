@@ -11,40 +11,66 @@ is not in the state, so nothing is lost or seen twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from hfpipe.data.lane import LISTED, Lane, Reader, Window
-from hfpipe.data.packing import count
+from hfpipe.data.ahead import Ahead
+from hfpipe.data.encode import IGNORED
+from hfpipe.data.lane import Lane, Window
+from hfpipe.data.reader import LISTED, Reader
 from hfpipe.errors import RecipeError
 from hfpipe.ranks import gather
 from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8
 WINDOW_DOCUMENTS = 500
+COUNTED = ("rows", "tokens", "documents", "cut", "continued_rows")
+
+
+@dataclass
+class Position:
+    """How far a lane has been served.
+
+    Args:
+        start: The lane's state before its window; None at the beginning.
+        given: Rows given out of that window.
+        counts: What was given so far, see `TokenStream.report`.
+        sources: What each source had given by the end of that window, see `Window`.
+    """
+
+    start: dict[str, Any] | None = None
+    given: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 class TokenStream:
-    """Serves one rank's packed rows, endlessly.
+    """Serves one rank's packed rows, endlessly or until every document was read once.
 
     Args:
         sources: Rows with a column `text`.
         tokenizer: A fast tokenizer; BOS is put before each document where it does so itself, EOS after each.
         max_length: L, tokens of a row.
         weights: Share of the tokens from each source; equal when absent.
-        lanes: Number of lanes; the smallest multiple of the ranks from 8 up when absent.
+        lanes: Number of lanes; when absent the smallest multiple of the ranks from 8 up, or fewer where a table has
+            fewer rows than that.
         seed: Seed of the shuffles.
         rank: This rank.
         ranks: Number of ranks.
         window_documents: Documents of a window.
         origins: What the sources were opened from, for messages and the report.
+        exhausted: What becomes of a source that is read to its end. "repeat": it begins anew in that lane, and the
+            stream is endless. "stop": the others go on without it. The last row of a lane is padded then, rows stand in
+            for a lane that ends before the others, and all ranks serve the same number of batches.
+        prefetch: Whether windows are built ahead in a background thread.
 
     Raises:
-        RecipeError: `lanes` is not a multiple of `ranks`.
+        RecipeError: `lanes` is not a multiple of `ranks`, or the tokenizer has no EOS.
     """
 
     def __init__(
@@ -60,20 +86,28 @@ class TokenStream:
         ranks: int = 1,
         window_documents: int = WINDOW_DOCUMENTS,
         origins: Sequence[Source] | None = None,
+        exhausted: Literal["repeat", "stop"] = "repeat",
+        prefetch: bool = True,
     ) -> None:
-        self.sources, self.tokenizer, self.max_length = list(sources), tokenizer, max_length
+        if tokenizer.eos_token_id is None:
+            raise RecipeError("the tokenizer has no EOS token, which ends each document of a stream; give it one.")
+        self.sources, self.max_length = list(sources), max_length
         self.weights = list(weights or [1.0] * len(self.sources))
         self.origins = list(
             origins or [Source.model_validate({"path": f"source {number}"}) for number in range(len(sources))]
         )
         self.seed, self.rank, self.ranks, self.window_documents = seed, rank, ranks, window_documents
-        self._backend = tokenizer.backend_tokenizer
+        self.repeat, self.prefetch = exhausted == "repeat", prefetch
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)  # its own: it runs in another thread
+        self._backend.no_truncation()
+        self._backend.no_padding()
         ids = tokenizer("")["input_ids"]
         self._bos = [tokenizer.bos_token_id] if ids[:1] == [tokenizer.bos_token_id] else []
         self._eos = [tokenizer.eos_token_id]
-        self._open(lanes or -(-DEFAULT_LANES // ranks) * ranks)
+        self._open(lanes or _default_lanes(self.sources, ranks))
 
     def _open(self, lanes: int) -> None:
+        """Stands at the beginning of `lanes` lanes."""
         if lanes % self.ranks:
             fits = [count for count in range(1, lanes + 1) if lanes % count == 0]
             raise RecipeError(
@@ -81,70 +115,110 @@ class TokenStream:
                 f"{', '.join(map(str, fits))} ranks, or give a new run `lanes:` that is a multiple of the ranks."
             )
         self.lanes = lanes
-        self._mine = range(self.rank, lanes, self.ranks)
-        self._built = {lane: self._lane(lane) for lane in self._mine}
-        self._start = {lane: built.state() for lane, built in self._built.items()}  # of the window being served
-        self._window: dict[int, Window] = {}
-        self._given = dict.fromkeys(self._mine, 0)
-        self._facts: dict[int, dict[str, int]] = {  # of the windows before this one
-            lane: {"documents": 0, "tokens": 0, "continued_rows": 0} for lane in self._mine
-        }
-        self._next = 0  # rows that this rank has served
+        self._positions = {lane: Position() for lane in range(self.rank, lanes, self.ranks)}
+        self._served = 0  # rows that all ranks have served
 
-    def _lane(self, lane: int) -> Lane:
-        readers = [
-            Reader(rows, lane, self.lanes, origin) for rows, origin in zip(self.sources, self.origins, strict=True)
-        ]
-        seed = [self.seed, lane]
-        return Lane(readers, self.weights, self._tokenize, self.max_length, self.window_documents, seed)
+    def _lane(self, lane: int, shards: Sequence[Dataset | IterableDataset]) -> Lane:
+        """A lane at its position."""
+        opened = Lane(
+            [
+                Reader(rows, lane, self.lanes, origin, self.repeat)
+                for rows, origin in zip(shards, self.origins, strict=True)
+            ],
+            self.weights,
+            self._tokenize,
+            self.max_length,
+            self.window_documents,
+            self._eos[0],
+            [self.seed, lane],
+        )
+        start = self._positions[lane].start
+        if start is not None:
+            opened.load(start)
+        return opened
 
-    def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """One call of the Rust tokenizer, on all cores."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*self._bos, *encoding.ids, *self._eos], dtype=np.int32) for encoding in encodings]
+        return [[*self._bos, *encoding.ids, *self._eos] for encoding in encodings]
 
     def batches(self, rows: int) -> Iterator[list[dict[str, Any]]]:
-        """Yields lists of `rows` rows of this rank: `input_ids`, `position_ids` and `labels`, (L,) each.
+        """Yields lists of `rows` rows from this rank's position on: `input_ids`, `position_ids`, `labels`, (L,) each.
 
         Raises:
-            DataError: A source has no usable document.
+            DataError: A source has no usable document, or cannot be read.
         """
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        executor = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        shards = [_enough_shards(source, self.lanes) for source in self.sources]
+        build = {lane: self._lane(lane, shards).build for lane in self._in_order()}
+        windows: dict[int, Window] = {}
+        ahead = Ahead(build) if self.prefetch else None
+        take = ahead.take if ahead else lambda lane: build[lane]()
         try:
-            ahead = {lane: executor.submit(self._built[lane].build) for lane in self._mine}
             while True:
-                yield [self._row(executor, ahead) for _ in range(rows)]
+                batch = [self._row(take, windows) for _ in range(rows)]
+                real = any(row is not None for row in batch)
+                if not self.repeat and not any(gather(real or not self._ended(windows))):
+                    return
+                yield [self._padding() if row is None else row for row in batch]
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+            if ahead:
+                ahead.close()
 
-    def _row(self, executor: ThreadPoolExecutor, ahead: dict[int, Future[Window]]) -> dict[str, Any]:
-        lane = self._mine[self._next % len(self._mine)]
-        while lane not in self._window or self._given[lane] == len(self._window[lane].rows.input_ids):
-            if lane in self._window:  # it is served whole
-                self._facts[lane] = self._counted(lane)
-                del self._window[lane]
-                self._given[lane] = 0
-            self._window[lane] = ahead[lane].result()
-            self._start[lane] = self._window[lane].start
-            ahead[lane] = executor.submit(self._built[lane].build)
-        place, packed = self._given[lane], self._window[lane].rows
-        self._given[lane] += 1
-        self._next += 1
+    def _ended(self, windows: dict[int, Window]) -> bool:
+        """Whether this rank's lanes have given their last row."""
+        return all(
+            lane in windows and windows[lane].last and position.given == len(windows[lane].tokens)
+            for lane, position in self._positions.items()
+        )
+
+    def _next_lane(self) -> int:
+        """The lane of this rank's next row."""
+        return (self._served + (self.rank - self._served) % self.ranks) % self.lanes
+
+    def _in_order(self) -> list[int]:
+        """This rank's lanes, in the order in which they are needed."""
+        return [(self._next_lane() + step) % self.lanes for step in range(0, self.lanes, self.ranks)]
+
+    def _row(self, take: Callable[[int], Window], windows: dict[int, Window]) -> dict[str, Any] | None:
+        """This rank's next row; None from a lane that has ended."""
+        lane = self._next_lane()
+        position = self._positions[lane]
+        while lane not in windows or position.given == len(windows[lane].tokens):
+            if lane in windows:
+                position.given = 0
+            windows[lane] = take(lane)
+            position.start = windows[lane].start
+            if not len(windows[lane].tokens):
+                break
+        self._served += self.ranks
+        place, window = position.given, windows[lane]
+        position.sources = window.sources
+        if not len(window.tokens):
+            position.counts["rows"] += 1
+            return None
+        position.given += 1
+        packed = window.packed
+        row_counts = (1, window.tokens[place], packed.documents[place], packed.cut[place], packed.continued[place])
+        for name, count in zip(COUNTED, row_counts, strict=True):
+            position.counts[name] += int(count)
         return {
             "input_ids": packed.input_ids[place],
             "position_ids": packed.position_ids[place],
             "labels": packed.labels[place],
         }
 
+    def _padding(self) -> dict[str, Any]:
+        """A row that nothing is learned from."""
+        return {
+            "input_ids": np.full(self.max_length, self._eos[0], dtype=np.int32),
+            "position_ids": np.arange(self.max_length, dtype=np.int32),
+            "labels": np.full(self.max_length, IGNORED, dtype=np.int32),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the last row served: of each lane the start of its window and the rows given since."""
-        states = {
-            str(lane): {"start": self._start[lane], "given": self._given[lane], "facts": dict(self._facts[lane])}
-            for lane in self._mine
-        }
-        return {"lanes": self.lanes, "served": self._next * self.ranks, "states": states}
+        states = {str(lane): asdict(position) for lane, position in self._positions.items()}
+        return {"lanes": self.lanes, "served": self._served, "states": states}
 
     @staticmethod
     def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -153,49 +227,55 @@ class TokenStream:
         return {"lanes": states[0]["lanes"], "served": states[0]["served"], "states": merged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where the merged states of all ranks stand, on this or another number of ranks.
+        """Stands where the merged states of all ranks stand, on this or another number of ranks.
 
         Raises:
             RecipeError: The recorded lanes are not a multiple of the ranks.
         """
         self._open(state["lanes"])
-        self._next = state["served"] // self.ranks
-        for lane in self._mine:
-            saved = state["states"][str(lane)]
-            self._built[lane].load(saved["start"])
-            self._start[lane], self._given[lane] = saved["start"], saved["given"]
-            self._facts[lane] = dict(saved["facts"])
-
-    def _counted(self, lane: int) -> dict[str, int]:
-        """What a lane has served up to now."""
-        if lane not in self._window:
-            return self._facts[lane]
-        current = count(self._window[lane].rows, self._given[lane])
-        return {key: value + current[key] for key, value in self._facts[lane].items()}
+        self._served = state["served"]
+        self._positions = {lane: Position(**copy.deepcopy(state["states"][str(lane)])) for lane in self._positions}
 
     def report(self) -> dict[str, Any]:
-        """What all ranks have served: documents, tokens; of each source epochs, share of the tokens, dirty rows.
+        """What all ranks have served, and what the sources had given by the end of the windows begun.
 
-        Epochs, shares and dirty rows are those of the documents drawn so far, the windows built ahead included. Every
-        rank has to call this.
+        Every rank has to call this.
+
+        Returns:
+            `rows`, `tokens` without padding, `documents` that began, those that were `cut` to go on in another row,
+            `continued_rows` that begin in the middle of one, `cut_share`, `padding_share`, `lanes`; and of each of the
+            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `dirty` rows by reason, `dirty_ids`.
         """
-        mine = {
-            "lanes": [self._counted(lane) for lane in self._mine],
-            "readers": [[reader.facts() for reader in lane.readers] for lane in self._built.values()],
-            "tokens": [lane.tokens for lane in self._built.values()],
-        }
-        parts = gather(mine)
-        counts = [counted for part in parts for counted in part["lanes"]]
-        total = {key: sum(counted[key] for counted in counts) for key in counts[0]}
-        tokens = np.sum([given for part in parts for given in part["tokens"]], axis=0)
+        positions = [position for part in gather(list(self._positions.values())) for position in part]
+        total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
+        begun = [position.sources for position in positions if position.sources]
+        tokens = sum(facts["tokens"] for lane in begun for facts in lane)
         sources = {}
         for number, origin in enumerate(self.origins):
-            readers = [lane[number] for part in parts for lane in part["readers"]]
-            reasons = sorted({why for reader in readers for why in reader["dirty"]})
+            lanes = [lane[number] for lane in begun]
+            reasons = sorted({why for facts in lanes for why in facts["dirty"]})
             sources[f"{number}: {origin.path}"] = {
-                "epochs": min(reader["epoch"] for reader in readers),
-                "token_share": round(float(tokens[number] / max(tokens.sum(), 1)), 4),
-                "dirty": {why: sum(reader["dirty"].get(why, 0) for reader in readers) for why in reasons},
-                "dirty_ids": [name for reader in readers for name in reader["dirty_ids"]][:LISTED],
+                "epochs": min((facts["epochs"] for facts in lanes), default=0),
+                "token_share": round(sum(facts["tokens"] for facts in lanes) / max(tokens, 1), 4),
+                "dirty": {why: sum(facts["dirty"].get(why, 0) for facts in lanes) for why in reasons},
+                "dirty_ids": [name for facts in lanes for name in facts["dirty_ids"]][:LISTED],
             }
-        return {**total, "lanes": self.lanes, "sources": sources}
+        return {
+            **total,
+            "cut_share": round(total["cut"] / max(total["documents"], 1), 4),
+            "padding_share": round(1 - total["tokens"] / (total["rows"] * self.max_length), 4) if begun else 0.0,
+            "lanes": self.lanes,
+            "sources": sources,
+        }
+
+
+def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> int:
+    """The smallest multiple of the ranks from 8 up; for a table of fewer rows, the largest that gives each lane one."""
+    lanes = -(-DEFAULT_LANES // ranks) * ranks
+    rows = min((len(source) for source in sources if isinstance(source, Dataset)), default=lanes)
+    return max(ranks, min(lanes, rows - rows % ranks))
+
+
+def _enough_shards(rows: Dataset | IterableDataset, lanes: int) -> Dataset | IterableDataset:
+    """A stream cut into more shards where it has too few; that opens every file, so only then."""
+    return rows.reshard() if isinstance(rows, IterableDataset) and rows.num_shards < lanes else rows
