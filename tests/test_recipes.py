@@ -1,6 +1,7 @@
 """Every shipped recipe: it has no fault, and begins with what it does, what it needs and its launch line."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,10 @@ def test_a_launch_config_is_one_that_accelerate_reads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     assert load_config_from_file(str(path)).num_machines == yaml.safe_load(path.read_text())["num_machines"]
+
+
+def test_a_wheel_carries_every_package_and_the_recipes() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "hfpipe").rglob("__init__.py")}
+    assert set(declared["packages"]) == folders | {"hfpipe.shipped_recipes"}
+    assert (ROOT / declared["package-dir"]["hfpipe.shipped_recipes"]).resolve() == RECIPES["quickstart"].parent
