@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hfpipe import ranks
 from hfpipe.data.loader import BatchLoader
-from hfpipe.files import write_json
+from hfpipe.files import write_json, write_text
 
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
@@ -143,7 +143,7 @@ class LogCallback(TrainerCallback):
         self._mark = (state.global_step, time.perf_counter(), self.loader.waited_seconds)
         if args.should_save and self.path.exists():  # drop what was logged after the checkpoint that is continued from
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def on_log(
         self,
