@@ -210,3 +210,41 @@ def test_a_batch_that_does_not_divide_says_what_would(tmp_path: Path, capsys: py
     content["stages"][0]["training"]["per_device_train_batch_size"] = 3
     assert main(["run", str(tiny.write(tmp_path, content))]) == 2
     assert "3 or 6 would do" in capsys.readouterr().err
+
+
+def test_too_many_dirty_rows_end_the_run_with_their_names_and_exit_code_5(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    prose = tmp_path / "prose.jsonl"
+    lines = prose.read_text().splitlines()
+    for number in range(0, 300, 50):
+        lines[number] = json.dumps({"id": f"bad{number}", "text": None if number else "  "})
+    prose.write_text("\n".join(lines) + "\n")
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    content["stages"] = content["stages"][:1]
+    content["stages"][0]["training"]["max_steps"] = 40
+    path = tiny.write(tmp_path, content)
+    assert main(["run", str(path)]) == 5
+    error = capsys.readouterr().err
+    assert "bad50" in error
+    assert "max_dirty_share" in error
+    assert "Traceback" not in error
+    assert main(["run", str(path), "--set", "stages.prose.max_dirty_share=2.5%"]) == 0
+    facts = json.loads((tmp_path / "run" / "stages" / "prose" / "done.json").read_text())["data"]["sources"]["0: json"]
+    assert set(facts["dirty"]) == {"missing", "empty"}
+    assert "bad250" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_source_that_stops_is_read_once_and_ends_the_training(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    stage = content["stages"][0]
+    content["stages"] = [stage]
+    stage["exhausted"] = "stop"
+    stage["training"] = {"max_steps": 1_000, "learning_rate": "2e-3", "max_length": 64, "save_strategy": "no"}
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    done = json.loads((tmp_path / "run" / "stages" / "prose" / "done.json").read_text())
+    assert done["data"]["documents"] == 300
+    assert done["data"]["sources"]["0: json"]["epochs"] == 1
+    assert done["steps"] < 1_000

@@ -36,6 +36,7 @@ class Reader:
         self._all, self._lane, self._lanes, self.source, self._repeat = rows, lane, lanes, source, repeat
         self.epoch = 0  # epochs that are finished
         self.ended = False
+        self.rows = 0  # read in all
         self.dirty: dict[str, int] = {}
         self.dirty_ids: list[str] = []
         self._read = 0  # rows of this epoch that were read
@@ -60,6 +61,7 @@ class Reader:
                 self._end_epoch()
                 continue
             self._read += 1
+            self.rows += 1
             self._stream_state = None
             text = row["text"]
             if not isinstance(text, str):
@@ -84,8 +86,9 @@ class Reader:
 
     def _count_dirty(self, row: dict[str, Any], why: str) -> None:
         self.dirty[why] = self.dirty.get(why, 0) + 1
-        if len(self.dirty_ids) < LISTED:
-            self.dirty_ids.append(str(row.get("id", f"row {self._read}")))
+        name = str(row.get("id", f"row {self._read}"))
+        if len(self.dirty_ids) < LISTED and name not in self.dirty_ids:  # every epoch meets it again
+            self.dirty_ids.append(name)
 
     def _begin(self, state: dict[str, Any] | None) -> None:
         """Begins an epoch, or continues it."""
@@ -109,6 +112,7 @@ class Reader:
             "read": self._read,
             "usable": self._usable,
             "stream": inner,
+            "rows": self.rows,
             "dirty": dict(self.dirty),
             "dirty_ids": list(self.dirty_ids),
         }
@@ -117,6 +121,7 @@ class Reader:
         """Continues where `state` was taken."""
         self.epoch, self.ended, self._whole = state["epoch"], state["ended"], state["whole"]
         self._read, self._usable = state["read"], state["usable"]
+        self.rows = state["rows"]
         self.dirty, self.dirty_ids = dict(state["dirty"]), list(state["dirty_ids"])
         if self._read:
             self._begin(state["stream"])

@@ -23,12 +23,13 @@ from hfpipe.data.ahead import Ahead
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
 from hfpipe.data.reader import LISTED, Reader
-from hfpipe.errors import RecipeError
+from hfpipe.errors import DataError, RecipeError
 from hfpipe.ranks import gather
 from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8
 WINDOW_DOCUMENTS = 500
+JUDGED_ROWS = 1_000
 COUNTED = ("rows", "tokens", "documents", "cut", "continued_rows")
 
 
@@ -67,6 +68,8 @@ class TokenStream:
         exhausted: What becomes of a source that is read to its end. "repeat": it begins anew in that lane, and the
             stream is endless. "stop": the others go on without it. The last row of a lane is padded then, rows stand in
             for a lane that ends before the others, and all ranks serve the same number of batches.
+        max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once a
+            rank has read `JUDGED_ROWS` different rows of the source, or all of its share.
         prefetch: Whether windows are built ahead in a background thread.
 
     Raises:
@@ -87,6 +90,7 @@ class TokenStream:
         window_documents: int = WINDOW_DOCUMENTS,
         origins: Sequence[Source] | None = None,
         exhausted: Literal["repeat", "stop"] = "repeat",
+        max_dirty_share: float = 1.0,
         prefetch: bool = True,
     ) -> None:
         if tokenizer.eos_token_id is None:
@@ -97,7 +101,7 @@ class TokenStream:
             origins or [Source.model_validate({"path": f"source {number}"}) for number in range(len(sources))]
         )
         self.seed, self.rank, self.ranks, self.window_documents = seed, rank, ranks, window_documents
-        self.repeat, self.prefetch = exhausted == "repeat", prefetch
+        self.repeat, self.prefetch, self.max_dirty_share = exhausted == "repeat", prefetch, max_dirty_share
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)  # its own: it runs in another thread
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -117,6 +121,7 @@ class TokenStream:
         self.lanes = lanes
         self._positions = {lane: Position() for lane in range(self.rank, lanes, self.ranks)}
         self._served = 0  # rows that all ranks have served
+        self._finished = False
 
     def _lane(self, lane: int, shards: Sequence[Dataset | IterableDataset]) -> Lane:
         """A lane at its position."""
@@ -146,8 +151,10 @@ class TokenStream:
         """Yields lists of `rows` rows from this rank's position on: `input_ids`, `position_ids`, `labels`, (L,) each.
 
         Raises:
-            DataError: A source has no usable document, or cannot be read.
+            DataError: A source has no usable document, too many dirty rows, or cannot be read.
         """
+        if self._finished:
+            return
         shards = [_enough_shards(source, self.lanes) for source in self.sources]
         build = {lane: self._lane(lane, shards).build for lane in self._in_order()}
         windows: dict[int, Window] = {}
@@ -158,6 +165,7 @@ class TokenStream:
                 batch = [self._row(take, windows) for _ in range(rows)]
                 real = any(row is not None for row in batch)
                 if not self.repeat and not any(gather(real or not self._ended(windows))):
+                    self._finished = True  # Trainer asks again, for another epoch
                     return
                 yield [self._padding() if row is None else row for row in batch]
         finally:
@@ -187,12 +195,12 @@ class TokenStream:
             if lane in windows:
                 position.given = 0
             windows[lane] = take(lane)
-            position.start = windows[lane].start
+            position.start, position.sources = windows[lane].start, windows[lane].sources
+            self._refuse_dirt()
             if not len(windows[lane].tokens):
                 break
         self._served += self.ranks
         place, window = position.given, windows[lane]
-        position.sources = window.sources
         if not len(window.tokens):
             position.counts["rows"] += 1
             return None
@@ -206,6 +214,26 @@ class TokenStream:
             "position_ids": packed.position_ids[place],
             "labels": packed.labels[place],
         }
+
+    def _refuse_dirt(self) -> None:
+        """Raises a DataError when too many rows of a source were dirty in this rank's lanes."""
+        begun = [position.sources for position in self._positions.values() if position.sources]
+        for number, origin in enumerate(self.origins):
+            lanes = [lane[number] for lane in begun]
+            rows = sum(facts["rows"] for facts in lanes)
+            read_once = len(begun) == len(self._positions) and all(facts["epochs"] for facts in lanes)
+            different = sum(facts["rows"] // (facts["epochs"] + 1) for facts in lanes)  # at least
+            if different < JUDGED_ROWS and not read_once:
+                continue
+            dirty = _dirt_of(lanes)
+            if sum(dirty.values()) > self.max_dirty_share * rows:
+                reasons = ", ".join(f"{count} {why}" for why, count in dirty.items())
+                names = ", ".join([name for facts in lanes for name in facts["dirty_ids"]][:LISTED])
+                raise DataError(
+                    f"source {origin.path!r}: {sum(dirty.values()):,} of {rows:,} rows read are dirty ({reasons}), "
+                    f"more than the {self.max_dirty_share:.2%} that max_dirty_share allows. The first: {names}. Mend "
+                    "them, leave them out with `where`, or raise max_dirty_share of the stage."
+                )
 
     def _padding(self) -> dict[str, Any]:
         """A row that nothing is learned from."""
@@ -244,7 +272,8 @@ class TokenStream:
         Returns:
             `rows`, `tokens` without padding, `documents` that began, those that were `cut` to go on in another row,
             `continued_rows` that begin in the middle of one, `cut_share`, `padding_share`, `lanes`; and of each of the
-            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `dirty` rows by reason, `dirty_ids`.
+            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `dirty` rows by reason,
+            `dirty_ids`.
         """
         positions = [position for part in gather(list(self._positions.values())) for position in part]
         total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
@@ -253,11 +282,11 @@ class TokenStream:
         sources = {}
         for number, origin in enumerate(self.origins):
             lanes = [lane[number] for lane in begun]
-            reasons = sorted({why for facts in lanes for why in facts["dirty"]})
             sources[f"{number}: {origin.path}"] = {
                 "epochs": min((facts["epochs"] for facts in lanes), default=0),
                 "token_share": round(sum(facts["tokens"] for facts in lanes) / max(tokens, 1), 4),
-                "dirty": {why: sum(facts["dirty"].get(why, 0) for facts in lanes) for why in reasons},
+                "rows": sum(facts["rows"] for facts in lanes),
+                "dirty": _dirt_of(lanes),
                 "dirty_ids": [name for facts in lanes for name in facts["dirty_ids"]][:LISTED],
             }
         return {
@@ -267,6 +296,12 @@ class TokenStream:
             "lanes": self.lanes,
             "sources": sources,
         }
+
+
+def _dirt_of(lanes: list[dict[str, Any]]) -> dict[str, int]:
+    """Dirty rows of a source over lanes, by reason."""
+    reasons = sorted({why for facts in lanes for why in facts["dirty"]})
+    return {why: sum(facts["dirty"].get(why, 0) for facts in lanes) for why in reasons}
 
 
 def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> int:

@@ -153,6 +153,9 @@ class StageBase(Words):
     global_batch_size: int | None = Field(
         None, gt=0, description="rows per optimizer step over all ranks; divided over the ranks, the rest accumulated"
     )
+    max_dirty_share: Share = Field(
+        0.01, ge=0, description="share of a source's rows that may be empty or of a wrong type before the run stops"
+    )
     training: dict[str, Any] = Field(default_factory=dict, description="fields of the trainer's own arguments class")
     lora: dict[str, Any] | None = Field(None, description="fields of peft.LoraConfig")
     quantization: Annotated[
@@ -173,6 +176,9 @@ class Pretrain(StageBase):
     kind: Literal["pretrain"]
     objective: Literal["causal"] = "causal"
     lanes: int | None = Field(None, gt=0, description="parallel lanes of the stream; fixed for the life of the run")
+    exhausted: Literal["repeat", "stop"] = Field(
+        "repeat", description="a source that is read to its end begins anew, or the others go on without it"
+    )
 
 
 class Sft(StageBase):

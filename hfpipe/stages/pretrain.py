@@ -35,6 +35,8 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         weights=[source.weight or 1.0 for source in stage.data],
         origins=stage.data,
         lanes=stage.lanes,
+        exhausted=stage.exhausted,
+        max_dirty_share=stage.max_dirty_share,
         seed=run.recipe.seed,
         rank=ranks.rank(),
         ranks=ranks.ranks(),

@@ -87,11 +87,12 @@ def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> Data
     training = run.stage.training
     rows = load_rows(source, seed=run.recipe.seed)
     tokenized: list[dict[str, list[int]]] = []
-    read = 0
+    read = dirty = 0
     for batch in readable(rows.iter(batch_size=1000), source):
         columns = list(batch)
         chunk = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        chunk = [row for row in chunk if all(row[key] is not None for key in columns if key != "id")]
+        whole = [row for row in chunk if all(row[key] is not None for key in columns if key != "id")]
+        dirty, chunk = dirty + len(chunk) - len(whole), whole
         if at_most is not None:
             chunk = chunk[: at_most - read]
         read += len(chunk)
@@ -104,6 +105,12 @@ def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> Data
         )
         if at_most is not None and read >= at_most:
             break
+    if dirty > run.stage.max_dirty_share * (read + dirty):
+        raise DataError(
+            f"stages.{run.stage.name}: {dirty:,} of {read + dirty:,} rows of {source.path!r} lack a value, more than "
+            f"the {run.stage.max_dirty_share:.2%} that max_dirty_share allows. Mend them, leave them out with `where`, "
+            "or raise max_dirty_share of the stage."
+        )
     if not tokenized:
         raise DataError(
             f"stages.{run.stage.name}: {source.path} gave {read} rows and none of them has a token to train on. Look "
