@@ -119,12 +119,12 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from hfpipe.report.markdown import write_report
+    from hfpipe.report import write_reports
 
     folder = _run_folder(options.run)
     if not (folder / "scorecard.json").exists():
         raise RecipeError(f"{folder} has no scorecard.json yet; `hfpipe run` writes it once the base is scored.")
-    print(write_report(folder))
+    print(*write_reports(folder), sep="\n")
 
 
 def _recipes(options: argparse.Namespace) -> None:
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--private", action=argparse.BooleanOptionalAction, default=None, help="private unless told not to be"
     )
-    report = command("report", _report, "report.md again from the scorecard, without a model")
+    report = command("report", _report, "report.md and report.html again from the scorecard, without a model")
     report.add_argument("run", metavar="RUN", help="a run folder")
     recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
     recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")

@@ -21,7 +21,8 @@ from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.recipe import Recipe, dump_recipe, hash_of
-from hfpipe.report.markdown import closing_lines, write_report
+from hfpipe.report import write_reports
+from hfpipe.report.markdown import closing_lines
 from hfpipe.scores import BASE, Score, over_budget, write_scorecard
 from hfpipe.stages import STAGES, StageRun
 
@@ -88,13 +89,13 @@ def run_recipe(recipe: Recipe) -> Path:
         scores += _score(run, stage.name)
         if ranks.is_main():
             write_scorecard(scores, folder / "scorecard.json")
-            write_report(folder)
+            write_reports(folder)
         _check_budgets(recipe, scores, stage.name)
     if recipe.merge:
         last = next(stage.name for stage in reversed(recipe.stages) if stage.lora is not None)
         merged(run, last)
     if ranks.is_main():
-        write_report(folder)
+        write_reports(folder)
         for line in closing_lines(folder):
             ranks.say(line)
     if recipe.push is not None:

@@ -1,6 +1,7 @@
 """The main promises, through the command line and the run folder: one run, run again, killed, divided, merged."""
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -248,3 +249,18 @@ def test_a_source_that_stops_is_read_once_and_ends_the_training(tmp_path: Path) 
     assert done["data"]["documents"] == 300
     assert done["data"]["sources"]["0: json"]["epochs"] == 1
     assert done["steps"] < 1_000
+
+
+def test_the_page_stands_alone_and_holds_the_numbers_of_the_scorecard(finished: Path) -> None:
+    page = (finished / "run" / "report.html").read_text()
+    body = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+    assert not re.search(r"<(script|link|img|iframe)|@import|url\(http|src=", body)
+    assert page.count('<svg role="img" aria-label="') == 4 + 2, "a plot for each score by stage and for each loss curve"
+    table = body[body.index("<h2>Scores</h2>") : body.index("<h2>What each stage did</h2>")]
+    for row in json.loads((finished / "run" / "scorecard.json").read_text()):
+        scale, digits = (100, 1) if row["metric"] in {"accuracy", "exact_match"} else (1, 4)
+        assert f"{row['value'] * scale:.{digits}f} ± {row['stderr'] * scale:.{digits}f}" in table, row
+    before = page
+    (finished / "run" / "report.html").unlink()
+    assert main(["report", str(finished / "run")]) == 0
+    assert (finished / "run" / "report.html").read_text() == before, "the same run gives the same page"

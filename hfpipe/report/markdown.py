@@ -197,7 +197,7 @@ def closing_lines(folder: Path) -> list[str]:
     lines.append(f"{'adapter' if is_adapter else 'model':9}  {last / 'model'}")
     if (last / "merged").exists():
         lines.append(f"merged     {last / 'merged'}")
-    lines.append(f"report     {folder / 'report.md'}")
+    lines.append(f"report     {folder / 'report.html'}")
     what = "merged" if (last / "merged").exists() else "adapter" if is_adapter else "model"
     return [
         *lines,

@@ -1,0 +1,224 @@
+"""report.html: one page that opens anywhere, without a network, on a phone, on a desk and on paper."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from hfpipe.files import write_text
+from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.report.markdown import describe, gains_and_losses, number
+from hfpipe.report.plots import Z95, loss_curve, score_by_stage
+from hfpipe.scores import Score, last_change, over_budget, read_scorecard, stages_of
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f37; --bad: #c62f2f; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --good: #4fc26b; --bad: #ff7b72; }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }}
+h1 {{ margin: .5rem 0 0; }} h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
+.verdict {{ font-size: 1.15rem; padding: .8rem 1rem; background: var(--soft); border-left: 4px solid #3b76d6; }}
+.verdict.over {{ border-color: var(--bad); }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
+td.number, th.number {{ text-align: right; white-space: nowrap; }}
+.interval {{ display: block; opacity: .7; font-size: .8rem; }}
+.better {{ color: var(--good); }} .worse {{ color: var(--bad); }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }}
+svg {{ width: 100%; height: auto; max-width: 30rem; font-family: inherit; }}
+pre {{ overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .85rem; }}
+.note {{ opacity: .75; font-size: .9rem; }}
+@media print {{ body {{ max-width: none; }} h2, tr, svg {{ break-inside: avoid; }} pre {{ white-space: pre-wrap; }} }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def write_html(folder: Path) -> Path:
+    """Writes report.html of a run folder, whatever of the run is there.
+
+    Raises:
+        FileNotFoundError: The folder holds no scorecard.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    scores = read_scorecard(folder / "scorecard.json")
+    done = {stage.name: _read(folder / "stages" / stage.name / "done.json") for stage in recipe.stages}
+    parts = [
+        f"<h1>{escape(recipe.name)}</h1>",
+        _verdict(recipe, scores),
+        _scores(scores),
+        _plots("Scores by stage", [score_by_stage(line) for line in _by_key(scores) if len(line) > 1]),
+        _changes(scores),
+        _plots("Training loss", _losses(folder, recipe)),
+        _training(recipe, done),
+        _sources(done),
+        _environment(_read(folder / "environment.json")),
+        f"<h2>Recipe</h2><pre>{escape((folder / 'recipe.yaml').read_text())}</pre>",
+    ]
+    path = folder / "report.html"
+    write_text(path, PAGE.format(title=escape(recipe.name), body="\n".join(part for part in parts if part)))
+    return path
+
+
+def _verdict(recipe: Recipe, scores: list[Score]) -> str:
+    """What was gained, what it cost, and whether that is inside the budget, in one sentence."""
+    if not scores:
+        return '<p class="verdict">The recipe has no suites, so nothing was measured.</p>'
+    gained, lost = gains_and_losses(scores)
+    won = "; ".join(map(describe, gained)) or "nothing beyond the noise"
+    cost = "; ".join(map(describe, lost)) or "nothing beyond the noise"
+    limits = {name: suite.budget for name, suite in recipe.evaluate.items() if suite.budget is not None}
+    last = stages_of(scores)[-1]
+    over = [name for name, limit in limits.items() if over_budget(scores, last, name, limit)]
+    budget = ""
+    if over:
+        budget = f" That exceeds the budget of {', '.join(f'{limits[name]:.1%} on {name}' for name in over)}."
+    elif limits:
+        budget = " That is inside the budget."
+    text = escape(f"After {last} the model gained {won} and forgot {cost}.{budget}")
+    return f'<p class="verdict{" over" if over else ""}">{text}</p>'
+
+
+def _by_key(scores: list[Score]) -> list[list[Score]]:
+    """The scores of each metric of each suite, in the order of the stages."""
+    keys = dict.fromkeys(score.key for score in scores)
+    return [[score for score in scores if score.key == key] for key in keys]
+
+
+def _scores(scores: list[Score]) -> str:
+    if not scores:
+        return ""
+    stages = stages_of(scores)
+    rows = [["suite", "metric", "#n", *(f"#{stage}" for stage in stages)]]
+    for line in _by_key(scores):
+        by_stage = {score.stage: score for score in line}
+        way = "more is better" if line[0].higher_is_better else "less is better"
+        metric = f'{escape(line[0].metric)}<span class="interval">{way}</span>'
+        cells = [_score(scores, by_stage.get(stage)) for stage in stages]
+        rows.append([escape(line[0].suite), metric, f"#{line[0].n:,}", *(f"#{cell}" for cell in cells)])
+    note = (
+        "± is one standard error, the line below it the 95 % interval. An arrow says that a score became better (▲) or "
+        "worse (▼) than after the stage before, beyond the noise."
+    )
+    return f'<h2>Scores</h2>{_table(rows)}<p class="note">{note}</p>'
+
+
+def _score(scores: list[Score], score: Score | None) -> str:
+    """A cell: the score, its direction, and its 95 % interval."""
+    if score is None:
+        return ""
+    arrow = ""
+    change = last_change(scores, score.stage, score.key)
+    if change is not None and change.beyond_noise:
+        better = change.gain > 0
+        arrow = f' <span class="{"better" if better else "worse"}">{"▲" if better else "▼"}</span>'
+    interval = ""
+    if score.stderr is not None:
+        ends = (score.value - Z95 * score.stderr, score.value + Z95 * score.stderr)
+        low, high = (number(Score(**{**vars(score), "value": end, "stderr": None})) for end in ends)
+        interval = f'<span class="interval">{low} to {high}</span>'
+    return f"{number(score)}{arrow}{interval}"
+
+
+def _changes(scores: list[Score]) -> str:
+    """What each stage did, in words."""
+    parts = []
+    for stage in stages_of(scores)[1:]:
+        changes = [last_change(scores, stage, line[0].key) for line in _by_key(scores)]
+        items = "".join(f"<li>{escape(describe(change))}</li>" for change in changes if change)
+        parts.append(f"<p><b>{escape(stage)}</b></p><ul>{items}</ul>")
+    return "<h2>What each stage did</h2>" + "".join(parts) if parts else ""
+
+
+def _losses(folder: Path, recipe: Recipe) -> list[str]:
+    curves = []
+    for stage in recipe.stages:
+        log = folder / "stages" / stage.name / "log.jsonl"
+        if not log.exists():
+            continue
+        rows = [row for line in log.read_text().splitlines() if "loss" in (row := json.loads(line))]
+        if rows:
+            curves.append(loss_curve(stage.name, [row["step"] for row in rows], [row["loss"] for row in rows]))
+    return curves
+
+
+def _plots(title: str, plots: list[str]) -> str:
+    figures = "".join(f"<div>{plot}</div>" for plot in plots)
+    return f'<h2>{title}</h2><div class="plots">{figures}</div>' if plots else ""
+
+
+def _training(recipe: Recipe, done: dict[str, dict[str, Any]]) -> str:
+    rows = [["stage", "kind", "from", "#steps", "#last loss", "#rows", "#tokens"]]
+    for stage in recipe.stages:
+        facts = done[stage.name]
+        if facts:
+            loss = "" if facts.get("last_loss") is None else f"{facts['last_loss']:.4f}"
+            how = stage.kind + (" (LoRA)" if stage.lora is not None else "")
+            counts = [f"#{facts['data'][name]:,}" if name in facts["data"] else "#" for name in ("rows", "tokens")]
+            cells = [escape(stage.name), how, escape(facts["parent"]), f"#{facts['steps']:,}", f"#{loss}", *counts]
+            rows.append(cells)
+    return f"<h2>Training</h2>{_table(rows)}" if len(rows) > 1 else ""
+
+
+def _sources(done: dict[str, dict[str, Any]]) -> str:
+    """What the streams read: rows, epochs, shares, dirt, and what packing wasted."""
+    rows = [["stage", "source", "#rows read", "#epochs", "#share of the tokens", "dirty rows"]]
+    waste = []
+    for stage, facts in done.items():
+        data = facts.get("data", {})
+        for name, source in data.get("sources", {}).items():
+            dirty = ", ".join(f"{count:,} {why}" for why, count in source["dirty"].items()) or "none"
+            if source["dirty_ids"]:
+                dirty += f" ({', '.join(source['dirty_ids'])})"
+            numbers = [f"#{source['rows']:,}", f"#{source['epochs']}", f"#{source['token_share']:.1%}"]
+            rows.append([escape(stage), escape(name.partition(": ")[2]), *numbers, escape(dirty)])
+        if "cut_share" in data:
+            cut, padding = data["cut_share"], data["padding_share"]
+            waste.append(f"{stage}: {cut:.1%} of the documents are cut to go on in another row, {padding:.1%} padding")
+    if len(rows) == 1:
+        return ""
+    return f'<h2>Data</h2>{_table(rows)}<p class="note">{escape("; ".join(waste))}.</p>'
+
+
+def _environment(facts: dict[str, Any]) -> str:
+    if not facts:
+        return ""
+    hardware, base = facts["hardware"], facts["base"]
+    machine = ", ".join(hardware["gpus"]) or f"{hardware['cpus']} CPUs"
+    rows = [
+        ["what", "found"],
+        ["base model", escape(base["id"] + (f" at {base['revision']}" if base["revision"] else ""))],
+        ["machine", escape(f"{machine} ({hardware['system']})")],
+        ["processes", str(facts["launch"]["processes"])],
+        ["versions", escape(", ".join(f"{name} {version}" for name, version in facts["packages"].items()))],
+    ]
+    if facts["trust_remote_code"]:
+        rows.append(["trust_remote_code", "on: the model's own code was allowed to run"])
+    return f"<h2>Environment</h2>{_table(rows)}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Rows of ready HTML, the first the head; a cell that begins with # is a number."""
+
+    def cell(tag: str, text: str) -> str:
+        return f'<{tag} class="number">{text[1:]}</{tag}>' if text.startswith("#") else f"<{tag}>{text}</{tag}>"
+
+    head = "".join(cell("th", text) for text in rows[0])
+    body = "".join(f"<tr>{''.join(cell('td', text) for text in row)}</tr>" for row in rows[1:])
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
