@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from hfpipe import ranks
 from hfpipe.errors import RecipeError
-from hfpipe.evaluation import score_suite, suite_rows
+from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.files import write_json
 from hfpipe.model.load import ModelRef, load_model, load_tokenizer
 from hfpipe.pipeline import merged, open_run, quiet_libraries
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.report.markdown import number
+from hfpipe.report.markdown import describe, number
+from hfpipe.scores import Change
 
 
-def evaluate_model(name: str, recipe: Recipe, output: str | None) -> None:
+def evaluate_model(name: str, recipe: Recipe, output: str | None, against: str | None = None) -> None:
     """Scores a model, an adapter or the last stage of a run folder on a recipe's suites, and prints the scores.
 
     Args:
         name: Hub id, folder, or run folder.
         recipe: Whose suites are scored.
         output: A JSON file for the scores; None for none.
+        against: Another model, scored on the same rows first; the differences are printed, with their paired errors.
 
     Raises:
         RecipeError: The recipe has no suite, or the run has no trained stage.
@@ -29,17 +32,40 @@ def evaluate_model(name: str, recipe: Recipe, output: str | None) -> None:
     if not recipe.evaluate:
         raise RecipeError("the recipe has no suites: add an `evaluate:` block.")
     quiet_libraries()
-    path = _model_of(name)
-    ref = ModelRef(path, recipe.model)
-    tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
-    model = load_model(ref)
-    scores = []
-    for suite_name, suite in recipe.evaluate.items():
-        for score in score_suite(suite_name, suite, suite_rows(suite, recipe.seed), model, tokenizer, Path(name).name):
-            ranks.say(f"{suite_name:16} {score.metric:16} {number(score)}  (n={score.n})")
-            scores.append(asdict(score))
+    labels = {model: Path(model).name for model in (name, against) if model is not None}
+    if against is not None and (against == name or labels[against] == labels[name]):
+        if against == name:
+            raise RecipeError(f"--against names the model itself ({name}). Name another one.")
+        labels = {model: model for model in labels}
+    rows = {suite: suite_rows(block, recipe.seed) for suite, block in recipe.evaluate.items()}
+    other = _evaluate(against, labels[against], recipe, rows) if against is not None else {}
+    found = _evaluate(name, labels[name], recipe, rows)
+    scores = [score for scored in other.values() for score in scored.scores]
+    for suite, scored in found.items():
+        errors = paired_errors(recipe.evaluate[suite], other[suite].records, scored.records) if against else {}
+        for number_of, score in enumerate(scored.scores):
+            if against is not None and score.metric in errors:
+                score = replace(score, paired={labels[against]: errors[score.metric]})
+            scores.append(score)
+            if against is not None:
+                change = Change(other[suite].scores[number_of], score)
+                low, high = (change.difference + side * 1.96 * change.stderr for side in (-1, 1))
+                ranks.say(f"difference {describe(change)}; 95 % interval {low:+.4g} to {high:+.4g}")
     if output and ranks.is_main():
-        write_json(Path(output), scores)
+        write_json(Path(output), [asdict(score) for score in scores])
+
+
+def _evaluate(name: str, label: str, recipe: Recipe, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Scored]:
+    """Scores one model on all suites and prints the scores."""
+    path = _model_of(name)
+    tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
+    model = load_model(ModelRef(path, recipe.model))
+    found = {}
+    for suite_name, suite in recipe.evaluate.items():
+        found[suite_name] = score_suite(suite_name, suite, rows[suite_name], model, tokenizer, label)
+        for score in found[suite_name].scores:
+            ranks.say(f"{label:16} {suite_name:16} {score.metric:16} {number(score)}  (n={score.n})")
+    return found
 
 
 def _model_of(name: str) -> str:

@@ -93,7 +93,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.set)
     from hfpipe.artifacts import evaluate_model
 
-    evaluate_model(options.model, recipe, options.output)
+    evaluate_model(options.model, recipe, options.output, options.against)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -180,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL", help="Hub id, folder of a model or an adapter, or run folder")
     evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file")
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
+    evaluate.add_argument("--against", metavar="MODEL", help="another model: print the differences, paired row by row")
     evaluate.add_argument("--output", metavar="FILE", help="write the scores here as JSON")
     merge = command("merge", _merge, "the merged model of a run, verified against the adapter")
     merge.add_argument("run", metavar="RUN", help="a run folder")

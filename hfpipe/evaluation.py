@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
 from hfpipe.metrics import higher_is_better, load_metric, needs_of
+from hfpipe.metrics.rows import RowMetric, paired_stderr
 from hfpipe.model.scoring import bits_of, generate
 from hfpipe.recipe import Suite
 from hfpipe.scores import Score
@@ -37,9 +39,31 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def score_suite(
-    name: str, suite: Suite, rows: list[dict[str, Any]], model: Any, tokenizer: Any, stage: str
-) -> list[Score]:
+@dataclass(frozen=True)
+class Scored:
+    """A suite's scores, and what each row gave.
+
+    Args:
+        scores: One a metric.
+        records: One for each row that was scored, in the order of the data: `row` (its place in the suite), `id` (where
+            the data has one), what the model gave by need (`likelihood`, `choice`, `generation`), and `values`, the
+            scores of the row alone of the metrics that have one.
+    """
+
+    scores: list[Score]
+    records: list[dict[str, Any]]
+
+
+def suite_metrics(suite: Suite) -> dict[str, Any]:
+    """The `evaluate` modules of a suite by name.
+
+    Raises:
+        RecipeError: Nobody knows the name, or an option is wrong.
+    """
+    return {name: load_metric(name, suite.metric_options.get(name)) for name in suite.metrics}
+
+
+def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any, tokenizer: Any, stage: str) -> Scored:
     """Scores one suite on a model.
 
     Args:
@@ -51,43 +75,88 @@ def score_suite(
         stage: What the scores are filed under.
 
     Returns:
-        The scores, on every rank; each row was scored on one of them.
+        The scores and records, on every rank; each row was scored on one of them, once.
     """
     mine = rows[ranks.rank() :: ranks.ranks()]
-    metrics = {metric: load_metric(metric) for metric in suite.metrics}
-    answers: dict[str, tuple[list[Any], list[Any]]] = {}
+    metrics = suite_metrics(suite)
+    records: list[dict[str, Any]] = [
+        {"row": number, **({"id": str(row["id"])} if "id" in row else {}), "values": {}}
+        for number, row in enumerate(rows)
+    ]
     for need in dict.fromkeys(needs_of(metric) for metric in metrics.values()):
-        found = ANSWERS[need](suite, mine, rows, model, tokenizer)
-        gathered = [pair for share in ranks.gather(found) for pair in share]
-        if not gathered:
+        found = False
+        for rank, share in enumerate(ranks.gather(ANSWERS[need](suite, mine, rows, model, tokenizer))):
+            for record, answer in zip(records[rank :: ranks.ranks()], share, strict=True):
+                if answer is not None:
+                    record[need], found = answer, True
+        if not found:
             raise DataError(f"suite {name}: no row has a token to score; is max_length shorter than the prompts?")
-        answers[need] = ([pair[0] for pair in gathered], [pair[1] for pair in gathered])
     scores = []
     for metric_name, metric in metrics.items():
-        predictions, references = answers[needs_of(metric)]
-        value, stderr = _compute(metric_name, metric, predictions, references)
-        scores.append(
-            Score(stage, name, metric_name, value, stderr, len(references), higher_is_better(metric_name, metric))
-        )
-    return scores
+        taken = [record for record in records if needs_of(metric) in record]
+        predictions, references = _pairs(metric, taken)
+        result = _compute(metric_name, metric, predictions, references, suite.metric_options.get(metric_name))
+        better = higher_is_better(metric_name, metric)
+        scores.append(Score(stage, name, metric_name, n=len(taken), higher_is_better=better, **result))
+        if getattr(metric, "by_row", False):
+            values = metric.value(metric.statistics(predictions, references))
+            for record, value in zip(taken, values.tolist(), strict=True):
+                record["values"][metric_name] = value
+    return Scored(scores, [record for record in records if len(record.keys() & ANSWERS.keys())])
+
+
+def paired_errors(suite: Suite, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
+    """Standard errors of the differences between two models, by a paired bootstrap over the rows that both have.
+
+    Args:
+        suite: The suite.
+        before: The records of one model.
+        after: Those of the other.
+
+    Returns:
+        By metric; without those that are not ours, or have no row in common.
+    """
+    earlier = {record["row"]: record for record in before}
+    errors = {}
+    for name, metric in suite_metrics(suite).items():
+        need = needs_of(metric)
+        both = [(earlier[row["row"]], row) for row in after if need in row and need in earlier.get(row["row"], {})]
+        if isinstance(metric, RowMetric) and both:
+            old, new = ([pair[side] for pair in both] for side in (0, 1))
+            errors[name] = paired_stderr(metric, _pairs(metric, old), _pairs(metric, new))
+    return errors
+
+
+def _pairs(metric: Any, records: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """What a metric takes as predictions and references."""
+    need, (one, other) = needs_of(metric), getattr(metric, "takes", ("prediction", "reference"))
+    return [record[need][one] for record in records], [record[need][other] for record in records]
+
+
+# Each of these gives one answer a row of this rank's share, in its order; None for a row that cannot be scored.
 
 
 def _likelihood(
     suite: Suite, mine: list[dict[str, Any]], rows: list[dict[str, Any]], model: Any, tokenizer: Any
-) -> list[tuple[float, int]]:
-    """Bits and bytes of each row's text or completion."""
+) -> list[dict[str, Any] | None]:
+    """Bits, bytes and tokens of each row's text or completion."""
     encoded = encode(mine, tokenizer, max_length=suite.max_length, append_eos=False)
-    encoded = [row for row in encoded if row.scored_bytes]
     bits = bits_of(model, encoded, tokenizer.pad_token_id, suite.batch_size)
-    return list(zip(bits, (row.scored_bytes for row in encoded), strict=True))
+    return [
+        {"bits": spent, "bytes": row.scored_bytes, "tokens": int(row.scored.sum())} if row.scored_bytes else None
+        for spent, row in zip(bits, encoded, strict=True)
+    ]
 
 
 def _choice(
     suite: Suite, mine: list[dict[str, Any]], rows: list[dict[str, Any]], model: Any, tokenizer: Any
-) -> list[tuple[str, str]]:
-    """The answer that each row's model finds most likely among the choices, and the right one."""
+) -> list[dict[str, Any] | None]:
+    """The answer that each row's model finds most likely among the choices, how sure it is, and the right one."""
     if "prompt" not in rows[0]:
-        raise RecipeError("the metric accuracy chooses among completions: its suite needs `prompt` and `completion`.")
+        raise RecipeError(
+            f"the metrics {', '.join(suite.metrics)} choose among completions: their suite needs `prompt` and "
+            "`completion`."
+        )
     choices = suite.choices or sorted({row["completion"] for row in rows})
     unknown = next((row["completion"] for row in rows if row["completion"] not in choices), None)
     if unknown is not None:
@@ -100,53 +169,69 @@ def _choice(
     asked = [{"prompt": row["prompt"], "completion": choice} for row in mine for choice in choices]
     encoded = encode(asked, tokenizer, max_length=None, append_eos=False)
     bits = bits_of(model, encoded, tokenizer.pad_token_id, suite.batch_size * 4)
-    chosen = []
+    chosen: list[dict[str, Any] | None] = []
     for number, row in enumerate(mine):
         own = bits[number * len(choices) : (number + 1) * len(choices)]
-        chosen.append((choices[own.index(min(own))], row["completion"]))
+        answer = choices[own.index(min(own))]
+        confidence = 1 / sum(2.0 ** (min(own) - spent) for spent in own)  # likelihoods, made to sum to one
+        right = row["completion"]
+        chosen.append(
+            {"prediction": answer, "reference": right, "confidence": confidence, "correct": int(answer == right)}
+        )
     return chosen
 
 
 def _generation(
     suite: Suite, mine: list[dict[str, Any]], rows: list[dict[str, Any]], model: Any, tokenizer: Any
-) -> list[tuple[str, str]]:
+) -> list[dict[str, Any] | None]:
     """What the model says after each row's prompt, and what is right."""
     if "text" in rows[0]:
         raise RecipeError("a metric on generated answers needs rows with `prompt` and `completion`, or `messages`.")
     chat = "messages" in rows[0]
     prompts = [prompt_and_completion(row, tokenizer)[0] for row in mine]
-    right = [row["messages"][-1]["content"] if chat else row["completion"] for row in mine]
+    everyone = [row["messages"][-1]["content"] if chat else row["completion"] for row in rows]
+    right = everyone[ranks.rank() :: ranks.ranks()]
     options = dict(suite.generation)
     if "max_new_tokens" not in options and "max_length" not in options:
-        longest = max((len(ids) for ids in tokenizer(right)["input_ids"]), default=1) if right else 1
+        # Of all rows, not of this rank's: what is generated must not depend on the number of ranks.
+        longest = max(len(ids) for ids in tokenizer(everyone)["input_ids"])
         options["max_new_tokens"] = min(longest + 4, 512)
     answers = generate(model, prompts, tokenizer, suite.batch_size, chat, options)
-    return list(zip(answers, right, strict=True))
+    return [{"prediction": said, "reference": text} for said, text in zip(answers, right, strict=True)]
 
 
 ANSWERS = {"likelihood": _likelihood, "choice": _choice, "generation": _generation}
 
 
-def _compute(name: str, metric: Any, predictions: Sequence[Any], references: Sequence[Any]) -> tuple[float, float]:
-    """Value and standard error; a metric that does not give its own error gets it by the bootstrap over rows."""
+def _compute(
+    name: str, metric: Any, predictions: Sequence[Any], references: Sequence[Any], options: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Value, standard error and 95 % interval; those of a metric that is not ours by the bootstrap over rows."""
+    if isinstance(metric, RowMetric):
+        result = metric.compute(predictions=predictions, references=references)
+        return {"value": result[name], **{key: result[key] for key in ("stderr", "low", "high")}}
+    extra = options or {}
     try:
-        result = metric.compute(predictions=list(predictions), references=list(references))
+        value = _value(name, metric.compute(predictions=predictions, references=references, **extra))
     except (ValueError, TypeError) as error:
         raise RecipeError(
             f"metric {name!r} does not take generated texts and right answers (strings): {str(error)[:300]}"
         ) from error
     except ImportError as error:
         raise MachineError(f"metric {name!r}: {error}") from error
-    value = _value(name, result)
-    if "stderr" in result:
-        return value, result["stderr"]
     generator = random.Random(0)
     values = []
     for _ in range(BOOTSTRAP_SAMPLES):
         drawn = generator.choices(range(len(references)), k=len(references))
-        again = metric.compute(predictions=[predictions[i] for i in drawn], references=[references[i] for i in drawn])
-        values.append(_value(name, again))
-    return value, statistics.stdev(values)
+        chosen = [predictions[i] for i in drawn], [references[i] for i in drawn]
+        values.append(_value(name, metric.compute(predictions=chosen[0], references=chosen[1], **extra)))
+    cuts = statistics.quantiles(values, n=40)  # of 2.5 % each
+    return {
+        "value": value,
+        "stderr": statistics.stdev(values),
+        "low": min(value, cuts[0]),
+        "high": max(value, cuts[-1]),
+    }
 
 
 def _value(name: str, result: dict[str, Any]) -> float:

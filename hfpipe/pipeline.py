@@ -14,16 +14,15 @@ from typing import Any
 from hfpipe import ranks
 from hfpipe.environment import environment
 from hfpipe.errors import BudgetExceeded
-from hfpipe.evaluation import score_suite, suite_rows
-from hfpipe.files import write_json, write_text
-from hfpipe.metrics import load_metric
+from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
+from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.recipe import Recipe, dump_recipe, hash_of
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
-from hfpipe.scores import BASE, Score, over_budget, write_scorecard
+from hfpipe.scores import BASE, Score, over_budget, stages_of, write_scorecard
 from hfpipe.stages import STAGES, StageRun
 
 PROBE_TEXTS = 4
@@ -57,6 +56,10 @@ class Run:
     def stage_folder(self, name: str) -> Path:
         return self.folder / "stages" / name
 
+    def predictions(self, stage: str, suite: str) -> Path:
+        """Where what a stage's model gave for each row of a suite is kept."""
+        return self.stage_folder(stage) / "predictions" / f"{suite}.jsonl"
+
     def trained(self, name: str) -> ModelRef:
         """The model that a finished stage left, or the base; an adapter comes on the base it was trained on."""
         if name == BASE:
@@ -86,7 +89,7 @@ def run_recipe(recipe: Recipe) -> Path:
     scores = _score(run, BASE)
     for number, stage in enumerate(recipe.stages):
         _train(run, stage.name, parent=stage.parent or (recipe.stages[number - 1].name if number else BASE))
-        scores += _score(run, stage.name)
+        scores += _paired(run, scores, _score(run, stage.name))
         if ranks.is_main():
             write_scorecard(scores, folder / "scorecard.json")
             write_reports(folder)
@@ -109,8 +112,8 @@ def run_recipe(recipe: Recipe) -> Path:
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
     """Prepares the base, reads the suites, and records what is run and on what."""
-    for name in {name for suite in recipe.evaluate.values() for name in suite.metrics}:
-        load_metric(name)  # an unknown one is refused before anything is made
+    for suite in recipe.evaluate.values():
+        suite_metrics(suite)  # an unknown metric is refused before anything is made
     base = prepare_base(recipe, folder / "stages" / BASE)
     hashes = {BASE: base.hash}
     for number, stage in enumerate(recipe.stages):
@@ -177,13 +180,29 @@ def _score(run: Run, name: str) -> list[Score]:
         if model is None:
             model = load_model(run.trained(name))
         found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
-        for score in found:
+        for score in found.scores:
             ranks.say(f"  {name}: {suite_name} {score.metric} {score.value:.4f} ± {score.stderr:.4f} (n={score.n})")
-        scores += found
-        known[suite_name] = {"hash": key, "scores": [dataclasses.asdict(score) for score in found]}
+        scores += found.scores
+        known[suite_name] = {"hash": key, "scores": [dataclasses.asdict(score) for score in found.scores]}
         if ranks.is_main():
+            write_jsonl(run.predictions(name, suite_name), found.records)
             write_json(path, known)
     return scores
+
+
+def _paired(run: Run, earlier: list[Score], scores: list[Score]) -> list[Score]:
+    """The scores of a stage with the noise of their differences to those of every earlier stage, row by row."""
+    errors: dict[tuple[str, str], dict[str, float]] = {}
+    if ranks.is_main():
+        for stage in stages_of(earlier):
+            for name, suite in run.recipe.evaluate.items():
+                files = run.predictions(stage, name), run.predictions(scores[0].stage, name)
+                if all(file.exists() for file in files):
+                    before, after = ([json.loads(line) for line in file.open(encoding="utf-8")] for file in files)
+                    for metric, error in paired_errors(suite, before, after).items():
+                        errors.setdefault((name, metric), {})[stage] = error
+    errors = ranks.from_main(errors)
+    return [dataclasses.replace(score, paired=errors.get(score.key, {})) for score in scores]
 
 
 def _check_budgets(recipe: Recipe, scores: list[Score], stage: str) -> None:

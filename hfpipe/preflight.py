@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfpipe.data.encode import IGNORED, encode_for_training
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, MachineError
-from hfpipe.evaluation import suite_rows
-from hfpipe.metrics import load_metric
+from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.model.base import texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import clear_errors, load_tokenizer
@@ -43,8 +42,7 @@ def preflight(recipe: Recipe) -> None:
         _check_stage(recipe, stage, tokenizer, parameters, embedding)
     for name, suite in recipe.evaluate.items():
         rows = suite_rows(suite, recipe.seed)
-        for metric in suite.metrics:
-            load_metric(metric)
+        suite_metrics(suite)
         print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics)}")
     _check_disk(recipe, parameters)
     if recipe.push is not None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hfpipe.files import write_json
 
 BASE = "base"
+
+# With five rows that all change one way, a sign test still gives p = 0.06: fewer than six tell no difference.
+FEWEST_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Score:
         stderr: Standard error of `value`; None where the metric has none.
         n: Rows that were scored.
         higher_is_better: Direction of the metric.
+        low: Lower end of the 95 % interval of `value`.
+        high: Upper end.
+        paired: Earlier stage to the standard error of the difference to its score, from a paired bootstrap over the
+            rows that both were scored on (Koehn 2004, aclanthology.org/W04-3250).
     """
 
     stage: str
@@ -37,6 +44,9 @@ class Score:
     stderr: float | None
     n: int
     higher_is_better: bool
+    low: float | None = None  # None in a scorecard of a version that had no intervals
+    high: float | None = None
+    paired: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -47,20 +57,25 @@ class Score:
 class Change:
     """The way from one score to another of the same suite and metric.
 
-    `gain` is positive when the score became better, whatever its direction; `stderr` is that of the difference, with
-    the two scores taken as independent (they share their rows, so the true error is smaller).
+    `gain` is positive when the score became better, whatever its direction; `stderr` is that of the difference: the
+    paired one where it is known, else with the two scores taken as independent, which is larger as a rule.
     """
 
     before: Score
     after: Score
 
     @property
+    def difference(self) -> float:
+        return self.after.value - self.before.value
+
+    @property
     def gain(self) -> float:
-        difference = self.after.value - self.before.value
-        return difference if self.after.higher_is_better else -difference
+        return self.difference if self.after.higher_is_better else -self.difference
 
     @property
     def stderr(self) -> float:
+        if self.before.stage in self.after.paired:
+            return self.after.paired[self.before.stage]
         return math.hypot(self.before.stderr or 0.0, self.after.stderr or 0.0)
 
     @property
@@ -72,8 +87,18 @@ class Change:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the change is outside a 95 % interval."""
-        return abs(self.gain) > 1.96 * self.stderr
+        """Whether the change is outside a 95 % interval; never so with fewer than six rows."""
+        return self.after.n >= FEWEST_ROWS and abs(self.gain) > 1.96 * self.stderr
+
+    @property
+    def rows_needed(self) -> int | None:
+        """Rows that would tell a change of this size from noise, as the error falls with their root; None without one.
+
+        Above `after.n` the evaluation set is too small for the difference that is read off it.
+        """
+        if self.gain == 0:
+            return None
+        return max(FEWEST_ROWS, math.ceil(self.after.n * (1.96 * self.stderr / self.gain) ** 2))
 
 
 def read_scorecard(path: Path) -> list[Score]:
@@ -124,6 +149,6 @@ def over_budget(scores: Sequence[Score], stage: str, suite: str, budget: float) 
         if change is None:
             continue
         allowed = budget * abs(change.before.value)
-        if -change.gain - 1.96 * change.stderr > allowed:
+        if change.beyond_noise and -change.gain - 1.96 * change.stderr > allowed:
             found.append(change)
     return found

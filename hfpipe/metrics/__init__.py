@@ -1,44 +1,65 @@
 """Metrics as `evaluate` modules: ours work offline, any other name goes to `evaluate.load`.
 
-To add one: a file here with a subclass of `evaluate.Metric`, and its line in `OURS`. A module of ours says what it
-needs from the model (`needs`), which way is better, and returns its standard error as `stderr` beside its value.
+To add one: a subclass of `RowMetric` here, its line in `OURS`, and its name in `recipe/metric_names.py`.
 """
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import Any
 
 from hfpipe.errors import MachineError, RecipeError
+from hfpipe.recipe.faults import did_you_mean, listed
 
-OURS = {"accuracy": "Accuracy", "bits_per_byte": "BitsPerByte", "exact_match": "ExactMatch"}
+OURS = {
+    "accuracy": "matches.Accuracy",
+    "bits_per_byte": "likelihood.BitsPerByte",
+    "bleu": "translation.SacreBleu",
+    "calibration_error": "calibration.CalibrationError",
+    "chrf": "translation.SacreBleu",
+    "exact_match": "matches.ExactMatch",
+    "f1": "classes.FScore",
+    "f1_micro": "classes.FScore",
+    "matthews_correlation": "classes.MatthewsCorrelation",
+    "perplexity": "likelihood.Perplexity",
+    "precision": "classes.FScore",
+    "recall": "classes.FScore",
+    "rouge1": "rouge.Rouge",
+    "rouge2": "rouge.Rouge",
+    "rougeL": "rouge.Rouge",
+    "rougeLsum": "rouge.Rouge",
+    "squad_em": "matches.SquadExactMatch",
+    "squad_f1": "matches.SquadF1",
+    "ter": "translation.SacreBleu",
+}
 
 # Metrics of `evaluate` where less is better; it does not say itself.
-LOWER_IS_BETTER = {"perplexity", "wer", "cer", "ter", "mse", "mae", "mape", "smape", "brier_score", "character"}
+LOWER_IS_BETTER = {"wer", "cer", "mse", "mae", "mape", "smape", "brier_score", "character", "charcut_mt"}
 
 
-def load_metric(name: str) -> Any:
+def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
     """The `evaluate` module of a name: one of ours, or what `evaluate.load` finds on the Hub or in a local script.
+
+    Args:
+        name: The metric's name.
+        options: Options of one of ours; those of any other are given to its `compute`.
 
     Raises:
         RecipeError: Nobody knows the name.
         MachineError: The name is not ours and the Hub cannot be reached.
     """
     if name in OURS:
-        module = import_module(f"hfpipe.metrics.{name}")
-        return getattr(module, OURS[name])(keep_in_memory=True)
+        file, class_name = OURS[name].split(".")
+        return getattr(import_module(f"hfpipe.metrics.{file}"), class_name)(name, **(options or {}))
     import evaluate
 
     try:
         return evaluate.load(name, keep_in_memory=True)
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(name, OURS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         raise RecipeError(
-            f"metric {name!r} is neither one of hfpipe's ({', '.join(sorted(OURS))}), nor on the Hub "
+            f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OURS))}), nor on the Hub "
             f"(evaluate-metric/{name}), nor a local script. Check the spelling, and the network: another metric than "
-            f"hfpipe's own is fetched the first time.{hint}"
+            f"hfpipe's own is fetched the first time.{did_you_mean(name, OURS)}"
         ) from error
     except ImportError as error:
         raise MachineError(f"metric {name!r}: {error}") from error

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
+from hfpipe.recipe.metric_names import OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
-from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites, text_of
+from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 
 BASE = "base"
 ROLES = ("text", "prompt", "completion", "messages")
@@ -41,6 +42,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
             yield from _check_source(source)
     for suite in suites(data):
         yield from _check_source(suite.source)
+        yield from _check_metrics(suite)
         if suite.source.data.get("weight") is not None:
             yield Fault(
                 (*suite.source.steps, "weight"),
@@ -172,6 +174,24 @@ def _check_source(source: Block) -> Iterator[Fault]:
                 text = f"found {found(value)}; allowed with `path: builtin` is one of {listed(allowed)}."
                 yield Fault((*source.steps, key), text + did_you_mean(value, allowed))
     yield from _check_roles(source)
+
+
+def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
+    names = [name for name in sequence(suite.data.get("metrics")) if isinstance(name, str)]
+    for index, name in enumerate(names):
+        if name not in OUR_METRICS and not is_elsewhere(name):
+            text = f"unknown metric '{name}'; the metrics are {listed(OUR_METRICS)}. One of the Hub is named with its "
+            text += f"owner (owner/metric), one of your own as a script (./metric.py).{did_you_mean(name, OUR_METRICS)}"
+            yield Fault((*suite.steps, "metrics", index), text)
+    for name, options in mapping(suite.data.get("metric_options")).items():
+        steps = (*suite.steps, "metric_options", name)
+        if name not in names:
+            yield Fault(steps, f"is not among the suite's metrics ({listed(names)}).{did_you_mean(name, names)}")
+        for option in mapping(options):
+            if name in OUR_METRICS and option not in OUR_METRICS[name]:
+                allowed = f"they are {listed(OUR_METRICS[name])}" if OUR_METRICS[name] else "it has none"
+                text = f"unknown option of {name}; {allowed}.{did_you_mean(option, OUR_METRICS[name])}"
+                yield Fault((*steps, option), text)
 
 
 def _check_roles(source: Block) -> Iterator[Fault]:

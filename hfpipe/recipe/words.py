@@ -197,6 +197,9 @@ class Suite(Words):
 
     data: Source
     metrics: list[str] = Field(min_length=1)
+    metric_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="options by metric, e.g. {bleu: {tokenize: zh}}"
+    )
     budget: Share | None = Field(None, ge=0, description="how much of the score may be lost, e.g. 3%")
     choices: list[str] | None = Field(None, description="the answers `accuracy` ranks; those of the suite when absent")
     max_length: int = Field(1024, gt=1, description="tokens of context when a row is scored")

@@ -189,7 +189,7 @@ def _gain_and_forgetting(stage: str, scores: Sequence[Score]) -> str:
     """One line per suite and metric: better or worse than the best before, or within the noise."""
     changes = [forgetting(scores, stage, score.key) for score in scores if score.stage == stage]
     lines = [_in_words(change) for change in changes if change is not None]
-    intro = "Against the best score before this stage, the base included (95 % interval, the two taken as independent):"
+    intro = "Against the best score before this stage, the base included (± is the standard error of the difference):"
     return "\n".join([intro, "", *lines]) if lines else "There is no score from before this stage to compare with."
 
 

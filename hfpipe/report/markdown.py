@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.scores import BASE, Change, Score, forgetting, last_change, read_scorecard, stages_of
 
 # Shares, printed in percent and compared in points.
-PERCENT_METRICS = {"accuracy", "exact_match", "f1", "precision", "recall"}
+PERCENT_METRICS = {"accuracy", "exact_match", "f1", "f1_micro", "precision", "recall", "squad_em", "squad_f1"}
 
 
 def write_report(folder: Path) -> Path:
@@ -54,8 +55,17 @@ def describe(change: Change) -> str:
         size = f"{abs(change.gain) * 100:.1f} points {way}"
     else:
         size = f"{abs(change.relative):.1%} {way}"
-    noise = "" if change.beyond_noise or change.gain == 0 else ", within the noise"
+    noise = "" if change.beyond_noise or change.gain == 0 else f", within the noise{_too_small(change)}"
     return f"{after.suite} {after.metric} {number(before)} -> {number(after)} ({size}{noise})"
+
+
+def _too_small(change: Change) -> str:
+    """How many rows would tell a difference that is too small for this suite."""
+    needed = change.rows_needed
+    if needed is None or needed <= change.after.n:
+        return ""
+    rounded = math.ceil(needed / 10 ** (len(str(needed)) - 2)) * 10 ** (len(str(needed)) - 2) if needed > 99 else needed
+    return f" of {change.after.n} rows; about {rounded:,} would tell it"
 
 
 def _verdict(scores: list[Score]) -> str:

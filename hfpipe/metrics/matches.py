@@ -1,0 +1,57 @@
+"""Shares of right answers: `accuracy` among given ones; `exact_match`, `squad_em`, `squad_f1` of generated ones."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from hfpipe.metrics.rows import Ratio, Share
+
+
+class Accuracy(Share):
+    """The share of rows for which the model finds the right one of the suite's answers the most likely."""
+
+    needs = "choice"
+
+    def hit(self, prediction: str, reference: str) -> bool:
+        return prediction == reference
+
+
+class ExactMatch(Share):
+    """The share of rows whose generated answer is the right one, white space at the ends aside."""
+
+    def hit(self, prediction: str, reference: str) -> bool:
+        return prediction.strip() == reference.strip()
+
+
+class SquadExactMatch(Share):
+    """Exact match of SQuAD (Rajpurkar et al. 2016): case, punctuation, articles and white space aside."""
+
+    def hit(self, prediction: str, reference: str) -> bool:
+        return normalised(prediction) == normalised(reference)
+
+
+class SquadF1(Ratio):
+    """Mean over the rows of the F1 of the words of answer and reference, both normalised as SQuAD does."""
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        values = [words_f1(normalised(p), normalised(r)) for p, r in zip(predictions, references, strict=True)]
+        return np.column_stack([values, np.ones(len(values))])
+
+
+def normalised(text: str) -> str:
+    """The normalisation of SQuAD's official script: lower case, without punctuation (ASCII) and English articles."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def words_f1(prediction: str, reference: str) -> float:
+    said, right = prediction.split(), reference.split()
+    shared = sum((Counter(said) & Counter(right)).values())
+    if not said or not right:  # an empty answer is right where nothing is the answer
+        return float(said == right)
+    return 2 * shared / (len(said) + len(right))

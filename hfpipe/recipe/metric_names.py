@@ -1,0 +1,50 @@
+"""The names of metrics that a recipe may say: ours with their options, and those known to be on the Hub."""
+
+from __future__ import annotations
+
+_BLEU = (
+    "lowercase",
+    "force",
+    "tokenize",
+    "smooth_method",
+    "smooth_value",
+    "max_ngram_order",
+    "effective_order",
+    "trg_lang",
+)
+_ROUGE = ("tokenize", "use_stemmer")
+
+# Each of ours, and the options that `metric_options` may give it.
+OUR_METRICS: dict[str, tuple[str, ...]] = {
+    "accuracy": (),
+    "bits_per_byte": (),
+    "bleu": _BLEU,
+    "calibration_error": (),
+    "chrf": ("char_order", "word_order", "beta", "lowercase", "whitespace", "eps_smoothing"),
+    "exact_match": (),
+    "f1": (),
+    "f1_micro": (),
+    "matthews_correlation": (),
+    "perplexity": (),
+    "precision": (),
+    "recall": (),
+    "rouge1": _ROUGE,
+    "rouge2": _ROUGE,
+    "rougeL": _ROUGE,
+    "rougeLsum": _ROUGE,
+    "squad_em": (),
+    "squad_f1": (),
+    "ter": ("normalized", "no_punct", "asian_support", "case_sensitive"),
+}
+
+# Metrics of the Hub's `evaluate-metric` that take a generated text and a right one. Any other is named with its owner
+# ("owner/metric") or as a script: what is neither is taken for a misspelt word.
+HUB_METRICS = (
+    *("bertscore", "bleurt", "cer", "character", "charcut_mt", "comet", "frugalscore", "google_bleu"),
+    *("mauve", "meteor", "nist_mt", "sacrebleu", "sari", "wer"),
+)
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether a name that is not ours goes to `evaluate.load`."""
+    return name in HUB_METRICS or "/" in name or "\\" in name or name.endswith(".py")

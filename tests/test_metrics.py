@@ -1,0 +1,243 @@
+"""Our metrics beside the libraries called plainly; errors beside formulas and recomputation; names and options."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sklearn import metrics as sklearn_metrics
+
+from hfpipe.cli import main
+from hfpipe.errors import RecipeError
+from hfpipe.metrics import OURS, load_metric
+from hfpipe.metrics.rows import paired_stderr, resampled_sums
+from hfpipe.recipe.metric_names import OUR_METRICS
+from hfpipe.scores import Change, Score, over_budget
+
+ENGLISH = [
+    ("The cat sat on the mat.", "The cat is sitting on the mat."),
+    ("A dog barks at the moon tonight.", "The dog barks at the moon."),
+    ("Nothing of the kind", "Something else entirely happened here."),
+    ("He said hello to his old friend.", "He said hello to his old friend."),
+]
+GERMAN = [("Die Straße führt über den Fluß.", "Die Straße führt über die Brücke."), ("Äpfel und Öl.", "Äpfel und Öle.")]
+CHINESE = [
+    ("今天天气很好。", "今天的天气非常好。"),
+    ("他在家里看书。", "他正在家里看书。"),
+    ("我不知道。", "我不知道。"),
+]
+CLASSES = [("a", "a"), ("b", "a"), ("c", "c"), ("a", "b"), ("b", "b"), ("a", "a"), ("d", "c"), ("c", "c"), ("a", "c")]
+
+
+def computed(name: str, pairs: list, **options: object) -> dict:
+    said, right = map(list, zip(*pairs, strict=True))
+    return load_metric(name, options).compute(predictions=said, references=right)
+
+
+@pytest.mark.parametrize("pairs", [ENGLISH, GERMAN, CHINESE], ids=["English", "German", "Chinese"])
+@pytest.mark.parametrize(
+    ("name", "scorer", "options"),
+    [
+        ("bleu", BLEU, {}),
+        ("bleu", BLEU, {"tokenize": "zh"}),
+        ("bleu", BLEU, {"lowercase": True, "smooth_method": "floor"}),
+        ("chrf", CHRF, {}),
+        ("chrf", CHRF, {"word_order": 2}),
+        ("ter", TER, {}),
+        ("ter", TER, {"asian_support": True, "normalized": True}),
+    ],
+)
+def test_translation_scores_are_sacrebleus(name: str, scorer: type, options: dict, pairs: list) -> None:
+    said, right = map(list, zip(*pairs, strict=True))
+    found = computed(name, pairs, **options)
+    assert found[name] == scorer(**options).corpus_score(said, [right]).score
+    assert found["low"] <= found[name] <= found["high"]
+
+
+def test_resampled_bleu_is_bleu_of_the_resampled_corpus() -> None:
+    pairs = ENGLISH * 5
+    said, right = map(list, zip(*pairs, strict=True))
+    metric = load_metric("bleu")
+    sums = resampled_sums(metric.statistics(said, right), samples=3, seed=4)
+    counts = np.random.default_rng(4).multinomial(len(pairs), [1 / len(pairs)] * len(pairs), size=3)
+    for row, value in zip(counts, metric.value(sums), strict=True):
+        drawn = [index for index, count in enumerate(row) for _ in range(count)]
+        whole = BLEU().corpus_score([said[i] for i in drawn], [[right[i] for i in drawn]]).score
+        assert value == pytest.approx(whole, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
+def test_rouge_is_rouge_scores(name: str) -> None:
+    for options in ({}, {"use_stemmer": True}):
+        scorer = RougeScorer([name], **options)
+        plain = np.mean([scorer.score(right, said)[name].fmeasure for said, right in ENGLISH])
+        assert computed(name, ENGLISH, **options)[name] == pytest.approx(plain, abs=1e-15)
+
+
+def test_rouge_of_chinese_is_refused_unless_it_has_a_tokenizer() -> None:
+    with pytest.raises(RecipeError, match="tokenize: zh"):
+        computed("rouge1", CHINESE)
+    assert computed("rouge1", CHINESE[2:], tokenize="zh")["rouge1"] == 1
+    # 今 天 的 天 气 非 常 好 。 against 今 天 天 气 很 好 。: 6 shared of 7 and 9.
+    assert computed("rouge1", CHINESE[:1], tokenize="zh")["rouge1"] == pytest.approx(12 / 16)
+
+
+def plainly(name: str, said: list, right: list) -> float:
+    if name == "matthews_correlation":
+        return sklearn_metrics.matthews_corrcoef(right, said)
+    average = "micro" if name == "f1_micro" else "macro"
+    function = getattr(sklearn_metrics, f"{name.removesuffix('_micro')}_score")
+    return function(right, said, average=average, zero_division=0)
+
+
+@pytest.mark.parametrize("name", ["f1", "f1_micro", "precision", "recall", "matthews_correlation"])
+def test_class_scores_are_scikit_learns_and_so_are_the_resampled_ones(name: str) -> None:
+    said, right = map(list, zip(*CLASSES, strict=True))
+    assert computed(name, CLASSES)[name] == plainly(name, said, right)
+    metric, chance = load_metric(name), random.Random(1)
+    statistics = metric.statistics(said, right)
+    for _ in range(50):
+        drawn = chance.choices(range(len(said)), k=len(said))
+        plain = plainly(name, [said[i] for i in drawn], [right[i] for i in drawn])
+        assert float(metric.value(statistics[drawn].sum(0))) == pytest.approx(plain, abs=1e-12)
+
+
+def test_squad_normalises_as_the_official_script() -> None:
+    pairs = [("The  Eiffel-Tower!", "eiffeltower"), ("in a big red house", "the big house."), ("Paris", "London")]
+    assert computed("squad_em", pairs)["squad_em"] == pytest.approx(1 / 3)
+    # "in big red house" against "big house": precision 2/4, recall 2/2.
+    assert computed("squad_f1", pairs)["squad_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_perplexity_and_calibration_are_their_definitions() -> None:
+    pairs = [(12.0, 5), (3.0, 2), (40.0, 11)]
+    assert computed("perplexity", pairs)["perplexity"] == pytest.approx(2 ** (55 / 18))
+    sure = [(0.95, 1), (0.97, 0), (0.30, 0), (0.31, 1), (1.0, 1)]  # bins (4/15, 5/15] and (14/15, 1]
+    assert computed("calibration_error", sure)["calibration_error"] == pytest.approx((0.92 + 0.39) / 5)
+
+
+def test_intervals_cover_and_are_those_of_the_field() -> None:
+    hits = [("a", "a")] * 20 + [("b", "a")] * 10
+    found = computed("accuracy", hits)
+    assert found["stderr"] == pytest.approx((2 / 3 * 1 / 3 / 30) ** 0.5)
+    assert (found["low"], found["high"]) == pytest.approx((0.48783, 0.80769), abs=1e-4)  # Wilson
+    perfect = computed("accuracy", [("a", "a")] * 10)
+    assert perfect["low"] == pytest.approx(0.72246, abs=1e-4)
+    chance = np.random.default_rng(5)
+    covered = 0
+    for _ in range(200):  # 60 texts of a model that spends 2 bits a byte on average
+        size = chance.integers(20, 200, size=60)
+        found = computed("bits_per_byte", list(zip(chance.normal(2, 0.5, 60) * size, size.tolist(), strict=True)))
+        covered += found["low"] <= 2 <= found["high"]
+    assert 178 <= covered <= 199
+
+
+def test_two_models_on_the_same_rows_are_told_apart_by_less_than_two_apart() -> None:
+    chance = np.random.default_rng(6)
+    size = chance.integers(50, 500, size=100)
+    hard = chance.normal(2, 0.6, size=100)  # how hard a text is, for both models
+    before, after = hard * size, (hard - 0.02 + chance.normal(0, 0.01, size=100)) * size
+    metric = load_metric("bits_per_byte")
+    error = paired_stderr(metric, (before, size), (after, size))
+    plain = np.std([(after[i] - before[i]).sum() / size[i].sum() for i in (chance.integers(0, 100, (2000, 100)))])
+    assert error == pytest.approx(plain, rel=0.1)
+    scores = []
+    for stage, bits in (("base", before), ("one", after)):
+        result = metric.compute(predictions=bits, references=size)
+        scores.append(Score(stage, "s", "bits_per_byte", result["bits_per_byte"], result["stderr"], 100, False))
+    assert not Change(*scores).beyond_noise
+    paired = Score(**{**vars(scores[1]), "paired": {"base": error}})
+    assert Change(scores[0], paired).beyond_noise
+    worse = [Score(**{**vars(paired), "stage": "base", "paired": {}}), Score(**{**vars(scores[0]), "stage": "one"})]
+    assert not over_budget(worse, "one", "s", 0.0)
+    worse[1] = Score(**{**vars(worse[1]), "paired": {"base": error}})
+    assert over_budget(worse, "one", "s", 0.0)
+    assert not over_budget(worse, "one", "s", 0.02)
+
+
+def test_too_few_rows_tell_nothing_and_the_rows_that_would_are_named() -> None:
+    few = [Score(stage, "s", "accuracy", value, 0.0, 5, True) for stage, value in (("base", 0.0), ("one", 1.0))]
+    assert not Change(*few).beyond_noise
+    some = [Score(stage, "s", "accuracy", value, 0.05, 50, True) for stage, value in (("base", 0.4), ("one", 0.45))]
+    needed = Change(*some).rows_needed
+    assert needed is not None
+    error = 0.05 * (50 / needed) ** 0.5
+    assert 1.96 * error * 2**0.5 == pytest.approx(0.05, rel=0.01)
+
+
+def test_a_metric_is_ours_or_the_hubs_and_a_misspelt_one_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert OURS.keys() == OUR_METRICS.keys()
+    content = tiny.recipe(tmp_path)
+    suite = content["evaluate"]["sounds"]
+    suite["metrics"] = [*OURS, "owner/metric", "bertscore", "./own.py"]
+    suite["metric_options"] = {"bleu": {"tokenize": "zh"}, "rougeL": {"use_stemmer": True}}
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 0
+    suite["metrics"] = ["blue", "rouge", "squad", "chrf"]
+    suite["metric_options"] = {"chrf": {"word_ordr": 2}, "bleu": {}}
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
+    message = capsys.readouterr().err
+    for hint in ("Did you mean bleu?", "Did you mean rouge", "Did you mean squad_", "Did you mean word_order?"):
+        assert hint in message
+    assert "evaluate.sounds.metric_options.bleu: is not among the suite's metrics" in message
+
+
+def test_every_metric_of_ours_scores_a_model_and_two_models_are_compared_by_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, merge=False)
+    content["evaluate"]["sounds"]["metrics"] = list(OURS)
+    path = str(tiny.write(tmp_path, content))
+    assert main(["run", path]) == 0
+    rows = json.loads((tmp_path / "run" / "scorecard.json").read_text())
+    assert {row["metric"] for row in rows} == set(OURS)
+    for row in rows:
+        assert row["low"] <= row["value"] <= row["high"], row
+        assert set(row["paired"]) == {"base": set(), "prose": {"base"}, "sounds": {"base", "prose"}}[row["stage"]]
+    stages = tmp_path / "run" / "stages"
+    lines = (stages / "sounds" / "predictions" / "sounds.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(record["row"], record["id"]) for record in records] == [(n, f"s{n + 500}") for n in range(30)]
+    accuracy = next(row for row in rows if (row["stage"], row["metric"]) == ("sounds", "accuracy"))
+    assert np.mean([record["values"]["accuracy"] for record in records]) == pytest.approx(accuracy["value"])
+    assert all(record["choice"]["correct"] == record["values"]["accuracy"] for record in records)
+    capsys.readouterr()
+    models = [str(stages / stage / "model") for stage in ("sounds", "prose")]
+    assert main(["evaluate", models[0], path, "--against", models[1], "--output", str(tmp_path / "both.json")]) == 0
+    differences = [line for line in capsys.readouterr().out.splitlines() if line.startswith("difference")]
+    assert len(differences) == 1 + len(OURS)
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert len(both) == 2 * (1 + len(OURS))
+    again = next(row for row in both if row["stage"] == models[0] and row["metric"] == "bits_per_byte")
+    assert again["paired"][models[1]] == pytest.approx(
+        next(r for r in rows if (r["stage"], r["metric"]) == ("sounds", "bits_per_byte"))["paired"]["prose"], rel=1e-3
+    )
+
+
+def test_an_uneven_suite_on_two_ranks_scores_each_row_once(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, merge=False)
+    content["stages"] = content["stages"][:1]
+    content["evaluate"]["sounds"]["data"]["take"] = 29
+    content["evaluate"]["sounds"]["metrics"] = ["accuracy", "exact_match", "perplexity", "calibration_error"]
+    one = str(tiny.write(tmp_path, content))
+    assert main(["run", one]) == 0
+    config = Path(__file__).parent.parent / "recipes" / "accelerate" / "cpu.yaml"
+    launch = ("accelerate.commands.launch", "--config_file", str(config))
+    run = tmp_path / "run"
+    process = tiny.start("evaluate", str(run), one, "--output", str(tmp_path / "two.json"), launch=launch)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    rows = [row for row in json.loads((run / "scorecard.json").read_text()) if row["stage"] == "prose"]
+    for row, again in zip(rows, json.loads((tmp_path / "two.json").read_text()), strict=True):
+        assert (again["suite"], again["metric"], again["n"]) == (row["suite"], row["metric"], row["n"])
+        assert [again[key] for key in ("value", "low", "high")] == pytest.approx(
+            [row[key] for key in ("value", "low", "high")], rel=1e-4
+        )
+    assert {row["n"] for row in rows if row["suite"] == "sounds"} == {29}
