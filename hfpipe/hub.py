@@ -21,6 +21,7 @@ from hfpipe.errors import MachineError, RecipeError
 from hfpipe.files import whole_folder, write_json, write_text
 from hfpipe.recipe import Push, Recipe, load_recipe
 from hfpipe.report.card import HUB_ID, Artefact, model_card
+from hfpipe.report.facts import stage_costs
 from hfpipe.scores import read_scorecard
 from hfpipe.upload import ADAPTER_CONFIG, without_tokens
 
@@ -74,7 +75,8 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe) -> Path:
         for name in ("recipe.yaml", "scorecard.json"):
             if (run_dir / name).is_file():
                 write_text(folder / name, without_tokens((run_dir / name).read_text()))
-        write_text(folder / "README.md", without_tokens(model_card(artefact, recipe, scores, environment)))
+        card = model_card(artefact, recipe, scores, environment, stage_costs(run_dir, recipe))
+        write_text(folder / "README.md", without_tokens(card))
     return target
 
 

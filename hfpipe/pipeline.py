@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import ranks
+from hfpipe.cost import CostMeter
 from hfpipe.environment import environment
 from hfpipe.errors import BudgetExceeded
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
@@ -147,17 +148,19 @@ def _train(run: Run, name: str, parent: str) -> None:
     how = "LoRA" if stage.lora is not None else "full"
     how = f"{stage.quantized.type} {how}" if stage.quantized else how
     ranks.say(f"{name}: {stage.kind} ({how}) from {parent}")
-    facts = STAGES[stage.kind](
-        StageRun(
-            recipe=run.recipe,
-            stage=stage,
-            parent=dataclasses.replace(parent_ref, quantization=stage.quantized),
-            tokenizer=run.base.tokenizer,
-            folder=folder,
-            hash=run.hashes[name],
-            probe_texts=_probe_texts(run),
+    with CostMeter(folder, run.hashes[name], run.recipe.energy) as cost:
+        facts = STAGES[stage.kind](
+            StageRun(
+                recipe=run.recipe,
+                stage=stage,
+                parent=dataclasses.replace(parent_ref, quantization=stage.quantized),
+                tokenizer=run.base.tokenizer,
+                folder=folder,
+                hash=run.hashes[name],
+                probe_texts=_probe_texts(run),
+                cost=cost,
+            )
         )
-    )
     if ranks.is_main():
         write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts})
         for checkpoint in folder.glob("checkpoint-*"):

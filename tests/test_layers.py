@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "hfpipe"
 LAYERS = [
     {"errors", "files", "recipe", "scores", "shipped"},
     {"ranks", "data", "model", "metrics"},
-    {"checkpoints", "environment", "evaluation", "stages"},
+    {"checkpoints", "cost", "environment", "evaluation", "stages"},
     {"hub", "report", "upload"},
     {"pipeline"},
     {"artifacts", "preflight"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
 from hfpipe.recipe.metric_names import OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
@@ -50,6 +51,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
             )
     yield from _check_outcome(data)
     yield from check_overlap(data)
+    yield from check_country(data)
 
 
 def _check_model(model: Block) -> Iterator[Fault]:

@@ -16,6 +16,7 @@ from hfpipe.recipe.words import (
     KINDS,
     LIST,
     WORD,
+    Energy,
     Model,
     Push,
     Quantization,
@@ -33,6 +34,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "quantization": Quantization,
     "replay": Replay,
     "push": Push,
+    "energy": Energy,
 }
 _TYPES = {
     "int_type": "a whole number",

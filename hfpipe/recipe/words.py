@@ -218,6 +218,14 @@ class Push(Words):
     commit_message: str | None = None
 
 
+class Energy(Words):
+    """How the energy of training is measured, where codecarbon is installed."""
+
+    country_iso_code: str | None = Field(
+        None, description="the country that the electricity comes from, in three letters such as DEU; CO2 needs it"
+    )
+
+
 class Recipe(Words):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
@@ -229,3 +237,7 @@ class Recipe(Words):
     evaluate: dict[Name, Suite] = Field(default_factory=dict)
     merge: bool = Field(False, description="merge the last adapter into its base, verified against the adapter")
     push: Push | None = None
+    energy: Annotated[
+        Annotated[bool, Tag(WORD)] | Annotated[Energy, Tag(BLOCK)],
+        Discriminator(_word_or_block),
+    ] = Field(True, description="measure the energy of training by codecarbon, where it is installed")

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.report.facts import cost_section
 from hfpipe.scores import BASE, Change, Score, forgetting, stages_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -46,7 +47,13 @@ class Artefact:
     license: str | None = None
 
 
-def model_card(artefact: Artefact, recipe: Recipe, scores: Sequence[Score], environment: Mapping[str, Any]) -> str:
+def model_card(
+    artefact: Artefact,
+    recipe: Recipe,
+    scores: Sequence[Score],
+    environment: Mapping[str, Any],
+    costs: Mapping[str, dict[str, Any]] | None = None,
+) -> str:
     """The README.md of a pushed artefact.
 
     Args:
@@ -54,6 +61,7 @@ def model_card(artefact: Artefact, recipe: Recipe, scores: Sequence[Score], envi
         recipe: The recipe of the run.
         scores: Its scorecard; may be empty.
         environment: environment.json; every key is optional.
+        costs: What each stage cost, see `stage_costs`.
 
     Returns:
         A metadata block and Markdown.
@@ -61,16 +69,20 @@ def model_card(artefact: Artefact, recipe: Recipe, scores: Sequence[Score], envi
     order = stages_of(scores)
     if artefact.stage in order:  # what later stages did is not about this artefact
         scores = [score for score in scores if order.index(score.stage) <= order.index(artefact.stage)]
+    costs = costs or {}
+    spent = {stage.name: costs[stage.name] for stage in lineage(recipe, artefact.stage) if stage.name in costs}
+    cost = cost_section(spent)
     sections = [
         f"# {artefact.repo_id.split('/')[-1]}",
         _what_it_is(artefact, recipe),
         "## How to load it\n\n" + _how_to_load(artefact, recipe),
         "## Scores\n\n" + _scores(artefact, scores),
         "## Training\n\n" + _training(artefact, recipe),
+        *([cost.markdown()] if cost else []),
         "## Environment\n\n" + _environment(environment),
         "## Limits\n\n" + _limits(artefact),
     ]
-    return f"---\n{_metadata(artefact, recipe, scores).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_metadata(artefact, recipe, scores, spent).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def lineage(recipe: Recipe, stage: str) -> list[Stage]:
@@ -87,7 +99,9 @@ def hub_id(source: Source) -> str | None:
     return path if path not in BUILDERS and HUB_ID.fullmatch(path) else None
 
 
-def _metadata(artefact: Artefact, recipe: Recipe, scores: Sequence[Score]) -> ModelCardData:
+def _metadata(
+    artefact: Artefact, recipe: Recipe, scores: Sequence[Score], spent: Mapping[str, dict[str, Any]]
+) -> ModelCardData:
     adapter = artefact.what == "adapter"
     stages = lineage(recipe, artefact.stage)
     used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
@@ -104,7 +118,19 @@ def _metadata(artefact: Artefact, recipe: Recipe, scores: Sequence[Score]) -> Mo
         tags=tags,
         model_name=artefact.repo_id.split("/")[-1],
         eval_results=[_eval_result(score, recipe) for score in here] or None,
+        **_emissions(spent),
     )
+
+
+def _emissions(spent: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """`co2_eq_emissions` of the Hub, in grams; nothing when an attempt at a stage was not measured."""
+    totals = list(spent.values())
+    if not totals or any(total["kg_co2"] is None or total["measured"] < total["attempts"] for total in totals):
+        return {}
+    grams = 1000 * sum(total["kg_co2"] for total in totals)
+    last = totals[-1]
+    facts = {"emissions": float(f"{grams:.3g}"), "source": last["energy_by"], "hardware_used": last["device"]}
+    return {"co2_eq_emissions": {**facts, "geographical_location": last["country"]}}
 
 
 def _eval_result(score: Score, recipe: Recipe) -> EvalResult:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.report.facts import fact_sections
 from hfpipe.report.markdown import describe, gains_and_losses, number
 from hfpipe.report.plots import Z95, loss_curve, score_by_stage
 from hfpipe.scores import Score, last_change, over_budget, read_scorecard, stages_of
@@ -64,6 +65,7 @@ def write_html(folder: Path) -> Path:
         _plots("Training loss", _losses(folder, recipe)),
         _training(recipe, done),
         _sources(done),
+        *(section.html() for section in fact_sections(folder, recipe)),
         _environment(_read(folder / "environment.json")),
         f"<h2>Recipe</h2><pre>{escape((folder / 'recipe.yaml').read_text())}</pre>",
     ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.report.facts import fact_sections
 from hfpipe.scores import BASE, Change, Score, forgetting, last_change, read_scorecard, stages_of
 
 # Shares, printed in percent and compared in points.
@@ -31,6 +32,7 @@ def write_report(folder: Path) -> Path:
         _table(scores),
         _changes(scores),
         _stages(folder, recipe),
+        *(section.markdown() for section in fact_sections(folder, recipe)),
         _facts(folder),
     ]
     path = folder / "report.md"

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hfpipe import ranks
 from hfpipe.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
+from hfpipe.cost import CostMeter
 from hfpipe.data.loader import BatchLoader
 from hfpipe.errors import DataError, RecipeError, Stopped
 from hfpipe.files import whole_folder
@@ -34,6 +35,7 @@ class StageRun:
         folder: `stages/<stage>` in the run folder.
         hash: Hash of the stage and of all before it.
         probe_texts: A few held-out texts on which the saved model is compared with the trained one.
+        cost: Measures the stage.
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class StageRun:
     folder: Path
     hash: str
     probe_texts: list[str]
+    cost: CostMeter
 
 
 def divide_batch(stage: Stage) -> tuple[int, int]:
@@ -143,6 +146,8 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     with CheckpointCallback(loader, run.hash, keep) as checkpoints:
         trainer.remove_callback(PrinterCallback)  # LogCallback prints
         trainer.add_callback(checkpoints)
+        run.cost.tokens_per_step = tokens_per_step
+        trainer.add_callback(run.cost)
         trainer.add_callback(LogCallback(loader, run.folder / "log.jsonl", tokens_per_step))
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoints.stopped_at is not None:

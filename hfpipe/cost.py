@@ -1,0 +1,182 @@
+"""What training cost: time, devices, tokens, FLOPs, and energy by codecarbon where it is installed.
+
+Every attempt at a stage leaves one record in the stage's cost.json, rewritten at each log line and checkpoint, so that
+an attempt which is killed counts as far as it was logged, and the sum over the attempts is what the stage really cost.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hfpipe import ranks
+from hfpipe.errors import Stopped
+from hfpipe.files import write_json
+from hfpipe.recipe import Energy
+
+SUMMED = ("steps", "tokens", "flops", "seconds", "training_seconds", "device_hours")
+
+
+class EnergyMeter:
+    """The energy that this machine draws, by codecarbon: offline, silent, without a file.
+
+    Args:
+        country: Three letters of the country that the electricity comes from; None when it is not known.
+    """
+
+    def __init__(self, country: str | None) -> None:
+        from codecarbon import OfflineEmissionsTracker
+        from codecarbon.output_methods.base_output import BaseOutput
+
+        class Reading(BaseOutput):
+            total: Any = None
+
+            def out(self, total: Any, delta: Any) -> None:
+                self.total = total
+
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+        self._reading, self._country = Reading(), country
+        # Everything that could reach a network or leave a file is said here, so that no variable and no
+        # .codecarbon.config of the user's can turn it on.
+        self._tracker = OfflineEmissionsTracker(
+            country_iso_code=country,
+            region=None,
+            cloud_provider=None,
+            cloud_region=None,
+            country_2letter_iso_code=None,
+            electricitymaps_api_token="",
+            emissions_endpoint=None,
+            output_methods=[],
+            output_handlers=[self._reading],
+            output_dir=".",
+            api_call_interval=-1,
+            tracking_mode="machine",
+            allow_multiple_runs=True,  # else a lock, which takes over SIGTERM
+            log_level="critical",
+        )
+        self._start = threading.Thread(target=self._tracker.start, daemon=True)  # it watches the CPU for a second first
+        self._start.start()
+
+    def read(self) -> dict[str, float]:
+        """`kwh` since the start, and `kg_co2` where the country is known; nothing while nothing is known."""
+        if not self._start.is_alive():
+            self._tracker.flush()
+        total = self._reading.total
+        if total is None:
+            return {}
+        return {"kwh": total.energy_consumed, **({"kg_co2": total.emissions} if self._country else {})}
+
+    def stop(self) -> None:
+        """Takes the last reading, which `read` keeps."""
+        self._start.join()
+        self._tracker.stop()
+
+
+class CostMeter(TrainerCallback):
+    """Measures one attempt at a stage, from loading the model to saving it; `with` it around the stage.
+
+    Args:
+        folder: `stages/<stage>`; cost.json is written there, by the main process.
+        stage_hash: Records of another version of the stage are not counted.
+        energy: The recipe's `energy`.
+    """
+
+    def __init__(self, folder: Path, stage_hash: str, energy: Energy | bool) -> None:
+        self.path, self.stage_hash = folder / "cost.json", stage_hash
+        self.tokens_per_step: float | None = None
+        self._begin = time.perf_counter()
+        self._training = 0.0  # the clock at the first step of this attempt
+        self._from = (0, 0.0)  # step and FLOPs of the checkpoint that is continued from
+        self._elsewhere: dict[str, float] = {}  # what the other machines of the run drew
+        self._meter, how = None, "energy is off in the recipe"
+        if energy is not False:
+            how = "codecarbon is not installed"
+            if importlib.util.find_spec("codecarbon"):
+                from codecarbon import __version__
+
+                how = f"codecarbon {__version__}"
+                if ranks.state().is_local_main_process:  # it measures a machine, not a process
+                    self._meter = EnergyMeter(energy.country_iso_code if isinstance(energy, Energy) else None)
+        gpu = torch.cuda.is_available()
+        self.record: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if gpu else "CPU",
+            "devices": ranks.ranks(),
+            "energy_by": how,
+            "country": energy.country_iso_code if isinstance(energy, Energy) else None,
+            **dict.fromkeys(SUMMED, 0),
+        }
+        known = json.loads(self.path.read_text()) if ranks.is_main() and self.path.exists() else {}
+        self._earlier = known["attempts"] if known.get("stage") == stage_hash else []
+
+    def __enter__(self) -> CostMeter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._meter is not None:
+            self._meter.stop()
+        if kind is None or issubclass(kind, Stopped):  # an error may be this rank's alone, and the others not here
+            self._gather()
+        self._write()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._training, self._from = time.perf_counter(), (state.global_step, state.total_flos)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        steps = state.global_step - self._from[0]
+        self.record["steps"] = steps
+        self.record["flops"] = state.total_flos - self._from[1]
+        self.record["tokens"] = round(steps * self.tokens_per_step) if self.tokens_per_step else None
+        self.record["training_seconds"] = round(time.perf_counter() - self._training, 3)
+        self._gather()
+        self._write()
+
+    on_save = on_train_end = on_log
+
+    def _gather(self) -> None:
+        """Asks the other machines what they drew; on every rank."""
+        if ranks.ranks() > 1:
+            mine = self._meter.read() if self._meter is not None and not ranks.is_main() else {}
+            others = ranks.gather(mine)
+            self._elsewhere = {key: sum(other.get(key, 0.0) for other in others) for key in ("kwh", "kg_co2")}
+
+    def _write(self) -> None:
+        if not ranks.is_main():
+            return
+        self.record["seconds"] = round(time.perf_counter() - self._begin, 3)
+        self.record["device_hours"] = self.record["seconds"] * self.record["devices"] / 3600
+        if self._meter is not None:
+            self.record |= {key: value + self._elsewhere.get(key, 0.0) for key, value in self._meter.read().items()}
+        attempts = [*self._earlier, self.record]
+        write_json(self.path, {"stage": self.stage_hash, "attempts": attempts, "total": total_of(attempts)})
+
+
+def total_of(attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums over the attempts at a stage; what no attempt knows is None.
+
+    Args:
+        attempts: Records of cost.json, the last one last.
+
+    Returns:
+        The sums, `tokens_per_second` over the training loop, `attempts`, `measured` (attempts whose energy was
+        measured), and of the last attempt `device`, `devices`, `energy_by` and `country`.
+    """
+    sums: dict[str, Any] = {}
+    for key in (*SUMMED, "kwh", "kg_co2"):
+        known = [record[key] for record in attempts if record.get(key) is not None]
+        sums[key] = sum(known) if known else None
+    speed = sums["tokens"] / sums["training_seconds"] if sums["tokens"] and sums["training_seconds"] else None
+    return {
+        **sums,
+        "tokens_per_second": speed,
+        "attempts": len(attempts),
+        "measured": sum("kwh" in record for record in attempts),
+        **{key: attempts[-1][key] for key in ("device", "devices", "energy_by", "country")},
+    }

@@ -1,0 +1,120 @@
+"""Facts of a run beside its scores, as sections that report.md, report.html and the model card share: the cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from hfpipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with a title and notes below it.
+
+    Args:
+        title: Its heading.
+        rows: Cells of plain text, the head first; a cell that begins with # is a number.
+        notes: Paragraphs of plain text.
+    """
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def markdown(self, *, heading: bool = True) -> str:
+        head, *body = self.rows
+        lines = [f"## {self.title}", ""] if heading else []
+        lines.append(f"| {' | '.join(cell.lstrip('#') for cell in head)} |")
+        lines.append(f"| {' | '.join('---:' if cell.startswith('#') else '---' for cell in head)} |")
+        lines += [f"| {' | '.join(cell.lstrip('#').replace('|', '&#124;') for cell in row)} |" for row in body]
+        return "\n".join(lines) + "".join(f"\n\n{note}" for note in self.notes)
+
+    def html(self) -> str:
+        def cell(tag: str, text: str) -> str:
+            kind = ' class="number"' if text.startswith("#") else ""
+            return f"<{tag}{kind}>{escape(text.removeprefix('#'))}</{tag}>"
+
+        head, *body = self.rows
+        top = "".join(cell("th", text) for text in head)
+        rows = "".join(f"<tr>{''.join(cell('td', text) for text in row)}</tr>" for row in body)
+        notes = "".join(f'<p class="note">{escape(note)}</p>' for note in self.notes)
+        table = f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
+        return f"<h2>{escape(self.title)}</h2>{table}{notes}"
+
+
+def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
+    """The sections of a run folder; without those that the run has no file for."""
+    return [section for section in (cost_section(stage_costs(folder, recipe)),) if section]
+
+
+def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
+    """What each stage cost, over all attempts at it, and the sum.
+
+    Args:
+        totals: The totals by stage, see `stage_costs`.
+    """
+    if not totals:
+        return None
+    hours = "GPU hours" if any(total["device"] != "CPU" for total in totals.values()) else "CPU process hours"
+    rows = [["stage", "on", "#time", f"#{hours}", "#tokens", "#tokens/s", "#FLOPs", "#kWh", "#kg CO2", "#attempts"]]
+    sums: dict[str, Any] = {}
+    for key in ("seconds", "device_hours", "tokens", "flops", "kwh", "kg_co2", "attempts"):
+        known = [total[key] for total in totals.values() if total[key] is not None]
+        sums[key] = sum(known) if known else None
+    named = [*totals.items(), *([("all stages", sums)] if len(totals) > 1 else [])]
+    for name, total in named:
+        cells = [_clock(total["seconds"]), *(_short(total.get(key)) for key in ("device_hours", "tokens"))]
+        cells += [_short(total.get(key)) for key in ("tokens_per_second", "flops", "kwh", "kg_co2", "attempts")]
+        device = f"{total['devices']} x {total['device']}" if "device" in total else ""
+        rows.append([name, device, *(f"#{cell}" for cell in cells)])
+    return Section("Cost", rows, _cost_notes(totals))
+
+
+def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:
+    notes = [
+        "Training only, from loading the model to saving it, summed over interrupted and resumed attempts; scoring the "
+        "suites is not counted. FLOPs are 6 x parameters outside the embeddings x tokens with padding, as transformers "
+        "counts them."
+    ]
+    last = list(totals.values())[-1]
+    unmeasured = [name for name, total in totals.items() if total["measured"] < total["attempts"]]
+    if any(total["measured"] for total in totals.values()):
+        note = f"Energy of the whole machine by {last['energy_by']}, an estimate where it has no energy counters."
+        note += f" CO2 by the electricity mix of {last['country']}." if last["country"] else " CO2 needs the recipe's"
+        note += "" if last["country"] else " `energy: {country_iso_code: ...}`."
+        if unmeasured:
+            note += f" It is a lower bound: not every attempt at {', '.join(unmeasured)} was measured."
+    elif last["energy_by"] == "codecarbon is not installed":
+        note = "Energy was not measured: codecarbon is not installed (`pip install 'hfpipe[energy]'`)."
+    else:
+        note = f"Energy was not measured: {last['energy_by']}."
+    return [*notes, note]
+
+
+def stage_costs(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The totals of cost.json by stage, of the stages that have one."""
+    files = {stage.name: folder / "stages" / stage.name / "cost.json" for stage in recipe.stages}
+    return {name: json.loads(file.read_text())["total"] for name, file in files.items() if file.exists()}
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _short(value: float | None) -> str:
+    """Three digits of a large number or a small one, all digits of a count."""
+    if value is None:
+        return ""
+    if value == 0 or (value == int(value) and value < 1e12):
+        return f"{int(value):,}"
+    if value >= 1e12 or value < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"

@@ -1,0 +1,158 @@
+"""What training cost: summed over attempts, measured without a network, in every view of the run."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hfpipe.cli import main
+from hfpipe.cost import total_of
+
+# Runs in the process under test before anything else: no one connects anywhere, and who tries is written down.
+NO_NETWORK = """
+import os, socket
+def refuse(self, address):
+    if self.family != socket.AF_UNIX:
+        with open(os.environ["TRIED"], "a") as file:
+            file.write(f"{address}\\n")
+        raise OSError("no network in this test")
+    return connect(self, address)
+connect, socket.socket.connect = socket.socket.connect, refuse
+"""
+TOKENS_PER_STEP = 4 * 64
+
+
+def small(folder: Path, **changes: object) -> dict:
+    """One pretrain stage of six steps and one suite."""
+    content = tiny.recipe(folder, merge=False, **changes)
+    content["stages"] = content["stages"][:1]
+    content["evaluate"] = {"general": content["evaluate"]["general"]}
+    return content
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed at its first checkpoint and run again, with settings of a user that ask for a network."""
+    pytest.importorskip("codecarbon")
+    folder = tmp_path_factory.mktemp("energy")
+    tiny.write_data(folder)
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    (folder / "cwd").mkdir()
+    path = tiny.write(folder, small(folder, energy={"country_iso_code": "DEU"}))
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parent.parent)]),
+        "TRIED": str(folder / "tried"),
+        "CODECARBON_ELECTRICITYMAPS_API_TOKEN": "secret",
+        "CODECARBON_EMISSIONS_ENDPOINT": "http://192.0.2.1/",
+        "CODECARBON_OUTPUT_METHODS": "csv,api",
+    }
+    before = Path.cwd()
+    os.chdir(folder / "cwd")
+    try:
+        first, manifest = tiny.start("run", str(path), **environment), folder / "run/stages/prose/checkpoint-2"
+        deadline = time.monotonic() + 120
+        while not (manifest / "manifest.json").exists():
+            assert first.poll() is None, first.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        first.send_signal(signal.SIGKILL)
+        first.communicate(timeout=60)
+        second = tiny.start("run", str(path), **environment)
+        output = second.communicate(timeout=180)[0]
+    finally:
+        os.chdir(before)
+    assert second.returncode == 0, output
+    (folder / "output").write_text(output)
+    return folder
+
+
+def test_a_killed_attempt_counts_and_the_sum_is_what_was_spent(killed: Path) -> None:
+    cost = json.loads((killed / "run/stages/prose/cost.json").read_text())
+    first, second = cost["attempts"]
+    total = cost["total"]
+    assert total["attempts"] == 2
+    assert first["steps"] >= 1
+    assert second["steps"] == 4, "continued from step 2 of 6"
+    assert total["steps"] == first["steps"] + 4
+    assert total["tokens"] == total["steps"] * TOKENS_PER_STEP
+    per_step = second["flops"] / second["steps"]
+    assert total["flops"] == pytest.approx(total["steps"] * per_step)
+    # 6 x parameters without the embeddings x tokens: 115,008 parameters, 320 x 64 of them embeddings.
+    assert per_step == 6 * (115_008 - 320 * 64) * TOKENS_PER_STEP
+    assert total["seconds"] == pytest.approx(first["seconds"] + second["seconds"])
+    assert total["device_hours"] == pytest.approx(total["seconds"] / 3600)
+    assert total["tokens_per_second"] == pytest.approx(
+        total["tokens"] / (first["training_seconds"] + second["training_seconds"])
+    )
+
+
+def test_energy_is_measured_without_a_network_a_word_or_a_file(killed: Path) -> None:
+    total = json.loads((killed / "run/stages/prose/cost.json").read_text())["total"]
+    assert 0 < total["kwh"] < 0.01
+    assert 0.1 < total["kg_co2"] / total["kwh"] < 0.7, "kg of CO2 a kWh of German electricity"
+    assert not (killed / "tried").exists(), (killed / "tried").read_text()
+    assert list((killed / "cwd").iterdir()) == []
+    assert "codecarbon" not in (killed / "output").read_text().lower()
+
+
+def test_the_pages_hold_the_cost(killed: Path) -> None:
+    from hfpipe.hub import prepare_artifact
+    from hfpipe.recipe import Push, load_recipe
+
+    run = killed / "run"
+    total = json.loads((run / "stages/prose/cost.json").read_text())["total"]
+    push, recipe = Push(repo_id="me/tiny", what="model"), load_recipe(run / "recipe.yaml")
+    card = (prepare_artifact(run, push, recipe) / "README.md").read_text()
+    for page in ((run / "report.md").read_text(), (run / "report.html").read_text(), card):
+        assert f"{total['tokens']:,}" in page
+        assert f"{total['flops']:,.0f}" in page
+        assert f"{total['kwh']:.3g}" in page
+        assert "electricity mix of DEU" in page
+        assert ("a lower bound" in page) == (total["measured"] == 1), "the kill may come before the first reading"
+    assert ("co2_eq_emissions" in card) == (total["measured"] == 2), "the Hub is told the whole, or nothing"
+
+    path = run / "stages/prose/cost.json"
+    whole = path.read_text()
+    second = json.loads(whole)["attempts"][1]
+    grams = float(f"{second['kg_co2'] * 1000:.3g}")
+    path.write_text(json.dumps({"attempts": [second], "total": total_of([second])}))
+    card = (prepare_artifact(run, push, recipe) / "README.md").read_text()
+    path.write_text(whole)
+    assert f"emissions: {grams}" in card
+    assert "hardware_used: CPU" in card
+
+
+def test_without_codecarbon_the_report_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "codecarbon", None)  # as Python marks a module that is not there
+    tiny.write_data(tmp_path)
+    assert main(["run", str(tiny.write(tmp_path, small(tmp_path)))]) == 0
+    report = (tmp_path / "run/report.md").read_text()
+    assert "Energy was not measured: codecarbon is not installed (`pip install 'hfpipe[energy]'`)" in report
+    total = json.loads((tmp_path / "run/stages/prose/cost.json").read_text())["total"]
+    assert total["kwh"] is None
+    assert total["tokens"] == 6 * TOKENS_PER_STEP
+
+
+@pytest.mark.parametrize(
+    ("energy", "fault"),
+    [
+        (
+            {"country_iso_code": "GER"},
+            "a country's code in three letters (ISO 3166), such as DEU, FRA or USA. Did you mean DEU?",
+        ),
+        ({"country_iso_code": "germany"}, "Did you mean DEU?"),
+        ({"country": "DEU"}, "unknown key of `energy`. Did you mean country_iso_code?"),
+        ("yes please", "allowed is true or false"),
+    ],
+)
+def test_a_wrong_country_is_found_before_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], energy: object, fault: str
+) -> None:
+    pytest.importorskip("codecarbon")
+    assert main(["check", "--fast", str(tiny.write(tmp_path, small(tmp_path, energy=energy)))]) == 2
+    assert fault in capsys.readouterr().err
