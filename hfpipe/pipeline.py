@@ -24,6 +24,7 @@ from hfpipe.recipe import Recipe, dump_recipe, hash_of
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
 from hfpipe.scores import BASE, Score, over_budget, stages_of, write_scorecard
+from hfpipe.shift import measure_shift
 from hfpipe.stages import STAGES, StageRun
 
 PROBE_TEXTS = 4
@@ -88,6 +89,8 @@ def run_recipe(recipe: Recipe) -> Path:
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     run = open_run(recipe, folder)
     scores = _score(run, BASE)
+    measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
+    ranks.wait()
     for number, stage in enumerate(recipe.stages):
         _train(run, stage.name, parent=stage.parent or (recipe.stages[number - 1].name if number else BASE))
         scores += _paired(run, scores, _score(run, stage.name))

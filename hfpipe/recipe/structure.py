@@ -22,6 +22,7 @@ from hfpipe.recipe.words import (
     Quantization,
     Recipe,
     Replay,
+    Shift,
     Suite,
     Tokenizer,
     TokenizerTraining,
@@ -35,6 +36,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "replay": Replay,
     "push": Push,
     "energy": Energy,
+    "shift": Shift,
 }
 _TYPES = {
     "int_type": "a whole number",

@@ -226,6 +226,12 @@ class Energy(Words):
     )
 
 
+class Shift(Words):
+    """How the shift between training data and suites is measured."""
+
+    rows: int = Field(500, gt=0, description="rows of each stage and suite that are looked at")
+
+
 class Recipe(Words):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
@@ -241,3 +247,7 @@ class Recipe(Words):
         Annotated[bool, Tag(WORD)] | Annotated[Energy, Tag(BLOCK)],
         Discriminator(_word_or_block),
     ] = Field(True, description="measure the energy of training by codecarbon, where it is installed")
+    shift: Annotated[
+        Annotated[bool, Tag(WORD)] | Annotated[Shift, Tag(BLOCK)],
+        Discriminator(_word_or_block),
+    ] = Field(True, description="measure how far the training data lies from the suites, before training")

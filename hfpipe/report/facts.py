@@ -1,4 +1,4 @@
-"""Facts of a run beside its scores, as sections that report.md, report.html and the model card share: the cost."""
+"""Facts of a run beside its scores, shift and cost, as sections that the report's forms and the model card share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,31 @@ class Section:
 
 def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
     """The sections of a run folder; without those that the run has no file for."""
-    return [section for section in (cost_section(stage_costs(folder, recipe)),) if section]
+    found = (shift_section(folder), cost_section(stage_costs(folder, recipe)))
+    return [section for section in found if section]
+
+
+def shift_section(folder: Path) -> Section | None:
+    """How far each stage's training data lies from the general text and from the suites of its task."""
+    path = folder / "shift.json"
+    pairs = json.loads(path.read_text())["pairs"] if path.exists() else []
+    if not pairs:
+        return None
+    rows = [["stage", "suite", "#classifier's AUC", "#JSD (noise)", "#base's bits per byte", "#rows", "reading"]]
+    for pair in pairs:
+        auc = pair["auc"]
+        shown = f"{auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})" if auc else ""
+        bits = " / ".join(f"{side['value']:.2f}" for side in pair["bits_per_byte"])
+        counts = " / ".join(f"{count:,}" for count in pair["rows"])
+        divergence = f"{pair['jsd']:.3f} ({pair['jsd_noise']:.3f})"
+        suite = f"{pair['suite']} ({pair['about']})"
+        rows.append([pair["stage"], suite, f"#{shown}", f"#{divergence}", f"#{bits}", f"#{counts}", pair["reading"]])
+    note = (
+        "Training data / suite, on a sample of each (of a stream, its first rows). AUC: how often a classifier on "
+        "hashed character n-grams ranks a pair of unseen texts right, 0.5 is chance, with its 95 % interval. JSD: "
+        "Jensen-Shannon divergence of the token frequencies, base 2; the noise is that of a sample from its other half."
+    )
+    return Section("Distribution shift", rows, [note])
 
 
 def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
