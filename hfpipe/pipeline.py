@@ -20,6 +20,7 @@ from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
+from hfpipe.overlap import require_no_overlap
 from hfpipe.recipe import Recipe, dump_recipe, hash_of
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
@@ -58,6 +59,10 @@ class Run:
     def stage_folder(self, name: str) -> Path:
         return self.folder / "stages" / name
 
+    def is_done(self, name: str) -> bool:
+        """Whether a stage is trained as the recipe has it now."""
+        return _read(self.stage_folder(name) / "done.json").get("hash") == self.hashes[name]
+
     def predictions(self, stage: str, suite: str) -> Path:
         """Where what a stage's model gave for each row of a suite is kept."""
         return self.stage_folder(stage) / "predictions" / f"{suite}.jsonl"
@@ -88,6 +93,8 @@ def run_recipe(recipe: Recipe) -> Path:
     folder = output_folder(recipe)
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     run = open_run(recipe, folder)
+    if not all(run.is_done(stage.name) for stage in recipe.stages):
+        require_no_overlap(recipe, run.rows, folder)
     scores = _score(run, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
     ranks.wait()
@@ -139,7 +146,7 @@ def _train(run: Run, name: str, parent: str) -> None:
     """Trains a stage unless it is done; a folder of another version of the stage is moved aside, not overwritten."""
     stage = next(stage for stage in run.recipe.stages if stage.name == name)
     folder = run.stage_folder(name)
-    if _read(folder / "done.json").get("hash") == run.hashes[name]:
+    if run.is_done(name):
         ranks.say(f"{name}: done before, skipped")
         return
     ranks.wait()

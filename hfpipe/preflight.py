@@ -20,6 +20,7 @@ from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.model.base import texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import clear_errors, load_tokenizer
+from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
 from hfpipe.recipe import Recipe, Sft, Source, Stage
 from hfpipe.stages.common import divide_batch
@@ -40,10 +41,13 @@ def preflight(recipe: Recipe) -> None:
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
     for stage in recipe.stages:
         _check_stage(recipe, stage, tokenizer, parameters, embedding)
+    suites = {}
     for name, suite in recipe.evaluate.items():
-        rows = suite_rows(suite, recipe.seed)
+        suites[name] = rows = suite_rows(suite, recipe.seed)
         suite_metrics(suite)
         print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics)}")
+    for line in overlap_lines(require_no_overlap(recipe, suites)):
+        print(f"overlap    {line}")
     _check_disk(recipe, parameters)
     if recipe.push is not None:
         from hfpipe.hub import check_access

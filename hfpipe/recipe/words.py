@@ -251,3 +251,6 @@ class Recipe(Words):
         Annotated[bool, Tag(WORD)] | Annotated[Shift, Tag(BLOCK)],
         Discriminator(_word_or_block),
     ] = Field(True, description="measure how far the training data lies from the suites, before training")
+    overlap: Literal["refuse", "report"] = Field(
+        "refuse", description="what happens when rows of a suite are found in the training data"
+    )

@@ -1,4 +1,4 @@
-"""Facts of a run beside its scores, shift and cost, as sections that the report's forms and the model card share."""
+"""Facts of a run beside its scores, as sections that report and model card share: overlap, shift, cost."""
 
 from __future__ import annotations
 
@@ -50,8 +50,27 @@ class Section:
 
 def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
     """The sections of a run folder; without those that the run has no file for."""
-    found = (shift_section(folder), cost_section(stage_costs(folder, recipe)))
+    found = (overlap_section(folder), shift_section(folder), cost_section(stage_costs(folder, recipe)))
     return [section for section in found if section]
+
+
+def overlap_section(folder: Path) -> Section | None:
+    """What the suites share with the training data."""
+    path = folder / "overlap.json"
+    pairs = json.loads(path.read_text())["pairs"] if path.exists() else []
+    if not pairs:
+        return None
+    rows = [["stage", "source", "#rows looked at", "suite", "#rows", "#exact", "#half or more", "#any", "which"]]
+    for pair in pairs:
+        counts = [f"#{pair[key]:,}" for key in ("rows", "exact", "partly", "touched")]
+        rows.append([pair["stage"], pair["source"], f"#{pair['looked_at']:,}", pair["suite"], *counts])
+        rows[-1].append("; ".join(pair["which"]))
+    note = (
+        "Rows of a suite that stand in the training data as a whole, by half or more of their 13-word sequences in one "
+        "document, or by any one sequence (Brown et al. 2020), without case, punctuation, and what more than ten "
+        "training rows share."
+    )
+    return Section("Overlap of suites and training data", rows, [note])
 
 
 def shift_section(folder: Path) -> Section | None:

@@ -1,0 +1,91 @@
+"""Nothing is trained on what a suite holds: rows are found by content, whole or in part, and nothing else is."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hfpipe.cli import main
+from hfpipe.data.overlap import SuiteIndex
+
+WORDS = [f"{first}{second}" for first in "bcdfgklmnprst" for second in ("ab", "en", "ir", "ol", "um")]
+
+
+def text(seed: int, words: int = 40) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+SUITE = [{"text": text(seed)} for seed in range(20)] + [{"text": "Thank you very much!"}, {"text": "你好!我的朋友。"}]
+
+
+def found(*texts: str) -> tuple[list[int], list[int], list[int]]:
+    overlap = SuiteIndex(SUITE).look_in([{"text": one} for one in texts])
+    assert overlap.looked_at == len(texts)
+    return overlap.exact, overlap.partly, overlap.touched
+
+
+def test_a_whole_row_is_found_whatever_its_case_and_punctuation() -> None:
+    assert found(text(100), text(3).upper().replace(" ", ",  ") + "!") == ([3], [3], [3])
+    assert found("thank you, very much") == ([20], [], [])
+    assert found("你好 我的朋友") == ([21], [], [])
+    assert found("thank you very", text(101)) == ([], [], [])
+
+
+def test_a_row_inside_a_longer_document_is_found_by_its_sequences() -> None:
+    assert found(f"{text(100)} {text(5)} {text(101)}") == ([], [5], [5])
+    half = " ".join(text(7).split()[:26])  # 14 of its 28 sequences
+    assert found(f"{text(100)} {half}") == ([], [7], [7])
+    less = " ".join(text(7).split()[:25])
+    assert found(f"{text(100)} {less}") == ([], [], [7]), "one sequence is counted, and not refused"
+    assert found(" ".join(text(7).split()[:12])) == ([], [], [])
+    halves = " ".join(text(7).split()[:20]), " ".join(text(7).split()[20:])
+    assert found(*halves) == ([], [], [7]), "what is scattered over documents is no copy"
+
+
+def test_a_template_of_many_rows_is_no_overlap() -> None:
+    template = text(50, 20)
+    suite = SuiteIndex([{"prompt": f"{template} ", "completion": text(seed, 8)} for seed in range(60, 64)])
+    other = [{"prompt": f"{template} ", "completion": text(seed, 8)} for seed in range(70, 90)]
+    assert suite.look_in(other).partly == []
+    assert suite.look_in([*other, {"prompt": f"{template} ", "completion": text(61, 8)}]).exact == [1]
+
+
+def run(folder: Path, trained: list[dict], *options: str) -> int:
+    held = [{"id": f"h{seed}", "text": text(seed)} for seed in range(20)]
+    for name, rows in (("trained", trained), ("held", held)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def source(name: str) -> dict:
+        return {"path": "json", "data_files": str(folder / f"{name}.jsonl"), "split": "train"}
+
+    content = tiny.recipe(folder, merge=False, shift=False, overlap="refuse")
+    content["stages"] = [{**content["stages"][0], "data": [source("trained")]}]
+    content["evaluate"] = {"general": {"data": source("held"), "metrics": ["bits_per_byte"]}}
+    command, *rest = options
+    path = tiny.write(folder, content)
+    return main([command, str(path), "--set", "stages.prose.training.max_steps=1", *rest])
+
+
+def test_a_run_refuses_it_unless_the_recipe_says_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clean = [{"id": f"t{seed}", "text": text(seed)} for seed in range(100, 160)]
+    dirty = [*clean, {"id": "copy", "text": f"{text(200)} {text(4)}"}]
+    assert run(tmp_path, dirty, "run") == 5
+    said = capsys.readouterr().err
+    assert "suite general: 1 of 20 rows stand in 61 rows of stages.prose (json)" in said
+    assert f"h4 '{' '.join(text(4).split()[:8])}" in said
+    assert "`overlap: report`" in said
+    assert not (tmp_path / "run/stages/prose").exists(), "before anything is trained"
+    assert run(tmp_path, dirty, "check") == 5
+
+    assert run(tmp_path, clean, "run") == 0, "the data was mended, and the same command goes on"
+    assert run(tmp_path, dirty, "run", "--set", "overlap=report", "--set", "seed=7") == 0
+    (pair,) = json.loads((tmp_path / "run/overlap.json").read_text())["pairs"]
+    assert (pair["exact"], pair["partly"], pair["touched"], pair["looked_at"]) == (0, 1, 1, 61)
+    for page in ("report.md", "report.html"):
+        assert "Overlap of suites and training data" in (tmp_path / "run" / page).read_text()
+    assert (
+        f"| prose | json | 61 | general | 20 | 0 | 1 | 1 | {pair['which'][0]} |"
+        in (tmp_path / "run/report.md").read_text()
+    )
