@@ -1,8 +1,9 @@
-"""Builds windows ahead of their use in a background thread, so that the stream runs while the model trains."""
+"""Builds windows ahead of their use in background threads, so that the stream runs while the model trains."""
 
 from __future__ import annotations
 
 import atexit
+import time
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from threading import Thread
@@ -10,14 +11,17 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 LAST_BUILD_SECONDS = 10.0  # how long `close` waits for what is being built
+THREADS = 2  # one reads and packs (Python) while the other tokenizes (Rust, without the interpreter's lock)
 
 
 class Ahead(Generic[T]):
     """Keeps one result of each builder ready: taking it asks for the next.
 
-    One thread builds in the order in which results were taken, which is the order in which they will be needed. It is a
-    daemon, so a download that hangs does not keep the process alive; but one that still computes while the interpreter
-    is taken down can abort the process, so it is ended before that.
+    Results are built in the order in which they were taken, which is the order in which they will be needed. Two are
+    built at a time and never two of one builder, which is asked for the next only when its last was taken: what comes
+    of a builder does not depend on the threads. They are daemons, so a download that hangs does not keep the process
+    alive; but one that still computes while the interpreter is taken down can abort the process, so they are ended
+    before that.
 
     Args:
         builders: What to build, by key.
@@ -30,11 +34,15 @@ class Ahead(Generic[T]):
             key: SimpleQueue() for key in builders
         }
         self._closed = False
-        self._thread = Thread(target=self._work, name="stream", daemon=True)
+        self._threads = [
+            Thread(target=self._work, name=f"stream {number}", daemon=True)
+            for number in range(min(THREADS, len(builders)))
+        ]
         for key in builders:
             self._asked.put(key)
         atexit.register(self.close)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def _work(self) -> None:
         while (key := self._asked.get()) is not None and not self._closed:
@@ -52,8 +60,11 @@ class Ahead(Generic[T]):
         return result  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Ends the thread, which finishes what it is building unless that takes too long."""
+        """Ends the threads, which finish what they are building unless that takes too long."""
         atexit.unregister(self.close)
         self._closed = True
-        self._asked.put(None)
-        self._thread.join(LAST_BUILD_SECONDS)
+        for _ in self._threads:
+            self._asked.put(None)
+        deadline = time.monotonic() + LAST_BUILD_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from hfpipe.data.source_errors import readable
 from hfpipe.errors import DataError
 from hfpipe.recipe import Source
 
+Row: TypeAlias = tuple[Any, Any]  # text and id
+
 MAX_CHARACTERS = 10_000_000  # of a document; what is longer is cut
 LISTED = 20  # ids of dirty rows that the report names
-BLOCK = 100  # rows of a table fetched at a time
+BLOCK = 100  # rows fetched at a time
 
 
 class Reader:
@@ -22,16 +25,26 @@ class Reader:
     A share without a usable document would stall its lane, and so the run; an endless reader then reads the whole
     source.
 
+    Rows are fetched in blocks: one by one, `datasets` takes as long as the tokenizer for short documents. Only between
+    blocks does a stream know its place, so the state is the place before the block at hand and the rows read since.
+
     Args:
         rows: The source, with a column `text`.
         lane: Which share.
         lanes: How many shares.
         source: What the rows were opened from, for messages.
         repeat: Whether to begin anew at the end.
+        block: Rows of a stream fetched at a time.
     """
 
     def __init__(
-        self, rows: Dataset | IterableDataset, lane: int, lanes: int, source: Source, repeat: bool = True
+        self,
+        rows: Dataset | IterableDataset,
+        lane: int,
+        lanes: int,
+        source: Source,
+        repeat: bool = True,
+        block: int = BLOCK,
     ) -> None:
         self._all, self._lane, self._lanes, self.source, self._repeat = rows, lane, lanes, source, repeat
         self.epoch = 0  # epochs that are finished
@@ -42,9 +55,10 @@ class Reader:
         self._read = 0  # rows of this epoch that were read
         self._usable = 0  # of them, documents that were not dirty
         self._whole = False  # whether the whole source is read, and not a share
-        self._stream: IterableDataset | None = None
-        self._stream_state: dict[str, Any] | None = None  # what a stream that has not moved yet cannot tell itself
-        self._rows: Iterator[dict[str, Any]] | None = None
+        self._block = block
+        self._block_state: dict[str, Any] | None = None  # the stream's before the block at hand; None at its beginning
+        self._block_read = 0  # rows read since
+        self._rows: Iterator[Row] | None = None
 
     def next(self) -> str | None:
         """The next document that is not dirty; None at the end of what is read once.
@@ -54,20 +68,20 @@ class Reader:
         """
         while not self.ended:
             if self._rows is None:
-                self._begin(None)
+                self._begin()
             assert self._rows is not None
             row = next(self._rows, None)
             if row is None:
                 self._end_epoch()
                 continue
             self._read += 1
+            self._block_read += 1
             self.rows += 1
-            self._stream_state = None
-            text = row["text"]
+            text, name = row
             if not isinstance(text, str):
-                self._count_dirty(row, "missing" if text is None else "not a text")
+                self._count_dirty(name, "missing" if text is None else "not a text")
             elif not (cleaned := _clean(text)) or cleaned.isspace():
-                self._count_dirty(row, "empty")
+                self._count_dirty(name, "empty")
             else:
                 self._usable += 1
                 return cleaned
@@ -82,36 +96,45 @@ class Reader:
             self.epoch += 1
         else:
             self._whole = True
-        self._read, self._usable, self._rows, self._stream = 0, 0, None, None
+        self._read, self._usable, self._rows = 0, 0, None
+        self._block_state, self._block_read = None, 0
 
-    def _count_dirty(self, row: dict[str, Any], why: str) -> None:
+    def _count_dirty(self, name: Any, why: str) -> None:
         self.dirty[why] = self.dirty.get(why, 0) + 1
-        name = str(row.get("id", f"row {self._read}"))
+        name = f"row {self._read}" if name is None else str(name)
         if len(self.dirty_ids) < LISTED and name not in self.dirty_ids:  # every epoch meets it again
             self.dirty_ids.append(name)
 
-    def _begin(self, state: dict[str, Any] | None) -> None:
+    def _begin(self) -> None:
         """Begins an epoch, or continues it."""
         share = share_of(self._all, 0, 1) if self._whole else share_of(self._all, self._lane, self._lanes)
-        if isinstance(share, Dataset):
-            self._rows = _rows_from(share, self._read)
-            return
-        if state is not None:
-            share.load_state_dict(state)
-        self._stream, self._stream_state, self._rows = share, state, readable(share, self.source)
+        self._rows = _table_rows(share, self._read) if isinstance(share, Dataset) else self._stream_rows(share)
+
+    def _stream_rows(self, share: IterableDataset) -> Iterator[Row]:
+        """The rows of a stream from this place on."""
+        passed = self._block_read
+        if share._ex_iterable.iter_arrow is not None:  # else rows are Python's already, and may be of mixed types
+            share = share.with_format("arrow")
+        if self._block_state is not None:
+            share.load_state_dict(self._block_state)
+        for block in readable(share.iter(batch_size=self._block), self.source):
+            rows = _rows_of(block)
+            self._block_read = min(passed, len(rows))  # of a block that had been read in part
+            passed -= self._block_read
+            yield from rows[self._block_read :]
+            self._block_state, self._block_read = share.state_dict(), 0
 
     def state(self) -> dict[str, Any]:
         """Where the reader stands, small and JSON-able."""
-        inner = self._stream_state
-        if inner is None and self._stream is not None and self._read:
-            inner = self._stream.state_dict()
         return {
             "epoch": self.epoch,
             "ended": self.ended,
             "whole": self._whole,
             "read": self._read,
             "usable": self._usable,
-            "stream": inner,
+            "block": self._block,
+            "block_state": self._block_state,
+            "block_read": self._block_read,
             "rows": self.rows,
             "dirty": dict(self.dirty),
             "dirty_ids": list(self.dirty_ids),
@@ -123,8 +146,7 @@ class Reader:
         self._read, self._usable = state["read"], state["usable"]
         self.rows = state["rows"]
         self.dirty, self.dirty_ids = dict(state["dirty"]), list(state["dirty_ids"])
-        if self._read:
-            self._begin(state["stream"])
+        self._block, self._block_state, self._block_read = state["block"], state["block_state"], state["block_read"]
 
 
 def share_of(rows: Dataset | IterableDataset, lane: int, lanes: int) -> Dataset | IterableDataset:
@@ -140,12 +162,16 @@ def share_of(rows: Dataset | IterableDataset, lane: int, lanes: int) -> Dataset 
     return rows.shard(num_shards=1, index=0).filter(lambda _, index: index % lanes == lane, with_indices=True)
 
 
-def _rows_from(share: Dataset, begin: int) -> Iterator[dict[str, Any]]:
-    """The rows of a table from `begin` on, fetched in blocks."""
+def _table_rows(share: Dataset, begin: int) -> Iterator[Row]:
+    """The rows of a table from `begin` on."""
     for start in range(begin, len(share), BLOCK):
-        block = share[start : min(start + BLOCK, len(share))]
-        for values in zip(*block.values(), strict=True):
-            yield dict(zip(block, values, strict=True))
+        yield from _rows_of(share[start : min(start + BLOCK, len(share))])
+
+
+def _rows_of(block: dict[str, list[Any]] | pa.Table) -> list[Row]:
+    columns = block.to_pydict() if isinstance(block, pa.Table) else block
+    texts = columns["text"]
+    return list(zip(texts, columns.get("id", [None] * len(texts)), strict=True))
 
 
 def _clean(text: str) -> str:

@@ -5,7 +5,7 @@ and rank r serves the rows with n % ranks == r; lanes being a multiple of ranks,
 global batches come out on any number of them. A lane is read a window at a time (`lane.py`). Its state is the state at
 the window's start and the rows given out since: a resume seeks there and builds one window again, however long the run.
 
-The next window of each lane is built in a background thread while the model trains. What was built ahead and not served
+The next window of each lane is built in background threads while the model trains. What was built ahead and not served
 is not in the state, so nothing is lost or seen twice.
 """
 
@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from hfpipe.data.ahead import Ahead
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
-from hfpipe.data.reader import LISTED, Reader
+from hfpipe.data.reader import BLOCK, LISTED, Reader
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.ranks import gather
 from hfpipe.recipe import Source
@@ -70,7 +70,7 @@ class TokenStream:
             for a lane that ends before the others, and all ranks serve the same number of batches.
         max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once a
             rank has read `JUDGED_ROWS` different rows of the source, or all of its share.
-        prefetch: Whether windows are built ahead in a background thread.
+        prefetch: Whether windows are built ahead in background threads.
 
     Raises:
         RecipeError: `lanes` is not a multiple of `ranks`, or the tokenizer has no EOS.
@@ -127,7 +127,7 @@ class TokenStream:
         """A lane at its position."""
         opened = Lane(
             [
-                Reader(rows, lane, self.lanes, origin, self.repeat)
+                Reader(rows, lane, self.lanes, origin, self.repeat, min(BLOCK, self.window_documents))
                 for rows, origin in zip(shards, self.origins, strict=True)
             ],
             self.weights,
