@@ -11,13 +11,18 @@ from typing import Any
 
 from hfpipe import ranks
 from hfpipe.data.encode import encode, prompt_and_completion
+from hfpipe.data.labels import plain_labels
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
 from hfpipe.metrics import higher_is_better, load_metric, needs_of
+from hfpipe.metrics.matches import names_of
 from hfpipe.metrics.rows import RowMetric, paired_stderr
+from hfpipe.model.classifier import classify
+from hfpipe.model.load import ModelRef, task_of
 from hfpipe.model.scoring import bits_of, generate
 from hfpipe.recipe import Suite
+from hfpipe.recipe.faults import listed
 from hfpipe.scores import Score
 
 BOOTSTRAP_SAMPLES = 200
@@ -29,14 +34,36 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     Raises:
         DataError: There is none.
     """
+    opened = load_rows(suite.data, default_split="test", seed=seed)
+    if "label" in (opened.column_names or []):
+        opened, _ = plain_labels(opened, suite.data.path)
     rows = [
         row
-        for row in readable(load_rows(suite.data, default_split="test", seed=seed), suite.data)
-        if all(row[key] for key in row if key != "id")
+        for row in readable(opened, suite.data)
+        if all(row[key] for key in row if key not in ("id", "label")) and row.get("label", "") is not None
     ]
     if not rows:
         raise DataError(f"the suite on {suite.data.path} has no row with content.")
+    _require_metrics_for(suite, rows[0])
     return rows
+
+
+def _require_metrics_for(suite: Suite, row: dict[str, Any]) -> None:
+    """Refuses metrics that ask for something else than what the rows hold."""
+    kind = "class names" if "sentence" in row else "text"
+    if isinstance(row.get("label"), float):
+        kind = "numbers"
+    allowed = {"class names": {"choice"}, "numbers": {"number"}, "text": {"likelihood", "choice", "generation"}}[kind]
+    for name, metric in suite_metrics(suite).items():
+        if (need := needs_of(metric)) not in allowed:
+            fits = {"class names": "accuracy, f1 or f1_micro", "numbers": "mse, mae, pearsonr or spearmanr"}
+            raise RecipeError(
+                f"the suite on {suite.data.path}: {name} scores {_SCORED[need]}, and its rows hold {kind}. Take "
+                f"{fits.get(kind, 'bits_per_byte, accuracy or exact_match')}, or name other columns."
+            )
+
+
+_SCORED = {"likelihood": "text", "choice": "classes", "number": "numbers", "generation": "generated text"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +73,8 @@ class Scored:
     Args:
         scores: One a metric.
         records: One for each row that was scored, in the order of the data: `row` (its place in the suite), `id` (where
-            the data has one), what the model gave by need (`likelihood`, `choice`, `generation`), and `values`, the
-            scores of the row alone of the metrics that have one.
+            the data has one), what the model gave by need (`likelihood`, `choice`, `number`, `generation`), and
+            `values`, the scores of the row alone of the metrics that have one.
     """
 
     scores: list[Score]
@@ -85,7 +112,8 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
     ]
     for need in dict.fromkeys(needs_of(metric) for metric in metrics.values()):
         found = False
-        for rank, share in enumerate(ranks.gather(ANSWERS[need](suite, mine, rows, model, tokenizer))):
+        answer = _classes if "sentence" in rows[0] else ANSWERS[need]
+        for rank, share in enumerate(ranks.gather(answer(suite, mine, rows, model, tokenizer))):
             for record, answer in zip(records[rank :: ranks.ranks()], share, strict=True):
                 if answer is not None:
                     record[need], found = answer, True
@@ -181,6 +209,33 @@ def _choice(
     return chosen
 
 
+def _classes(
+    suite: Suite, mine: list[dict[str, Any]], rows: list[dict[str, Any]], model: Any, tokenizer: Any
+) -> list[dict[str, Any] | None]:
+    """The class, classes or number that a classifier's head gives each row, how sure it is, and what is right."""
+    said = classify(model, [row["sentence"] for row in mine], tokenizer, suite.max_length, suite.batch_size)
+    if model.config.problem_type != "regression":
+        known = [str(name) for name in model.config.id2label.values()]
+        right = {name for row in rows for name in names_of(row["label"])}
+        if strange := sorted(right.difference(known)):
+            raise DataError(
+                f"the right answers {listed(strange)} are not among the classes of the model, {listed(known)}."
+            )
+    return [
+        {"prediction": answer, "reference": row["label"], "confidence": sure, "correct": int(answer == row["label"])}
+        for (answer, sure), row in zip(said, mine, strict=True)
+    ]
+
+
+def can_score(rows: list[dict[str, Any]], ref: ModelRef) -> bool:
+    """Whether a suite asks what a model can answer: classes of a classifier, and everything else of a language model.
+
+    A head does not exist before its stage, so a classifier's suite has no score on the base.
+    """
+    task = task_of(ref)
+    return task == ("classification" if "sentence" in rows[0] else "causal")
+
+
 def _generation(
     suite: Suite, mine: list[dict[str, Any]], rows: list[dict[str, Any]], model: Any, tokenizer: Any
 ) -> list[dict[str, Any] | None]:
@@ -200,7 +255,7 @@ def _generation(
     return [{"prediction": said, "reference": text} for said, text in zip(answers, right, strict=True)]
 
 
-ANSWERS = {"likelihood": _likelihood, "choice": _choice, "generation": _generation}
+ANSWERS = {"likelihood": _likelihood, "choice": _choice, "number": _classes, "generation": _generation}
 
 
 def _compute(

@@ -15,7 +15,7 @@ from hfpipe import ranks
 from hfpipe.cost import CostMeter
 from hfpipe.environment import environment
 from hfpipe.errors import BudgetExceeded
-from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
+from hfpipe.evaluation import can_score, paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
@@ -100,7 +100,7 @@ def run_recipe(recipe: Recipe) -> Path:
     ranks.wait()
     for number, stage in enumerate(recipe.stages):
         _train(run, stage.name, parent=stage.parent or (recipe.stages[number - 1].name if number else BASE))
-        scores += _paired(run, scores, _score(run, stage.name))
+        scores += _paired(run, scores, stage.name, _score(run, stage.name))
         if ranks.is_main():
             write_scorecard(scores, folder / "scorecard.json")
             write_reports(folder)
@@ -190,6 +190,9 @@ def _score(run: Run, name: str) -> list[Score]:
         if known.get(suite_name, {}).get("hash") == key:
             scores += [Score(**row) for row in known[suite_name]["scores"]]
             continue
+        if not can_score(run.rows[suite_name], run.trained(name)):
+            ranks.say(f"  {name}: {suite_name} not scored: its answers need another head than this model has")
+            continue
         if model is None:
             model = load_model(run.trained(name))
         found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
@@ -203,13 +206,13 @@ def _score(run: Run, name: str) -> list[Score]:
     return scores
 
 
-def _paired(run: Run, earlier: list[Score], scores: list[Score]) -> list[Score]:
+def _paired(run: Run, earlier: list[Score], now: str, scores: list[Score]) -> list[Score]:
     """The scores of a stage with the noise of their differences to those of every earlier stage, row by row."""
     errors: dict[tuple[str, str], dict[str, float]] = {}
     if ranks.is_main():
         for stage in stages_of(earlier):
             for name, suite in run.recipe.evaluate.items():
-                files = run.predictions(stage, name), run.predictions(scores[0].stage, name)
+                files = run.predictions(stage, name), run.predictions(now, name)
                 if all(file.exists() for file in files):
                     before, after = ([json.loads(line) for line in file.open(encoding="utf-8")] for file in files)
                     for metric, error in paired_errors(suite, before, after).items():
@@ -248,7 +251,9 @@ def _probe_texts(run: Run) -> list[str]:
     texts = []
     for rows in run.rows.values():
         for row in rows[:PROBE_TEXTS]:
-            texts.append(row.get("text") or str(row.get("prompt", "")) + str(row.get("completion", "")))
+            texts.append(
+                row.get("text") or row.get("sentence") or str(row.get("prompt", "")) + str(row.get("completion", ""))
+            )
     return [text[:400] for text in texts if text][: 2 * PROBE_TEXTS] or ["The quick brown fox jumps."]
 
 

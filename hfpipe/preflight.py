@@ -11,10 +11,11 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hfpipe.data.encode import IGNORED, encode_for_training
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.model.base import texts_for_tokenizer
@@ -83,8 +84,9 @@ def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:
             config = AutoConfig.from_pretrained(
                 options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
             )
+    auto = AutoModelForMaskedLM if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else AutoModelForCausalLM
     with torch.device("meta"):  # shapes without memory, and tied weights stay one
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
     return model.num_parameters(), model.get_input_embeddings().weight.numel()
 
 
@@ -94,7 +96,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
     tokens_known = 0.0
     rows_known = 0
     for source in stage.data:
-        rows = load_rows(source, seed=recipe.seed)
+        rows = load_rows(source, seed=recipe.seed, kinds=_kinds(stage))
         facts = sample_facts(rows, stage, tokenizer, max_length, source)
         count = rows.num_rows if isinstance(rows, Dataset) else None
         known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
@@ -108,7 +110,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
     if steps <= 0:
         epochs = stage.training.get("num_train_epochs", 1)
         replayed = stage.replay.share if isinstance(stage, Sft) and stage.replay is not None else 0.0
-        size = rows_known / (1 - replayed) if stage.kind == "sft" else tokens_known / max_length
+        size = rows_known / (1 - replayed) if stage.kind != "pretrain" else tokens_known / max_length
         steps = math.ceil(size * epochs / global_batch)
     print(
         f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"
@@ -140,15 +142,22 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     Raises:
         DataError: The source is empty.
     """
-    sample = [row for row in islice(rows, SAMPLE_ROWS) if all(row[key] for key in row if key != "id")]
+    sample = [row for row in islice(rows, SAMPLE_ROWS) if all(row[key] for key in row if key not in ("id", "label"))]
     if not sample:
         raise DataError(f"stages.{stage.name}: {source.path} has no row with content among its first {SAMPLE_ROWS}.")
-    encoded = _encode(sample, stage, tokenizer, max_length if stage.kind == "sft" else None)
+    encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length)
     tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
 
 
+def _kinds(stage: Stage) -> tuple[Kind, ...]:
+    return ("classification",) if stage.kind == "classification" else TEXT_KINDS
+
+
 def _encode(rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
+    if stage.kind == "classification":  # a sentence, and its label behind it
+        ids = tokenizer([row["sentence"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": row, "labels": row} for row in ids]
     return encode_for_training(
         rows,
         tokenizer,
@@ -180,7 +189,7 @@ def preview(recipe: Recipe, count: int) -> None:
     coloured = sys.stdout.isatty()
     for stage in recipe.stages:
         for source in stage.data:
-            rows = list(islice(load_rows(source, seed=recipe.seed), count))
+            rows = list(islice(load_rows(source, seed=recipe.seed, kinds=_kinds(stage)), count))
             limit = stage.training.get("max_length") or 1024
             for number, row in enumerate(_encode(rows, stage, tokenizer, limit)):
                 trained = sum(label != IGNORED for label in row["labels"])

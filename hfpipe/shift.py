@@ -13,7 +13,7 @@ from hfpipe.data.encode import encode
 from hfpipe.data.shift import CHARACTERS, domain_auc, sample_texts, text_of, token_divergence
 from hfpipe.files import write_json
 from hfpipe.metrics import load_metric
-from hfpipe.model.load import ModelRef, load_model
+from hfpipe.model.load import ModelRef, load_model, task_of
 from hfpipe.model.scoring import bits_of
 from hfpipe.recipe import Recipe, Shift, Stage, hash_of
 
@@ -47,8 +47,10 @@ def measure_shift(
         drawn = random.Random(recipe.seed).sample(rows, min(count, len(rows)))
         samples[f"suite {name}"] = [text for row in drawn if (text := text_of(row)[:CHARACTERS]).strip()]
     samples = {name: texts for name, texts in samples.items() if texts}
-    model = load_model(base)
-    bits = {name: _bits_per_byte(texts, model, tokenizer) for name, texts in samples.items()}
+    bits: dict[str, dict[str, float]] = {}
+    if task_of(base) == "causal":  # no other kind of model has a likelihood of text
+        model = load_model(base)
+        bits = {name: _bits_per_byte(texts, model, tokenizer) for name, texts in samples.items()}
     pairs = []
     for stage in recipe.stages:
         for name in recipe.evaluate:
@@ -59,7 +61,10 @@ def measure_shift(
             divergence, floor = token_divergence(samples[one], samples[other], tokenizer)
             pair = {"stage": stage.name, "suite": name, "about": about, "jsd": divergence, "jsd_noise": floor}
             pair["auc"] = domain_auc(samples[one], samples[other], recipe.seed)
-            pair |= {"bits_per_byte": [bits[one], bits[other]], "rows": [len(samples[one]), len(samples[other])]}
+            pair |= {
+                "bits_per_byte": [bits[one], bits[other]] if bits else None,
+                "rows": [len(samples[one]), len(samples[other])],
+            }
             pairs.append({**pair, "reading": reading(pair)})
     write_json(path, {"hash": digest, "pairs": pairs})
 
@@ -98,7 +103,6 @@ def _bits_per_byte(texts: Sequence[str], model: Any, tokenizer: Any) -> dict[str
 def reading(pair: Mapping[str, Any]) -> str:
     """What the numbers of a pair say, and what they advise, in plain words."""
     auc, beyond = pair["auc"], pair["jsd"] > pair["jsd_noise"]
-    trained, held_out = pair["bits_per_byte"]
     if auc is None:
         text = "Too few rows for a classifier to say anything."
     elif auc["low"] <= 0.5 and not beyond:
@@ -112,12 +116,19 @@ def reading(pair: Mapping[str, Any]) -> str:
     if pair["about"] == "general":
         if not near:
             text += " Expect forgetting: replay more (`replay:`, or a source of general text), or lower learning_rate."
-        if trained["low"] > held_out["high"]:
-            text += " The base finds the training data harder than this text: there is much to learn, so give it data."
-        elif trained["high"] < held_out["low"]:
-            text += " The base finds the training data easier than this text: few steps at a low rate may do."
+        if pair["bits_per_byte"]:
+            text += _harder_or_easier(*pair["bits_per_byte"])
     elif not near:
         text += " The score shows how training carries over to other data: add training data that is like the suite."
     else:
         text += " The score speaks for data like the training data."
     return text
+
+
+def _harder_or_easier(trained: Mapping[str, float], held_out: Mapping[str, float]) -> str:
+    """What the base's bits per byte on the two sides say, where the intervals do not meet."""
+    if trained["low"] > held_out["high"]:
+        return " The base finds the training data harder than this text: there is much to learn, so give it data."
+    if trained["high"] < held_out["low"]:
+        return " The base finds the training data easier than this text: few steps at a low rate may do."
+    return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,9 +59,18 @@ class BatchLoader:
         batch_size: Rows of a micro-batch on this rank.
         pad_token_id: See `collate`.
         multiple: See `collate`.
+        collated: Stacks the rows.
     """
 
-    def __init__(self, source: RowSource, batch_size: int, pad_token_id: int, multiple: int = 1) -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        batch_size: int,
+        pad_token_id: int,
+        multiple: int = 1,
+        collated: Callable[[Sequence[dict[str, Any]], int, int], dict[str, torch.Tensor]] = collate,
+    ) -> None:
+        self.collated = collated
         self.source, self.batch_size, self.pad_token_id, self.multiple = source, batch_size, pad_token_id, multiple
         self.waited_seconds = 0.0
 
@@ -72,6 +81,6 @@ class BatchLoader:
             rows = next(batches, None)
             if rows is None:
                 return
-            batch = collate(rows, self.pad_token_id, self.multiple)
+            batch = self.collated(rows, self.pad_token_id, self.multiple)
             self.waited_seconds += time.perf_counter() - begin
             yield batch

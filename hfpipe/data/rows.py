@@ -76,7 +76,7 @@ class ShuffledRows:
     def _blank(self, index: int) -> dict[str, Any]:
         """A row that carries no label: it fills the last batch and adds nothing to the loss."""
         ids = list(self.rows[int(index)]["input_ids"])
-        return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+        return {"input_ids": ids, "labels": [IGNORED] * len(ids), "blank": True}
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last micro-batch, the same on every rank."""

@@ -24,17 +24,21 @@ from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
 
 Rows: TypeAlias = Dataset | IterableDataset
-Kind = Literal["text", "prompt_completion", "messages"]
+Kind = Literal["text", "prompt_completion", "messages", "classification"]
 ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "classification": ("sentence", "label"),
 }
+TEXT_KINDS: tuple[Kind, ...] = ("messages", "prompt_completion", "text")  # what a language model is trained on
 
 __all__ = ["fingerprint", "friendly", "load_rows", "roles_of"]
 
 
-def load_rows(source: Source, *, default_split: str = "train", seed: int = 0) -> Rows:
+def load_rows(
+    source: Source, *, default_split: str = "train", seed: int = 0, kinds: tuple[Kind, ...] = tuple(ROLES)
+) -> Rows:
     """Opens a source and gives its rows with the columns of one role, and `id` where there is one.
 
     First `skip` and `take` cut the rows by their place, so that two sources which share no place share no row; then
@@ -44,6 +48,7 @@ def load_rows(source: Source, *, default_split: str = "train", seed: int = 0) ->
         source: The source as the recipe gives it.
         default_split: The split where the recipe names none; files that are not given by split are `train`.
         seed: Reserved for sources that draw; none does.
+        kinds: The kinds of rows that will do: `TEXT_KINDS` for a language model.
 
     Returns:
         A `Dataset`, or an `IterableDataset` when the source streams; its errors come while it is read: see `friendly`.
@@ -63,7 +68,7 @@ def load_rows(source: Source, *, default_split: str = "train", seed: int = 0) ->
             for column in keep.columns:
                 _require(column, features, "where", source)
             rows = rows.filter(keep, input_columns=keep.columns)
-        return _with_roles(rows, features, source)
+        return _with_roles(rows, features, source, kinds)
 
 
 def roles_of(rows: Rows) -> Kind:
@@ -140,7 +145,7 @@ def _require(column: str, columns: Iterable[str], key: str, source: Source) -> N
         )
 
 
-def _with_roles(rows: Rows, features: Features, source: Source) -> Rows:
+def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[Kind, ...]) -> Rows:
     """Only the columns of one role, as they are, renamed or built."""
     columns = list(features)
     renamed = dict(source.columns) if isinstance(source.columns, dict) else {}
@@ -153,11 +158,14 @@ def _with_roles(rows: Rows, features: Features, source: Source) -> Rows:
     named = {*renamed, *templates}
     available = {*columns, *named}
     asked = [kind for kind, roles in ROLES.items() if named & set(roles)]  # what the recipe names comes first
-    kinds = [kind for kind in asked or ROLES if available >= set(ROLES[kind])]
+    kinds = [kind for kind in asked or ROLES if kind in allowed and available >= set(ROLES[kind])]
     if not kinds:
+        wanted = " nor ".join(" with ".join(f"`{role}`" for role in ROLES[kind]) for kind in allowed)
+        first = ROLES[allowed[-1]]
+        example = ", ".join(f"{role}: {place}_COLUMN" for role, place in zip(first, ("SOME", "OTHER"), strict=False))
         raise DataError(
-            f"source {source.path!r} has the columns {listed(columns)}, and none of them is `text`, `prompt` with "
-            "`completion`, or `messages`. Say what they mean: `columns: {text: SOME_COLUMN}` renames, "
+            f"source {source.path!r} has the columns {listed(columns)}: neither {wanted}. Say what they mean: "
+            f"`columns: {{{example}}}` renames, "
             '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
         )
     roles = [*ROLES[kinds[0]], *(["id"] if "id" in available else [])]
@@ -199,7 +207,7 @@ def _fields(text: str, role: str, source: Source) -> list[str]:
 
 def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
     """A role is text, or a conversation; a number is not made text behind the user's back."""
-    if role == "id":
+    if role in ("id", "label"):  # what a label may hold is said in labels.py
         return
     if role != "messages":
         if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view", "null")):
@@ -253,6 +261,6 @@ def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, s
 
 def _with_features(rows: Rows, roles: list[str]) -> Rows:
     """Makes the columns of a stream known where the data does not tell; only of a conversation is the type unknown."""
-    if rows.column_names is not None or "messages" in roles:
+    if rows.column_names is not None or "messages" in roles or "label" in roles:
         return rows
     return rows.cast(Features({role: Value("string") for role in roles}))

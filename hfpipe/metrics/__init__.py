@@ -20,21 +20,27 @@ OURS = {
     "exact_match": "matches.ExactMatch",
     "f1": "classes.FScore",
     "f1_micro": "classes.FScore",
+    "mae": "numbers.MeanError",
     "matthews_correlation": "classes.MatthewsCorrelation",
+    "mse": "numbers.MeanError",
+    "pearsonr": "numbers.Correlation",
     "perplexity": "likelihood.Perplexity",
     "precision": "classes.FScore",
+    "precision_micro": "classes.FScore",
     "recall": "classes.FScore",
+    "recall_micro": "classes.FScore",
     "rouge1": "rouge.Rouge",
     "rouge2": "rouge.Rouge",
     "rougeL": "rouge.Rouge",
     "rougeLsum": "rouge.Rouge",
+    "spearmanr": "numbers.Correlation",
     "squad_em": "matches.SquadExactMatch",
     "squad_f1": "matches.SquadF1",
     "ter": "translation.SacreBleu",
 }
 
 # Metrics of `evaluate` where less is better; it does not say itself.
-LOWER_IS_BETTER = {"wer", "cer", "mse", "mae", "mape", "smape", "brier_score", "character", "charcut_mt"}
+LOWER_IS_BETTER = {"wer", "cer", "mape", "smape", "brier_score", "character", "charcut_mt"}
 
 
 def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
@@ -68,7 +74,7 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
 
 
 def needs_of(metric: Any) -> str:
-    """What a metric needs from the model: `likelihood`, `choice` or `generation` (all that are not ours)."""
+    """What a metric needs from the model: `likelihood`, `choice`, `number`, or `generation` (all that are not ours)."""
     return getattr(metric, "needs", "generation")
 
 

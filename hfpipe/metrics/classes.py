@@ -11,35 +11,44 @@ from typing import Any
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
+from hfpipe.errors import RecipeError
+from hfpipe.metrics.matches import names_of
 from hfpipe.metrics.rows import RowMetric
+
+Answers = Sequence[str] | Sequence[list[str]]  # one class a row, or several
 
 
 class ClassMetric(RowMetric):
     """A row's statistics are three blocks of a column per class: was right and said, was said, was right."""
 
     needs = "choice"
+    several = True
     by_row = False
 
-    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        names = {name: place for place, name in enumerate(dict.fromkeys([*references, *predictions]))}
-        said = np.eye(len(names))[[names[name] for name in predictions]]
-        right = np.eye(len(names))[[names[name] for name in references]]
+    def statistics(self, predictions: Answers, references: Answers) -> np.ndarray:
+        names = sorted(set().union(*map(names_of, [*references, *predictions])))
+        said, right = (_indicators(side, names) for side in (predictions, references))
         return np.concatenate([said * right, said, right], axis=1)
 
 
 class FScore(ClassMetric):
-    """`precision`, `recall` and `f1`, the mean over the classes (macro); `f1_micro` counts all rows together."""
+    """`precision`, `recall` and `f1`, the mean over the classes (macro); with `_micro` all rows are counted together.
 
-    def whole(self, predictions: Sequence[str], references: Sequence[str], statistics: np.ndarray) -> float:
+    The classes are those that are said or right anywhere in the suite.
+    """
+
+    def whole(self, predictions: Answers, references: Answers, statistics: np.ndarray) -> float:
         name, micro, _ = self.key.partition("_micro")
         options: dict[str, Any] = {"average": "micro" if micro else "macro", "zero_division": 0}
-        return float(getattr(sklearn_metrics, f"{name}_score")(references, predictions, **options))
+        _, said, right = np.split(statistics, 3, axis=1)
+        return float(getattr(sklearn_metrics, f"{name}_score")(right.astype(int), said.astype(int), **options))
 
     def value(self, sums: np.ndarray) -> np.ndarray:
         hits, said, right = np.split(sums, 3, axis=-1)
-        if self.key == "f1_micro":
+        name, micro, _ = self.key.partition("_micro")
+        if micro:
             hits, said, right = (part.sum(-1, keepdims=True) for part in (hits, said, right))
-        below = {"precision": said, "recall": right}.get(self.key, (said + right) / 2)
+        below = {"precision": said, "recall": right}.get(name, (said + right) / 2)
         there = (said + right) > 0  # a class that is neither said nor right does not count
         return (hits / np.where(below > 0, below, 1)).sum(-1) / np.maximum(there.sum(-1), 1)
 
@@ -47,7 +56,9 @@ class FScore(ClassMetric):
 class MatthewsCorrelation(ClassMetric):
     """Correlation between what was said and what is right, for two or more classes (Gorodkin 2004); 0 is chance."""
 
-    def whole(self, predictions: Sequence[str], references: Sequence[str], statistics: np.ndarray) -> float:
+    def whole(self, predictions: Answers, references: Answers, statistics: np.ndarray) -> float:
+        if not all(isinstance(answer, str) for answer in references):
+            raise RecipeError(f"{self.key} is for one class a row, and these have several. Take f1 or f1_micro.")
         return float(sklearn_metrics.matthews_corrcoef(references, predictions))
 
     def value(self, sums: np.ndarray) -> np.ndarray:
@@ -56,3 +67,8 @@ class MatthewsCorrelation(ClassMetric):
         covariance = hits.sum(-1) * n - (said * right).sum(-1)
         square = (n**2 - np.square(said).sum(-1)) * (n**2 - np.square(right).sum(-1))
         return covariance / np.sqrt(np.where(square > 0, square, 1))
+
+
+def _indicators(answers: Answers, names: Sequence[str]) -> np.ndarray:
+    """(N, C): 1 where a row's answer names a class."""
+    return np.array([[name in names_of(answer) for name in names] for answer in answers], dtype=float)

@@ -13,12 +13,16 @@ from hfpipe.metrics.rows import Ratio, Share
 
 
 class Accuracy(Share):
-    """The share of rows for which the model finds the right one of the suite's answers the most likely."""
+    """The share of rows for which the model finds the right one of the suite's answers the most likely.
+
+    Of several classes at once, the share of rows whose classes are all found and no other (subset accuracy).
+    """
 
     needs = "choice"
+    several = True
 
-    def hit(self, prediction: str, reference: str) -> bool:
-        return prediction == reference
+    def hit(self, prediction: str | list[str], reference: str | list[str]) -> bool:
+        return names_of(prediction) == names_of(reference)
 
 
 class ExactMatch(Share):
@@ -41,6 +45,11 @@ class SquadF1(Ratio):
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         values = [words_f1(normalised(p), normalised(r)) for p, r in zip(predictions, references, strict=True)]
         return np.column_stack([values, np.ones(len(values))])
+
+
+def names_of(answer: str | list[str]) -> set[str]:
+    """The classes of an answer that names one, or several."""
+    return {answer} if isinstance(answer, str) else set(answer)
 
 
 def normalised(text: str) -> str:

@@ -32,7 +32,8 @@ class RowMetric(evaluate.Metric):
 
     needs = "generation"
     takes = ("prediction", "reference")
-    types = ("string", "string")
+    types: tuple[str, str] = ("string", "string")
+    several = False  # whether predictions and references may be lists of names: several classes at once
     higher_is_better = True
     by_row = True  # whether a row alone has a score
 
@@ -62,8 +63,11 @@ class RowMetric(evaluate.Metric):
         return float(self.value(statistics.sum(0)))
 
     def _info(self) -> evaluate.MetricInfo:
-        types = dict(zip(("predictions", "references"), (datasets.Value(name) for name in self.types), strict=True))
-        return evaluate.MetricInfo(description=self.__doc__ or "", citation="", features=datasets.Features(types))
+        sides = dict(zip(("predictions", "references"), map(datasets.Value, self.types), strict=True))
+        forms = [datasets.Features(sides)]
+        if self.several:  # first: a list would pass for a string, but not a string for a list
+            forms.insert(0, datasets.Features({side: datasets.List(value) for side, value in sides.items()}))
+        return evaluate.MetricInfo(description=self.__doc__ or "", citation="", features=forms)
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         statistics = self.statistics(predictions, references)

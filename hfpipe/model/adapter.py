@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from hfpipe.errors import RecipeError
 from hfpipe.files import whole_folder
+from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import ModelRef, load_model
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
@@ -56,7 +57,11 @@ def probe(model: Any, tokenizer: Any, texts: list[str], max_length: int = 64) ->
     rows = []
     for text in texts:
         ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")["input_ids"].to(model.device)
-        if ids.numel():
+        if not ids.numel():
+            continue
+        if is_classifier(model):  # (1, C), compared as they are: of one class the log-probability is always 0
+            rows.append(model(input_ids=ids).logits.float().cpu())
+        else:
             rows.append(model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1).cpu())
     return torch.cat(rows)
 

@@ -97,7 +97,7 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
     for source in recipe.stages[0].data:
         rows = load_rows(source, seed=recipe.seed)
         for row in readable(islice(rows, training.take), source):
-            text = row.get("text") or f"{row.get('prompt', '')}{row.get('completion', '')}"
+            text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
             if text:
                 yield text
 

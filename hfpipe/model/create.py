@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hfpipe.errors import RecipeError
 
@@ -42,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
-    """Builds a causal language model with fresh float32 weights.
+    """Builds a language model with fresh float32 weights: a masked one where the architecture is an encoder.
 
     Args:
         architecture: Fields of the transformers config named by `model_type`; the vocabulary and the special tokens are
@@ -69,7 +70,9 @@ def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any
     set_seed(seed)
     try:
         config = AutoConfig.for_model(model_type, **fields)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        cls = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+        return cls.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         message = str(error).strip().split("\n")[0]
         raise RecipeError(

@@ -13,16 +13,19 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hfpipe import ranks
 from hfpipe.errors import MachineError, RecipeError
+from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.recipe import Model, Quantization
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -85,6 +88,7 @@ def quantization_config(block: Quantization) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=block.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, dtype) if dtype else compute_dtype(),
         bnb_4bit_quant_storage=block.bnb_4bit_quant_storage,
+        llm_int8_skip_modules=block.llm_int8_skip_modules,
     )
 
 
@@ -137,24 +141,49 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
+    closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]
     if not tokenizer.is_fast:
         raise RecipeError(f"tokenizer {path!r} has no fast (Rust) form, which hfpipe needs for offsets and speed.")
-    if tokenizer.eos_token is None:
+    if closing is None:
         raise RecipeError(f"tokenizer {path!r} has no EOS token; set one in its tokenizer_config.json.")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = closing
     return tokenizer
 
 
-def load_model(ref: ModelRef, *, frozen: bool = True) -> Any:
+def task_of(ref: ModelRef) -> str:
+    """What the model of a `ModelRef` was made for: `classification`, `masked` (an encoder) or `causal`."""
+    if ref.is_adapter:
+        kind = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text()).get("task_type")
+        return "classification" if kind == "SEQ_CLS" else "causal"
+    with clear_errors("model", ref.path):
+        config = AutoConfig.from_pretrained(
+            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
+        )
+    names = config.architectures or []
+    if any(name.endswith(SUFFIX) for name in names):
+        return "classification"
+    if any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in names):
+        return "causal"
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+
+
+def load_model(
+    ref: ModelRef, *, frozen: bool = True, head: dict[str, Any] | None = None, with_new_modules: bool = False
+) -> Any:
     """Loads the model a `ModelRef` names; an adapter comes on its own base.
 
     Args:
         ref: Where and how.
         frozen: Whether its weights stay as they are (evaluation, or the base of an adapter), which decides their dtype.
+        head: Fields of the config that make a classification head; None for the model as it is.
+        with_new_modules: Whether to return the names of the modules with fresh weights too.
 
     Returns:
-        A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device.
+        A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
+
+    Raises:
+        RecipeError: A language model is asked for, and this is an encoder.
     """
     if ref.is_adapter:
         config = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
@@ -164,22 +193,39 @@ def load_model(ref: ModelRef, *, frozen: bool = True) -> Any:
             revision=config.get("revision"),
             quantization=ref.quantization,
         )
-        return PeftModel.from_pretrained(load_model(base), ref.path).eval()
-    options: dict[str, Any] = {}
+        head = read_head(Path(ref.path)) if config.get("task_type") == "SEQ_CLS" else None
+        return PeftModel.from_pretrained(load_model(base, head=head), ref.path).eval()
+    task = task_of(ref)
+    if head is None and task == "masked":
+        raise RecipeError(f"model {ref.path!r} is an encoder, which says no text. Train it by `kind: classification`.")
+    classifies = head is not None or task == "classification"
+    options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
     if ref.quantization:
-        options["quantization_config"] = quantization_config(ref.quantization)
+        block = ref.quantization
+        if classifies and block.llm_int8_skip_modules is None:  # a head is trained, and new: it stays in full precision
+            block = block.model_copy(update={"llm_int8_skip_modules": HEAD_MODULES})
+        options["quantization_config"] = quantization_config(block)
         options["device_map"] = {"": device()}
     if ref.options.attn_implementation:
         options["attn_implementation"] = ref.options.attn_implementation
     with clear_errors("model", ref.path):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
             ref.path,
             revision=ref.revision or "main",
             dtype=weights_dtype(ref.options, frozen=frozen),
             trust_remote_code=ref.options.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
     if not ref.quantization:
         torch.nn.Module.to(model, device())
-    return model.eval()
+    model.eval()
+    return (model, _modules_of(info)) if with_new_modules else model
+
+
+def _modules_of(info: dict[str, Any]) -> list[str]:
+    """The modules whose weights a checkpoint does not hold, or holds in another shape."""
+    names = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    return sorted({name.rpartition(".")[0] for name in names})

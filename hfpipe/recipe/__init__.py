@@ -4,6 +4,7 @@ from hfpipe.recipe.dump import dump_recipe, hash_of
 from hfpipe.recipe.loading import load_recipe
 from hfpipe.recipe.schema import json_schema
 from hfpipe.recipe.words import (
+    Classification,
     Energy,
     Model,
     Pretrain,
@@ -22,6 +23,7 @@ from hfpipe.recipe.words import (
 )
 
 __all__ = [
+    "Classification",
     "Energy",
     "Model",
     "Pretrain",

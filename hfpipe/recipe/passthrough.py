@@ -21,7 +21,7 @@ from hfpipe.recipe.signatures import (
 )
 from hfpipe.recipe.words import Source
 
-ARGUMENTS_CLASS = {"pretrain": "TrainingArguments", "sft": "SFTConfig"}
+ARGUMENTS_CLASS = {"pretrain": "TrainingArguments", "sft": "SFTConfig", "classification": "TrainingArguments"}
 
 
 def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
@@ -70,11 +70,11 @@ def check_block(
             yield Fault(steps, explain(value, fields[key].kinds))
 
 
-def pretrain_fields() -> Fields | None:
-    """What `training` of a pretrain stage takes: TrainingArguments, and hfpipe's own `max_length` of a packed row."""
-    fields = training_fields("pretrain")
-    own = Field("max_length", ast.Constant("int"), help="tokens of a packed row")
-    return None if fields is None else fields | {own.name: own}
+def stage_fields(kind: str) -> Fields | None:
+    """What `training` of a stage takes: its arguments class, and hfpipe's `max_length` where that class has none."""
+    fields = training_fields(kind)
+    own = Field("max_length", ast.Constant("int"), help="tokens of a row")
+    return None if fields is None else {own.name: own} | fields
 
 
 def _training_of(stage: RawStage) -> Callable[[], Fields | None]:
@@ -84,10 +84,9 @@ def _training_of(stage: RawStage) -> Callable[[], Fields | None]:
 def _check_training(stage: RawStage) -> Iterator[Fault]:
     if stage.kind is None:
         return
-    fields = training_fields(stage.kind)
+    fields = stage_fields(stage.kind)
     elsewhere: dict[str, Callable[[], Fields | None]] = {"below `lora:`": lora_fields}
-    if stage.kind == "pretrain":
-        fields = pretrain_fields()
+    if stage.kind != "sft":
         elsewhere["to kind: sft"] = lambda: training_fields("sft")
     yield from check_block(stage.at("training"), fields, ARGUMENTS_CLASS[stage.kind], elsewhere)
 

@@ -12,7 +12,7 @@ from hfpipe.recipe.overlap import check_overlap
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 
 BASE = "base"
-ROLES = ("text", "prompt", "completion", "messages")
+ROLES = ("text", "prompt", "completion", "messages", "sentence", "label")
 BUILTIN_TABLES = ("text", "package", "summary")
 BUILTIN_SPLITS = ("train", "test")
 
@@ -145,6 +145,10 @@ def _positive(value: Any) -> bool:
 def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault]:
     names = [other.name for other in earlier if other.name]
     parent, replayed = text_of(stage.data.get("parent")), stage.at("replay")
+    before = [other for other in earlier if other.name == parent] if parent else earlier[-1:]
+    if before and before[0].kind == "classification" and stage.kind in ("pretrain", "sft") and parent != BASE:
+        text = f"'{before[0].name}' leaves a classifier, which says no text. Write `parent: base` or an earlier stage."
+        yield Fault((*stage.steps, "parent"), text)
     if parent is not None and parent not in (BASE, *names):
         yield Fault((*stage.steps, "parent"), _not_among("an earlier stage", parent, [BASE, *names]))
     if (name := text_of(replayed.data.get("stage"))) is not None and name not in names:
@@ -213,9 +217,11 @@ def _check_roles(source: Block) -> Iterator[Fault]:
             text = f"`{role}` is given without `{other}`, and the two go together. Add it: `{other}: <column>`."
             yield Fault((*source.steps, given[role], role), text)
     shapes = ["messages" in given, "text" in given, "prompt" in given or "completion" in given]
+    shapes.append("sentence" in given or "label" in given)
     if sum(shapes) > 1:
         both = listed(role for role in ROLES if role in given)
-        text = f"the source gives {both}; a row is text, or prompt and completion, or messages. Keep one of them."
+        text = f"the source gives {both}; a row is text, or prompt and completion, or messages, or sentence and label."
+        text += " Keep one of them."
         yield Fault(source.steps, text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hfpipe.recipe.kinds import json_schema_of
-from hfpipe.recipe.passthrough import pretrain_fields
+from hfpipe.recipe.passthrough import stage_fields
 from hfpipe.recipe.signatures import (
     UNKNOWN,
     Field,
@@ -13,18 +13,17 @@ from hfpipe.recipe.signatures import (
     generation_fields,
     load_dataset_fields,
     lora_fields,
-    training_fields,
 )
-from hfpipe.recipe.words import Recipe
+from hfpipe.recipe.words import KINDS, Recipe
 
 
 def json_schema() -> dict[str, Any]:
     """The schema (draft 2020-12). It takes all that `load_recipe` takes; rules over several keys are not in it."""
     schema = Recipe.model_json_schema()
     blocks = schema["$defs"]
-    for block, training in (("Pretrain", pretrain_fields()), ("Sft", training_fields("sft"))):
-        properties = blocks[block]["properties"]
-        _close(properties["training"], training)
+    for kind, words in KINDS.items():
+        properties = blocks[words.__name__]["properties"]
+        _close(properties["training"], stage_fields(kind))
         _close(properties["lora"]["anyOf"][0], lora_fields())
     _close(blocks["Suite"]["properties"]["generation"], generation_fields())
     passed = load_dataset_fields("any path")

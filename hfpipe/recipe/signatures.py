@@ -68,10 +68,11 @@ _CONSTRUCTION = ("__init__", "__post_init__")  # methods that take keyword argum
 
 @cache
 def training_fields(kind: str) -> Fields | None:
-    """Fields of the trainer's arguments: TrainingArguments for pretrain, SFTConfig for sft."""
+    """Fields of the trainer's arguments: SFTConfig for sft, TrainingArguments for the others."""
     where = {
         "pretrain": ("transformers.training_args", "TrainingArguments"),
         "sft": ("trl.trainer.sft_config", "SFTConfig"),
+        "classification": ("transformers.training_args", "TrainingArguments"),
     }
     return _fields(*where[kind])
 

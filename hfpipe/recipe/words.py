@@ -188,8 +188,16 @@ class Sft(StageBase):
     replay: Replay | None = None
 
 
-KINDS: dict[str, type[StageBase]] = {"pretrain": Pretrain, "sft": Sft}
-Stage = Annotated[Pretrain | Sft, Field(discriminator="kind")]
+class Classification(StageBase):
+    """A classifier, or a regression, on sentence + label."""
+
+    kind: Literal["classification"]
+    labels: list[str] | None = Field(None, description="the classes in order; those of the data when absent")
+    class_weights: Literal["balanced"] | None = Field(None, description="`balanced`: rare classes count as much")
+
+
+KINDS: dict[str, type[StageBase]] = {"pretrain": Pretrain, "sft": Sft, "classification": Classification}
+Stage = Annotated[Pretrain | Sft | Classification, Field(discriminator="kind")]
 
 
 class Suite(Words):

@@ -21,6 +21,9 @@ from hfpipe.scores import BASE, Change, Score, forgetting, stages_of
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # `load_dataset` takes these for its own builders, and `builtin` is ours: none of them is a data set on the Hub.
 BUILDERS = {"builtin", "json", "csv", "parquet", "arrow", "text", "xml", "sql", "pandas", "webdataset", "generator"}
+# By the kind of the stage that made it: the Hub's name of the task, and the class that loads it.
+TASKS = {"classification": ("text-classification", "AutoModelForSequenceClassification")}
+GENERATION = ("text-generation", "AutoModelForCausalLM")
 LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
 
 
@@ -104,6 +107,7 @@ def _metadata(
 ) -> ModelCardData:
     adapter = artefact.what == "adapter"
     stages = lineage(recipe, artefact.stage)
+    task, _ = TASKS.get(stages[-1].kind, GENERATION)
     used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
     here = [score for score in scores if score.stage == artefact.stage]
     tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *(["lora"] if adapter else [])]
@@ -112,12 +116,12 @@ def _metadata(
         base_model=artefact.base,
         base_model_relation=relation,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         license=artefact.license,
         datasets=list(used) or None,
         tags=tags,
         model_name=artefact.repo_id.split("/")[-1],
-        eval_results=[_eval_result(score, recipe) for score in here] or None,
+        eval_results=[_eval_result(score, recipe, task) for score in here] or None,
         **_emissions(spent),
     )
 
@@ -133,12 +137,12 @@ def _emissions(spent: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {"co2_eq_emissions": {**facts, "geographical_location": last["country"]}}
 
 
-def _eval_result(score: Score, recipe: Recipe) -> EvalResult:
+def _eval_result(score: Score, recipe: Recipe, task: str) -> EvalResult:
     suite = recipe.evaluate.get(score.suite)
     source = suite.data if suite else None
     arguments = source.passed_through if source else {}
     return EvalResult(
-        task_type="text-generation",
+        task_type=task,
         dataset_type=(hub_id(source) if source else None) or score.suite,
         dataset_name=score.suite,
         dataset_config=arguments.get("name"),
@@ -169,23 +173,34 @@ def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
 
 def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
     branch = f', revision="{artefact.revision}"' if artefact.revision else ""
-    head = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    last = lineage(recipe, artefact.stage)[-1]
+    _, auto = TASKS.get(last.kind, GENERATION)
+    generates = auto == GENERATION[1]  # what vLLM serves
+    head = f"from transformers import {auto}, AutoTokenizer"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch})'
     if artefact.what != "adapter":
-        load = f'model = AutoModelForCausalLM.from_pretrained("{artefact.repo_id}"{branch})'
+        load = f'model = {auto}.from_pretrained("{artefact.repo_id}"{branch})'
         at = f" --revision {artefact.revision}" if artefact.revision else ""
-        return f"```python\n{head}\n\n{load}\n{tokenizer}\n```\n\nvLLM: `vllm serve {artefact.repo_id}{at}`"
+        served = f"\n\nvLLM: `vllm serve {artefact.repo_id}{at}`" if generates else ""
+        return f"```python\n{head}\n\n{load}\n{tokenizer}\n```{served}"
     commit = f', revision="{artefact.base_revision}"' if artefact.base_revision else ""
-    load = (
-        f'base = AutoModelForCausalLM.from_pretrained("{artefact.base}"{commit})\n'
+    named = "" if generates else ", config=config"
+    if named:  # the classes are in the adapter's config.json
+        head = head.replace("import ", "import AutoConfig, ")
+    load = f'config = AutoConfig.from_pretrained("{artefact.repo_id}"{branch})\n' if named else ""
+    load += (
+        f'base = {auto}.from_pretrained("{artefact.base}"{commit}{named})\n'
         f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
     )
-    rank = (lineage(recipe, artefact.stage)[-1].lora or {}).get("r", 8)
+    code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n{tokenizer}\n```"
+    if not generates:
+        return code
+    rank = (last.lora or {}).get("r", 8)
     at = f" --revision {artefact.base_revision}" if artefact.base_revision else ""
     at += f" --max-lora-rank {rank}" if rank > LORA_RANK_OF_VLLM else ""
     name = artefact.repo_id.split("/")[-1]
     vllm = f"vllm serve {artefact.base}{at} --enable-lora --lora-modules {name}={artefact.repo_id}"
-    return f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n{tokenizer}\n```\n\nvLLM: `{vllm}`"
+    return f"{code}\n\nvLLM: `{vllm}`"
 
 
 def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:

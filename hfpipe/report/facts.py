@@ -1,57 +1,22 @@
-"""Facts of a run beside its scores, as sections that report and model card share: overlap, shift, cost."""
+"""Facts of a run beside its scores, as sections that report and model card share: confusion, overlap, shift, cost."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hfpipe.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with a title and notes below it.
-
-    Args:
-        title: Its heading.
-        rows: Cells of plain text, the head first; a cell that begins with # is a number.
-        notes: Paragraphs of plain text.
-    """
-
-    title: str
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-    def markdown(self, *, heading: bool = True) -> str:
-        head, *body = self.rows
-        lines = [f"## {self.title}", ""] if heading else []
-        lines.append(f"| {' | '.join(cell.lstrip('#') for cell in head)} |")
-        lines.append(f"| {' | '.join('---:' if cell.startswith('#') else '---' for cell in head)} |")
-        lines += [f"| {' | '.join(cell.lstrip('#').replace('|', '&#124;') for cell in row)} |" for row in body]
-        return "\n".join(lines) + "".join(f"\n\n{note}" for note in self.notes)
-
-    def html(self) -> str:
-        def cell(tag: str, text: str) -> str:
-            kind = ' class="number"' if text.startswith("#") else ""
-            return f"<{tag}{kind}>{escape(text.removeprefix('#'))}</{tag}>"
-
-        head, *body = self.rows
-        top = "".join(cell("th", text) for text in head)
-        rows = "".join(f"<tr>{''.join(cell('td', text) for text in row)}</tr>" for row in body)
-        notes = "".join(f'<p class="note">{escape(note)}</p>' for note in self.notes)
-        table = f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
-        return f"<h2>{escape(self.title)}</h2>{table}{notes}"
+from hfpipe.report.confusion import confusion_sections
+from hfpipe.report.section import Section
 
 
 def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
     """The sections of a run folder; without those that the run has no file for."""
     found = (overlap_section(folder), shift_section(folder), cost_section(stage_costs(folder, recipe)))
-    return [section for section in found if section]
+    return [*confusion_sections(folder, recipe), *(section for section in found if section)]
 
 
 def overlap_section(folder: Path) -> Section | None:
@@ -83,7 +48,7 @@ def shift_section(folder: Path) -> Section | None:
     for pair in pairs:
         auc = pair["auc"]
         shown = f"{auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f})" if auc else ""
-        bits = " / ".join(f"{side['value']:.2f}" for side in pair["bits_per_byte"])
+        bits = " / ".join(f"{side['value']:.2f}" for side in pair["bits_per_byte"] or ())
         counts = " / ".join(f"{count:,}" for count in pair["rows"])
         divergence = f"{pair['jsd']:.3f} ({pair['jsd_noise']:.3f})"
         suite = f"{pair['suite']} ({pair['about']})"

@@ -10,7 +10,7 @@ from typing import Any
 from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
-from hfpipe.report.markdown import describe, gains_and_losses, number
+from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored
 from hfpipe.report.plots import Z95, loss_curve, score_by_stage
 from hfpipe.scores import Score, last_change, over_budget, read_scorecard, stages_of
 
@@ -89,7 +89,9 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> str:
         budget = f" That exceeds the budget of {', '.join(f'{limits[name]:.1%} on {name}' for name in over)}."
     elif limits:
         budget = " That is inside the budget."
-    text = escape(f"After {last} the model gained {won} and forgot {cost}.{budget}")
+    first = "; ".join(map(describe_first, only_scored(scores)))
+    first = f" Scored for the first time: {first}." if first else ""
+    text = escape(f"After {last} the model gained {won} and forgot {cost}.{budget}{first}")
     return f'<p class="verdict{" over" if over else ""}">{text}</p>'
 
 

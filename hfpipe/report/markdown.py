@@ -15,7 +15,10 @@ from hfpipe.report.facts import fact_sections
 from hfpipe.scores import BASE, Change, Score, forgetting, last_change, read_scorecard, stages_of
 
 # Shares, printed in percent and compared in points.
-PERCENT_METRICS = {"accuracy", "exact_match", "f1", "f1_micro", "precision", "recall", "squad_em", "squad_f1"}
+PERCENT_METRICS = {
+    *("accuracy", "exact_match", "squad_em", "squad_f1"),
+    *("f1", "f1_micro", "precision", "precision_micro", "recall", "recall_micro"),
+}
 
 
 def write_report(folder: Path) -> Path:
@@ -77,7 +80,22 @@ def _verdict(scores: list[Score]) -> str:
     gained, lost = gains_and_losses(scores)
     gains = "; ".join(describe(change) for change in gained) or "nothing beyond the noise"
     losses = "; ".join(describe(change) for change in lost) or "nothing beyond the noise"
-    return f"**Gained:** {gains}.\n\n**Forgotten:** {losses}."
+    lines = [f"**Gained:** {gains}.", f"**Forgotten:** {losses}."]
+    if first := only_scored(scores):
+        lines.append(f"**Scored for the first time:** {'; '.join(map(describe_first, first))}.")
+    return "\n\n".join(lines)
+
+
+def only_scored(scores: list[Score]) -> list[Score]:
+    """The scores of the last stage on what no model before it could answer: a classifier's own suite."""
+    last = stages_of(scores)[-1]
+    before = {score.key for score in scores if score.stage != last}
+    return [score for score in scores if score.stage == last != BASE and score.key not in before]
+
+
+def describe_first(score: Score) -> str:
+    """A score that has none before it, in words."""
+    return f"{score.suite} {score.metric} {number(score)}"
 
 
 def gains_and_losses(scores: list[Score]) -> tuple[list[Change], list[Change]]:
@@ -204,6 +222,7 @@ def closing_lines(folder: Path) -> list[str]:
         gained, lost = gains_and_losses(scores)
         lines += [f"gained     {describe(change)}" for change in gained] or ["gained     nothing beyond the noise"]
         lines += [f"forgotten  {describe(change)}" for change in lost] or ["forgotten  nothing beyond the noise"]
+        lines += [f"scored     {describe_first(score)}" for score in only_scored(scores)]
     last = folder / "stages" / recipe.stages[-1].name
     is_adapter = (last / "model" / "adapter_config.json").exists()
     lines.append(f"{'adapter' if is_adapter else 'model':9}  {last / 'model'}")

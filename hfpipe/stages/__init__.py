@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from hfpipe.stages.classification import run_classification
 from hfpipe.stages.common import StageRun
 from hfpipe.stages.pretrain import run_pretrain
 from hfpipe.stages.sft import run_sft
 
-STAGES = {"pretrain": run_pretrain, "sft": run_sft}
+STAGES = {"pretrain": run_pretrain, "sft": run_sft, "classification": run_classification}
 
 __all__ = ["STAGES", "StageRun"]

@@ -17,6 +17,7 @@ from hfpipe.data.loader import BatchLoader
 from hfpipe.errors import DataError, RecipeError, Stopped
 from hfpipe.files import whole_folder
 from hfpipe.model.adapter import TOLERANCE, probe, require_equal, verify_adapter
+from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import ModelRef, compute_dtype, load_model
 from hfpipe.recipe import Recipe, Stage
 
@@ -191,6 +192,8 @@ def save(run: StageRun, trainer: Trainer) -> None:
         if run.stage.lora is not None and ranks.is_main():
             _record_base(beside, run)
             verify_adapter(beside)
+            if is_classifier(model):
+                model.config.save_pretrained(beside)  # the classes, which an adapter's own config does not name
         if trained is not None:
             saved = ModelRef(str(beside), run.parent.options, quantization=run.stage.quantized)
             again = load_model(saved, frozen=run.stage.lora is not None)

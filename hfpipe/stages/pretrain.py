@@ -29,7 +29,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     max_length = stage.training.get("max_length") or min(model.config.max_position_embeddings, DEFAULT_MAX_LENGTH)
     per_device, accumulation = divide_batch(stage)
     stream = TokenStream(
-        [load_rows(source, seed=run.recipe.seed) for source in stage.data],
+        [load_rows(source, seed=run.recipe.seed, kinds=("text",)) for source in stage.data],
         run.tokenizer,
         max_length=max_length,
         weights=[source.weight or 1.0 for source in stage.data],
@@ -70,7 +70,7 @@ def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
     """Steps of `num_train_epochs`, by tokenizing the data once: the schedule has to know where it ends."""
     tokens = 0
     for source in run.stage.data:
-        rows = load_rows(source, seed=run.recipe.seed)
+        rows = load_rows(source, seed=run.recipe.seed, kinds=("text",))
         if not hasattr(rows, "num_rows"):
             raise RecipeError(
                 f"stages.{run.stage.name}.training: a streamed source has no known end, so epochs cannot be counted; "

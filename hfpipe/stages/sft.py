@@ -13,7 +13,7 @@ from hfpipe.data.encode import encode_for_training
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.source_errors import readable
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources import TEXT_KINDS, load_rows
 from hfpipe.errors import DataError
 from hfpipe.model.adapter import lora_config
 from hfpipe.model.load import load_model
@@ -85,7 +85,7 @@ def _weighted(parts: list[Dataset], weights: list[float]) -> list[Dataset]:
 def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> Dataset:
     """Reads and tokenizes a source in batches, on every rank alike."""
     training = run.stage.training
-    rows = load_rows(source, seed=run.recipe.seed)
+    rows = load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS)
     tokenized: list[dict[str, list[int]]] = []
     read = dirty = 0
     for batch in readable(rows.iter(batch_size=1000), source):

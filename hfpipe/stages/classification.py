@@ -1,0 +1,149 @@
+"""`kind: classification`: a head on an encoder or a decoder, trained on sentence + label, by Trainer.
+
+The labels tell the problem: one name a row is single-label, a list of names multi-label, a number with a point is a
+regression. Everything of the head that is new is trained in full and saved with an adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments, set_seed
+
+from hfpipe import ranks
+from hfpipe.data.encode import IGNORED
+from hfpipe.data.labels import balanced_weights, classes_of, collate_labelled, label_ids, plain_labels, problem_of
+from hfpipe.data.loader import BatchLoader
+from hfpipe.data.rows import ShuffledRows
+from hfpipe.data.source_errors import readable
+from hfpipe.data.sources import load_rows
+from hfpipe.errors import DataError, RecipeError
+from hfpipe.model.adapter import lora_config
+from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config
+from hfpipe.model.load import load_model
+from hfpipe.recipe import Classification
+from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
+
+
+def run_classification(run: StageRun) -> dict[str, Any]:
+    """Trains a classification stage and saves its model; see `stages.common.train` for what is returned and raised."""
+    stage = run.stage
+    assert isinstance(stage, Classification)
+    texts, labels, names = _texts_and_labels(run, stage)
+    problem = problem_of(labels)
+    rows = _tokenized(run, texts, labels, names)
+    lengths = [len(row["input_ids"]) for row in rows]
+    weights = None
+    if stage.class_weights == "balanced":
+        if problem != "single_label_classification":
+            raise RecipeError(f"stages.{stage.name}.class_weights needs one class name in each row; remove it.")
+        weights = torch.tensor(balanced_weights(labels, names))
+    per_device, accumulation = divide_batch(stage)
+    global_batch = per_device * accumulation * ranks.ranks()
+    total = round(len(rows) * stage.training.get("num_train_epochs", 1))
+    if stage.training.get("max_steps", -1) > 0:
+        total = stage.training["max_steps"] * global_batch
+    source = ShuffledRows(
+        rows,
+        lengths,
+        total=total,
+        per_device=per_device,
+        accumulation=accumulation,
+        seed=run.recipe.seed,
+        rank=ranks.rank(),
+        ranks=ranks.ranks(),
+    )
+    arguments = trainer_arguments(
+        TrainingArguments, run, math.ceil(total / global_batch), per_device, accumulation, label_names=["labels"]
+    )
+    set_seed(run.recipe.seed)  # the head is new, and the same on every rank and at every start
+    model, new = load_model(
+        run.parent,
+        frozen=stage.lora is not None,
+        head=head_config(problem, names, run.tokenizer.pad_token_id),
+        with_new_modules=True,
+    )
+    if stage.lora is not None:
+        model = _with_adapter(model, stage.lora, new)
+    trainer = Trainer(
+        model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=_Loss(problem, weights)
+    )
+    ranks.say(f"  {len(rows):,} rows, {', '.join(names[:8]) + (', ...' if len(names) > 8 else '') or 'a number'}")
+    loader = BatchLoader(
+        source, per_device, run.tokenizer.pad_token_id, stage.training.get("pad_to_multiple_of", 1), collate_labelled
+    )
+    return train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
+
+
+class _Loss:
+    """The problem's loss, summed over the rows and divided by the labels of the global batch; -100 is ignored."""
+
+    def __init__(self, problem: str, weights: torch.Tensor | None) -> None:
+        self.problem, self.weights = problem, weights
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs["logits"].float()
+        known = labels != IGNORED
+        count = known.sum() if num_items_in_batch is None else num_items_in_batch
+        if self.problem == "single_label_classification":
+            weight = None if self.weights is None else self.weights.to(logits.device)
+            loss = functional.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORED, reduction="sum")
+        elif self.problem == "regression":
+            loss = (functional.mse_loss(logits, labels, reduction="none") * known).sum()
+        else:
+            each = functional.binary_cross_entropy_with_logits(logits, labels * known, reduction="none")
+            loss = (each * known).sum()
+        return loss / count
+
+
+def _with_adapter(model: Any, lora: dict[str, Any], new: list[str]) -> Any:
+    """An adapter, with the new modules of the head trained in full beside it."""
+    from peft import get_peft_model
+
+    saved = sorted({*new, *(lora.get("modules_to_save") or [])})
+    block = {"task_type": "SEQ_CLS", **lora, "modules_to_save": saved}
+    return get_peft_model(model, lora_config(block))
+
+
+def _texts_and_labels(run: StageRun, stage: Classification) -> tuple[list[str], list[Any], list[str]]:
+    """Every row of the stage that has both, and the names of the classes in order."""
+    texts: list[str] = []
+    labels: list[Any] = []
+    declared: list[str] = []
+    for source in stage.data:
+        rows, names = plain_labels(load_rows(source, seed=run.recipe.seed, kinds=("classification",)), source.path)
+        declared += [name for name in names if name not in declared]
+        for row in readable(rows, source):
+            if row["sentence"] and row["label"] is not None:
+                texts.append(row["sentence"])
+                labels.append(row["label"])
+    if not texts:
+        raise DataError(f"stages.{stage.name}: no row has a sentence and a label.")
+    if len({problem_of([label]) for label in labels}) > 1:
+        raise DataError(f"stages.{stage.name}: the sources mix class names, lists of them and numbers with a point.")
+    if problem_of(labels) == "regression":
+        if any(label != label or label == IGNORED for label in labels):
+            raise DataError(f"stages.{stage.name}: a label is not a number, or is -100, which marks ignored rows.")
+        return texts, labels, []
+    found = classes_of(labels)
+    names = stage.labels or declared or found
+    if unknown := [name for name in found if name not in names]:
+        raise DataError(
+            f"stages.{stage.name}: the data has the labels {', '.join(unknown[:5])}, which are not among "
+            f"{', '.join(names)}. Correct `labels`, or leave it out to take those of the data."
+        )
+    if len(names) < 2:
+        raise DataError(f"stages.{stage.name}: every row has the label {names[0]!r}; there is nothing to tell apart.")
+    return texts, labels, names
+
+
+def _tokenized(run: StageRun, texts: list[str], labels: list[Any], names: list[str]) -> list[dict[str, Any]]:
+    limit = run.stage.training.get("max_length") or min(run.tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
+    ids = run.tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
+    return [
+        {"input_ids": row or [run.tokenizer.pad_token_id], "labels": label_ids(label, names)}
+        for row, label in zip(ids, labels, strict=True)
+    ]

@@ -1,0 +1,201 @@
+"""Classifiers through the command line: scores beside scikit-learn, files beside plain transformers and peft."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from scipy import stats
+from sklearn import metrics
+from sklearn.preprocessing import MultiLabelBinarizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from hfpipe.cli import main
+
+ENCODER = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_dropout_prob": 0.0,  # what dropout draws depends on the ranks
+    "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 128,
+}
+
+
+def written(folder: Path, problem: str, *, skewed: bool = False, **stage: Any) -> dict:
+    """A recipe with one classification stage on made-up rows, whose animals say the label."""
+    chance = random.Random(1)
+
+    def row(number: int) -> dict:
+        first, second = chance.choices(tiny.ANIMALS, [12, 1, 1, 1, 1, 1] if skewed else None, k=2)
+        if problem == "several":
+            label: Any = sorted({tiny.SOUNDS[first], tiny.SOUNDS[second]})
+        else:
+            label = tiny.ANIMALS.index(first) / 5 if problem == "number" else tiny.SOUNDS[first]
+        return {"id": f"c{number}", "text": f"{number}: a {first}", "also": f" and a {second}", "label": label}
+
+    tiny.write_data(folder)
+    for name, count in (("train", 240), ("test", 50)):
+        lines = [json.dumps(row(number)) for number in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def source(name: str) -> dict:
+        meaning: dict = {"columns": {"sentence": "text"}}
+        if problem == "several":
+            meaning = {"template": {"sentence": "{text}{also}"}, "columns": {"label": "label"}}
+        return {"path": "json", "data_files": str(folder / f"{name}.jsonl"), "split": "train", **meaning}
+
+    content = tiny.recipe(folder, overlap="report", merge="lora" in stage)
+    training = {"num_train_epochs": 4, "learning_rate": 5e-3, "max_length": 64, **stage.pop("training", {})}
+    stages = [{"name": "kinds", "kind": "classification", "data": [source("train")], "training": training, **stage}]
+    names = {"one": ["accuracy", "f1", "f1_micro", "matthews_correlation", "calibration_error"]}
+    names |= {"several": ["accuracy", "f1", "f1_micro", "precision_micro", "recall"], "number": ["mse", "pearsonr"]}
+    content["stages"] = stages
+    content["evaluate"] = {"kinds": {"data": source("test"), "metrics": names[problem]}}
+    return content
+
+
+def records(folder: Path, need: str = "choice") -> Iterator[tuple[Any, Any]]:
+    """What was said and what is right of each row."""
+    for line in (folder / "run/stages/kinds/predictions/kinds.jsonl").read_text().splitlines():
+        yield json.loads(line)[need]["prediction"], json.loads(line)[need]["reference"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a decoder with LoRA, after a stage of pretraining, on six classes."""
+    folder = tmp_path_factory.mktemp("classes")
+    content = written(folder, "one", lora={"r": 4, "target_modules": "all-linear"})
+    usual = tiny.recipe(folder)
+    content["stages"].insert(0, usual["stages"][0])
+    content["evaluate"]["general"] = usual["evaluate"]["general"]
+    assert main(["run", str(tiny.write(folder, content))]) == 0
+    return folder
+
+
+def test_an_adapter_and_its_merge_say_the_same_to_plain_transformers_and_peft(adapter: Path) -> None:
+    stage = adapter / "run/stages/kinds"
+    tokenizer = AutoTokenizer.from_pretrained(stage / "model")
+    config = AutoConfig.from_pretrained(stage / "model")
+    assert sorted(config.id2label.values()) == sorted(tiny.SOUNDS.values())
+    place = adapter / "run/stages/prose/model"
+    base = AutoModelForSequenceClassification.from_pretrained(place, config=config, dtype=torch.float32)
+    models = [PeftModel.from_pretrained(base, stage / "model").eval()]
+    models.append(AutoModelForSequenceClassification.from_pretrained(stage / "merged").eval())
+    said = [answer for answer, _ in records(adapter)]
+    for model in models:
+        for line, answer in zip((adapter / "test.jsonl").read_text().splitlines(), said, strict=True):
+            with torch.no_grad():
+                logits = model(**tokenizer(json.loads(line)["text"], return_tensors="pt")).logits[0]
+            assert config.id2label[int(logits.argmax())] == answer
+
+
+def test_scores_and_confusion_are_scikit_learns(adapter: Path) -> None:
+    said, right = map(list, zip(*records(adapter), strict=True))
+    found = tiny.scores(adapter / "run")
+    assert found["kinds", "kinds", "accuracy"] == metrics.accuracy_score(right, said) > 0.8
+    assert found["kinds", "kinds", "f1"] == pytest.approx(metrics.f1_score(right, said, average="macro"))
+    assert found["kinds", "kinds", "matthews_correlation"] == pytest.approx(metrics.matthews_corrcoef(right, said))
+    # The base has no head for the classes, and the classifier none for text.
+    assert {stage for stage, suite, _ in found if suite == "kinds"} == {"kinds"}
+    assert {stage for stage, suite, _ in found if suite == "general"} == {"base", "prose"}
+    report = (adapter / "run/report.md").read_text()
+    names = sorted({*said, *right})
+    for name, counts in zip(names, metrics.confusion_matrix(right, said, labels=names), strict=True):
+        assert f"| {name} | {' | '.join(map(str, counts))} | {counts.sum()} |" in report
+
+
+def test_two_ranks_are_one_rank(adapter: Path, tmp_path: Path) -> None:
+    content = written(tmp_path, "one", global_batch_size=8, training={"num_train_epochs": 1})
+    content["model"]["architecture"] = ENCODER
+    one = tiny.write(tmp_path, content, "one.yaml")
+    assert main(["run", str(one)]) == 0
+    content["output_dir"] = str(tmp_path / "two")
+    launch = ("accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml")
+    process = tiny.start("run", str(tiny.write(tmp_path, content, "two.yaml")), launch=launch)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert tiny.scores(tmp_path / "two") == pytest.approx(tiny.scores(tmp_path / "run"), abs=1e-3)
+
+
+def test_several_classes_at_once_by_an_encoder_in_full(tmp_path: Path) -> None:
+    content = written(tmp_path, "several", training={"num_train_epochs": 10})
+    content["model"]["architecture"] = ENCODER
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    said, right = zip(*records(tmp_path), strict=True)
+    hot = MultiLabelBinarizer().fit([*said, *right])
+    said_hot, right_hot = hot.transform(said), hot.transform(right)
+    found = tiny.scores(tmp_path / "run")
+    for name, average in (("f1", "macro"), ("f1_micro", "micro")):
+        plain = metrics.f1_score(right_hot, said_hot, average=average, zero_division=0)
+        assert found["kinds", "kinds", name] == pytest.approx(plain)
+    assert found["kinds", "kinds", "accuracy"] == pytest.approx(metrics.accuracy_score(right_hot, said_hot))
+    assert found["kinds", "kinds", "f1_micro"] > 0.6
+    config = AutoConfig.from_pretrained(tmp_path / "run/stages/kinds/model")
+    assert config.problem_type == "multi_label_classification"
+    assert len(config.id2label) == 6
+
+
+def test_a_number_by_qlora_on_a_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    content = written(tmp_path, "number", lora={"r": 4, "target_modules": "all-linear"}, quantization="nf4")
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    said, right = zip(*records(tmp_path, "number"), strict=True)
+    found = tiny.scores(tmp_path / "run")
+    assert found["kinds", "kinds", "pearsonr"] == pytest.approx(stats.pearsonr(said, right).statistic)
+    assert found["kinds", "kinds", "mse"] == pytest.approx(metrics.mean_squared_error(right, said))
+    assert found["kinds", "kinds", "pearsonr"] > 0.5
+    config = AutoConfig.from_pretrained(tmp_path / "run/stages/kinds/merged")
+    assert config.problem_type == "regression"
+
+
+def test_balanced_weights_help_the_rare_classes(tmp_path: Path) -> None:
+    found = {}
+    for name, weights in (("plain", {}), ("balanced", {"class_weights": "balanced"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        content = written(folder, "one", skewed=True, training={"num_train_epochs": 1}, **weights)
+        assert main(["run", str(tiny.write(folder, content))]) == 0
+        said, right = zip(*records(folder), strict=True)
+        found[name] = metrics.recall_score(right, said, average="macro", zero_division=0)
+    assert found["balanced"] > found["plain"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"labels": ["mew", "bark"]}, 5, ["the labels cluck, hoot, moo, yelp", "mew, bark", "leave it out"]),
+        ({"class_weights": "balance"}, 2, ["class_weights", "balanced"]),
+        ({"training": {"assistant_only_loss": True}}, 2, ["assistant_only_loss", "belongs to kind: sft"]),
+        ({"metrics": ["bits_per_byte"]}, 2, ["bits_per_byte scores text", "class names", "accuracy"]),
+        ({"metrics": ["mse"]}, 2, ["mse scores numbers", "class names"]),
+        ({"columns": {"text": "text"}}, 5, ["`sentence` with `label`", "columns: {sentence:"]),
+        ({"after": "sft"}, 2, ["'kinds' leaves a classifier", "parent: base"]),
+    ],
+)
+def test_a_mistake_gets_one_paragraph(
+    change: dict, code: int, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = written(tmp_path, "one")
+    stage = content["stages"][0]
+    if "metrics" in change:
+        content["evaluate"]["kinds"]["metrics"] = change.pop("metrics")
+    if "columns" in change:
+        stage["data"][0]["columns"] = change.pop("columns")
+    if change.pop("after", None):
+        content["stages"].append(tiny.recipe(tmp_path)["stages"][1])
+    assert (
+        main(["run", str(tiny.write(tmp_path, {**content, "stages": [{**stage, **change}, *content["stages"][1:]]}))])
+        == code
+    )
+    message = "".join(capsys.readouterr())
+    for word in words:
+        assert word in message
+    assert "Traceback" not in message
