@@ -96,7 +96,7 @@ def merge_run(folder: Path, stage: str | None) -> str:
     adapters = [
         other.name
         for other in recipe.stages
-        if other.lora is not None and (folder / "stages" / other.name / "done.json").exists()
+        if other.adapter is not None and (folder / "stages" / other.name / "done.json").exists()
     ]
     if not adapters or (stage is not None and stage not in adapters):
         there = f"finished adapters: {', '.join(adapters)}" if adapters else "the run has no finished adapter"

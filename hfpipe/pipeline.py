@@ -106,7 +106,7 @@ def run_recipe(recipe: Recipe) -> Path:
             write_reports(folder)
         _check_budgets(recipe, scores, stage.name)
     if recipe.merge:
-        last = next(stage.name for stage in reversed(recipe.stages) if stage.lora is not None)
+        last = next(stage.name for stage in reversed(recipe.stages) if stage.adapter is not None)
         merged(run, last)
     if ranks.is_main():
         write_reports(folder)
@@ -155,8 +155,7 @@ def _train(run: Run, name: str, parent: str) -> None:
         write_json(folder / "stage.json", {"hash": run.hashes[name]})
     ranks.wait()
     parent_ref = merged(run, parent) if run.trained(parent).is_adapter else run.trained(parent)
-    how = "LoRA" if stage.lora is not None else "full"
-    how = f"{stage.quantized.type} {how}" if stage.quantized else how
+    how = f"{stage.quantized.type} {stage.method}" if stage.quantized else stage.method
     ranks.say(f"{name}: {stage.kind} ({how}) from {parent}")
     with CostMeter(folder, run.hashes[name], run.recipe.energy) as cost:
         facts = STAGES[stage.kind](

@@ -129,7 +129,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
 
 def _memory_bytes(stage: Stage, parameters: int, embedding: int) -> float:
     """Bytes of weights, gradients and AdamW's moments; activations come on top and depend on the batch."""
-    if stage.lora is None:
+    if stage.adapter is None:
         return 16.0 * parameters
     linears = parameters - embedding
     weights = 0.55 * linears + 2 * embedding if stage.quantized else 2.0 * parameters
@@ -169,7 +169,7 @@ def _encode(rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length
 
 def _check_disk(recipe: Recipe, parameters: int) -> None:
     """Two checkpoints with optimizer and the final model of each full stage must find room."""
-    need = sum((2 * 12 + 4) * parameters if stage.lora is None else 0.5 * parameters for stage in recipe.stages)
+    need = sum((2 * 12 + 4) * parameters if stage.adapter is None else 0.5 * parameters for stage in recipe.stages)
     place = output_folder(recipe).absolute()
     while not place.exists():
         place = place.parent

@@ -28,7 +28,7 @@ stages:
     kind: sft
     data: [{path: me/talk, name: all}]
     quantization: nf4
-    lora: {r: 16, lora_alpha: 32, target_modules: all-linear, init_lora_weights: pissa_niter_16}
+    lora: {r: 16, lora_alpha: 32, target_modules: all-linear, init_lora_weights: orthogonal}
     replay: {stage: law, share: 5%}
     training: {num_train_epochs: 1, lr_scheduler_type: cosine, eval_strategy: no}
 evaluate:
@@ -137,7 +137,7 @@ WRONG = [
     ("    lora: {r: 16", "    lroa: {r: 16", 15, "stages.chat.lroa", ["Did you mean lora?"]),
     ("lora: {r: 16", "lora: {r: 16.0", 15, "stages.chat.lora.r", ["16.0", "a whole number"]),
     ("lora: {r: 16", "lora: {learning_rate: 1", 15, "stages.chat.lora.learning_rate", ["below `training:`"]),
-    ("pissa_niter_16", "pisa", 15, "stages.chat.lora.init_lora_weights", ["Did you mean pissa?"]),
+    ("orthogonal", "pisa", 15, "stages.chat.lora.init_lora_weights", ["Did you mean pissa?"]),
     ("stage: law, share: 5%", "stage: lwa, share: 5%", 16, "stages.chat.replay.stage", ["Did you mean law?"]),
     ("replay: {stage: law, share: 5%}", "parent: chat", 16, "stages.chat.parent", ["earlier stage", "base, law"]),
     ("replay: {stage: law, share: 5%}", "learning_rate: 1", 16, "stages.chat.learning_rate", ["below `training:`"]),

@@ -26,7 +26,7 @@ stages:
     kind: sft
     data: [{path: builtin, name: package, template: {prompt: "{name}", completion: "{summary}"}}]
     lora: {r: 8, target_modules: all-linear, init_lora_weights: pissa_niter_4}
-    quantization: {type: nf4}
+    quantization: {type: none}
     replay: {stage: web, share: 5%}
     training: {packing: true, max_length: null, report_to: [tensorboard]}
 evaluate:

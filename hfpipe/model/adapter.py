@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfpipe.errors import RecipeError
 from hfpipe.files import whole_folder
@@ -18,32 +23,101 @@ from hfpipe.model.load import ModelRef, load_model
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
 
 
-def lora_config(block: dict[str, Any]) -> LoraConfig:
-    """PEFT's own configuration from the recipe's `lora:`, for a causal language model.
+def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
+    """Puts the adapter that a recipe's `lora:` or `peft:` asks for on a causal language model.
+
+    Args:
+        model: The base; its weights are frozen.
+        block: PEFT's `type` and fields of the config class of that type.
+        seed: Seed of the adapter's first weights.
 
     Raises:
-        RecipeError: PEFT refuses the values together.
+        RecipeError: PEFT refuses the values, or they do not fit this model.
     """
+    fields = {"task_type": "CAUSAL_LM", **block}
+    kind = fields.pop("type")
+    if kind == "lora":
+        fields.setdefault("target_modules", "all-linear")
+    # With ZeRO-3 all parameters that are gathered together have one type: https://github.com/huggingface/trl/issues/6089
+    cast = not is_deepspeed_zero3_enabled() or getattr(model, "hf_quantizer", None) is not None
+    set_seed(seed)
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **block})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"lora: peft refuses it: {error}") from error
+        return get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields), autocast_adapter_dtype=cast)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.") from error
 
 
-def verify_adapter(folder: Path) -> None:
-    """Checks the files of a saved adapter: every tensor is finite and the adapter is not the identity.
+def original_state(model: Any) -> dict[str, torch.Tensor]:
+    """The first weights of an adapter whose making changed the base, and nothing for any other.
+
+    PiSSA and OLoRA (https://arxiv.org/abs/2404.02948, https://arxiv.org/abs/2406.01775) move a part of the base's
+    weights into the adapter, so that what is trained fits a base that nobody else has. See `adapter_state`.
+    """
+    config = model.peft_config["default"]
+    if not str(getattr(config, "init_lora_weights", "")).startswith(CHANGE_THE_BASE):
+        return {}
+    state = get_peft_model_state_dict(model)
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _is_lora_matrix(name)}
+
+
+def adapter_state(model: Any, original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter as they are saved: for the base as it came.
+
+    Args:
+        model: The trained model.
+        original: See `original_state`; what was taken from the base is taken from the adapter again, at twice its rank:
+            A'B' = [A, A0][B, -B0]. PEFT's own conversion does the same but leaves out every other tensor.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    for name, first in original.items():
+        is_a = "lora_A" in name
+        state[name] = torch.cat([state[name], (first if is_a else -first).to(state[name])], dim=0 if is_a else 1)
+    return state
+
+
+def save_adapter(model: Any, folder: Path, original: dict[str, torch.Tensor]) -> None:
+    """Writes an adapter that loads on the base as it came; see `adapter_state`."""
+    config = model.peft_config["default"]
+    if not original:
+        model.save_pretrained(folder)
+        return
+    factor = 2**0.5 if config.use_rslora else 2  # of alpha: the scaling stays as it was
+    saved = copy.deepcopy(config)
+    saved.r, saved.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    saved.init_lora_weights, saved.inference_mode = True, True
+    saved.save_pretrained(str(folder))
+    save_file(adapter_state(model, original), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _is_lora_matrix(name: str) -> bool:
+    return "lora_A" in name or "lora_B" in name
+
+
+def verify_tensors(folder: Path, trained: dict[str, torch.Tensor] | None) -> None:
+    """Checks the file of a saved adapter: it holds the trained tensors and no others, to the bit.
+
+    Args:
+        folder: The adapter's folder.
+        trained: What it should hold (see `adapter_state`); None where the weights are spread over ranks.
 
     Raises:
-        RuntimeError: A tensor is not finite, or every `lora_B` is zero although the stage trained.
+        RuntimeError: A tensor is missing, unexpected, not the trained one or not finite, or every `lora_B` is zero.
     """
     b_seen = b_moved = False
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+        names = set(tensors.keys())
+        if trained is not None and names != trained.keys():
+            missing, more = sorted(trained.keys() - names), sorted(names - trained.keys())
+            raise RuntimeError(f"{folder}: the adapter lacks tensors {missing} and has others {more}")
+        for name in names:
             tensor = tensors.get_tensor(name)
             if not torch.isfinite(tensor).all():
                 raise RuntimeError(f"{folder}: tensor {name} is not finite")
+            if trained is not None and not torch.equal(tensor, trained[name]):
+                raise RuntimeError(f"{folder}: tensor {name} is not what was trained")
             if "lora_B" in name:
                 b_seen = True
                 b_moved = b_moved or bool(tensor.abs().max() > 0)

@@ -42,7 +42,8 @@ def bits_of(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: 
             mask[place, :size] = 1
             scored[place, :size] = torch.from_numpy(rows[index].scored)
         ids, mask, scored = (tensor.to(model.device) for tensor in (ids, mask, scored))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, L-1, V)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = logits[:, -longest:-1]  # (B, L-1, V); the tokens that a prompt adapter puts in front have some too
         where = scored[:, 1:]
         # Only the targets' rows of the logits go to float32: the whole of them would be the largest tensor by far.
         losses = torch.nn.functional.cross_entropy(logits[where].float(), ids[:, 1:][where], reduction="none")

@@ -17,6 +17,8 @@ from hfpipe.recipe.signatures import (
     load_dataset_fields,
     lora_fields,
     model_types,
+    peft_fields,
+    peft_types,
     training_fields,
 )
 from hfpipe.recipe.words import Source
@@ -28,9 +30,12 @@ def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
     """Yields the faults of every block that is passed through."""
     for stage in stages(data):
         yield from _check_training(stage)
-        yield from check_block(
-            stage.at("lora"), lora_fields(), "LoraConfig", {"below `training:`": _training_of(stage)}
-        )
+        training = {"below `training:`": _training_of(stage)}
+        yield from check_block(stage.at("lora"), lora_fields(), "LoraConfig", training)
+        peft = stage.at("peft")
+        kind = str(peft.data.get("type"))
+        fields = Block(peft.steps, {key: value for key, value in peft.data.items() if key != "type"})
+        yield from check_block(fields, peft_fields(kind), peft_types().get(kind, ""), training)
         for source in stage.sources:
             yield from _check_source(source)
     for suite in suites(data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hfpipe.recipe.adapters import adapter_of, check_adapter, check_merges
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
 from hfpipe.recipe.metric_names import OUR_METRICS, is_elsewhere
@@ -109,15 +110,7 @@ def _check_stage(stage: RawStage) -> Iterator[Fault]:
     for key in training.data:
         if key in _DECIDED:
             yield Fault((*training.steps, key), f"hfpipe decides this itself. {_DECIDED[key]}")
-    if "lora" in stage.data and stage.data["lora"] is None:
-        text = "found nothing below it. Write `lora: {}` for PEFT's defaults, or remove it to train all weights."
-        yield Fault((*stage.steps, "lora"), text)
-    quantization = stage.data.get("quantization")
-    form = quantization.get("type") if isinstance(quantization, dict) else quantization
-    if form in ("nf4", "int8") and "lora" not in stage.data:
-        bits = "4-bit" if form == "nf4" else "8-bit"
-        text = f"a full fine-tune of a {bits} model is not possible: its weights cannot be trained."
-        yield Fault((*stage.steps, "quantization"), f"{text} Add `lora: {{r: 16}}`, or remove `quantization`.")
+    yield from check_adapter(stage)
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
@@ -229,9 +222,10 @@ def _check_outcome(data: dict[str, Any]) -> Iterator[Fault]:
     every = stages(data)
     if not every:
         return
-    adapters = [stage.name for stage in every if "lora" in stage.data]
+    adapters = [stage.name for stage in every if adapter_of(stage) is not None]
     if data.get("merge") is True and not adapters:
         yield Fault(("merge",), "no stage has a `lora:` block, so there is no adapter to merge. Remove it.")
+    yield from check_merges(every, data)
     push = mapping(data.get("push"))
     if not push:
         return

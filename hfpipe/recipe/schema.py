@@ -13,6 +13,7 @@ from hfpipe.recipe.signatures import (
     generation_fields,
     load_dataset_fields,
     lora_fields,
+    peft_types,
 )
 from hfpipe.recipe.words import KINDS, Recipe
 
@@ -25,6 +26,8 @@ def json_schema() -> dict[str, Any]:
         properties = blocks[words.__name__]["properties"]
         _close(properties["training"], stage_fields(kind))
         _close(properties["lora"]["anyOf"][0], lora_fields())
+        peft = properties["peft"]["anyOf"][0]  # the fields depend on the type; `check` looks at them
+        peft["properties"], peft["required"] = {"type": {"enum": list(peft_types())}}, ["type"]
     _close(blocks["Suite"]["properties"]["generation"], generation_fields())
     passed = load_dataset_fields("any path")
     if passed is not None:

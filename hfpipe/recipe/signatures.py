@@ -7,6 +7,7 @@ that needs it is left out.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -81,6 +82,33 @@ def training_fields(kind: str) -> Fields | None:
 def lora_fields() -> Fields | None:
     """Fields of peft.LoraConfig that its constructor takes."""
     return _fields("peft.tuners.lora.config", "LoraConfig")
+
+
+@cache
+def peft_types() -> dict[str, str]:
+    """The config class of every type of adapter that the installed PEFT registers; empty when they cannot be read."""
+    folder = package("peft")
+    found = {}
+    for file in sorted(folder.glob("tuners/*/__init__.py")) if folder else ():
+        source = file.read_text(encoding="utf-8")
+        calls = re.findall(r"register_peft_method\((.*?)\n?\)", source, re.DOTALL)
+        if calls and (named := re.search(r"config_cls=(\w+)", calls[-1])):
+            found[file.parent.name] = named[1]
+    return found
+
+
+@cache
+def peft_fields(type: str) -> Fields | None:
+    """Fields of the config class of a type of adapter, without the type itself, which the class sets."""
+    fields = _fields(f"peft.tuners.{type}", peft_types()[type]) if type in peft_types() else None
+    return None if fields is None else {name: field for name, field in fields.items() if name != "peft_type"}
+
+
+@cache
+def is_prompt_learning(type: str) -> bool:
+    """Whether a type of adapter is tokens before the prompt and no change of the weights."""
+    located = find_class(f"peft.tuners.{type}", peft_types().get(type, ""))
+    return located is not None and any(node.name == "PromptLearningConfig" for _, node in ancestry(*located))
 
 
 @cache

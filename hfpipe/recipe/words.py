@@ -1,8 +1,8 @@
 """The words of a recipe: what hfpipe itself understands, as pydantic models.
 
-Only the words that Hugging Face lacks are typed here. Blocks that are passed through (`training`, `lora`, the arguments
-of `load_dataset`, `architecture`, `generation`) stay plain mappings and are checked against the installed libraries by
-`signatures.py`. Nothing in this file imports a heavy library.
+Only the words that Hugging Face lacks are typed here. Blocks that are passed through (`training`, `lora`, `peft`, the
+arguments of `load_dataset`, `architecture`, `generation`) stay plain mappings and are checked against the installed
+libraries by `signatures.py`. Nothing in this file imports a heavy library.
 """
 
 from __future__ import annotations
@@ -158,10 +158,25 @@ class StageBase(Words):
     )
     training: dict[str, Any] = Field(default_factory=dict, description="fields of the trainer's own arguments class")
     lora: dict[str, Any] | None = Field(None, description="fields of peft.LoraConfig")
+    peft: dict[str, Any] | None = Field(
+        None, description="an adapter of any kind that PEFT has: its `type`, such as ia3, and the fields of its config"
+    )
     quantization: Annotated[
         Annotated[Literal["nf4", "int8", "none"], Tag(WORD)] | Annotated[Quantization, Tag(BLOCK)],
         Discriminator(_word_or_block),
     ] = Field("none", description="how the frozen base of an adapter is stored while it trains")
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """The adapter that is trained: PEFT's `type` and the fields of its config; None for all weights."""
+        return {"type": "lora", **self.lora} if self.lora is not None else self.peft
+
+    @property
+    def method(self) -> str:
+        """What is trained, in a word: full, LoRA, or PEFT's name of another adapter."""
+        if self.adapter is None:
+            return "full"
+        return "LoRA" if self.adapter["type"] == "lora" else str(self.adapter["type"])
 
     @property
     def quantized(self) -> Quantization | None:

@@ -110,7 +110,7 @@ def _metadata(
     task, _ = TASKS.get(stages[-1].kind, GENERATION)
     used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
     here = [score for score in scores if score.stage == artefact.stage]
-    tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *(["lora"] if adapter else [])]
+    tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *([stages[-1].method.lower()] if adapter else [])]
     relation = ("adapter" if adapter else "finetune") if artefact.base else None
     return ModelCardData(
         base_model=artefact.base,
@@ -155,9 +155,11 @@ def _eval_result(score: Score, recipe: Recipe, task: str) -> EvalResult:
 
 
 def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
+    last = lineage(recipe, artefact.stage)[-1]
+    a = "An" if last.method[0] in "aeio" else "A"
     made = {
-        "adapter": "A LoRA adapter for {base}",
-        "merged": "{base} with a LoRA adapter merged into its weights",
+        "adapter": f"{a} {last.method} adapter for {{base}}",
+        "merged": f"{{base}} with {a.lower()} {last.method} adapter merged into its weights",
         "model": "{base}, fine-tuned in full",
     }[artefact.what]
     if artefact.base:
@@ -166,7 +168,6 @@ def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
         made = "A language model trained from nothing" + (", with an adapter merged in" if "{base} w" in made else "")
     if artefact.base and artefact.base_revision:
         made += f" (commit `{artefact.base_revision}`)"
-    last = lineage(recipe, artefact.stage)[-1]
     how = f", on the base in {last.quantized.type}" if last.quantized else ""
     return f"{made}, made by stage `{artefact.stage}` of the hfpipe recipe `{recipe.name}`{how}."
 
@@ -193,9 +194,9 @@ def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
         f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
     )
     code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n{tokenizer}\n```"
-    if not generates:
+    if not generates or last.method != "LoRA":  # the one kind of adapter that vLLM serves
         return code
-    rank = (last.lora or {}).get("r", 8)
+    rank = (last.adapter or {}).get("r", 8)
     at = f" --revision {artefact.base_revision}" if artefact.base_revision else ""
     at += f" --max-lora-rank {rank}" if rank > LORA_RANK_OF_VLLM else ""
     name = artefact.repo_id.split("/")[-1]
@@ -245,7 +246,8 @@ def _training(artefact: Artefact, recipe: Recipe) -> str:
     lines = []
     for number, stage in enumerate(lineage(recipe, artefact.stage), start=1):
         sources = ", ".join(_source(source) for source in stage.data)
-        how = f"LoRA of rank {stage.lora.get('r', 8)}" if stage.lora is not None else "all weights"
+        how = f"LoRA of rank {stage.adapter.get('r', 8)}" if stage.method == "LoRA" and stage.adapter else stage.method
+        how = "all weights" if stage.adapter is None else how
         options = ", ".join(f"{key} {value}" for key, value in stage.training.items())
         lines.append(
             f"{number}. `{stage.name}` ({stage.kind}, {how}) on {sources}" + (f": {options}" if options else "")

@@ -169,7 +169,7 @@ def _training(recipe: Recipe, done: dict[str, dict[str, Any]]) -> str:
         facts = done[stage.name]
         if facts:
             loss = "" if facts.get("last_loss") is None else f"{facts['last_loss']:.4f}"
-            how = stage.kind + (" (LoRA)" if stage.lora is not None else "")
+            how = stage.kind + (f" ({stage.method})" if stage.adapter is not None else "")
             counts = [f"#{facts['data'][name]:,}" if name in facts["data"] else "#" for name in ("rows", "tokens")]
             cells = [escape(stage.name), how, escape(facts["parent"]), f"#{facts['steps']:,}", f"#{loss}", *counts]
             rows.append(cells)

@@ -21,7 +21,7 @@ from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
-from hfpipe.model.adapter import lora_config
+from hfpipe.model.adapter import add_adapter
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
@@ -62,12 +62,12 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     set_seed(run.recipe.seed)  # the head is new, and the same on every rank and at every start
     model, new = load_model(
         run.parent,
-        frozen=stage.lora is not None,
+        frozen=stage.adapter is not None,
         head=head_config(problem, names, run.tokenizer.pad_token_id),
         with_new_modules=True,
     )
-    if stage.lora is not None:
-        model = _with_adapter(model, stage.lora, new)
+    if stage.adapter is not None:
+        model = _with_adapter(model, stage.adapter, new, run.recipe.seed)
     trainer = Trainer(
         model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=_Loss(problem, weights)
     )
@@ -99,13 +99,10 @@ class _Loss:
         return loss / count
 
 
-def _with_adapter(model: Any, lora: dict[str, Any], new: list[str]) -> Any:
+def _with_adapter(model: Any, adapter: dict[str, Any], new: list[str], seed: int) -> Any:
     """An adapter, with the new modules of the head trained in full beside it."""
-    from peft import get_peft_model
-
-    saved = sorted({*new, *(lora.get("modules_to_save") or [])})
-    block = {"task_type": "SEQ_CLS", **lora, "modules_to_save": saved}
-    return get_peft_model(model, lora_config(block))
+    saved = sorted({*new, *(adapter.get("modules_to_save") or [])})
+    return add_adapter(model, {"task_type": "SEQ_CLS", **adapter, "modules_to_save": saved}, seed)
 
 
 def _texts_and_labels(run: StageRun, stage: Classification) -> tuple[list[str], list[Any], list[str]]:

@@ -16,7 +16,15 @@ from hfpipe.cost import CostMeter
 from hfpipe.data.loader import BatchLoader
 from hfpipe.errors import DataError, RecipeError, Stopped
 from hfpipe.files import whole_folder
-from hfpipe.model.adapter import TOLERANCE, probe, require_equal, verify_adapter
+from hfpipe.model.adapter import (
+    TOLERANCE,
+    adapter_state,
+    original_state,
+    probe,
+    require_equal,
+    save_adapter,
+    verify_tensors,
+)
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import ModelRef, compute_dtype, load_model
 from hfpipe.recipe import Recipe, Stage
@@ -134,6 +142,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
         Stopped: A signal came; a checkpoint is saved.
         DataError: The loss is not a number.
     """
+    original = original_state(trainer.model) if run.stage.adapter is not None else {}
     checkpoint, passed_over = newest_whole(run.folder, run.hash)
     checkpoint = ranks.from_main(checkpoint)
     for line in passed_over:
@@ -162,7 +171,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
             f"stages.{run.stage.name}: the loss is not a number (NaN) at the end of training. Lower learning_rate, "
             "raise warmup_steps, or set max_grad_norm."
         )
-    save(run, trainer)
+    save(run, trainer, original)
     return {
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
@@ -171,8 +180,13 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     }
 
 
-def save(run: StageRun, trainer: Trainer) -> None:
+def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> None:
     """Writes the trained model or adapter in one piece, loads it again from disk, and compares it with the trained one.
+
+    Args:
+        run: The stage.
+        trainer: Has the trained model.
+        original: The first weights of an adapter whose making changed the base, see `original_state`.
 
     Raises:
         RuntimeError: What is on disk is not what was trained.
@@ -186,17 +200,20 @@ def save(run: StageRun, trainer: Trainer) -> None:
         ranks.wait()
         return
     with whole_folder(target if ranks.is_main() else run.folder / f"rank{ranks.rank()}") as beside:
-        trainer.save_model(str(beside))
+        if run.stage.adapter is not None and not sharded:
+            save_adapter(model, beside, original)
+        else:
+            trainer.save_model(str(beside))
         (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no one should have to load
         run.tokenizer.save_pretrained(beside)
-        if run.stage.lora is not None and ranks.is_main():
+        if run.stage.adapter is not None and ranks.is_main():
             _record_base(beside, run)
-            verify_adapter(beside)
+            verify_tensors(beside, None if sharded else adapter_state(model, original))
             if is_classifier(model):
                 model.config.save_pretrained(beside)  # the classes, which an adapter's own config does not name
         if trained is not None:
             saved = ModelRef(str(beside), run.parent.options, quantization=run.stage.quantized)
-            again = load_model(saved, frozen=run.stage.lora is not None)
+            again = load_model(saved, frozen=run.stage.adapter is not None)
             coarsest = max(
                 (p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda t: TOLERANCE.get(t, 0)
             )

@@ -13,7 +13,7 @@ from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import RecipeError
-from hfpipe.model.adapter import TOLERANCE, lora_config
+from hfpipe.model.adapter import TOLERANCE, add_adapter
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain
 from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
@@ -25,7 +25,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     """Trains a pretrain stage and saves its model; see `stages.common.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Pretrain)
-    model = load_model(run.parent, frozen=stage.lora is not None)
+    model = load_model(run.parent, frozen=stage.adapter is not None)
     max_length = stage.training.get("max_length") or min(model.config.max_position_embeddings, DEFAULT_MAX_LENGTH)
     per_device, accumulation = divide_batch(stage)
     stream = TokenStream(
@@ -44,10 +44,8 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     global_batch = per_device * accumulation * ranks.ranks()
     max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, global_batch * max_length)
     arguments = trainer_arguments(TrainingArguments, run, max_steps, per_device, accumulation)
-    if stage.lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora_config(stage.lora))
+    if stage.adapter is not None:
+        model = add_adapter(model, stage.adapter, run.recipe.seed)
     model.config.use_cache = False  # a cache would let packed documents see each other
     _require_isolation(model)
     trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer)

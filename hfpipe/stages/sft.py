@@ -15,7 +15,7 @@ from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import TEXT_KINDS, load_rows
 from hfpipe.errors import DataError
-from hfpipe.model.adapter import lora_config
+from hfpipe.model.adapter import add_adapter
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft, Source
 from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
@@ -43,20 +43,23 @@ def run_sft(run: StageRun) -> dict[str, Any]:
         rank=ranks.rank(),
         ranks=ranks.ranks(),
     )
+    max_steps = math.ceil(total / global_batch)
     arguments = trainer_arguments(
         SFTConfig,
         run,
-        math.ceil(total / global_batch),
+        max_steps,
         per_device,
         accumulation,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    model = load_model(run.parent, frozen=stage.adapter is not None)
+    if stage.adapter is not None:
+        model = add_adapter(model, stage.adapter, run.recipe.seed)
     trainer = SFTTrainer(
-        model=load_model(run.parent, frozen=stage.lora is not None),
+        model=model,
         args=arguments,
         train_dataset=rows,
         processing_class=run.tokenizer,
-        peft_config=lora_config(stage.lora) if stage.lora is not None else None,
     )
     loader = BatchLoader(source, per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
     return train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))

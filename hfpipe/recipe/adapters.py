@@ -1,0 +1,121 @@
+"""Rules of a stage's adapter: `lora:` for short, or `peft: {type: ...}` for every kind of adapter that PEFT has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
+from hfpipe.recipe.raw import Block, RawStage, mapping, text_of
+from hfpipe.recipe.signatures import is_prompt_learning, peft_types
+
+# What these types need besides a config, or why a training loop of next tokens does not train them.
+_NOT_TRAINED = {
+    "adalora": "its ranks change while it trains, which a checkpoint of PEFT does not keep",
+    "adaption_prompt": "it replaces the attention of a few architectures",
+    "cartridge": "it is distilled from a model that sees a document",
+    "cpt": "it needs the tokens of its examples",
+    "multitask_prompt_tuning": "it needs the number of a task in every row",
+    "poly": "it needs the number of a task in every row",
+    "shadow": "it runs beside the model",
+    "xlora": "it needs adapters that are trained already",
+}
+_NOT_MERGED = ("lily",)  # PEFT has no merge for it
+# They are worked out from data or from the weights in full precision by a call of their own, which a config is not.
+_INITS_BY_CALL = ("corda", "eva", "loftq", "lora_ga")
+_INITS_OF_WEIGHTS = ("pissa", "olora", "mica")
+
+
+def adapter_of(stage: RawStage) -> Block | None:
+    """The block of a stage's adapter, with its `type`; None where all weights are trained."""
+    if "lora" in stage.data:
+        block = stage.at("lora")
+        return Block(block.steps, {"type": "lora", **block.data})
+    return stage.at("peft") if "peft" in stage.data else None
+
+
+def is_mergeable(stage: RawStage) -> bool:
+    """Whether the stage's adapter can become part of the weights; a prompt cannot."""
+    adapter = adapter_of(stage)
+    kind = text_of(adapter.data.get("type")) if adapter else None
+    return kind is None or not (is_prompt_learning(kind) or kind in _NOT_MERGED)
+
+
+def check_adapter(stage: RawStage) -> Iterator[Fault]:
+    """Yields what is wrong with the adapter of a stage beside the fields of its class."""
+    for key, instead in (("lora", "lora: {}"), ("peft", "peft: {type: ia3}")):
+        if key in stage.data and stage.data[key] is None:
+            text = f"found nothing below it. Write `{instead}` for PEFT's defaults, or remove it to train all weights."
+            yield Fault((*stage.steps, key), text)
+    if "lora" in stage.data and "peft" in stage.data:
+        text = "the stage has `lora:` already, which is short for `peft: {type: lora}`. Keep one of the two."
+        yield Fault((*stage.steps, "peft"), text)
+    elif isinstance(stage.data.get("peft"), dict):
+        yield from _check_type(stage, stage.at("peft"))
+    yield from _check_quantization(stage)
+    adapter = adapter_of(stage)
+    if adapter is not None and adapter.data.get("type") == "lora":
+        yield from _check_init(stage, adapter)
+
+
+def _check_type(stage: RawStage, block: Block) -> Iterator[Fault]:
+    types = [name for name in peft_types() if name not in _NOT_TRAINED]
+    steps, kind = (*block.steps, "type"), block.data.get("type")
+    if not types:
+        return
+    if kind is None:
+        yield Fault(steps, f"missing; the kind of adapter, one of {listed(types)}.")
+    elif kind in _NOT_TRAINED:
+        yield Fault(steps, f"'{kind}' is not trained by a stage: {_NOT_TRAINED[kind]}. The types are {listed(types)}.")
+    elif kind not in types:
+        yield Fault(steps, f"found {found(kind)}; the types are {listed(types)}.{did_you_mean(kind, types)}")
+    elif stage.kind != "sft" and is_prompt_learning(kind):
+        text = f"'{kind}' learns tokens before a prompt, and a {stage.kind} stage has no prompts."
+        yield Fault(steps, f"{text} Take `kind: sft`, or an adapter of the weights, such as `lora`.")
+
+
+def _check_quantization(stage: RawStage) -> Iterator[Fault]:
+    form = _form(stage)
+    if form is not None and adapter_of(stage) is None:
+        bits = "4-bit" if form == "nf4" else "8-bit"
+        text = f"a full fine-tune of a {bits} model is not possible: its weights cannot be trained."
+        yield Fault((*stage.steps, "quantization"), f"{text} Add `lora: {{r: 16}}`, or remove `quantization`.")
+
+
+def _form(stage: RawStage) -> str | None:
+    quantization: Any = stage.data.get("quantization")
+    form = quantization.get("type") if isinstance(quantization, dict) else quantization
+    return form if form in ("nf4", "int8") else None
+
+
+def _check_init(stage: RawStage, adapter: Block) -> Iterator[Fault]:
+    init, steps = str(adapter.data.get("init_lora_weights", "")), (*adapter.steps, "init_lora_weights")
+    if init in _INITS_BY_CALL:
+        text = f"'{init}' is made from data or by quantizing the base before the training, which hfpipe does not do."
+        yield Fault(steps, f"{text} Take pissa, olora, orthogonal or gaussian, or leave it out.")
+    elif init.startswith(_INITS_OF_WEIGHTS) and _form(stage) is not None:
+        text = f"'{init}' starts from the weights of the base in full precision, and this base is quantized."
+        yield Fault(steps, f"{text} Remove `quantization`, or take orthogonal or gaussian.")
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if adapter.data.get(key)]
+    if init.startswith(_INITS_OF_WEIGHTS[:2]) and patterns:
+        text = f"'{init}' is converted to an adapter of the untouched base, which needs one rank for all modules."
+        yield Fault(steps, f"{text} Remove `{patterns[0]}`.")
+
+
+def check_merges(stages: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields every merge that cannot be: of `merge:`, of `push:`, and of an adapter that a later stage starts from."""
+    by_name = {stage.name: stage for stage in stages if stage.name}
+    for number, stage in enumerate(stages):
+        name = text_of(stage.data.get("parent")) or (stages[number - 1].name if number else None)
+        parent = by_name.get(name or "")
+        if parent is not None and parent is not stage and not is_mergeable(parent):
+            text = f"the stage starts from '{parent.name}', whose adapter cannot be merged into the weights."
+            yield Fault((*stage.steps, "parent"), f"{text} Write `parent: base`, or give '{parent.name}' a `lora:`.")
+    adapters = [stage for stage in stages if adapter_of(stage) is not None]
+    if data.get("merge") is True and adapters and not is_mergeable(adapters[-1]):
+        yield Fault(("merge",), f"the adapter of '{adapters[-1].name}' cannot be merged into the weights. Remove it.")
+    push = mapping(data.get("push"))
+    pushed = by_name.get(text_of(push.get("stage")) or "") or (stages[-1] if stages else None)
+    if push.get("what") in ("merged", "both") and pushed is not None and not is_mergeable(pushed):
+        text = f"the adapter of '{pushed.name}' cannot be merged into the weights. Write `what: adapter`."
+        yield Fault(("push", "what"), text)
