@@ -21,7 +21,7 @@ from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.overlap import require_no_overlap
-from hfpipe.recipe import Recipe, dump_recipe, hash_of
+from hfpipe.recipe import Merge, Recipe, dump_recipe, hash_of
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
 from hfpipe.scores import BASE, Score, over_budget, stages_of, write_scorecard
@@ -239,21 +239,28 @@ def merged(run: Run, name: str) -> ModelRef:
     folder = run.stage_folder(name) / "merged"
     if not ranks.from_main(folder.exists()):
         if ranks.is_main():
-            nats = merge_adapter(run.trained(name), run.base.tokenizer, folder, _probe_texts(run))
-            ranks.say(f"{name}: merged and verified (largest difference {nats:.1e} nats)")
+            block = run.recipe.merge if isinstance(run.recipe.merge, Merge) else Merge.model_validate({})
+            found = merge_adapter(
+                run.trained(name), run.base.tokenizer, folder, _probe_texts(run, PROBE_TEXTS * 8), block.max_loss
+            )
+            write_json(run.stage_folder(name) / "merge.json", dataclasses.asdict(found))
+            ranks.say(f"{name}: merged and verified (largest difference {found.difference:.1e} nats)")
+            for base, cost in found.costs.items():
+                chosen = " (chosen)" if base == found.base else ""
+                ranks.say(f"  into the base {base}: {cost:.2g} nats per token lost{chosen}")
         ranks.wait()
     return ModelRef(str(folder), run.recipe.model)
 
 
-def _probe_texts(run: Run) -> list[str]:
+def _probe_texts(run: Run, each: int = PROBE_TEXTS) -> list[str]:
     """A few texts of the suites, on which two forms of one model are compared."""
     texts = []
     for rows in run.rows.values():
-        for row in rows[:PROBE_TEXTS]:
+        for row in rows[:each]:
             texts.append(
                 row.get("text") or row.get("sentence") or str(row.get("prompt", "")) + str(row.get("completion", ""))
             )
-    return [text[:400] for text in texts if text][: 2 * PROBE_TEXTS] or ["The quick brown fox jumps."]
+    return [text[:400] for text in texts if text][: 2 * each] or ["The quick brown fox jumps."]
 
 
 def _read(path: Path) -> dict[str, Any]:

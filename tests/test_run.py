@@ -188,6 +188,14 @@ def test_qlora_trains_on_a_cpu_and_merges(tmp_path: Path) -> None:
     moved = [tensor for name, tensor in weights(run, "sounds").items() if "lora_B" in name]
     assert moved
     assert all(tensor.abs().max() > 0 for tensor in moved)
+    merge = json.loads((run / "stages" / "sounds" / "merge.json").read_text())
+    whole, full = "made whole from its quantized weights", "in full precision"
+    assert merge["base"] == min(merge["costs"], key=merge["costs"].get)
+    assert merge["costs"][whole] < merge["costs"][full] / 3, "the adapter was trained on the rounded weights"
+    assert f"| sounds | {whole} |" in (run / "report.md").read_text()
+    (run / "stages" / "sounds" / "merged").rename(tmp_path / "merged")
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--set", "merge={max_loss: 0.0}"]) == 3
+    assert not (run / "stages" / "sounds" / "merged").exists()
 
 
 def test_a_budget_that_is_exceeded_ends_with_3_and_merges_nothing(

@@ -169,7 +169,12 @@ def task_of(ref: ModelRef) -> str:
 
 
 def load_model(
-    ref: ModelRef, *, frozen: bool = True, head: dict[str, Any] | None = None, with_new_modules: bool = False
+    ref: ModelRef,
+    *,
+    frozen: bool = True,
+    head: dict[str, Any] | None = None,
+    with_new_modules: bool = False,
+    dequantize: bool = False,
 ) -> Any:
     """Loads the model a `ModelRef` names; an adapter comes on its own base.
 
@@ -178,6 +183,7 @@ def load_model(
         frozen: Whether its weights stay as they are (evaluation, or the base of an adapter), which decides their dtype.
         head: Fields of the config that make a classification head; None for the model as it is.
         with_new_modules: Whether to return the names of the modules with fresh weights too.
+        dequantize: Whether the quantized base of an adapter is made whole again, with its weights as rounded.
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
@@ -194,7 +200,10 @@ def load_model(
             quantization=ref.quantization,
         )
         head = read_head(Path(ref.path)) if config.get("task_type") == "SEQ_CLS" else None
-        return PeftModel.from_pretrained(load_model(base, head=head), ref.path).eval()
+        loaded = load_model(base, head=head)
+        if dequantize:
+            loaded = loaded.dequantize(weights_dtype(ref.options, frozen=True))
+        return PeftModel.from_pretrained(loaded, ref.path).eval()
     task = task_of(ref)
     if head is None and task == "masked":
         raise RecipeError(f"model {ref.path!r} is an encoder, which says no text. Train it by `kind: classification`.")

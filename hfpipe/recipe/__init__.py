@@ -6,6 +6,7 @@ from hfpipe.recipe.schema import json_schema
 from hfpipe.recipe.words import (
     Classification,
     Energy,
+    Merge,
     Model,
     Pretrain,
     Push,
@@ -25,6 +26,7 @@ from hfpipe.recipe.words import (
 __all__ = [
     "Classification",
     "Energy",
+    "Merge",
     "Model",
     "Pretrain",
     "Push",

@@ -112,7 +112,7 @@ def check_merges(stages: list[RawStage], data: dict[str, Any]) -> Iterator[Fault
             text = f"the stage starts from '{parent.name}', whose adapter cannot be merged into the weights."
             yield Fault((*stage.steps, "parent"), f"{text} Write `parent: base`, or give '{parent.name}' a `lora:`.")
     adapters = [stage for stage in stages if adapter_of(stage) is not None]
-    if data.get("merge") is True and adapters and not is_mergeable(adapters[-1]):
+    if data.get("merge") and adapters and not is_mergeable(adapters[-1]):
         yield Fault(("merge",), f"the adapter of '{adapters[-1].name}' cannot be merged into the weights. Remove it.")
     push = mapping(data.get("push"))
     pushed = by_name.get(text_of(push.get("stage")) or "") or (stages[-1] if stages else None)

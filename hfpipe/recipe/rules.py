@@ -223,7 +223,7 @@ def _check_outcome(data: dict[str, Any]) -> Iterator[Fault]:
     if not every:
         return
     adapters = [stage.name for stage in every if adapter_of(stage) is not None]
-    if data.get("merge") is True and not adapters:
+    if data.get("merge") and not adapters:
         yield Fault(("merge",), "no stage has a `lora:` block, so there is no adapter to merge. Remove it.")
     yield from check_merges(every, data)
     push = mapping(data.get("push"))

@@ -17,6 +17,7 @@ from hfpipe.recipe.words import (
     LIST,
     WORD,
     Energy,
+    Merge,
     Model,
     Push,
     Quantization,
@@ -36,6 +37,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "replay": Replay,
     "push": Push,
     "energy": Energy,
+    "merge": Merge,
     "shift": Shift,
 }
 _TYPES = {

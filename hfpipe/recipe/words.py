@@ -241,6 +241,14 @@ class Push(Words):
     commit_message: str | None = None
 
 
+class Merge(Words):
+    """How much a merge may change the model, where the adapter was trained on a quantized base."""
+
+    max_loss: float = Field(
+        0.1, ge=0, description="nats per token that the merged model may lose against the adapter on held-out texts"
+    )
+
+
 class Energy(Words):
     """How the energy of training is measured, where codecarbon is installed."""
 
@@ -264,7 +272,10 @@ class Recipe(Words):
     model: Model
     stages: list[Stage] = Field(min_length=1)
     evaluate: dict[Name, Suite] = Field(default_factory=dict)
-    merge: bool = Field(False, description="merge the last adapter into its base, verified against the adapter")
+    merge: Annotated[
+        Annotated[bool, Tag(WORD)] | Annotated[Merge, Tag(BLOCK)],
+        Discriminator(_word_or_block),
+    ] = Field(False, description="merge the last adapter into its base, verified against the adapter")
     push: Push | None = None
     energy: Annotated[
         Annotated[bool, Tag(WORD)] | Annotated[Energy, Tag(BLOCK)],

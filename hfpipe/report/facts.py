@@ -15,7 +15,8 @@ from hfpipe.report.section import Section
 
 def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
     """The sections of a run folder; without those that the run has no file for."""
-    found = (overlap_section(folder), shift_section(folder), cost_section(stage_costs(folder, recipe)))
+    cost = cost_section(stage_costs(folder, recipe))
+    found = (overlap_section(folder), shift_section(folder), merge_section(folder, recipe), cost)
     return [*confusion_sections(folder, recipe), *(section for section in found if section)]
 
 
@@ -59,6 +60,21 @@ def shift_section(folder: Path) -> Section | None:
         "Jensen-Shannon divergence of the token frequencies, base 2; the noise is that of a sample from its other half."
     )
     return Section("Distribution shift", rows, [note])
+
+
+def merge_section(folder: Path, recipe: Recipe) -> Section | None:
+    """What the merge of each adapter of a quantized base cost."""
+    rows = [["stage", "merged into the base", "#nats per token lost", "taken"]]
+    for stage in recipe.stages:
+        path = folder / "stages" / stage.name / "merge.json"
+        merge = json.loads(path.read_text()) if path.exists() else {"costs": {}}
+        for base, cost in merge["costs"].items():
+            rows.append([stage.name, base, f"#{cost:.3g}", "yes" if base == merge["base"] else "no"])
+    note = (
+        "Mean Kullback-Leibler divergence of the merged model from the adapter on the quantized base that it was "
+        "trained on, on held-out texts."
+    )
+    return Section("What merging cost", rows, [note]) if len(rows) > 1 else None
 
 
 def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
