@@ -18,7 +18,7 @@ from hfpipe.data.encode import IGNORED, encode_for_training
 from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
-from hfpipe.model.base import texts_for_tokenizer
+from hfpipe.model.base import require_unquantized, texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import clear_errors, load_tokenizer
 from hfpipe.overlap import overlap_lines, require_no_overlap
@@ -37,6 +37,7 @@ def preflight(recipe: Recipe) -> None:
         UserError: Something that would stop the run.
     """
     quiet_libraries()
+    require_unquantized(recipe)
     tokenizer = run_tokenizer(recipe)
     parameters, embedding = _parameters(recipe, tokenizer)
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")

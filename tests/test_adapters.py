@@ -178,3 +178,21 @@ def test_peft_s_own_refusal_is_one_paragraph(tmp_path: Path, capsys: pytest.Capt
     message = capsys.readouterr().err
     assert "peft refuses it on this model" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_weights_that_are_quantized_already_are_refused_before_there_are_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    base = tmp_path / "base"  # a config alone
+    base.mkdir()
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": quantized}
+    (base / "config.json").write_text(json.dumps(config))
+    for change, remedy in (({}, "Add `lora"), ({"lora": {}, "quantization": "int8"}, "Remove `quantization`")):
+        content = tiny.recipe(tmp_path, merge=False, evaluate={}, model={"id": str(base)})
+        content["stages"] = [stage(tmp_path, "one", **change)]
+        assert main([command, str(tiny.write(tmp_path, content))]) == 2
+        message = capsys.readouterr().err
+        assert "is quantized already (bitsandbytes)" in message
+        assert remedy in message

@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from hfpipe import ranks
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
-from hfpipe.errors import DataError
+from hfpipe.errors import DataError, RecipeError
 from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer
@@ -49,6 +49,7 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
     Raises:
         UserError: The model or tokenizer cannot be had.
     """
+    require_unquantized(recipe)
     options = recipe.model
     done = folder / "done.json"
     unpinned = options.model_copy(update={"revision": "main"})
@@ -114,6 +115,32 @@ def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
     if tokenizer.backend_tokenizer.get_vocab_size() == 0:
         raise DataError(f"the tokenizer of {ref.path} has no tokens.")
     return tokenizer
+
+
+def require_unquantized(recipe: Recipe) -> None:
+    """Refuses to train or quantize weights that are quantized already, by the config, before there are any weights.
+
+    Raises:
+        RecipeError: The base is quantized and a stage trains all weights or quantizes them again.
+    """
+    options = recipe.model
+    if options.id is None:
+        return
+    with clear_errors("model", options.id):
+        config = AutoConfig.from_pretrained(
+            options.id, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    block = getattr(config, "quantization_config", None)
+    for stage in recipe.stages if block is not None else ():
+        if stage.adapter is not None and stage.quantized is None:
+            continue
+        method = block.get("quant_method", "") if isinstance(block, dict) else getattr(block, "quant_method", "")
+        found = "quantizes it again" if stage.quantized else "trains all of its weights, which cannot be trained"
+        remedy = "Remove `quantization`" if stage.quantized else "Add `lora: {r: 16}`"
+        raise RecipeError(
+            f"stages.{stage.name}: the base {options.id!r} is quantized already ({method}), and this stage {found}. "
+            f"{remedy}, or start from the model in full precision."
+        )
 
 
 def _commit_of(path: str, revision: str, trust_remote_code: bool) -> str | None:
