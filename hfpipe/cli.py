@@ -114,6 +114,7 @@ def _push(options: argparse.Namespace) -> None:
         stage=options.stage,
         private=options.private,
         revision=options.revision,
+        tag=options.tag,
         commit_message=options.commit_message,
     )
 
@@ -191,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--what", choices=["adapter", "model", "merged"])
     push.add_argument("--stage", help="which stage's; the last one when absent")
     push.add_argument("--revision", metavar="BRANCH", help="a branch; made when it does not exist")
+    push.add_argument("--tag", metavar="NAME", help="a name for the pushed commit, such as v1")
     push.add_argument("--commit-message", metavar="TEXT")
     push.add_argument(
         "--private", action=argparse.BooleanOptionalAction, default=None, help="private unless told not to be"

@@ -138,6 +138,7 @@ def push(
     stage: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    tag: str | None = None,
     commit_message: str | None = None,
     deadline_seconds: float | None = None,
 ) -> str:
@@ -150,6 +151,7 @@ def push(
         stage: The stage whose work is pushed; the last by default.
         private: Who may see a repository that does not exist yet; only its owners by default.
         revision: A branch, made when it does not exist.
+        tag: A name for the commit.
         commit_message: The commit's title.
         deadline_seconds: Time for the whole conversation; by default 30 minutes and one more per gigabyte.
 
@@ -164,11 +166,13 @@ def push(
         raise RecipeError(f"{run_dir} is not a run folder: it has no recipe.yaml. A run folder is runs/<name>.")
     recipe = load_recipe(run_dir / "recipe.yaml")
     given = {"repo_id": repo_id, "what": what, "stage": stage, "private": private, "revision": revision}
-    given = {key: value for key, value in (given | {"commit_message": commit_message}).items() if value is not None}
+    given |= {"tag": tag, "commit_message": commit_message}
+    given = {key: value for key, value in given.items() if value is not None}
     asked = _asked(run_dir, recipe, given)
     folder = prepare_artifact(run_dir, asked, recipe)
     again = _command(run_dir, given)
     task = {"folder": str(folder), "repo_id": asked.repo_id, "private": asked.private, "revision": asked.revision}
+    task["tag"] = asked.tag
     task["message"] = asked.commit_message or f"{asked.what} of hfpipe run {recipe.name}"
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     limit = deadline_seconds if deadline_seconds is not None else 1800 + 60 * size / 1e9

@@ -41,7 +41,7 @@ def upload(task: dict[str, Any]) -> dict[str, Any]:
     """Brings a folder to the Hub: as one commit, or none when it is there already.
 
     Args:
-        task: folder, repo_id, private, revision (a branch or None), message.
+        task: folder, repo_id, private, revision (a branch or None), tag (or None), message.
 
     Returns:
         url and commit of what is there now, and whether it is `new`.
@@ -136,9 +136,10 @@ def _send(api: HfApi, task: dict[str, Any], only_look: bool) -> dict[str, Any] |
     if branch:
         api.create_branch(repo, branch=branch, exist_ok=True)
     url = f"{api.endpoint}/{repo}" + (f"/tree/{branch}" if branch else "")
-    head = api.repo_info(repo, revision=branch).sha
+    head = str(api.repo_info(repo, revision=branch).sha)
     operations = _missing(Path(task["folder"]), [f for f in api.list_repo_tree(repo, recursive=True, revision=head)])
     if not operations:
+        _tag(api, repo, task["tag"], head)
         return {"url": url, "commit": head, "new": "tried" in task}
     if only_look:
         return None
@@ -146,7 +147,22 @@ def _send(api: HfApi, task: dict[str, Any], only_look: bool) -> dict[str, Any] |
     done = api.create_commit(
         repo, operations, commit_message=task["message"], revision=branch, parent_commit=head, num_threads=4
     )
+    _tag(api, repo, task["tag"], str(done.oid))
     return {"url": url, "commit": done.oid, "new": True}
+
+
+def _tag(api: HfApi, repo: str, tag: str | None, commit: str) -> None:
+    """Gives the commit a name, unless it has it; a name of another commit is not taken from it."""
+    if tag is None:
+        return
+    known = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
+    if known.get(tag, commit) != commit:
+        raise MachineError(
+            f"the files are there (commit {commit[:8]}), but the tag {tag!r} names another commit "
+            f"({known[tag][:8]}). Take another tag."
+        )
+    if tag not in known:
+        api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
 
 
 def _missing(folder: Path, listed: list[Any]) -> list[CommitOperationAdd | CommitOperationDelete]:

@@ -210,6 +210,30 @@ def test_a_model_pushed_over_an_adapter_is_not_taken_for_it(pusher: Pusher, hub:
     assert "vllm serve me/toy --revision whole" in files["README.md"].decode()
 
 
+def test_a_tag_names_the_pushed_commit_and_is_never_moved(pusher: Pusher, hub: HubServer) -> None:
+    hub.lose_reply("POST /api/models/me/toy/tag")
+    for _ in range(2):  # the second time everything is there already
+        done = pusher(tag="v1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert hub.repos["model", "me/toy"].refs["v1"].oid == hub.commits("me/toy")[-1].oid
+    assert pushes(hub) == 1
+    (pusher.folder / "run/stages/chat/model/tokenizer.json").write_text("{}")
+    moved = pusher(tag="v1")
+    assert moved.returncode == 4
+    assert "names another commit" in moved.stdout
+    assert hub.repos["model", "me/toy"].refs["v1"].oid == hub.commits("me/toy")[1].oid
+    assert pusher(tag="v2").returncode == 0
+    assert pushes(hub) == 2
+
+
+def test_the_card_says_that_the_base_s_own_code_ran(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "environment.json"
+    assert "trust_remote_code" not in (prepare_again(run) / "README.md").read_text()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trust_remote_code": True}))
+    assert "trust_remote_code" in (prepare_again(run) / "README.md").read_text()
+
+
 COMMIT = "POST /api/models/me/toy/commit"
 Plant = Callable[[HubServer], None]
 

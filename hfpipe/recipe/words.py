@@ -238,6 +238,7 @@ class Push(Words):
     stage: str | None = Field(None, description="the last stage when absent")
     private: bool = True
     revision: str | None = Field(None, description="a branch; made when it does not exist")
+    tag: str | None = Field(None, description="a name for the pushed commit, such as v1; never moved from another")
     commit_message: str | None = None
 
 

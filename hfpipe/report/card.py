@@ -83,7 +83,7 @@ def model_card(
         "## Training\n\n" + _training(artefact, recipe),
         *([cost.markdown()] if cost else []),
         "## Environment\n\n" + _environment(environment),
-        "## Limits\n\n" + _limits(artefact),
+        "## Limits\n\n" + _limits(artefact, environment),
     ]
     return f"---\n{_metadata(artefact, recipe, scores, spent).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -282,7 +282,7 @@ def _environment(environment: Mapping[str, Any]) -> str:
     return "\n".join(lines) or "Not recorded."
 
 
-def _limits(artefact: Artefact) -> str:
+def _limits(artefact: Artefact, environment: Mapping[str, Any]) -> str:
     lines = [
         "- What is known about this artefact is in the table above and nothing else: no suite measured its safety, its "
         "truthfulness, or its use in other languages and fields.",
@@ -290,6 +290,8 @@ def _limits(artefact: Artefact) -> str:
     ]
     if artefact.base:
         lines.append(f"- It inherits the limits and the terms of use of {artefact.base}.")
+    if environment.get("trust_remote_code"):
+        lines.append("- The code in the base's repository ran (`trust_remote_code`); loading it may need the same.")
     if not artefact.license:
         lines.append("- No licence is stated here: that of the base and of the data sets must be looked up.")
     return "\n".join(lines)
