@@ -78,6 +78,7 @@ def _check(options: argparse.Namespace) -> None:
     from hfpipe.preflight import preflight
 
     preflight(recipe)
+    print(f"no fault found; start it with: hfpipe run {options.recipe}")
 
 
 def _preview(options: argparse.Namespace) -> None:

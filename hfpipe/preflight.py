@@ -55,7 +55,6 @@ def preflight(recipe: Recipe) -> None:
         from hfpipe.hub import check_access
 
         print(f"hub        {check_access(recipe.push.repo_id)}")
-    print("no fault found; start it with: hfpipe run")
 
 
 def run_tokenizer(recipe: Recipe) -> Any:

@@ -268,6 +268,8 @@ def test_the_page_stands_alone_and_holds_the_numbers_of_the_scorecard(finished: 
     for row in json.loads((finished / "run" / "scorecard.json").read_text()):
         scale, digits = (100, 1) if row["metric"] in {"accuracy", "exact_match"} else (1, 4)
         assert f"{row['value'] * scale:.{digits}f} ± {row['stderr'] * scale:.{digits}f}" in table, row
+        low, high = (f"{row[end] * scale:.{digits}f}{' %' if scale == 100 else ''}" for end in ("low", "high"))
+        assert f'<span class="interval">{low} to {high}</span>' in table, row
     before = page
     (finished / "run" / "report.html").unlink()
     assert main(["report", str(finished / "run")]) == 0

@@ -11,7 +11,7 @@ from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored
-from hfpipe.report.plots import Z95, loss_curve, score_by_stage
+from hfpipe.report.plots import loss_curve, score_by_stage
 from hfpipe.scores import Score, last_change, over_budget, read_scorecard, stages_of
 
 PAGE = """<!doctype html>
@@ -30,6 +30,7 @@ h1 {{ margin: .5rem 0 0; }} h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
+td:last-child:not(.number):not(:first-child) {{ min-width: 12rem; }}
 td.number, th.number {{ text-align: right; white-space: nowrap; }}
 .interval {{ display: block; opacity: .7; font-size: .8rem; }}
 .better {{ color: var(--good); }} .worse {{ color: var(--bad); }}
@@ -129,8 +130,8 @@ def _score(scores: list[Score], score: Score | None) -> str:
         better = change.gain > 0
         arrow = f' <span class="{"better" if better else "worse"}">{"▲" if better else "▼"}</span>'
     interval = ""
-    if score.stderr is not None:
-        ends = (score.value - Z95 * score.stderr, score.value + Z95 * score.stderr)
+    if score.low is not None and score.high is not None:
+        ends = (score.low, score.high)
         low, high = (number(Score(**{**vars(score), "value": end, "stderr": None})) for end in ends)
         interval = f'<span class="interval">{low} to {high}</span>'
     return f"{number(score)}{arrow}{interval}"
@@ -142,7 +143,8 @@ def _changes(scores: list[Score]) -> str:
     for stage in stages_of(scores)[1:]:
         changes = [last_change(scores, stage, line[0].key) for line in _by_key(scores)]
         items = "".join(f"<li>{escape(describe(change))}</li>" for change in changes if change)
-        parts.append(f"<p><b>{escape(stage)}</b></p><ul>{items}</ul>")
+        if items:
+            parts.append(f"<p><b>{escape(stage)}</b></p><ul>{items}</ul>")
     return "<h2>What each stage did</h2>" + "".join(parts) if parts else ""
 
 
@@ -154,7 +156,8 @@ def _losses(folder: Path, recipe: Recipe) -> list[str]:
             continue
         rows = [row for line in log.read_text().splitlines() if "loss" in (row := json.loads(line))]
         if rows:
-            curves.append(loss_curve(stage.name, [row["step"] for row in rows], [row["loss"] for row in rows]))
+            unit = "" if stage.kind == "classification" else "nats per token"
+            curves.append(loss_curve(stage.name, [row["step"] for row in rows], [row["loss"] for row in rows], unit))
     return curves
 
 

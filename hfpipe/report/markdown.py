@@ -138,11 +138,9 @@ def _table(scores: list[Score]) -> str:
 def _changes(scores: list[Score]) -> str:
     lines = ["## What each stage did"]
     for stage in stages_of(scores)[1:]:
-        lines += ["", f"**{stage}**", ""]
-        for key in dict.fromkeys(score.key for score in scores):
-            change = last_change(scores, stage, key)
-            if change:
-                lines.append(f"- {describe(change)}")
+        changes = [last_change(scores, stage, key) for key in dict.fromkeys(score.key for score in scores)]
+        items = [f"- {describe(change)}" for change in changes if change]
+        lines += ["", f"**{stage}**", "", *items] if items else []
     return "\n".join(lines) if len(lines) > 1 else ""
 
 

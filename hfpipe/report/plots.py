@@ -31,22 +31,22 @@ STYLE: Any = {
     "axes.spines.right": False,
     "grid.alpha": 0.25,
 }
-Z95 = 1.96
 
 
-def loss_curve(stage: str, steps: Sequence[int], losses: Sequence[float]) -> str:
+def loss_curve(stage: str, steps: Sequence[int], losses: Sequence[float], unit: str) -> str:
     """The training loss of a stage.
 
     Args:
         stage: Name of the stage.
         steps: Optimizer steps, (N,).
-        losses: Mean loss since the step before, nats per token, (N,).
+        losses: Mean loss since the step before, (N,).
+        unit: Of the losses; empty where they have none.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.6))
         axes = figure.subplots()
         axes.plot(steps, losses, color=BLUE, linewidth=1.6, marker="." if len(steps) < 25 else None)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=stage)
+        axes.set(xlabel="step", ylabel=f"loss ({unit})" if unit else "loss", title=stage)
         axes.grid(axis="y")
         return _svg(
             figure, f"Training loss of stage {stage}: {losses[0]:.4f} at the first entry, {losses[-1]:.4f} last"
@@ -63,7 +63,9 @@ def score_by_stage(scores: Sequence[Score]) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.6))
         axes = figure.subplots()
-        errors = [Z95 * (score.stderr or 0.0) for score in scores]
+        ends = [(s.low, s.high) if s.low is not None and s.high is not None else (s.value, s.value) for s in scores]
+        errors = [[s.value - low for s, (low, _) in zip(scores, ends, strict=True)]]
+        errors.append([high - s.value for s, (_, high) in zip(scores, ends, strict=True)])
         places = range(len(scores))
         axes.errorbar(places, [score.value for score in scores], errors, color=ORANGE, marker="o", capsize=4)
         axes.set_xticks(list(places), [score.stage for score in scores])
