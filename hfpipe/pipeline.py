@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import ranks
+from hfpipe.answers import can_score
 from hfpipe.cost import CostMeter
 from hfpipe.environment import environment
 from hfpipe.errors import BudgetExceeded
-from hfpipe.evaluation import can_score, paired_errors, score_suite, suite_metrics, suite_rows
+from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "hfpipe"
 LAYERS = [
     {"errors", "files", "recipe", "scores", "shipped"},
     {"ranks", "data", "model", "metrics"},
-    {"checkpoints", "cost", "environment", "evaluation", "overlap", "shift", "stages"},
+    {"answers", "checkpoints", "cost", "environment", "evaluation", "overlap", "shift", "stages"},
     {"hub", "report", "upload"},
     {"pipeline"},
     {"artifacts", "preflight"},

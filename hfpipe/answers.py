@@ -1,0 +1,128 @@
+"""What a model answers to the rows of a suite: the likelihood of a text, a choice, a class, generated words.
+
+Each function gives one answer a row of this rank's share, in its order; None for a row that cannot be scored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfpipe import ranks
+from hfpipe.data.encode import encode, prompt_and_completion
+from hfpipe.errors import DataError, RecipeError
+from hfpipe.metrics.matches import names_of
+from hfpipe.model.classifier import classify
+from hfpipe.model.load import ModelRef, task_of
+from hfpipe.model.scoring import bits_of, generate
+from hfpipe.recipe import Suite
+from hfpipe.recipe.faults import listed
+
+Rows = list[dict[str, Any]]
+Answers = list[dict[str, Any] | None]
+
+
+def can_score(rows: Rows, ref: ModelRef) -> bool:
+    """Whether a suite asks what a model can answer: classes of a classifier, and everything else of a language model.
+
+    A head does not exist before its stage, so a classifier's suite has no score on the base.
+    """
+    task = task_of(ref)
+    return task == ("classification" if "sentence" in rows[0] else "causal")
+
+
+def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """Bits, bytes and tokens of each row's text or completion."""
+    encoded = encode(mine, tokenizer, max_length=suite.max_length, append_eos=False)
+    bits = bits_of(model, encoded, tokenizer.pad_token_id, suite.batch_size)
+    return [
+        {"bits": spent, "bytes": row.scored_bytes, "tokens": int(row.scored.sum())} if row.scored_bytes else None
+        for spent, row in zip(bits, encoded, strict=True)
+    ]
+
+
+def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """The answer that each row's model finds most likely among the choices, how sure it is, and the right one."""
+    if "prompt" not in rows[0]:
+        raise RecipeError(
+            f"the metrics {', '.join(suite.metrics)} choose among completions: their suite needs `prompt` and "
+            "`completion`."
+        )
+    choices = suite.choices or sorted({row["completion"] for row in rows})
+    unknown = next((row["completion"] for row in rows if row["completion"] not in choices), None)
+    if unknown is not None:
+        raise DataError(f"the right answer {unknown!r} is not among the choices {choices}: it could never be chosen.")
+    if len(choices) < 2 or (suite.choices is None and len(choices) > 100):
+        raise RecipeError(
+            f"the metric accuracy found {len(choices)} different completions to choose from; it is meant for 2 to 100. "
+            "Name them under `choices`, or use exact_match for free answers."
+        )
+    asked = [{"prompt": row["prompt"], "completion": choice} for row in mine for choice in choices]
+    encoded = encode(asked, tokenizer, max_length=None, append_eos=False)
+    bits = bits_of(model, encoded, tokenizer.pad_token_id, suite.batch_size * 4)
+    chosen: Answers = []
+    for number, row in enumerate(mine):
+        own = bits[number * len(choices) : (number + 1) * len(choices)]
+        answer = choices[own.index(min(own))]
+        confidence = 1 / sum(2.0 ** (min(own) - spent) for spent in own)  # likelihoods, made to sum to one
+        right = row["completion"]
+        chosen.append(
+            {"prediction": answer, "reference": right, "confidence": confidence, "correct": int(answer == right)}
+        )
+    return chosen
+
+
+def _classes(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """The class, classes or number that a classifier's head gives each row, how sure it is, and what is right."""
+    said = classify(model, [row["sentence"] for row in mine], tokenizer, suite.max_length, suite.batch_size)
+    if model.config.problem_type != "regression":
+        known = [str(name) for name in model.config.id2label.values()]
+        right = {name for row in rows for name in names_of(row["label"])}
+        if strange := sorted(right.difference(known)):
+            raise DataError(
+                f"the right answers {listed(strange)} are not among the classes of the model, {listed(known)}."
+            )
+    return [
+        {"prediction": answer, "reference": row["label"], "confidence": sure, "correct": int(answer == row["label"])}
+        for (answer, sure), row in zip(said, mine, strict=True)
+    ]
+
+
+def _generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """What the model says after each row's prompt, and what is right."""
+    if "text" in rows[0]:
+        raise RecipeError("a metric on generated answers needs rows with `prompt` and `completion`, or `messages`.")
+    chat = "messages" in rows[0]
+    prompts = [prompt_and_completion(row, tokenizer)[0] for row in mine]
+    everyone = [row["messages"][-1]["content"] if chat else row["completion"] for row in rows]
+    right = everyone[ranks.rank() :: ranks.ranks()]
+    options = dict(suite.generation)
+    if "max_new_tokens" not in options and "max_length" not in options:
+        # Of all rows, not of this rank's: what is generated must not depend on the number of ranks.
+        longest = max(len(ids) for ids in tokenizer(everyone)["input_ids"])
+        options["max_new_tokens"] = min(longest + 4, 512)
+    answers = generate(model, prompts, tokenizer, suite.batch_size, chat, options)
+    return [{"prediction": said, "reference": text} for said, text in zip(answers, right, strict=True)]
+
+
+ANSWERS = {"likelihood": _likelihood, "choice": _choice, "number": _classes, "generation": _generation}
+
+
+def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """What a model answers to all rows of a suite; each is asked on one rank.
+
+    Args:
+        need: What the metric needs, a key of `ANSWERS`.
+        suite: The suite.
+        rows: All its rows, the same on every rank.
+        model: A model in evaluation mode, on every rank.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        One answer a row, on every rank; None for a row that cannot be scored.
+    """
+    answer = _classes if "sentence" in rows[0] else ANSWERS[need]
+    mine = rows[ranks.rank() :: ranks.ranks()]
+    answers: Answers = [None] * len(rows)
+    for rank, share in enumerate(ranks.gather(answer(suite, mine, rows, model, tokenizer))):
+        answers[rank :: ranks.ranks()] = share
+    return answers
