@@ -11,9 +11,9 @@ from hfpipe.errors import RecipeError
 from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.files import write_json
 from hfpipe.model.load import ModelRef, load_model, load_tokenizer
-from hfpipe.pipeline import merged, open_run, quiet_libraries
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.markdown import describe, number
+from hfpipe.run import merged, open_run, quiet_libraries
 from hfpipe.scores import Change
 
 

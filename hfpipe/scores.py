@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hfpipe.files import write_json
-
-BASE = "base"
+from hfpipe.recipe.words import BASE as BASE
 
 # With five rows that all change one way, a sign test still gives p = 0.06: fewer than six tell no difference.
 FEWEST_ROWS = 6
@@ -114,6 +113,14 @@ def write_scorecard(scores: Iterable[Score], path: Path) -> None:
 def stages_of(scores: Sequence[Score]) -> list[str]:
     """Names of the scored stages in order."""
     return list(dict.fromkeys(score.stage for score in scores))
+
+
+def of_lineage(scores: Sequence[Score], lineage: Sequence[str]) -> list[Score]:
+    """The scores of one line of stages (`Recipe.lineage`): a stage is compared with what it came from.
+
+    Stages that start from the same parent have nothing to forget of each other.
+    """
+    return [score for score in scores if score.stage in lineage]
 
 
 def last_change(scores: Sequence[Score], stage: str, key: tuple[str, str]) -> Change | None:

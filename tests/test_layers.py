@@ -11,7 +11,7 @@ LAYERS = [
     {"ranks", "data", "model", "metrics"},
     {"answers", "checkpoints", "cost", "environment", "evaluation", "overlap", "shift", "stages"},
     {"hub", "report", "upload"},
-    {"pipeline"},
+    {"pipeline", "run"},
     {"artifacts", "preflight"},
     {"cli", "__main__"},
 ]

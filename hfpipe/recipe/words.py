@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
+BASE = "base"  # the model before any training, where the name of a stage may stand
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_' and '-'")]
 
 
@@ -289,3 +291,12 @@ class Recipe(Words):
     overlap: Literal["refuse", "report"] = Field(
         "refuse", description="what happens when rows of a suite are found in the training data"
     )
+
+    def parent_of(self, stage: str) -> str:
+        """The stage that a stage starts from, or `base`."""
+        number = [one.name for one in self.stages].index(stage)
+        return self.stages[number].parent or (self.stages[number - 1].name if number else BASE)
+
+    def lineage(self, stage: str) -> list[str]:
+        """What a stage came from, the base first and itself last; not the stages beside it, from the same parent."""
+        return [BASE] if stage == BASE else [*self.lineage(self.parent_of(stage)), stage]

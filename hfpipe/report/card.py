@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.report.facts import cost_section
-from hfpipe.scores import BASE, Change, Score, forgetting, stages_of
+from hfpipe.scores import Change, Score, forgetting, of_lineage, stages_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # `load_dataset` takes these for its own builders, and `builtin` is ours: none of them is a data set on the Hub.
@@ -69,9 +69,7 @@ def model_card(
     Returns:
         A metadata block and Markdown.
     """
-    order = stages_of(scores)
-    if artefact.stage in order:  # what later stages did is not about this artefact
-        scores = [score for score in scores if order.index(score.stage) <= order.index(artefact.stage)]
+    scores = of_lineage(scores, recipe.lineage(artefact.stage))  # what other stages did is not about this artefact
     costs = costs or {}
     spent = {stage.name: costs[stage.name] for stage in lineage(recipe, artefact.stage) if stage.name in costs}
     cost = cost_section(spent)
@@ -90,10 +88,8 @@ def model_card(
 
 def lineage(recipe: Recipe, stage: str) -> list[Stage]:
     """The stages that an artefact went through, first to last."""
-    place = [s.name for s in recipe.stages].index(stage)
-    one = recipe.stages[place]
-    parent = one.parent or (recipe.stages[place - 1].name if place else BASE)
-    return [*(lineage(recipe, parent) if parent != BASE else []), one]
+    by_name = {one.name: one for one in recipe.stages}
+    return [by_name[name] for name in recipe.lineage(stage)[1:]]
 
 
 def hub_id(source: Source) -> str | None:

@@ -12,7 +12,7 @@ from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored
 from hfpipe.report.plots import loss_curve, score_by_stage
-from hfpipe.scores import Score, last_change, over_budget, read_scorecard, stages_of
+from hfpipe.scores import Score, last_change, of_lineage, over_budget, read_scorecard, stages_of
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -60,9 +60,9 @@ def write_html(folder: Path) -> Path:
     parts = [
         f"<h1>{escape(recipe.name)}</h1>",
         _verdict(recipe, scores),
-        _scores(scores),
+        _scores(recipe, scores),
         _plots("Scores by stage", [score_by_stage(line) for line in _by_key(scores) if len(line) > 1]),
-        _changes(scores),
+        _changes(recipe, scores),
         _plots("Training loss", _losses(folder, recipe)),
         _training(recipe, done),
         _sources(done),
@@ -79,18 +79,19 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> str:
     """What was gained, what it cost, and whether that is inside the budget, in one sentence."""
     if not scores:
         return '<p class="verdict">The recipe has no suites, so nothing was measured.</p>'
-    gained, lost = gains_and_losses(scores)
+    gained, lost = gains_and_losses(recipe, scores)
     won = "; ".join(map(describe, gained)) or "nothing beyond the noise"
     cost = "; ".join(map(describe, lost)) or "nothing beyond the noise"
     limits = {name: suite.budget for name, suite in recipe.evaluate.items() if suite.budget is not None}
     last = stages_of(scores)[-1]
-    over = [name for name, limit in limits.items() if over_budget(scores, last, name, limit)]
+    line = of_lineage(scores, recipe.lineage(last))
+    over = [name for name, limit in limits.items() if over_budget(line, last, name, limit)]
     budget = ""
     if over:
         budget = f" That exceeds the budget of {', '.join(f'{limits[name]:.1%} on {name}' for name in over)}."
     elif limits:
         budget = " That is inside the budget."
-    first = "; ".join(map(describe_first, only_scored(scores)))
+    first = "; ".join(map(describe_first, only_scored(recipe, scores)))
     first = f" Scored for the first time: {first}." if first else ""
     text = escape(f"After {last} the model gained {won} and forgot {cost}.{budget}{first}")
     return f'<p class="verdict{" over" if over else ""}">{text}</p>'
@@ -102,7 +103,7 @@ def _by_key(scores: list[Score]) -> list[list[Score]]:
     return [[score for score in scores if score.key == key] for key in keys]
 
 
-def _scores(scores: list[Score]) -> str:
+def _scores(recipe: Recipe, scores: list[Score]) -> str:
     if not scores:
         return ""
     stages = stages_of(scores)
@@ -111,21 +112,21 @@ def _scores(scores: list[Score]) -> str:
         by_stage = {score.stage: score for score in line}
         way = "more is better" if line[0].higher_is_better else "less is better"
         metric = f'{escape(line[0].metric)}<span class="interval">{way}</span>'
-        cells = [_score(scores, by_stage.get(stage)) for stage in stages]
+        cells = [_score(recipe, scores, by_stage.get(stage)) for stage in stages]
         rows.append([escape(line[0].suite), metric, f"#{line[0].n:,}", *(f"#{cell}" for cell in cells)])
     note = (
         "± is one standard error, the line below it the 95 % interval. An arrow says that a score became better (▲) or "
-        "worse (▼) than after the stage before, beyond the noise."
+        "worse (▼) than in the model that the stage started from, beyond the noise."
     )
     return f'<h2>Scores</h2>{_table(rows)}<p class="note">{note}</p>'
 
 
-def _score(scores: list[Score], score: Score | None) -> str:
+def _score(recipe: Recipe, scores: list[Score], score: Score | None) -> str:
     """A cell: the score, its direction, and its 95 % interval."""
     if score is None:
         return ""
     arrow = ""
-    change = last_change(scores, score.stage, score.key)
+    change = last_change(of_lineage(scores, recipe.lineage(score.stage)), score.stage, score.key)
     if change is not None and change.beyond_noise:
         better = change.gain > 0
         arrow = f' <span class="{"better" if better else "worse"}">{"▲" if better else "▼"}</span>'
@@ -137,11 +138,12 @@ def _score(scores: list[Score], score: Score | None) -> str:
     return f"{number(score)}{arrow}{interval}"
 
 
-def _changes(scores: list[Score]) -> str:
+def _changes(recipe: Recipe, scores: list[Score]) -> str:
     """What each stage did, in words."""
     parts = []
     for stage in stages_of(scores)[1:]:
-        changes = [last_change(scores, stage, line[0].key) for line in _by_key(scores)]
+        own = of_lineage(scores, recipe.lineage(stage))
+        changes = [last_change(own, stage, line[0].key) for line in _by_key(scores)]
         items = "".join(f"<li>{escape(describe(change))}</li>" for change in changes if change)
         if items:
             parts.append(f"<p><b>{escape(stage)}</b></p><ul>{items}</ul>")

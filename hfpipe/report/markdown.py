@@ -12,7 +12,7 @@ from typing import Any
 from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
-from hfpipe.scores import BASE, Change, Score, forgetting, last_change, read_scorecard, stages_of
+from hfpipe.scores import BASE, Change, Score, forgetting, last_change, of_lineage, read_scorecard, stages_of
 
 # Shares, printed in percent and compared in points.
 PERCENT_METRICS = {
@@ -31,9 +31,9 @@ def write_report(folder: Path) -> Path:
     scores = read_scorecard(folder / "scorecard.json")
     parts = [
         f"# {recipe.name}",
-        _verdict(scores),
+        _verdict(recipe, scores),
         _table(scores),
-        _changes(scores),
+        _changes(recipe, scores),
         _stages(folder, recipe),
         *(section.markdown() for section in fact_sections(folder, recipe)),
         _facts(folder),
@@ -73,22 +73,23 @@ def _too_small(change: Change) -> str:
     return f" of {change.after.n} rows; about {rounded:,} would tell it"
 
 
-def _verdict(scores: list[Score]) -> str:
+def _verdict(recipe: Recipe, scores: list[Score]) -> str:
     """One sentence: the gains of the whole run, and what the last stage forgot."""
     if not scores:
         return "The recipe has no suites, so nothing was measured."
-    gained, lost = gains_and_losses(scores)
+    gained, lost = gains_and_losses(recipe, scores)
     gains = "; ".join(describe(change) for change in gained) or "nothing beyond the noise"
     losses = "; ".join(describe(change) for change in lost) or "nothing beyond the noise"
     lines = [f"**Gained:** {gains}.", f"**Forgotten:** {losses}."]
-    if first := only_scored(scores):
+    if first := only_scored(recipe, scores):
         lines.append(f"**Scored for the first time:** {'; '.join(map(describe_first, first))}.")
     return "\n\n".join(lines)
 
 
-def only_scored(scores: list[Score]) -> list[Score]:
+def only_scored(recipe: Recipe, scores: list[Score]) -> list[Score]:
     """The scores of the last stage on what no model before it could answer: a classifier's own suite."""
     last = stages_of(scores)[-1]
+    scores = of_lineage(scores, recipe.lineage(last))
     before = {score.key for score in scores if score.stage != last}
     return [score for score in scores if score.stage == last != BASE and score.key not in before]
 
@@ -98,11 +99,12 @@ def describe_first(score: Score) -> str:
     return f"{score.suite} {score.metric} {number(score)}"
 
 
-def gains_and_losses(scores: list[Score]) -> tuple[list[Change], list[Change]]:
-    """From the base to the last stage what became better; against the best earlier stage what the last one lost."""
+def gains_and_losses(recipe: Recipe, scores: list[Score]) -> tuple[list[Change], list[Change]]:
+    """What the last stage has gained against the base, and lost against the best score before it in its line."""
     if not scores:
         return [], []
     last = stages_of(scores)[-1]
+    scores = of_lineage(scores, recipe.lineage(last))
     keys = list(dict.fromkeys(score.key for score in scores))
     base = {score.key: score for score in scores if score.stage == BASE}
     end = {score.key: score for score in scores if score.stage == last}
@@ -135,10 +137,11 @@ def _table(scores: list[Score]) -> str:
     return "\n".join(lines) + "\n\n± is one standard error; ↑ more is better, ↓ less is better."
 
 
-def _changes(scores: list[Score]) -> str:
+def _changes(recipe: Recipe, scores: list[Score]) -> str:
     lines = ["## What each stage did"]
     for stage in stages_of(scores)[1:]:
-        changes = [last_change(scores, stage, key) for key in dict.fromkeys(score.key for score in scores)]
+        line = of_lineage(scores, recipe.lineage(stage))
+        changes = [last_change(line, stage, key) for key in dict.fromkeys(score.key for score in scores)]
         items = [f"- {describe(change)}" for change in changes if change]
         lines += ["", f"**{stage}**", "", *items] if items else []
     return "\n".join(lines) if len(lines) > 1 else ""
@@ -217,10 +220,10 @@ def closing_lines(folder: Path) -> list[str]:
     scores = read_scorecard(folder / "scorecard.json") if (folder / "scorecard.json").exists() else []
     lines = [""]
     if scores:
-        gained, lost = gains_and_losses(scores)
+        gained, lost = gains_and_losses(recipe, scores)
         lines += [f"gained     {describe(change)}" for change in gained] or ["gained     nothing beyond the noise"]
         lines += [f"forgotten  {describe(change)}" for change in lost] or ["forgotten  nothing beyond the noise"]
-        lines += [f"scored     {describe_first(score)}" for score in only_scored(scores)]
+        lines += [f"scored     {describe_first(score)}" for score in only_scored(recipe, scores)]
     last = folder / "stages" / recipe.stages[-1].name
     is_adapter = (last / "model" / "adapter_config.json").exists()
     lines.append(f"{'adapter' if is_adapter else 'model':9}  {last / 'model'}")
