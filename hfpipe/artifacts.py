@@ -17,29 +17,34 @@ from hfpipe.run import merged, open_run, quiet_libraries
 from hfpipe.scores import Change
 
 
-def evaluate_model(name: str, recipe: Recipe, output: str | None, against: str | None = None) -> None:
-    """Scores a model, an adapter or the last stage of a run folder on a recipe's suites, and prints the scores.
+def evaluate_model(
+    name: str, recipe: Recipe, output: str | None, against: str | None = None, stage: str | None = None
+) -> None:
+    """Scores a model, an adapter or a stage of a run folder on a recipe's suites, and prints the scores.
 
     Args:
         name: Hub id, folder, or run folder.
         recipe: Whose suites are scored.
         output: A JSON file for the scores; None for none.
         against: Another model, scored on the same rows first; the differences are printed, with their paired errors.
+        stage: Of a run folder; its last finished stage when absent.
 
     Raises:
-        RecipeError: The recipe has no suite, or the run has no trained stage.
+        RecipeError: The recipe has no suite, or the run has no such trained stage.
     """
     if not recipe.evaluate:
         raise RecipeError("the recipe has no suites: add an `evaluate:` block.")
     quiet_libraries()
     labels = {model: Path(model).name for model in (name, against) if model is not None}
+    if stage is not None:
+        labels[name] = f"{labels[name]}/{stage}"
     if against is not None and (against == name or labels[against] == labels[name]):
         if against == name:
             raise RecipeError(f"--against names the model itself ({name}). Name another one.")
         labels = {model: model for model in labels}
     rows = {suite: suite_rows(block, recipe.seed) for suite, block in recipe.evaluate.items()}
     other = _evaluate(against, labels[against], recipe, rows) if against is not None else {}
-    found = _evaluate(name, labels[name], recipe, rows)
+    found = _evaluate(name, labels[name], recipe, rows, stage)
     scores = [score for scored in other.values() for score in scored.scores]
     for suite, scored in found.items():
         errors = paired_errors(recipe.evaluate[suite], other[suite].records, scored.records) if against else {}
@@ -55,11 +60,13 @@ def evaluate_model(name: str, recipe: Recipe, output: str | None, against: str |
         write_json(Path(output), [asdict(score) for score in scores])
 
 
-def _evaluate(name: str, label: str, recipe: Recipe, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Scored]:
+def _evaluate(
+    name: str, label: str, recipe: Recipe, rows: dict[str, list[dict[str, Any]]], stage: str | None = None
+) -> dict[str, Scored]:
     """Scores one model on all suites and prints the scores."""
-    path = _model_of(name)
-    tokenizer = load_tokenizer(path, trust_remote_code=recipe.model.trust_remote_code)
-    model = load_model(ModelRef(path, recipe.model))
+    ref = _model_of(name, recipe, stage)
+    tokenizer = load_tokenizer(ref.path, trust_remote_code=recipe.model.trust_remote_code)
+    model = load_model(ref)
     found = {}
     for suite_name, suite in recipe.evaluate.items():
         found[suite_name] = score_suite(suite_name, suite, rows[suite_name], model, tokenizer, label)
@@ -68,15 +75,21 @@ def _evaluate(name: str, label: str, recipe: Recipe, rows: dict[str, list[dict[s
     return found
 
 
-def _model_of(name: str) -> str:
-    """The model a name stands for: the last finished stage of a run folder, else the name itself."""
+def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
+    """The model a name stands for: a finished stage of a run folder, on its base as it was trained, or itself."""
     folder = Path(name)
     if not (folder / "recipe.yaml").is_file():
-        return name
-    for stage in reversed(load_recipe(folder / "recipe.yaml").stages):
-        if (folder / "stages" / stage.name / "done.json").exists():
-            return str(folder / "stages" / stage.name / "model")
-    raise RecipeError(f"{name} has no finished stage yet; run its recipe first.")
+        if stage is not None:
+            raise RecipeError(f"--stage {stage}: {name} is not a run folder, so it has no stages. Leave it out.")
+        return ModelRef(name, recipe.model)
+    every = load_recipe(folder / "recipe.yaml").stages
+    finished = {one.name: one for one in every if (folder / "stages" / one.name / "done.json").exists()}
+    if not finished:
+        raise RecipeError(f"{name} has no finished stage yet; run its recipe first.")
+    if stage is not None and stage not in finished:
+        raise RecipeError(f"--stage {stage}: {name} has no such finished stage; it has {', '.join(finished)}.")
+    chosen = finished[stage or list(finished)[-1]]
+    return ModelRef(str(folder / "stages" / chosen.name / "model"), recipe.model, quantization=chosen.quantized)
 
 
 def merge_run(folder: Path, stage: str | None) -> str:

@@ -94,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.set)
     from hfpipe.artifacts import evaluate_model
 
-    evaluate_model(options.model, recipe, options.output, options.against)
+    evaluate_model(options.model, recipe, options.output, options.against, options.stage)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_evaluate)
     evaluate.add_argument("model", metavar="MODEL", help="Hub id, folder of a model or an adapter, or run folder")
     evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    evaluate.add_argument("--stage", help="of a run folder: which stage's model or adapter; the last one when absent")
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
     evaluate.add_argument("--against", metavar="MODEL", help="another model: print the differences, paired row by row")
     evaluate.add_argument("--output", metavar="FILE", help="write the scores here as JSON")

@@ -79,15 +79,19 @@ def _train(run: Run, name: str, parent: str) -> None:
         _move_aside(folder, run.hashes[name])
         write_json(folder / "stage.json", {"hash": run.hashes[name]})
     ranks.wait()
-    parent_ref = merged(run, parent) if run.trained(parent).is_adapter else run.trained(parent)
+    start = run.trained(parent)
+    continued = start if stage.parent_adapter == "continue" else None
+    if start.is_adapter:
+        start = start.base if continued is not None else merged(run, parent)
     how = f"{stage.quantized.type} {stage.method}" if stage.quantized else stage.method
-    ranks.say(f"{name}: {stage.kind} ({how}) from {parent}")
+    ranks.say(f"{name}: {stage.kind} ({how}) from {parent}{', its adapter trained further' if continued else ''}")
     with CostMeter(folder, run.hashes[name], run.recipe.energy) as cost:
         facts = STAGES[stage.kind](
             StageRun(
                 recipe=run.recipe,
                 stage=stage,
-                parent=dataclasses.replace(parent_ref, quantization=stage.quantized),
+                parent=dataclasses.replace(start, quantization=stage.quantized),
+                continued=continued,
                 tokenizer=run.base.tokenizer,
                 folder=folder,
                 hash=run.hashes[name],

@@ -41,13 +41,25 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
     kind = fields.pop("type")
     if kind == "lora":
         fields.setdefault("target_modules", "all-linear")
-    # With ZeRO-3 all parameters that are gathered together have one type: https://github.com/huggingface/trl/issues/6089
-    cast = not is_deepspeed_zero3_enabled() or getattr(model, "hf_quantizer", None) is not None
     set_seed(seed)
     try:
-        return get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields), autocast_adapter_dtype=cast)
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
+        return get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.") from error
+
+
+def continue_adapter(model: Any, folder: str) -> PeftModel:
+    """Puts a saved adapter on the base it belongs to, to train it further."""
+    return PeftModel.from_pretrained(
+        model, folder, is_trainable=True, autocast_adapter_dtype=_trains_in_float32(model), use_safetensors=True
+    )
+
+
+def _trains_in_float32(model: Any) -> bool:
+    """Whether an adapter is kept in float32 on a base of half precision."""
+    # With ZeRO-3 all parameters that are gathered together have one type: https://github.com/huggingface/trl/issues/6089
+    return not is_deepspeed_zero3_enabled() or getattr(model, "hf_quantizer", None) is not None
 
 
 def original_state(model: Any) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,12 @@ class ModelRef:
     @property
     def is_adapter(self) -> bool:
         return (Path(self.path) / ADAPTER_CONFIG).is_file()
+
+    @property
+    def base(self) -> ModelRef:
+        """The model that an adapter belongs to."""
+        config = json.loads((Path(self.path) / ADAPTER_CONFIG).read_text())
+        return replace(self, path=config["base_model_name_or_path"], revision=config.get("revision"))
 
 
 def device() -> torch.device:
@@ -193,14 +199,8 @@ def load_model(
     """
     if ref.is_adapter:
         config = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
-        base = ModelRef(
-            config["base_model_name_or_path"],
-            ref.options,
-            revision=config.get("revision"),
-            quantization=ref.quantization,
-        )
         head = read_head(Path(ref.path)) if config.get("task_type") == "SEQ_CLS" else None
-        loaded = load_model(base, head=head)
+        loaded = load_model(ref.base, head=head)
         if dequantize:
             loaded = loaded.dequantize(weights_dtype(ref.options, frozen=True))
         return PeftModel.from_pretrained(loaded, ref.path).eval()

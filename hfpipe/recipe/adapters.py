@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hfpipe.recipe.continued import is_continued, parent_of
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
 from hfpipe.recipe.raw import Block, RawStage, mapping, text_of
 from hfpipe.recipe.signatures import is_prompt_learning, peft_types
@@ -106,9 +107,8 @@ def check_merges(stages: list[RawStage], data: dict[str, Any]) -> Iterator[Fault
     """Yields every merge that cannot be: of `merge:`, of `push:`, and of an adapter that a later stage starts from."""
     by_name = {stage.name: stage for stage in stages if stage.name}
     for number, stage in enumerate(stages):
-        name = text_of(stage.data.get("parent")) or (stages[number - 1].name if number else None)
-        parent = by_name.get(name or "")
-        if parent is not None and parent is not stage and not is_mergeable(parent):
+        parent = parent_of(stage, stages[:number])
+        if parent is not None and not is_continued(stage) and not is_mergeable(parent):
             text = f"the stage starts from '{parent.name}', whose adapter cannot be merged into the weights."
             yield Fault((*stage.steps, "parent"), f"{text} Write `parent: base`, or give '{parent.name}' a `lora:`.")
     adapters = [stage for stage in stages if adapter_of(stage) is not None]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hfpipe.errors import RecipeError
+from hfpipe.recipe.continued import is_repeated, take_over
 from hfpipe.recipe.faults import report
 from hfpipe.recipe.overrides import apply_overrides
 from hfpipe.recipe.passthrough import check_passed_through
@@ -30,10 +31,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     with _without_collection():
         document = read_document(Path(path))
         faults = [*document.faults, *apply_overrides(document, overrides)]
+        taken_over = take_over(document.data)
         recipe, structural = check_structure(document.data)
         further = [*check_passed_through(document.data), *check_rules(document.data)]
     reported = {fault.steps for fault in structural}
     faults += structural + [fault for fault in further if fault.steps not in reported]
+    faults = [fault for fault in faults if not is_repeated(fault, faults, taken_over)]
     if faults or recipe is None:
         raise RecipeError(report(document, faults))
     return recipe

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfpipe.recipe.adapters import adapter_of, check_adapter, check_merges
+from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
 from hfpipe.recipe.metric_names import OUR_METRICS, is_elsewhere
@@ -39,6 +40,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
     for position, stage in enumerate(stages(data)):
         yield from _check_stage(stage)
         yield from _check_ancestors(stage, stages(data)[:position])
+        yield from check_continued(stage, stages(data)[:position])
         yield from _check_weights(stage)
         for source in stage.sources:
             yield from _check_source(source)

@@ -152,6 +152,11 @@ class StageBase(Words):
     kind: str
     data: list[Source] = Field(min_length=1)
     parent: str | None = Field(None, description="the stage to start from, or `base`; the stage before when absent")
+    parent_adapter: Literal["merge", "continue"] = Field(
+        "merge",
+        description="what becomes of the parent's adapter: it is merged and the stage trains on top of it, or it is "
+        "trained further, on the base it has",
+    )
     global_batch_size: int | None = Field(
         None, gt=0, description="rows per optimizer step over all ranks; divided over the ranks, the rest accumulated"
     )

@@ -7,6 +7,7 @@ regression. Everything of the head that is new is trained in full and saved with
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,10 @@ from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
-from hfpipe.model.adapter import add_adapter
-from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config
+from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, read_head
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
+from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, with_adapter
 
 
 def run_classification(run: StageRun) -> dict[str, Any]:
@@ -60,14 +60,17 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         TrainingArguments, run, math.ceil(total / global_batch), per_device, accumulation, label_names=["labels"]
     )
     set_seed(run.recipe.seed)  # the head is new, and the same on every rank and at every start
+    head = head_config(problem, names, run.tokenizer.pad_token_id)
+    _require_same_head(run, head)
     model, new = load_model(
         run.parent,
         frozen=stage.adapter is not None,
-        head=head_config(problem, names, run.tokenizer.pad_token_id),
+        head=head,
         with_new_modules=True,
     )
-    if stage.adapter is not None:
-        model = _with_adapter(model, stage.adapter, new, run.recipe.seed)
+    if stage.adapter is not None:  # the new modules of the head are trained in full beside it
+        saved = sorted({*new, *(stage.adapter.get("modules_to_save") or [])})
+        model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
     trainer = Trainer(
         model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=_Loss(problem, weights)
     )
@@ -99,12 +102,6 @@ class _Loss:
         return loss / count
 
 
-def _with_adapter(model: Any, adapter: dict[str, Any], new: list[str], seed: int) -> Any:
-    """An adapter, with the new modules of the head trained in full beside it."""
-    saved = sorted({*new, *(adapter.get("modules_to_save") or [])})
-    return add_adapter(model, {"task_type": "SEQ_CLS", **adapter, "modules_to_save": saved}, seed)
-
-
 def _texts_and_labels(run: StageRun, stage: Classification) -> tuple[list[str], list[Any], list[str]]:
     """Every row of the stage that has both, and the names of the classes in order."""
     texts: list[str] = []
@@ -126,7 +123,8 @@ def _texts_and_labels(run: StageRun, stage: Classification) -> tuple[list[str], 
             raise DataError(f"stages.{stage.name}: a label is not a number, or is -100, which marks ignored rows.")
         return texts, labels, []
     found = classes_of(labels)
-    names = stage.labels or declared or found
+    earlier = list(read_head(Path(run.continued.path))["label2id"]) if run.continued is not None else None
+    names = stage.labels or earlier or declared or found
     if unknown := [name for name in found if name not in names]:
         raise DataError(
             f"stages.{stage.name}: the data has the labels {', '.join(unknown[:5])}, which are not among "
@@ -135,6 +133,17 @@ def _texts_and_labels(run: StageRun, stage: Classification) -> tuple[list[str], 
     if len(names) < 2:
         raise DataError(f"stages.{stage.name}: every row has the label {names[0]!r}; there is nothing to tell apart.")
     return texts, labels, names
+
+
+def _require_same_head(run: StageRun, head: dict[str, Any]) -> None:
+    """Refuses rows of another problem, or other classes, than an adapter that is trained further was made for."""
+    earlier = read_head(Path(run.continued.path)) if run.continued is not None else head
+    if head != earlier:
+        now, then = (f"{one['problem_type']} ({', '.join(one['label2id'])})" for one in (head, earlier))
+        raise RecipeError(
+            f"stages.{run.stage.name}: the rows and labels make a head for {now}, and the adapter that is trained "
+            f"further has one for {then}. Give it the same, or write `parent_adapter: merge`."
+        )
 
 
 def _tokenized(run: StageRun, texts: list[str], labels: list[Any], names: list[str]) -> list[dict[str, Any]]:

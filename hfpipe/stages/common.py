@@ -19,6 +19,8 @@ from hfpipe.files import whole_folder
 from hfpipe.model.adapter import (
     TOLERANCE,
     adapter_state,
+    add_adapter,
+    continue_adapter,
     original_state,
     probe,
     require_equal,
@@ -40,6 +42,7 @@ class StageRun:
         recipe: The whole recipe.
         stage: The stage of it.
         parent: The model it starts from, a whole model and not an adapter.
+        continued: The adapter of `parent` that is trained further; None for a new one, or none at all.
         tokenizer: The run's tokenizer.
         folder: `stages/<stage>` in the run folder.
         hash: Hash of the stage and of all before it.
@@ -50,6 +53,7 @@ class StageRun:
     recipe: Recipe
     stage: Stage
     parent: ModelRef
+    continued: ModelRef | None
     tokenizer: Any
     folder: Path
     hash: str
@@ -124,6 +128,21 @@ def trainer_arguments(
         return cls(**{**defaults, **training, **decided, **more})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"stages.{run.stage.name}.training: {cls.__name__} refuses it: {error}") from error
+
+
+def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
+    """The model with the adapter that the stage trains: a new one, the parent's, or none where all weights are trained.
+
+    Args:
+        run: The stage.
+        model: Its parent, loaded.
+        fields: Fields of a new adapter's config, over those of the recipe.
+    """
+    if run.continued is not None:
+        return continue_adapter(model, run.continued.path)
+    if run.stage.adapter is None:
+        return model
+    return add_adapter(model, run.stage.adapter | fields, run.recipe.seed)
 
 
 def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step: float | None) -> dict[str, Any]:
@@ -222,9 +241,10 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
 
 
 def _record_base(folder: Path, run: StageRun) -> None:
-    """Names the base in adapter_config.json as others can load it: by its Hub id and the commit that was used."""
+    """Names the base in adapter_config.json as others can load it: by Hub id and commit, or a folder's full path."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = run.parent.path
+    local = Path(run.parent.path)
+    config["base_model_name_or_path"] = str(local.absolute()) if local.is_dir() else run.parent.path
     config["revision"] = run.parent.revision
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -13,10 +13,10 @@ from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import RecipeError
-from hfpipe.model.adapter import TOLERANCE, add_adapter
+from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
+from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -44,8 +44,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     global_batch = per_device * accumulation * ranks.ranks()
     max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, global_batch * max_length)
     arguments = trainer_arguments(TrainingArguments, run, max_steps, per_device, accumulation)
-    if stage.adapter is not None:
-        model = add_adapter(model, stage.adapter, run.recipe.seed)
+    model = with_adapter(run, model)
     model.config.use_cache = False  # a cache would let packed documents see each other
     _require_isolation(model)
     trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer)

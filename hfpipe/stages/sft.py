@@ -15,10 +15,9 @@ from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import TEXT_KINDS, load_rows
 from hfpipe.errors import DataError
-from hfpipe.model.adapter import add_adapter
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft, Source
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments
+from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, with_adapter
 
 
 def run_sft(run: StageRun) -> dict[str, Any]:
@@ -52,9 +51,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
         accumulation,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    model = load_model(run.parent, frozen=stage.adapter is not None)
-    if stage.adapter is not None:
-        model = add_adapter(model, stage.adapter, run.recipe.seed)
+    model = with_adapter(run, load_model(run.parent, frozen=stage.adapter is not None))
     trainer = SFTTrainer(
         model=model,
         args=arguments,
