@@ -29,6 +29,14 @@ class MachineError(UserError):
     exit_code = 4
 
 
+class Unreachable(MachineError):
+    """A server does not answer, which may pass; `why` is the cause without the rest of the message."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 class DataError(UserError):
     """The data is bad: a missing column, nothing to train on, too many dirty rows."""
 

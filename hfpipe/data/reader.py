@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from hfpipe.data.outage import Outage
 from hfpipe.data.source_errors import readable
-from hfpipe.errors import DataError
+from hfpipe.errors import DataError, Unreachable
 from hfpipe.recipe import Source
 
 Row: TypeAlias = tuple[Any, Any]  # text and id
@@ -107,17 +108,32 @@ class Reader:
 
     def _begin(self) -> None:
         """Begins an epoch, or continues it."""
-        share = share_of(self._all, 0, 1) if self._whole else share_of(self._all, self._lane, self._lanes)
-        self._rows = _table_rows(share, self._read) if isinstance(share, Dataset) else self._stream_rows(share)
+        share = self._share()
+        self._rows = _table_rows(share, self._read) if isinstance(share, Dataset) else self._connected_rows()
 
-    def _stream_rows(self, share: IterableDataset) -> Iterator[Row]:
-        """The rows of a stream from this place on."""
+    def _share(self) -> Dataset | IterableDataset:
+        return share_of(self._all, 0, 1) if self._whole else share_of(self._all, self._lane, self._lanes)
+
+    def _connected_rows(self) -> Iterator[Row]:
+        """The rows of a stream from this place on; where the connection is lost, opened again at its place."""
+        outage = Outage(self.source, self._lane)
+        while True:
+            try:
+                yield from self._stream_rows(outage)
+                return
+            except Unreachable as error:
+                outage.wait(error, self._read)
+
+    def _stream_rows(self, outage: Outage) -> Iterator[Row]:
+        """The rows of a stream from this place on, opened anew."""
+        share = self._share()
         passed = self._block_read
         if share._ex_iterable.iter_arrow is not None:  # else rows are Python's already, and may be of mixed types
             share = share.with_format("arrow")
         if self._block_state is not None:
             share.load_state_dict(self._block_state)
         for block in readable(share.iter(batch_size=self._block), self.source):
+            outage.over()
             rows = _rows_of(block)
             self._block_read = min(passed, len(rows))  # of a block that had been read in part
             passed -= self._block_read

@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from pyarrow.lib import ArrowException
 
-from hfpipe.errors import DataError, MachineError, RecipeError, UserError
+from hfpipe.errors import DataError, MachineError, RecipeError, Unreachable, UserError
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
 
@@ -87,8 +87,8 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
         error, DatasetNotFoundError | RepositoryNotFoundError | HfHubHTTPError | ConnectionError | TimeoutError
     ):
         return _from_hub(error, source)
-    if type(error).__module__.partition(".")[0].startswith("httpx"):
-        return _unreachable(error, source)
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "aiohttp"):
+        return _from_http(error, source)
     if isinstance(error, UNREADABLE) or type(error).__module__.startswith("pandas.errors"):
         return _unreadable(error, source, files)
     if isinstance(error, FileNotFoundError) and "LocalEntryNotFoundError" in str(error):
@@ -124,13 +124,22 @@ def _from_hub(error: BaseException, source: Source) -> UserError:
     return _unreachable(error, source)
 
 
+def _from_http(error: BaseException, source: Source) -> MachineError:
+    """From a server that is not the Hub, or none at all."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None and status < 500 and status not in (408, 429):
+        return MachineError(f"{_name(source)}: the server refuses it ({_first_line(error).rstrip('.')}).")
+    return _unreachable(error, source)
+
+
 def _unreachable(error: BaseException, source: Source) -> MachineError:
+    if str(error) == "Server Disconnected" and error.__cause__ is not None:
+        error = error.__cause__  # `datasets` hides what it was
     offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
     why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error).rstrip(".")
     advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
-    return MachineError(
-        f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."
-    )
+    message = f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."
+    return MachineError(message) if offline else Unreachable(message, why)
 
 
 def _missing_files(error: BaseException, source: Source) -> UserError:

@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "lose":
             self.close_connection = True
             return
-        self.send(status, body, headers)
+        self.send(status, body, headers, cut=bool(fault and fault.kind == "cut"))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def send(self, status: int, body: Any, headers: dict[str, str]) -> None:
+    def send(self, status: int, body: Any, headers: dict[str, str], cut: bool = False) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/octet-stream" if data is body else "application/json"} | headers
         self.send_response(status)
@@ -112,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection = self.close_connection or cut
 
     def log_message(self, *args: object) -> None:
         """Nothing on the terminal: `HubServer.requests` is the log."""

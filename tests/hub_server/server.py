@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -40,13 +41,16 @@ class HubServer:
         self.part_size: int | None = None
         self.lock = threading.RLock()
         self.stopping = threading.Event()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
-        self.http.daemon_threads = True
+        self._listen(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         self.xet = XetStore(self.url, self.blobs)
 
-    def __enter__(self) -> HubServer:
+    def _listen(self, address: tuple[str, int]) -> None:
+        self.http = ThreadingHTTPServer(address, type("BoundHandler", (Handler,), {"hub": self}))
+        self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def __enter__(self) -> HubServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -100,6 +104,21 @@ class HubServer:
     def stall(self, match: str, seconds: float = 3600.0, times: int = 1) -> None:
         """Keep the connection open and say nothing."""
         self.faults.append(Fault(match, "stall", times, seconds=seconds))
+
+    def cut(self, match: str, times: int = 1) -> None:
+        """Send half of the answer, then close the connection."""
+        self.faults.append(Fault(match, "cut", times))
+
+    def outage(self, seconds: float) -> None:
+        """Restart: for this long nobody listens on the port, and connections that are open are closed unanswered."""
+        down = Fault("", "drop", 1 << 30)
+        self.faults.insert(0, down)
+        address = self.http.server_address
+        self.http.shutdown()
+        self.http.server_close()
+        time.sleep(seconds)
+        self.faults.remove(down)
+        self._listen(address)
 
     def lose_reply(self, match: str, times: int = 1) -> None:
         """Do what is asked, then close the connection instead of answering."""

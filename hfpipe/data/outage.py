@@ -1,0 +1,72 @@
+"""Waiting for a network that went away while a stream was read.
+
+What goes wrong in one request is tried again by the libraries: huggingface_hub asks six times within 23 seconds after a
+timeout, a closed connection, 408, 429 and 5xx; `datasets` begins that anew up to twenty times, silently, for some of
+these and not for 500, 502 and 503, which end the stream. Here they end it all the same, and the reader opens its share
+again at its exact place: one patience, and a line each time.
+"""
+
+from __future__ import annotations
+
+import time
+
+import datasets.config
+
+from hfpipe.errors import MachineError, Unreachable
+from hfpipe.recipe import Source
+
+PATIENCE_SECONDS = 420.0  # the other ranks wait at the next gradient, and with NCCL no longer than 600 s
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 60.0
+
+datasets.config.STREAMING_READ_MAX_RETRIES = 1
+datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+
+
+class Outage:
+    """Waits between attempts at a source, longer each time and not for ever.
+
+    Args:
+        source: What is read, for messages.
+        lane: Whose share of it.
+    """
+
+    def __init__(self, source: Source, lane: int) -> None:
+        self._name, self._lane = f"source {source.path!r}", lane
+        self._since: float | None = None
+        self._wait = FIRST_WAIT_SECONDS
+
+    def wait(self, error: Unreachable, row: int) -> None:
+        """Waits before the next attempt.
+
+        Args:
+            error: What went wrong.
+            row: Rows of the share that were read before.
+
+        Raises:
+            MachineError: The source has been away for `PATIENCE_SECONDS`.
+        """
+        now = time.monotonic()
+        if self._since is None:
+            self._since, self._wait = now, FIRST_WAIT_SECONDS
+        left = self._since + PATIENCE_SECONDS - now
+        if left <= 0:
+            raise MachineError(
+                f"{self._name}: the connection was lost after row {row:,} of lane {self._lane} and did not come back "
+                f"in {now - self._since:.0f} s ({error.why}). Nothing is lost: the last checkpoint is whole, and the "
+                "same command continues from it once the network and HF_ENDPOINT answer."
+            ) from error
+        wait = min(self._wait, left)
+        print(
+            f"  {self._name}: no connection after row {row:,} of lane {self._lane} ({error.why}); trying again in "
+            f"{wait:.0f} s, for {left:.0f} s more at most",
+            flush=True,
+        )
+        time.sleep(wait)
+        self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS)
+
+    def over(self) -> None:
+        """A row came."""
+        if self._since is not None:
+            seconds = time.monotonic() - self._since
+            print(f"  {self._name}: lane {self._lane} goes on where it stood, after {seconds:.0f} s", flush=True)
+            self._since = None
