@@ -158,7 +158,8 @@ def _compute(
     """Value, standard error and 95 % interval; those of a metric that is not ours by the bootstrap over rows."""
     if isinstance(metric, RowMetric):
         result = metric.compute(predictions=predictions, references=references)
-        return {"value": result[name], **{key: result[key] for key in ("stderr", "low", "high")}}
+        found = {key: result[key] for key in ("stderr", "low", "high")}
+        return {"value": result[name], **found, "signature": metric.signature}
     extra = options or {}
     try:
         value = _value(name, metric.compute(predictions=predictions, references=references, **extra))

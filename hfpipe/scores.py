@@ -34,6 +34,7 @@ class Score:
         high: Upper end.
         paired: Earlier stage to the standard error of the difference to its score, from a paired bootstrap over the
             rows that both were scored on (Koehn 2004, aclanthology.org/W04-3250).
+        signature: How exactly the metric counts, in its library's own words (sacrebleu); empty where it has none.
     """
 
     stage: str
@@ -46,10 +47,17 @@ class Score:
     low: float | None = None  # None in a scorecard of a version that had no intervals
     high: float | None = None
     paired: dict[str, float] = field(default_factory=dict)
+    signature: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
         return self.suite, self.metric
+
+
+def how_counted(scores: Iterable[Score]) -> str:
+    """A sentence with the signatures of the scores that have one, and a space before it; empty where none has."""
+    told = dict.fromkeys(f"{score.metric} of {score.suite} {score.signature}" for score in scores if score.signature)
+    return f" How they are counted, by sacrebleu's signature: {'; '.join(told)}." if told else ""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,28 @@ def computed(name: str, pairs: list, **options: object) -> dict:
 def test_translation_scores_are_sacrebleus(name: str, scorer: type, options: dict, pairs: list) -> None:
     said, right = map(list, zip(*pairs, strict=True))
     found = computed(name, pairs, **options)
+    if pairs is CHINESE:  # which has no spaces between words
+        options = {"bleu": {"tokenize": "zh"}, "ter": {"asian_support": True, "normalized": True}}.get(
+            name, {}
+        ) | options
     assert found[name] == scorer(**options).corpus_score(said, [right]).score
     assert found["low"] <= found[name] <= found["high"]
+
+
+def test_what_bleu_and_ter_take_for_words_is_in_their_signature_and_the_recipes_word_goes_first() -> None:
+    def signature(name: str, right: str, **options: object) -> str:
+        metric = load_metric(name, options)
+        metric.compute(predictions=[right], references=[right])
+        return metric.signature
+
+    chinese, japanese, german = "我不知道他在哪里。", "今日は天気がいいですね。", "Das weiß ich nicht."
+    assert "tok:zh|" in signature("bleu", chinese)
+    assert "tok:13a|" in signature("bleu", chinese, tokenize="13a")
+    assert "tok:zh" not in signature("bleu", japanese)
+    assert "tok:13a" not in signature("bleu", japanese)
+    assert "tok:13a|" in signature("bleu", german)
+    assert "asian:yes" in signature("ter", chinese)
+    assert "asian:no" in signature("ter", german)
 
 
 def test_resampled_bleu_is_bleu_of_the_resampled_corpus() -> None:

@@ -1,8 +1,15 @@
-"""`bleu`, `chrf` and `ter`, by sacrebleu, of generated texts against one reference a row."""
+"""`bleu`, `chrf` and `ter`, by sacrebleu, of generated texts against one reference a row.
+
+sacrebleu's usual words are separated by spaces, and a Chinese sentence has none: BLEU and TER would count it as one.
+Where the recipe does not say otherwise, the references choose the tokenizer; the score's signature has its name.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
@@ -11,6 +18,21 @@ from hfpipe.errors import MachineError, RecipeError
 from hfpipe.metrics.rows import RowMetric
 
 SACREBLEU = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
+KANA = re.compile(r"[\u3040-\u30ff]")
+HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+OTHER_WITHOUT_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # Thai, Lao, Burmese, Khmer
+CHOSEN = {"bleu": ("tokenize", "trg_lang"), "ter": ("normalized", "asian_support")}  # options that references choose
+
+
+def tokenizer_for(references: Sequence[str]) -> str | None:
+    """sacrebleu's tokenizer for texts in a script without spaces; None where most letters are of one that has them."""
+    text = "".join(references)
+    kana, han, other = (len(pattern.findall(text)) for pattern in (KANA, HAN, OTHER_WITHOUT_SPACES))
+    if 2 * (kana + han + other) <= sum(map(str.isalpha, text)):
+        return None
+    if kana > 0.05 * (kana + han):  # Japanese; sacrebleu's own choice for it is an extra
+        return "ja-mecab" if importlib.util.find_spec("MeCab") and importlib.util.find_spec("ipadic") else "char"
+    return "zh" if han > other else "char"
 
 
 class SacreBleu(RowMetric):
@@ -18,17 +40,28 @@ class SacreBleu(RowMetric):
 
     def prepare(self) -> None:
         self.higher_is_better = self.key != "ter"  # type: ignore[misc]
+        self.scorer = self._scorer(self.options)
+
+    def _scorer(self, options: dict[str, Any]) -> Any:
         try:
-            self.scorer = SACREBLEU[self.key](**self.options)
+            return SACREBLEU[self.key](**options)
         except (KeyError, TypeError, AssertionError, ValueError) as error:
             raise RecipeError(
-                f"metric_options.{self.key}: sacrebleu does not take {self.options}: {error}. Its tokenizers are "
+                f"metric_options.{self.key}: sacrebleu does not take {options}: {error}. Its tokenizers are "
                 f"{', '.join(BLEU.TOKENIZERS)}."
             ) from error
         except (ImportError, RuntimeError) as error:
             raise MachineError(f"metric {self.key!r}: {error}") from error
 
+    @property
+    def signature(self) -> str:
+        return str(self.scorer.get_signature())
+
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        if self.key in CHOSEN and not any(option in self.options for option in CHOSEN[self.key]):
+            name = tokenizer_for(references)
+            by_script = {"tokenize": name} if self.key == "bleu" else {"normalized": True, "asian_support": True}
+            self.scorer = self._scorer(self.options | (by_script if name else {}))
         return np.asarray(self.scorer._extract_corpus_statistics(predictions, [references]), dtype=float)
 
     def value(self, sums: np.ndarray) -> np.ndarray:

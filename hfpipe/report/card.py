@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.report.facts import cost_section
-from hfpipe.scores import Change, Score, forgetting, of_lineage, stages_of
+from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, stages_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # `load_dataset` takes these for its own builders, and `builtin` is ours: none of them is a data set on the Hub.
@@ -211,7 +211,8 @@ def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:
         some = next(score for score in scores if score.key == key)
         arrow = "↑" if some.higher_is_better else "↓"
         lines.append(f"| {some.suite} | {some.metric} {arrow} | {some.n} | " + " | ".join(cells) + " |")
-    table = "\n".join(lines) + "\n\n↑ higher is better, ↓ lower is better; ± is one standard error."
+    note = "↑ higher is better, ↓ lower is better; ± is one standard error."
+    table = "\n".join(lines) + f"\n\n{note}{how_counted(scores)}"
     if artefact.stage not in order:
         return f"{table}\n\nStage `{artefact.stage}`, which made this artefact, was not scored."
     return f"{table}\n\n{_gain_and_forgetting(artefact.stage, scores)}"

@@ -12,7 +12,7 @@ from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored
 from hfpipe.report.plots import loss_curve, score_by_stage
-from hfpipe.scores import Score, last_change, of_lineage, over_budget, read_scorecard, stages_of
+from hfpipe.scores import Score, how_counted, last_change, of_lineage, over_budget, read_scorecard, stages_of
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -118,7 +118,7 @@ def _scores(recipe: Recipe, scores: list[Score]) -> str:
         "± is one standard error, the line below it the 95 % interval. An arrow says that a score became better (▲) or "
         "worse (▼) than in the model that the stage started from, beyond the noise."
     )
-    return f'<h2>Scores</h2>{_table(rows)}<p class="note">{note}</p>'
+    return f'<h2>Scores</h2>{_table(rows)}<p class="note">{note}{escape(how_counted(scores))}</p>'
 
 
 def _score(recipe: Recipe, scores: list[Score], score: Score | None) -> str:

@@ -12,7 +12,17 @@ from typing import Any
 from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
-from hfpipe.scores import BASE, Change, Score, forgetting, last_change, of_lineage, read_scorecard, stages_of
+from hfpipe.scores import (
+    BASE,
+    Change,
+    Score,
+    forgetting,
+    how_counted,
+    last_change,
+    of_lineage,
+    read_scorecard,
+    stages_of,
+)
 
 # Shares, printed in percent and compared in points.
 PERCENT_METRICS = {
@@ -134,7 +144,8 @@ def _table(scores: list[Score]) -> str:
         arrow = "↑" if first.higher_is_better else "↓"
         cells = " | ".join(number(score) if score else "" for score in row)
         lines.append(f"| {key[0]} | {key[1]} {arrow} | {first.n} | {cells} |")
-    return "\n".join(lines) + "\n\n± is one standard error; ↑ more is better, ↓ less is better."
+    note = "± is one standard error; ↑ more is better, ↓ less is better."
+    return "\n".join(lines) + f"\n\n{note}{how_counted(scores)}"
 
 
 def _changes(recipe: Recipe, scores: list[Score]) -> str:
