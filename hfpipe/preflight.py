@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED, encode_for_training
 from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
@@ -142,7 +143,7 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     Raises:
         DataError: The source is empty.
     """
-    sample = [row for row in islice(rows, SAMPLE_ROWS) if all(row[key] for key in row if key not in ("id", "label"))]
+    sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
     if not sample:
         raise DataError(f"stages.{stage.name}: {source.path} has no row with content among its first {SAMPLE_ROWS}.")
     encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length)
@@ -189,7 +190,8 @@ def preview(recipe: Recipe, count: int) -> None:
     coloured = sys.stdout.isatty()
     for stage in recipe.stages:
         for source in stage.data:
-            rows = list(islice(load_rows(source, seed=recipe.seed, kinds=_kinds(stage)), count))
+            opened = load_rows(source, seed=recipe.seed, kinds=_kinds(stage))
+            rows = list(islice(tidy_rows(opened, source, Read()), count))
             limit = stage.training.get("max_length") or 1024
             for number, row in enumerate(_encode(rows, stage, tokenizer, limit)):
                 trained = sum(label != IGNORED for label in row["labels"])

@@ -234,7 +234,6 @@ MISTAKES = [  # words of the source, error, what its message says
     ({"data_files": "bad.jsonl", "streaming": True}, DataError, ["bad.jsonl", "row 1"]),
     ({"path": "parquet", "data_files": "bad.parquet"}, DataError, ["bad.parquet", "magic"]),
     ({"path": "csv", "data_files": "bad.csv"}, DataError, ["bad.csv", "line 3"]),
-    ({"path": "text", "data_files": "latin.txt"}, DataError, ["latin.txt", "encoding"]),
     ({"data_files": ["rows.jsonl", "other.jsonl"]}, DataError, ["same columns"]),
     ({"sep": ","}, RecipeError, ["sep"]),
     ({"path": "./nowhere", "data_files": None}, RecipeError, ["./nowhere", "no folder here"]),
@@ -266,7 +265,6 @@ def test_a_mistake_is_one_paragraph(folder: Path, words: dict, error: type[UserE
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": "b"\n{"text": "c"}\n')
     Path("bad.parquet").write_bytes(b"PAR1 but not Parquet")
     Path("bad.csv").write_text("text,b\n1,2\n1,2,3,4\n")
-    Path("latin.txt").write_bytes("café\n".encode("latin-1"))
     Path("void").mkdir()
     Path("conf").mkdir()
     Path("conf/README.md").write_bytes(CONFIGS)

@@ -23,7 +23,7 @@ class Window(NamedTuple):
         packed: The rows; none only where the lane has ended.
         tokens: (N,) tokens of each row that are not padding.
         last: Whether every source has ended, so that nothing comes after this window.
-        sources: Of each source so far: `tokens`, `epochs`, `rows`, `dirty`, `dirty_ids`.
+        sources: Of each source so far: `tokens`, `epochs`, `rows`, and `Reader.tallies`.
     """
 
     start: dict[str, Any]
@@ -152,8 +152,7 @@ class Lane:
                 "tokens": tokens,
                 "epochs": reader.epoch,
                 "rows": reader.rows,
-                "dirty": dict(reader.dirty),
-                "dirty_ids": list(reader.dirty_ids),
+                **reader.tallies(),
             }
             for tokens, reader in zip(self.tokens, self.readers, strict=True)
         ]

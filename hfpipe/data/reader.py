@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from hfpipe.data.dirt import Tally, tidy
+from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
 from hfpipe.data.outage import Outage
 from hfpipe.data.source_errors import readable
 from hfpipe.errors import DataError, Unreachable
@@ -15,8 +17,6 @@ from hfpipe.recipe import Source
 
 Row: TypeAlias = tuple[Any, Any]  # text and id
 
-MAX_CHARACTERS = 10_000_000  # of a document; what is longer is cut
-LISTED = 20  # ids of dirty rows that the report names
 BLOCK = 100  # rows fetched at a time
 
 
@@ -51,8 +51,7 @@ class Reader:
         self.epoch = 0  # epochs that are finished
         self.ended = False
         self.rows = 0  # read in all
-        self.dirty: dict[str, int] = {}
-        self.dirty_ids: list[str] = []
+        self.dirty, self.mended = Tally(), Tally()  # rows that were left out, and rows that were cut or mended
         self._read = 0  # rows of this epoch that were read
         self._usable = 0  # of them, documents that were not dirty
         self._whole = False  # whether the whole source is read, and not a share
@@ -78,21 +77,33 @@ class Reader:
             self._read += 1
             self._block_read += 1
             self.rows += 1
-            text, name = row
-            if not isinstance(text, str):
-                self._count_dirty(name, "missing" if text is None else "not a text")
-            elif not (cleaned := _clean(text)) or cleaned.isspace():
-                self._count_dirty(name, "empty")
-            else:
+            text, found = tidy(row[0])
+            if found:
+                (self.dirty if text is None else self.mended).add(found, self._name(row[1]))
+            if text is not None:
                 self._usable += 1
-                return cleaned
+                return text
         return None
+
+    def _name(self, name: Any) -> str:
+        """The id of the row read last, or its place in the source."""
+        if name is not None:
+            return str(name)
+        row = self._read - 1
+        if self._whole:
+            return f"row {row}"
+        if isinstance(self._all, Dataset) or self._all.num_shards < self._lanes:
+            return f"row {row * self._lanes + self._lane}"
+        return f"row {row} of lane {self._lane}"
 
     def _end_epoch(self) -> None:
         if not self._repeat:
             self.ended = True
         elif not self._usable and self._whole:
-            raise DataError(f"source {self.source.path!r} has no document with text in it ({self._read} rows read).")
+            found = f"{self._read} rows read, {self.dirty}" if self._read else "no rows"
+            raise DataError(
+                f"source {self.source.path!r} has no document with text in it ({found}).{self.dirty.encoding_advice}"
+            )
         if self._usable or self.ended:
             self.epoch += 1
         else:
@@ -100,16 +111,14 @@ class Reader:
         self._read, self._usable, self._rows = 0, 0, None
         self._block_state, self._block_read = None, 0
 
-    def _count_dirty(self, name: Any, why: str) -> None:
-        self.dirty[why] = self.dirty.get(why, 0) + 1
-        name = f"row {self._read}" if name is None else str(name)
-        if len(self.dirty_ids) < LISTED and name not in self.dirty_ids:  # every epoch meets it again
-            self.dirty_ids.append(name)
-
     def _begin(self) -> None:
         """Begins an epoch, or continues it."""
         share = self._share()
-        self._rows = _table_rows(share, self._read) if isinstance(share, Dataset) else self._connected_rows()
+        if isinstance(share, Dataset):
+            blocks = table_blocks(share, BLOCK, begin=self._read)
+            self._rows = (row for block in blocks for row in _rows_of(block))
+        else:
+            self._rows = self._connected_rows()
 
     def _share(self) -> Dataset | IterableDataset:
         return share_of(self._all, 0, 1) if self._whole else share_of(self._all, self._lane, self._lanes)
@@ -128,7 +137,7 @@ class Reader:
         """The rows of a stream from this place on, opened anew."""
         share = self._share()
         passed = self._block_read
-        if share._ex_iterable.iter_arrow is not None:  # else rows are Python's already, and may be of mixed types
+        if can_be_arrow(share):
             share = share.with_format("arrow")
         if self._block_state is not None:
             share.load_state_dict(self._block_state)
@@ -152,8 +161,16 @@ class Reader:
             "block_state": self._block_state,
             "block_read": self._block_read,
             "rows": self.rows,
-            "dirty": dict(self.dirty),
-            "dirty_ids": list(self.dirty_ids),
+            **self.tallies(),
+        }
+
+    def tallies(self) -> dict[str, Any]:
+        """What was dirty and what was mended: reasons, and ids of the first rows."""
+        return {
+            "dirty": dict(self.dirty.counts),
+            "dirty_ids": list(self.dirty.ids),
+            "mended": dict(self.mended.counts),
+            "mended_ids": list(self.mended.ids),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -161,7 +178,8 @@ class Reader:
         self.epoch, self.ended, self._whole = state["epoch"], state["ended"], state["whole"]
         self._read, self._usable = state["read"], state["usable"]
         self.rows = state["rows"]
-        self.dirty, self.dirty_ids = dict(state["dirty"]), list(state["dirty_ids"])
+        self.dirty = Tally(state["dirty"], state["dirty_ids"])
+        self.mended = Tally(state["mended"], state["mended_ids"])
         self._block, self._block_state, self._block_read = state["block"], state["block_state"], state["block_read"]
 
 
@@ -175,22 +193,15 @@ def share_of(rows: Dataset | IterableDataset, lane: int, lanes: int) -> Dataset 
         return rows.select(range(lane, len(rows), lanes))
     if rows.num_shards >= lanes:
         return rows.shard(num_shards=lanes, index=lane)
-    return rows.shard(num_shards=1, index=0).filter(lambda _, index: index % lanes == lane, with_indices=True)
-
-
-def _table_rows(share: Dataset, begin: int) -> Iterator[Row]:
-    """The rows of a table from `begin` on."""
-    for start in range(begin, len(share), BLOCK):
-        yield from _rows_of(share[start : min(start + BLOCK, len(share))])
+    whole = rows.shard(num_shards=1, index=0)
+    if can_be_arrow(whole):  # Python would decode every row in every lane
+        return whole.with_format("arrow").filter(
+            lambda _, places: [place % lanes == lane for place in places], batched=True, with_indices=True
+        )
+    return whole.filter(lambda _, place: place % lanes == lane, with_indices=True)
 
 
 def _rows_of(block: dict[str, list[Any]] | pa.Table) -> list[Row]:
-    columns = block.to_pydict() if isinstance(block, pa.Table) else block
+    columns = python_of(block) if isinstance(block, pa.Table) else block
     texts = columns["text"]
     return list(zip(texts, columns.get("id", [None] * len(texts)), strict=True))
-
-
-def _clean(text: str) -> str:
-    """A document that the tokenizer can take: bounded, without NUL and without lone surrogates."""
-    text = text[:MAX_CHARACTERS].replace("\x00", "")
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, Value, load_dataset, load_from_disk
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi
 
 from hfpipe.data.builtin import builtin
+from hfpipe.data.lenient import reading_arguments
 from hfpipe.data.ranges import stream_range
 from hfpipe.data.source_errors import friendly
 from hfpipe.data.where import Where
@@ -104,7 +105,7 @@ def _open(source: Source, default_split: str) -> Rows:
         raise RecipeError(
             f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
         )
-    return load_dataset(source.path, split=split, **arguments)
+    return load_dataset(source.path, split=split, **reading_arguments(source.path, arguments), **arguments)
 
 
 def _saved(folder: Path, split: str) -> Dataset:
@@ -208,6 +209,8 @@ def _fields(text: str, role: str, source: Source) -> list[str]:
 def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
     """A role is text, or a conversation; a number is not made text behind the user's back."""
     if role in ("id", "label"):  # what a label may hold is said in labels.py
+        return
+    if isinstance(feature, Json):  # rows of several types: `dirt.py` tells which of them are texts
         return
     if role != "messages":
         if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view", "null")):

@@ -20,10 +20,11 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hfpipe.data.ahead import Ahead
+from hfpipe.data.dirt import Tally, merged, refuse_dirt
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
-from hfpipe.data.reader import BLOCK, LISTED, Reader
-from hfpipe.errors import DataError, RecipeError
+from hfpipe.data.reader import BLOCK, Reader
+from hfpipe.errors import RecipeError
 from hfpipe.ranks import gather
 from hfpipe.recipe import Source
 
@@ -225,15 +226,8 @@ class TokenStream:
             different = sum(facts["rows"] // (facts["epochs"] + 1) for facts in lanes)  # at least
             if different < JUDGED_ROWS and not read_once:
                 continue
-            dirty = _dirt_of(lanes)
-            if sum(dirty.values()) > self.max_dirty_share * rows:
-                reasons = ", ".join(f"{count} {why}" for why, count in dirty.items())
-                names = ", ".join([name for facts in lanes for name in facts["dirty_ids"]][:LISTED])
-                raise DataError(
-                    f"source {origin.path!r}: {sum(dirty.values()):,} of {rows:,} rows read are dirty ({reasons}), "
-                    f"more than the {self.max_dirty_share:.2%} that max_dirty_share allows. The first: {names}. Mend "
-                    "them, leave them out with `where`, or raise max_dirty_share of the stage."
-                )
+            dirty = merged([Tally(facts["dirty"], facts["dirty_ids"]) for facts in lanes])
+            refuse_dirt(origin, dirty, rows, self.max_dirty_share)
 
     def _padding(self) -> dict[str, Any]:
         """A row that nothing is learned from."""
@@ -272,8 +266,8 @@ class TokenStream:
         Returns:
             `rows`, `tokens` without padding, `documents` that began, those that were `cut` to go on in another row,
             `continued_rows` that begin in the middle of one, `cut_share`, `padding_share`, `lanes`; and of each of the
-            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `dirty` rows by reason,
-            `dirty_ids`.
+            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `dirty` and `mended` rows
+            by reason (see `dirt.py`), `dirty_ids`, `mended_ids`.
         """
         positions = [position for part in gather(list(self._positions.values())) for position in part]
         total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
@@ -286,9 +280,10 @@ class TokenStream:
                 "epochs": min((facts["epochs"] for facts in lanes), default=0),
                 "token_share": round(sum(facts["tokens"] for facts in lanes) / max(tokens, 1), 4),
                 "rows": sum(facts["rows"] for facts in lanes),
-                "dirty": _dirt_of(lanes),
-                "dirty_ids": [name for facts in lanes for name in facts["dirty_ids"]][:LISTED],
             }
+            for kind in ("dirty", "mended"):
+                found = merged([Tally(facts[kind], facts[f"{kind}_ids"]) for facts in lanes])
+                sources[f"{number}: {origin.path}"] |= {kind: found.counts, f"{kind}_ids": found.ids}
         return {
             **total,
             "cut_share": round(total["cut"] / max(total["documents"], 1), 4),
@@ -296,12 +291,6 @@ class TokenStream:
             "lanes": self.lanes,
             "sources": sources,
         }
-
-
-def _dirt_of(lanes: list[dict[str, Any]]) -> dict[str, int]:
-    """Dirty rows of a source over lanes, by reason."""
-    reasons = sorted({why for facts in lanes for why in facts["dirty"]})
-    return {why: sum(facts["dirty"].get(why, 0) for facts in lanes) for why in reasons}
 
 
 def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> int:

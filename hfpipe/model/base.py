@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hfpipe import ranks
-from hfpipe.data.source_errors import readable
+from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.files import whole_folder, write_json
@@ -97,7 +97,7 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
     """The first documents of each source of the first stage."""
     for source in recipe.stages[0].data:
         rows = load_rows(source, seed=recipe.seed)
-        for row in readable(islice(rows, training.take), source):
+        for row in islice(tidy_rows(rows, source, Read()), training.take):
             text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
             if text:
                 yield text

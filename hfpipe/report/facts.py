@@ -1,4 +1,4 @@
-"""Facts of a run beside its scores, as sections that report and model card share: confusion, overlap, shift, cost."""
+"""Facts of a run beside its scores, as sections that report and model card share: data, confusion, overlap, cost."""
 
 from __future__ import annotations
 
@@ -16,8 +16,34 @@ from hfpipe.report.section import Section
 def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
     """The sections of a run folder; without those that the run has no file for."""
     cost = cost_section(stage_costs(folder, recipe))
+    data = data_section(folder, recipe)
     found = (overlap_section(folder), shift_section(folder), merge_section(folder, recipe), cost)
-    return [*confusion_sections(folder, recipe), *(section for section in found if section)]
+    sections = [data, *confusion_sections(folder, recipe), *found]
+    return [section for section in sections if section]
+
+
+def data_section(folder: Path, recipe: Recipe) -> Section | None:
+    """What each stage read of its sources: rows, epochs, shares, what was left out or mended, and packing."""
+    rows = [["stage", "source", "#rows read", "#epochs", "#share of the tokens", "left out", "cut or mended"]]
+    waste = []
+    for stage in recipe.stages:
+        done = folder / "stages" / stage.name / "done.json"
+        data = json.loads(done.read_text()).get("data", {}) if done.exists() else {}
+        for name, facts in data.get("sources", {}).items():
+            cells = [stage.name, name.partition(": ")[2], f"#{facts['rows']:,}", f"#{facts.get('epochs', '')}"]
+            cells.append(f"#{facts['token_share']:.1%}" if "token_share" in facts else "#")
+            rows.append([*cells, *(_tallied(facts, kind) for kind in ("dirty", "mended"))])
+        if "cut_share" in data:
+            cut, padding = data["cut_share"], data["padding_share"]
+            waste.append(f"{stage.name}: {cut:.1%} of the documents go on in another row, {padding:.1%} padding")
+    return Section("Data", rows, [f"{'; '.join(waste)}."] if waste else []) if len(rows) > 1 else None
+
+
+def _tallied(facts: Mapping[str, Any], kind: str) -> str:
+    """Counts by reason, and the rows that were met first."""
+    counts = ", ".join(f"{count:,} {why}" for why, count in facts.get(kind, {}).items()) or "none"
+    ids = facts.get(f"{kind}_ids")
+    return f"{counts} ({', '.join(ids)})" if ids else counts
 
 
 def overlap_section(folder: Path) -> Section | None:

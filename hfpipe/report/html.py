@@ -65,7 +65,6 @@ def write_html(folder: Path) -> Path:
         _changes(recipe, scores),
         _plots("Training loss", _losses(folder, recipe)),
         _training(recipe, done),
-        _sources(done),
         *(section.html() for section in fact_sections(folder, recipe)),
         _environment(_read(folder / "environment.json")),
         f"<h2>Recipe</h2><pre>{escape((folder / 'recipe.yaml').read_text())}</pre>",
@@ -179,26 +178,6 @@ def _training(recipe: Recipe, done: dict[str, dict[str, Any]]) -> str:
             cells = [escape(stage.name), how, escape(facts["parent"]), f"#{facts['steps']:,}", f"#{loss}", *counts]
             rows.append(cells)
     return f"<h2>Training</h2>{_table(rows)}" if len(rows) > 1 else ""
-
-
-def _sources(done: dict[str, dict[str, Any]]) -> str:
-    """What the streams read: rows, epochs, shares, dirt, and what packing wasted."""
-    rows = [["stage", "source", "#rows read", "#epochs", "#share of the tokens", "dirty rows"]]
-    waste = []
-    for stage, facts in done.items():
-        data = facts.get("data", {})
-        for name, source in data.get("sources", {}).items():
-            dirty = ", ".join(f"{count:,} {why}" for why, count in source["dirty"].items()) or "none"
-            if source["dirty_ids"]:
-                dirty += f" ({', '.join(source['dirty_ids'])})"
-            numbers = [f"#{source['rows']:,}", f"#{source['epochs']}", f"#{source['token_share']:.1%}"]
-            rows.append([escape(stage), escape(name.partition(": ")[2]), *numbers, escape(dirty)])
-        if "cut_share" in data:
-            cut, padding = data["cut_share"], data["padding_share"]
-            waste.append(f"{stage}: {cut:.1%} of the documents are cut to go on in another row, {padding:.1%} padding")
-    if len(rows) == 1:
-        return ""
-    return f'<h2>Data</h2>{_table(rows)}<p class="note">{escape("; ".join(waste))}.</p>'
 
 
 def _environment(facts: dict[str, Any]) -> str:

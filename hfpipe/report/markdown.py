@@ -165,7 +165,6 @@ def _stages(folder: Path, recipe: Recipe) -> str:
         "| stage | kind | from | steps | last loss | data |",
         "| --- | --- | --- | ---: | ---: | --- |",
     ]
-    sources: list[str] = []
     for stage in recipe.stages:
         done = folder / "stages" / stage.name / "done.json"
         if not done.exists():
@@ -175,27 +174,7 @@ def _stages(folder: Path, recipe: Recipe) -> str:
         lines.append(
             f"| {stage.name} | {stage.kind} | {facts['parent']} | {facts['steps']} | {loss} | {_data(facts['data'])} |"
         )
-        sources += _sources(stage.name, facts["data"].get("sources", {}))
-    if sources:
-        lines += [
-            "",
-            "| stage | source | rows read | epochs | share of the tokens | dirty rows |",
-            "| --- | --- | ---: | ---: | ---: | --- |",
-            *sources,
-        ]
     return "\n".join(lines)
-
-
-def _sources(stage: str, sources: dict[str, Any]) -> list[str]:
-    """What each source of a stream has given, a line each."""
-    lines = []
-    for name, facts in sources.items():
-        dirty = ", ".join(f"{count:,} {why}" for why, count in facts["dirty"].items()) or "none"
-        if facts["dirty_ids"]:
-            dirty += f" ({', '.join(facts['dirty_ids'])})"
-        cells = f"{facts['rows']:,} | {facts['epochs']} | {facts['token_share']:.1%} | {dirty}"
-        lines.append(f"| {stage} | {name.partition(': ')[2]} | {cells} |")
-    return lines
 
 
 def _data(facts: dict[str, Any]) -> str:

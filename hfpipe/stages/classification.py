@@ -15,11 +15,11 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hfpipe import ranks
+from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.labels import balanced_weights, classes_of, collate_labelled, label_ids, plain_labels, problem_of
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.rows import ShuffledRows
-from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, read_head
@@ -32,7 +32,8 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     """Trains a classification stage and saves its model; see `stages.common.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Classification)
-    texts, labels, names = _texts_and_labels(run, stage)
+    texts, labels, declared, sources = _labelled_rows(run, stage)
+    names = _class_names(run, stage, labels, declared)
     problem = problem_of(labels)
     rows = _tokenized(run, texts, labels, names)
     lengths = [len(row["input_ids"]) for row in rows]
@@ -78,7 +79,9 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     loader = BatchLoader(
         source, per_device, run.tokenizer.pad_token_id, stage.training.get("pad_to_multiple_of", 1), collate_labelled
     )
-    return train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
+    facts = train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
+    facts["data"]["sources"] = sources
+    return facts
 
 
 class _Loss:
@@ -102,26 +105,37 @@ class _Loss:
         return loss / count
 
 
-def _texts_and_labels(run: StageRun, stage: Classification) -> tuple[list[str], list[Any], list[str]]:
-    """Every row of the stage that has both, and the names of the classes in order."""
+def _labelled_rows(
+    run: StageRun, stage: Classification
+) -> tuple[list[str], list[Any], list[str], dict[str, dict[str, Any]]]:
+    """Texts and labels of every row that has both, the names that the data declares, and what was read by source."""
+    facts: dict[str, dict[str, Any]] = {}
     texts: list[str] = []
     labels: list[Any] = []
     declared: list[str] = []
     for source in stage.data:
         rows, names = plain_labels(load_rows(source, seed=run.recipe.seed, kinds=("classification",)), source.path)
         declared += [name for name in names if name not in declared]
-        for row in readable(rows, source):
-            if row["sentence"] and row["label"] is not None:
+        read = Read()
+        for row in tidy_rows(rows, source, read):
+            if row["label"] is not None:
                 texts.append(row["sentence"])
                 labels.append(row["label"])
+        refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
+        facts[f"{len(facts)}: {source.path}"] = read.facts()
     if not texts:
         raise DataError(f"stages.{stage.name}: no row has a sentence and a label.")
+    return texts, labels, declared, facts
+
+
+def _class_names(run: StageRun, stage: Classification, labels: list[Any], declared: list[str]) -> list[str]:
+    """The classes in order; none for numbers."""
     if len({problem_of([label]) for label in labels}) > 1:
         raise DataError(f"stages.{stage.name}: the sources mix class names, lists of them and numbers with a point.")
     if problem_of(labels) == "regression":
         if any(label != label or label == IGNORED for label in labels):
             raise DataError(f"stages.{stage.name}: a label is not a number, or is -100, which marks ignored rows.")
-        return texts, labels, []
+        return []
     found = classes_of(labels)
     earlier = list(read_head(Path(run.continued.path))["label2id"]) if run.continued is not None else None
     names = stage.labels or earlier or declared or found
@@ -132,7 +146,7 @@ def _texts_and_labels(run: StageRun, stage: Classification) -> tuple[list[str], 
         )
     if len(names) < 2:
         raise DataError(f"stages.{stage.name}: every row has the label {names[0]!r}; there is nothing to tell apart.")
-    return texts, labels, names
+    return names
 
 
 def _require_same_head(run: StageRun, head: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from hfpipe import ranks
+from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
@@ -73,7 +75,7 @@ def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
                 f"stages.{run.stage.name}.training: a streamed source has no known end, so epochs cannot be counted; "
                 "give max_steps."
             )
-        for batch in rows.iter(batch_size=1000):
-            texts = [text for text in batch["text"] if text]
+        documents = tidy_rows(rows, source, Read())
+        while texts := [row["text"] for row in islice(documents, 1000)]:
             tokens += sum(map(len, run.tokenizer(texts, return_attention_mask=False)["input_ids"])) + len(texts)
     return max(1, math.ceil(tokens * run.stage.training.get("num_train_epochs", 1) / tokens_per_step))

@@ -1,0 +1,125 @@
+"""Data with bytes that are not UTF-8, and JSON with half a character: read to the end, the places marked.
+
+`datasets` gives up on a whole file for one such place. Python lets a program say how bytes are decoded: by an error
+handler for text and CSV, and for JSON, where `datasets` asks for none, by an encoding. Each place becomes one of
+Unicode's noncharacters, which are meant for use inside a program and stand in no text; `dirt.py` decides on the row.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from datasets import Dataset, IterableDataset, Value
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+UNDECODABLE = "\ufdd0"  # bytes that are not UTF-8
+LONE = "\ufdd1"  # an escaped surrogate of JSON without its other half
+HANDLER, JSON_ENCODING = "hfpipe_mark", "hfpipe_json"
+
+# An escape that is one itself (an even number of backslashes before it), and of surrogates those that are no pair.
+_ESCAPES = re.compile(
+    rb"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
+
+
+def reading_arguments(path: str, arguments: dict[str, object]) -> dict[str, object]:
+    """What `load_dataset` is told in addition, so that a builder of text files marks what it cannot decode.
+
+    Args:
+        path: The builder.
+        arguments: What the recipe says; where it names an encoding itself, nothing is added.
+    """
+    if path not in ("json", "csv", "text") or {"encoding", "encoding_errors"} & arguments.keys():
+        return {}
+    return {"encoding": JSON_ENCODING} if path == "json" else {"encoding_errors": HANDLER}
+
+
+def table_blocks(rows: Dataset, size: int, begin: int = 0) -> Iterator[dict[str, list[Any]]]:
+    """The columns of a table, `size` rows at a time, from row `begin` on."""
+    for start in range(begin, len(rows), size):
+        place = slice(start, min(start + size, len(rows)))
+        try:
+            yield rows[place]
+        except UnicodeDecodeError:
+            yield python_of(rows.with_format("arrow")[place])
+
+
+def can_be_arrow(rows: IterableDataset) -> bool:
+    """Whether a stream has Arrow's own values: not those that Python has made already, nor JSON, nor what is nested."""
+    plain = all(isinstance(feature, Value) for feature in (rows.features or {}).values())
+    return rows._ex_iterable.iter_arrow is not None and rows.features is not None and plain
+
+
+def blocks_of(rows: Dataset | IterableDataset, size: int) -> Iterator[dict[str, list[Any]]]:
+    """The columns of a table or of a stream, `size` rows at a time."""
+    if isinstance(rows, Dataset):
+        yield from table_blocks(rows, size)
+        return
+    if can_be_arrow(rows):
+        rows = rows.with_format("arrow")
+    for block in rows.iter(batch_size=size):
+        yield python_of(block) if isinstance(block, pa.Table) else block
+
+
+def python_of(table: pa.Table) -> dict[str, list[Any]]:
+    """The values of a table; bytes that are not UTF-8, which Parquet lets pass, are marked."""
+    try:
+        return table.to_pydict()
+    except UnicodeDecodeError:
+        return {name: _decoded(table[name]) for name in table.column_names}
+
+
+def _decoded(column: pa.ChunkedArray) -> list[Any]:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column.to_pylist()
+    values = column.cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", HANDLER) for value in values]
+
+
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return UNDECODABLE, error.end
+
+
+def _decode_json(data: Buffer, errors: str = "strict") -> tuple[str, int]:
+    marked = data = bytes(data)
+    if b"\\ud" in data or b"\\uD" in data:
+        marked = _ESCAPES.sub(lambda found: found[0] if len(found[2]) > 6 else found[1] + LONE.encode(), data)
+    return marked.decode("utf-8", HANDLER), len(data)
+
+
+def _find(name: str) -> codecs.CodecInfo | None:
+    if name != JSON_ENCODING:
+        return None
+    return codecs.CodecInfo(
+        codecs.utf_8_encode, _decode_json, incrementaldecoder=_IncrementalDecoder, name=JSON_ENCODING
+    )
+
+
+class _IncrementalDecoder(codecs.IncrementalDecoder):
+    """For `open`; a file that is one JSON object is read at once."""
+
+    def __init__(self, errors: str = "strict") -> None:
+        super().__init__(errors)
+        self._held = b""
+
+    def decode(self, data: bytes, final: bool = False) -> str:  # type: ignore[override]
+        self._held += data
+        if not final:
+            return ""
+        text, self._held = _decode_json(self._held)[0], b""
+        return text
+
+    def reset(self) -> None:
+        self._held = b""
+
+
+codecs.register_error(HANDLER, _mark)
+codecs.register(_find)
