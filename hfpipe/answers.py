@@ -8,17 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 from hfpipe import ranks
+from hfpipe.data.choices import choice_form, common_choices, split_last_word
+from hfpipe.data.continuations import encode_continuations
 from hfpipe.data.encode import encode, prompt_and_completion
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.metrics.matches import names_of
 from hfpipe.model.classifier import classify
 from hfpipe.model.load import ModelRef, task_of
-from hfpipe.model.scoring import bits_of, generate
+from hfpipe.model.scoring import context_of, generate, likelihoods
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 
 Rows = list[dict[str, Any]]
 Answers = list[dict[str, Any] | None]
+TEXT_LENGTH = 1024  # tokens of a text that are scored, unless the suite says otherwise
 
 
 def can_score(rows: Rows, ref: ModelRef) -> bool:
@@ -32,48 +35,74 @@ def can_score(rows: Rows, ref: ModelRef) -> bool:
 
 def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
     """Bits, bytes and tokens of each row's text or completion."""
-    encoded = encode(mine, tokenizer, max_length=suite.max_length, append_eos=False)
-    bits = bits_of(model, encoded, tokenizer.pad_token_id, suite.batch_size)
+    if suite.target == "last_word":
+        pairs = [split_last_word(row["text"]) for row in mine]
+        encoded = encode_continuations(pairs, tokenizer, suite.max_length or context_of(model))
+        words = [1] * len(mine)
+    else:
+        encoded = encode(mine, tokenizer, max_length=suite.max_length or TEXT_LENGTH, append_eos=False)
+        words = [len((row.get("text") or row.get("completion") or "").split()) for row in mine]
+    found = likelihoods(model, encoded, tokenizer.pad_token_id, suite.batch_size)
     return [
-        {"bits": spent, "bytes": row.scored_bytes, "tokens": int(row.scored.sum())} if row.scored_bytes else None
-        for spent, row in zip(bits, encoded, strict=True)
+        {
+            "bits": one.bits,
+            "bytes": row.scored_bytes,
+            "tokens": int(row.scored.sum()),
+            "words": count,
+            "greedy": int(one.greedy),
+        }
+        if row.scored_bytes
+        else None
+        for one, row, count in zip(found, encoded, words, strict=True)
     ]
 
 
 def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """The answer that each row's model finds most likely among the choices, how sure it is, and the right one."""
-    if "prompt" not in rows[0]:
-        raise RecipeError(
-            f"the metrics {', '.join(suite.metrics)} choose among completions: their suite needs `prompt` and "
-            "`completion`."
+    """The answer that each row's model finds most likely among the choices, how sure it is, and the right one.
+
+    `prediction` is the likeliest, `prediction_norm` and `prediction_bytes` the likeliest per character and per byte of
+    the choice (lm-eval's `acc_norm` and `acc_bytes`); of several that are alike, the first.
+    """
+    common = None if "choices" in rows[0] or "good" in rows[0] else common_choices(suite, rows)
+    forms = [choice_form(row, suite, common) for row in mine]
+    pairs = [pair for form in forms for pair in form.pairs]
+    limit = suite.max_length or context_of(model)
+    encoded = encode_continuations(pairs, tokenizer, limit)
+    found = likelihoods(model, encoded, tokenizer.pad_token_id, suite.batch_size * 4)
+    answers: Answers = []
+    start = 0
+    for form in forms:
+        spent = [one.bits for one in found[start : start + len(form.choices)]]
+        start += len(form.choices)
+        texts = [text.strip() for text in form.choices]
+        names = [text if form.choices.count(text) == 1 else f"{n}. {text}" for n, text in enumerate(form.choices, 1)]
+        best, per_character, per_byte = (
+            names[costs.index(min(costs))]
+            for costs in (
+                spent,
+                [bits / max(len(text), 1) for bits, text in zip(spent, texts, strict=True)],
+                [bits / max(len(text.encode()), 1) for bits, text in zip(spent, texts, strict=True)],
+            )
         )
-    choices = suite.choices or sorted({row["completion"] for row in rows})
-    unknown = next((row["completion"] for row in rows if row["completion"] not in choices), None)
-    if unknown is not None:
-        raise DataError(f"the right answer {unknown!r} is not among the choices {choices}: it could never be chosen.")
-    if len(choices) < 2 or (suite.choices is None and len(choices) > 100):
-        raise RecipeError(
-            f"the metric accuracy found {len(choices)} different completions to choose from; it is meant for 2 to 100. "
-            "Name them under `choices`, or use exact_match for free answers."
+        right = names[form.answer]
+        answers.append(
+            {
+                "prediction": best,
+                "prediction_norm": per_character,
+                "prediction_bytes": per_byte,
+                "reference": right,
+                "confidence": 1 / sum(2.0 ** (min(spent) - bits) for bits in spent),  # likelihoods, made to sum to one
+                "correct": int(best == right),
+            }
         )
-    asked = [{"prompt": row["prompt"], "completion": choice} for row in mine for choice in choices]
-    encoded = encode(asked, tokenizer, max_length=None, append_eos=False)
-    bits = bits_of(model, encoded, tokenizer.pad_token_id, suite.batch_size * 4)
-    chosen: Answers = []
-    for number, row in enumerate(mine):
-        own = bits[number * len(choices) : (number + 1) * len(choices)]
-        answer = choices[own.index(min(own))]
-        confidence = 1 / sum(2.0 ** (min(own) - spent) for spent in own)  # likelihoods, made to sum to one
-        right = row["completion"]
-        chosen.append(
-            {"prediction": answer, "reference": right, "confidence": confidence, "correct": int(answer == right)}
-        )
-    return chosen
+    return answers
 
 
 def _classes(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
     """The class, classes or number that a classifier's head gives each row, how sure it is, and what is right."""
-    said = classify(model, [row["sentence"] for row in mine], tokenizer, suite.max_length, suite.batch_size)
+    said = classify(
+        model, [row["sentence"] for row in mine], tokenizer, suite.max_length or TEXT_LENGTH, suite.batch_size
+    )
     if model.config.problem_type != "regression":
         known = [str(name) for name in model.config.id2label.values()]
         right = {name for row in rows for name in names_of(row["label"])}

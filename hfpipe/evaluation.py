@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from hfpipe.answers import ANSWERS, answers_of
+from hfpipe.data.choices import plain_choices
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
@@ -29,34 +30,44 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
         DataError: There is none.
     """
     opened = load_rows(suite.data, default_split="test", seed=seed)
-    if "label" in (opened.column_names or []):
+    if "sentence" in (opened.column_names or []):
         opened, _ = plain_labels(opened, suite.data.path)
-    rows = [
-        row
-        for row in readable(opened, suite.data)
-        if all(row[key] for key in row if key not in ("id", "label")) and row.get("label", "") is not None
-    ]
+    rows = [row for row in readable(opened, suite.data) if _has_content(row)]
+    if rows and "answer" in rows[0]:
+        rows = plain_choices(rows, suite)
     if not rows:
-        raise DataError(f"the suite on {suite.data.path} has no row with content.")
+        raise DataError(f"the suite on {suite.data.path} has no row with content (and a right answer, where it asks).")
     _require_metrics_for(suite, rows[0])
     return rows
 
 
+def _has_content(row: dict[str, Any]) -> bool:
+    """Whether no text of a row is empty; what is right may be a 0, and only what is missing is empty."""
+    return all(value is not None if key in ("label", "answer") else value for key, value in row.items() if key != "id")
+
+
 def _require_metrics_for(suite: Suite, row: dict[str, Any]) -> None:
     """Refuses metrics that ask for something else than what the rows hold."""
-    kind = "class names" if "sentence" in row else "text"
+    kind = next((kind for role, kind in _KINDS.items() if role in row), "text")
     if isinstance(row.get("label"), float):
         kind = "numbers"
-    allowed = {"class names": {"choice"}, "numbers": {"number"}, "text": {"likelihood", "choice", "generation"}}[kind]
+    needs, fitting = _ALLOWED[kind]
     for name, metric in suite_metrics(suite).items():
-        if (need := needs_of(metric)) not in allowed:
-            fits = {"class names": "accuracy, f1 or f1_micro", "numbers": "mse, mae, pearsonr or spearmanr"}
+        if (need := needs_of(metric)) not in needs:
             raise RecipeError(
                 f"the suite on {suite.data.path}: {name} scores {_SCORED[need]}, and its rows hold {kind}. Take "
-                f"{fits.get(kind, 'bits_per_byte, accuracy or exact_match')}, or name other columns."
+                f"{fitting}, or name other columns."
             )
 
 
+_KINDS = {"sentence": "class names", "answer": "choices", "good": "pairs of sentences"}
+_ALLOWED = {
+    "class names": (("choice",), "accuracy, f1 or f1_micro"),
+    "numbers": (("number",), "mse, mae, pearsonr or spearmanr"),
+    "choices": (("choice",), "accuracy or accuracy_norm"),
+    "pairs of sentences": (("choice",), "accuracy"),
+    "text": (("likelihood", "choice", "generation"), "bits_per_byte, accuracy or exact_match"),
+}
 _SCORED = {"likelihood": "text", "choice": "classes", "number": "numbers", "generation": "generated text"}
 
 

@@ -200,11 +200,11 @@ def test_a_metric_is_ours_or_the_hubs_and_a_misspelt_one_is_told(
     suite["metrics"] = [*OURS, "owner/metric", "bertscore", "./own.py"]
     suite["metric_options"] = {"bleu": {"tokenize": "zh"}, "rougeL": {"use_stemmer": True}}
     assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 0
-    suite["metrics"] = ["blue", "rouge", "squad", "chrf"]
+    suite["metrics"] = ["blue", "rogue1", "squad_f", "chrf"]
     suite["metric_options"] = {"chrf": {"word_ordr": 2}, "bleu": {}}
     assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
     message = capsys.readouterr().err
-    for hint in ("Did you mean bleu?", "Did you mean rouge", "Did you mean squad_", "Did you mean word_order?"):
+    for hint in ("Did you mean bleu?", "Did you mean rouge1?", "Did you mean squad_f1?", "Did you mean word_order?"):
         assert hint in message
     assert "evaluate.sounds.metric_options.bleu: is not among the suite's metrics" in message
 

@@ -6,12 +6,13 @@ and tables stay on disk.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, List, Value, load_dataset, load_from_disk
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi
 
@@ -25,13 +26,40 @@ from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
 
 Rows: TypeAlias = Dataset | IterableDataset
-Kind = Literal["text", "prompt_completion", "messages", "classification"]
+Template: TypeAlias = str | list[str]
+COLUMN = r"[^.\[\]]+(\[\w+\])*"  # in a template
+Kind = Literal[
+    "text",
+    "prompt_completion",
+    "messages",
+    "classification",
+    "choices",
+    "answer",
+    "minimal_pair",
+    "stereotype_pair",
+    "stereotypes",
+    "stereoset",
+    "bbq",
+]
 ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
     "classification": ("sentence", "label"),
+    # What only suites have: see choices.py and stereotypes.py.
+    "choices": ("prompt", "choices", "answer"),
+    "answer": ("prompt", "answer"),
+    "minimal_pair": ("good", "bad"),
+    "stereotype_pair": ("more", "less"),
+    "stereotypes": ("stereotype", "anti_stereotype", "unrelated"),
+    "stereoset": ("context", "sentences", "target"),
+    "bbq": (
+        *("context", "question", "ans0", "ans1", "ans2", "label"),
+        *("answer_info", "additional_metadata", "context_condition", "question_polarity"),
+    ),
 }
+MAY_HAVE: dict[Kind, tuple[str, ...]] = {"stereotypes": ("term",), "bbq": ("prompt",)}  # roles beside these
+NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata")
 TEXT_KINDS: tuple[Kind, ...] = ("messages", "prompt_completion", "text")  # what a language model is trained on
 
 __all__ = ["fingerprint", "friendly", "load_rows", "roles_of"]
@@ -149,27 +177,40 @@ def _require(column: str, columns: Iterable[str], key: str, source: Source) -> N
 def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[Kind, ...]) -> Rows:
     """Only the columns of one role, as they are, renamed or built."""
     columns = list(features)
-    renamed = dict(source.columns) if isinstance(source.columns, dict) else {}
+    named_columns = dict(source.columns) if isinstance(source.columns, dict) else {}
+    renamed = {role: column for role, column in named_columns.items() if isinstance(column, str)}
     templates = dict(source.template or {})
-    for role, column in renamed.items():
-        _require(column, columns, f"columns.{role}", source)
-    for role, text in templates.items():
-        for field in _fields(text, role, source):
-            _require(field, columns, f"template.{role}", source)
+    for role, listed_columns in named_columns.items():
+        for column in [listed_columns] if isinstance(listed_columns, str) else listed_columns:
+            _require(column, columns, f"columns.{role}", source)
+        if isinstance(listed_columns, list):
+            templates[role] = [f"{{{column}}}" for column in listed_columns]
+    for role, template in templates.items():
+        for text in [template] if isinstance(template, str) else template:
+            for field in _fields(text, role, source):
+                _require(field, columns, f"template.{role}", source)
+                if f"{{{field}[" in text and isinstance(features[field], Value):
+                    raise RecipeError(
+                        f"source {source.path!r}: template.{role} asks for a part of {field!r}, which is one value. "
+                        "Write its plain name."
+                    )
     named = {*renamed, *templates}
     available = {*columns, *named}
-    asked = [kind for kind, roles in ROLES.items() if named & set(roles)]  # what the recipe names comes first
+    whole = {kind: {*roles, *MAY_HAVE.get(kind, ())} for kind, roles in ROLES.items()}
+    asked = [kind for kind in ROLES if named & whole[kind]]  # what the recipe names comes first
     kinds = [kind for kind in asked or ROLES if kind in allowed and available >= set(ROLES[kind])]
+    kinds.sort(key=lambda kind: not named <= whole[kind])
     if not kinds:
-        wanted = " nor ".join(" with ".join(f"`{role}`" for role in ROLES[kind]) for kind in allowed)
-        first = ROLES[allowed[-1]]
+        wanted = " nor ".join(" with ".join(f"`{role}`" for role in ROLES[kind]) for kind in allowed[:4])
+        first = ROLES[allowed[:4][-1]]
         example = ", ".join(f"{role}: {place}_COLUMN" for role, place in zip(first, ("SOME", "OTHER"), strict=False))
         raise DataError(
             f"source {source.path!r} has the columns {listed(columns)}: neither {wanted}. Say what they mean: "
             f"`columns: {{{example}}}` renames, "
             '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
         )
-    roles = [*ROLES[kinds[0]], *(["id"] if "id" in available else [])]
+    beside = [role for role in ("id", *MAY_HAVE.get(kinds[0], ())) if role in available]
+    roles = [*ROLES[kinds[0]], *beside]
     taken = {role: renamed.get(role, role) for role in roles if role not in templates}
     built = {role: templates[role] for role in roles if role in templates}
     for role, column in taken.items():
@@ -197,18 +238,24 @@ def _fields(text: str, role: str, source: Source) -> list[str]:
     for _, field, form, conversion in parsed:
         if field is None:
             continue
-        if not field or form or conversion or set(field) & set(".[]"):
+        if form or conversion or not re.fullmatch(COLUMN, field):
             raise RecipeError(
                 f"source {source.path!r}: template.{role}: {field!r} is not the plain name of a column. A column is "
-                "written {column}, without attribute, index or format; braces of the text are doubled: {{ and }}."
+                "written {column}, and a part of a list {column[0]}, without attribute or format; braces of the text "
+                "are doubled: {{ and }}."
             )
-        fields.append(field)
+        fields.append(_column(field))
     return fields
+
+
+def _column(field: str) -> str:
+    """The column of a template's field: `choices` of `choices[0]`."""
+    return field.partition("[")[0]
 
 
 def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
     """A role is text, or a conversation; a number is not made text behind the user's back."""
-    if role in ("id", "label"):  # what a label may hold is said in labels.py
+    if role in NOT_TEXT:  # what a label may hold is said in labels.py, and the rest in choices.py
         return
     if isinstance(feature, Json):  # rows of several types: `dirt.py` tells which of them are texts
         return
@@ -236,34 +283,46 @@ def _kind(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def _build(rows: Rows, columns: list[str], taken: dict[str, str], built: dict[str, str]) -> Rows:
+def _build(rows: Rows, columns: list[str], taken: dict[str, str], built: dict[str, Template]) -> Rows:
     """Builds roles by template, in batches."""
     arguments: dict[str, Any] = {"batched": True, "fn_kwargs": {"taken": taken, "built": built}}
     if isinstance(rows, Dataset):
         arguments["desc"] = "template"
     if rows.features is not None:
         kept = {role: rows.features[column] for role, column in taken.items()}
-        arguments["features"] = Features({**kept, **{role: Value("string") for role in built}})
+        forms = {
+            role: Value("string") if isinstance(form, str) else List(Value("string")) for role, form in built.items()
+        }
+        arguments["features"] = Features({**kept, **forms})
     return rows.map(_fill, remove_columns=columns, **arguments)
 
 
-def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, str]) -> dict[str, list[Any]]:
+def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, Template]) -> dict[str, list[Any]]:
     """The roles of a batch; where a value is missing, so is the text built of it, and the row counts as empty."""
     filled = {role: batch[column] for role, column in taken.items()}
     for role, template in built.items():
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
-        rows = (
-            zip(*(batch[field] for field in fields), strict=True) if fields else ((),) * len(next(iter(batch.values())))
-        )
-        filled[role] = [
+        if isinstance(template, str):
+            filled[role] = _filled(batch, template)
+        else:
+            texts = zip(*(_filled(batch, one) for one in template), strict=True)
+            filled[role] = [None if None in row else list(row) for row in texts]
+    return filled
+
+
+def _filled(batch: dict[str, list[Any]], template: str) -> list[str | None]:
+    fields = {_column(field) for _, field, _, _ in string.Formatter().parse(template) if field}
+    rows = zip(*(batch[field] for field in fields), strict=True) if fields else ((),) * len(next(iter(batch.values())))
+    try:
+        return [
             None if any(value is None for value in row) else template.format_map(dict(zip(fields, row, strict=True)))
             for row in rows
         ]
-    return filled
+    except (IndexError, KeyError, TypeError) as error:
+        raise DataError(f"the template {template!r} names a part that a row does not have: {error}.") from error
 
 
 def _with_features(rows: Rows, roles: list[str]) -> Rows:
     """Makes the columns of a stream known where the data does not tell; only of a conversation is the type unknown."""
-    if rows.column_names is not None or "messages" in roles or "label" in roles:
+    if rows.column_names is not None or "messages" in roles or set(roles) & {*NOT_TEXT[1:]}:
         return rows
     return rows.cast(Features({role: Value("string") for role in roles}))

@@ -13,6 +13,8 @@ from hfpipe.recipe.faults import did_you_mean, listed
 
 OURS = {
     "accuracy": "matches.Accuracy",
+    "accuracy_bytes": "matches.AccuracyPerByte",
+    "accuracy_norm": "matches.AccuracyPerCharacter",
     "bits_per_byte": "likelihood.BitsPerByte",
     "bleu": "translation.SacreBleu",
     "calibration_error": "calibration.CalibrationError",
@@ -20,6 +22,7 @@ OURS = {
     "exact_match": "matches.ExactMatch",
     "f1": "classes.FScore",
     "f1_micro": "classes.FScore",
+    "greedy_match": "likelihood.GreedyMatch",
     "mae": "numbers.MeanError",
     "matthews_correlation": "classes.MatthewsCorrelation",
     "mse": "numbers.MeanError",
@@ -37,6 +40,7 @@ OURS = {
     "squad_em": "matches.SquadExactMatch",
     "squad_f1": "matches.SquadF1",
     "ter": "translation.SacreBleu",
+    "word_perplexity": "likelihood.WordPerplexity",
 }
 
 # Metrics of `evaluate` where less is better; it does not say itself.

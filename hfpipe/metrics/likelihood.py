@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hfpipe.metrics.rows import Ratio
+from hfpipe.metrics.rows import Ratio, Share
 
 
 class BitsPerByte(Ratio):
@@ -21,14 +21,37 @@ class BitsPerByte(Ratio):
         return np.column_stack([np.asarray(predictions, dtype=float), np.asarray(references, dtype=float)])
 
 
+MOST_BITS = 332.0  # per token or word: a perplexity of 1e100, above which nothing is told and numbers overflow
+
+
 class Perplexity(BitsPerByte):
     """The exponential of the mean loss per token over all rows: comparable between models of one tokenizer only."""
 
     takes = ("bits", "tokens")
 
     def value(self, sums: np.ndarray) -> np.ndarray:
-        return np.exp2(super().value(sums))
+        return np.exp2(np.minimum(super().value(sums), MOST_BITS))
 
     def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
         stderr, low, high = super().interval(value, statistics, draws)
         return stderr * value * float(np.log(2)), low, high  # of the exponent, carried over by its slope
+
+
+class WordPerplexity(Perplexity):
+    """The same per word, as white space divides them: comparable between models of any tokenizer.
+
+    It is the perplexity of LAMBADA (Paperno et al. 2016), where the target of a row is one word.
+    """
+
+    takes = ("bits", "words")
+
+
+class GreedyMatch(Share):
+    """The share of rows whose target the model would say itself, each token the likeliest: LAMBADA's accuracy."""
+
+    needs = "likelihood"
+    takes = ("greedy", "tokens")
+    types = ("int64", "int64")
+
+    def hit(self, prediction: int, reference: int) -> bool:
+        return prediction > 0

@@ -25,6 +25,20 @@ class Accuracy(Share):
         return names_of(prediction) == names_of(reference)
 
 
+class AccuracyPerCharacter(Accuracy):
+    """The same with the log-likelihood of an answer divided by its characters: `acc_norm` of lm-eval."""
+
+    takes = ("prediction_norm", "reference")
+    several = False
+
+
+class AccuracyPerByte(Accuracy):
+    """The same with the log-likelihood of an answer divided by its UTF-8 bytes: `acc_bytes` of lm-eval."""
+
+    takes = ("prediction_bytes", "reference")
+    several = False
+
+
 class ExactMatch(Share):
     """The share of rows whose generated answer is the right one, white space at the ends aside."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hfpipe.data.encode import Encoded
+from hfpipe.errors import RecipeError
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -18,17 +20,43 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-@torch.no_grad()
+def context_of(model: Any) -> int | None:
+    """Tokens that a model takes at once, by its config; None where that does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model gives the targets of a row.
+
+    Args:
+        bits: Bits that it spends on them, the negative logarithm of their probability.
+        greedy: Whether each of them is the likeliest token at its place.
+    """
+
+    bits: float
+    greedy: bool
+
+
 def bits_of(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: int) -> list[float]:
-    """Bits that the model spends on the targets of each row.
+    """Bits that the model spends on the targets of each row; arguments as those of `likelihoods`."""
+    return [found.bits for found in likelihoods(model, rows, pad_token_id, batch_size)]
+
+
+@torch.no_grad()
+def likelihoods(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: int) -> list[Likelihood]:
+    """The likelihood of the targets of each row.
 
     Args:
         model: A causal language model in evaluation mode.
         rows: Encoded rows.
         pad_token_id: Fills the right side of shorter rows.
         batch_size: Rows of a forward pass.
+
+    Raises:
+        RecipeError: The model gives no finite numbers.
     """
-    bits = [0.0] * len(rows)
+    found = [Likelihood(0.0, True)] * len(rows)
     for indices in by_length([len(row.input_ids) for row in rows], batch_size):
         longest = max(len(rows[index].input_ids) for index in indices)
         if longest < 2:
@@ -42,16 +70,27 @@ def bits_of(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: 
             mask[place, :size] = 1
             scored[place, :size] = torch.from_numpy(rows[index].scored)
         ids, mask, scored = (tensor.to(model.device) for tensor in (ids, mask, scored))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logits = logits[:, -longest:-1]  # (B, L-1, V); the tokens that a prompt adapter puts in front have some too
-        where = scored[:, 1:]
+        # The last token is a target only: a row may be one longer than the model's context.
+        logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
+        logits = logits[:, 1 - longest :]  # (B, L-1, V); the tokens that a prompt adapter puts in front have some too
+        where, targets = scored[:, 1:], ids[:, 1:]
         # Only the targets' rows of the logits go to float32: the whole of them would be the largest tensor by far.
-        losses = torch.nn.functional.cross_entropy(logits[where].float(), ids[:, 1:][where], reduction="none")
+        chosen = logits[where].float()
+        losses = torch.nn.functional.cross_entropy(chosen, targets[where], reduction="none")
+        if not torch.isfinite(losses).all():
+            raise RecipeError(
+                "the model's likelihoods are not finite numbers, so nothing can be scored: its training has diverged, "
+                "or its weights overflow in their dtype. Lower learning_rate, or set `model.dtype` to float32 or "
+                "bfloat16."
+            )
+        row_of = where.nonzero()[:, 0]
         totals = torch.zeros(len(indices), dtype=torch.float64, device=losses.device)
-        totals.index_add_(0, where.nonzero()[:, 0], losses.double())
+        totals.index_add_(0, row_of, losses.double())
+        missed = torch.zeros(len(indices), dtype=torch.long, device=losses.device)
+        missed.index_add_(0, row_of, (chosen.argmax(-1) != targets[where]).long())
         for place, index in enumerate(indices):
-            bits[index] = float(totals[place]) / math.log(2)
-    return bits
+            found[index] = Likelihood(float(totals[place]) / math.log(2), not missed[place])
+    return found
 
 
 @torch.no_grad()

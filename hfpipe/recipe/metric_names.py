@@ -17,6 +17,8 @@ _ROUGE = ("tokenize", "use_stemmer")
 # Each of ours, and the options that `metric_options` may give it.
 OUR_METRICS: dict[str, tuple[str, ...]] = {
     "accuracy": (),
+    "accuracy_bytes": (),
+    "accuracy_norm": (),
     "bits_per_byte": (),
     "bleu": _BLEU,
     "calibration_error": (),
@@ -24,6 +26,7 @@ OUR_METRICS: dict[str, tuple[str, ...]] = {
     "exact_match": (),
     "f1": (),
     "f1_micro": (),
+    "greedy_match": (),
     "mae": (),
     "matthews_correlation": (),
     "mse": (),
@@ -41,6 +44,13 @@ OUR_METRICS: dict[str, tuple[str, ...]] = {
     "squad_em": (),
     "squad_f1": (),
     "ter": ("normalized", "no_punct", "asian_support", "case_sensitive"),
+    "word_perplexity": (),
+}
+
+# A name that stands for several of ours; its options go to each of them.
+FAMILIES = {
+    "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    "squad": ("squad_em", "squad_f1"),
 }
 
 # Metrics of the Hub's `evaluate-metric` that take a generated text and a right one. Any other is named with its owner

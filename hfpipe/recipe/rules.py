@@ -9,12 +9,28 @@ from hfpipe.recipe.adapters import adapter_of, check_adapter, check_merges
 from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
-from hfpipe.recipe.metric_names import OUR_METRICS, is_elsewhere
+from hfpipe.recipe.metric_names import FAMILIES, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 
 BASE = "base"
-ROLES = ("text", "prompt", "completion", "messages", "sentence", "label")
+FORMS = (  # the roles that a row may have together
+    ("text",),
+    ("prompt", "completion"),
+    ("messages",),
+    ("sentence", "label"),
+)
+SUITE_FORMS = (  # and what only a suite's may
+    ("prompt", "choices", "answer"),
+    ("good", "bad"),
+    ("more", "less"),
+    ("stereotype", "anti_stereotype", "unrelated", "term"),
+    ("context", "sentences", "target"),
+    (
+        *("prompt", "context", "question", "ans0", "ans1", "ans2", "label"),
+        *("answer_info", "additional_metadata", "context_condition", "question_polarity"),
+    ),
+)
 BUILTIN_TABLES = ("text", "package", "summary")
 BUILTIN_SPLITS = ("train", "test")
 
@@ -45,7 +61,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         for source in stage.sources:
             yield from _check_source(source)
     for suite in suites(data):
-        yield from _check_source(suite.source)
+        yield from _check_source(suite.source, FORMS + SUITE_FORMS)
         yield from _check_metrics(suite)
         if suite.source.data.get("weight") is not None:
             yield Fault(
@@ -164,7 +180,7 @@ def _check_weights(stage: RawStage) -> Iterator[Fault]:
             )
 
 
-def _check_source(source: Block) -> Iterator[Fault]:
+def _check_source(source: Block, forms: tuple[tuple[str, ...], ...] = FORMS) -> Iterator[Fault]:
     if "token" in source.data:
         text = "a token does not belong in a file. Log in with `hf auth login`, or set HF_TOKEN."
         yield Fault((*source.steps, "token"), text)
@@ -174,13 +190,13 @@ def _check_source(source: Block) -> Iterator[Fault]:
             if value is not None and value not in allowed:
                 text = f"found {found(value)}; allowed with `path: builtin` is one of {listed(allowed)}."
                 yield Fault((*source.steps, key), text + did_you_mean(value, allowed))
-    yield from _check_roles(source)
+    yield from _check_roles(source, forms)
 
 
 def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
     names = [name for name in sequence(suite.data.get("metrics")) if isinstance(name, str)]
     for index, name in enumerate(names):
-        if name not in OUR_METRICS and not is_elsewhere(name):
+        if name not in OUR_METRICS and name not in FAMILIES and not is_elsewhere(name):
             text = f"unknown metric '{name}'; the metrics are {listed(OUR_METRICS)}. One of the Hub is named with its "
             text += f"owner (owner/metric), one of your own as a script (./metric.py).{did_you_mean(name, OUR_METRICS)}"
             yield Fault((*suite.steps, "metrics", index), text)
@@ -188,36 +204,41 @@ def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
         steps = (*suite.steps, "metric_options", name)
         if name not in names:
             yield Fault(steps, f"is not among the suite's metrics ({listed(names)}).{did_you_mean(name, names)}")
+        takes = OUR_METRICS.get(FAMILIES[name][0] if name in FAMILIES else name)
         for option in mapping(options):
-            if name in OUR_METRICS and option not in OUR_METRICS[name]:
-                allowed = f"they are {listed(OUR_METRICS[name])}" if OUR_METRICS[name] else "it has none"
-                text = f"unknown option of {name}; {allowed}.{did_you_mean(option, OUR_METRICS[name])}"
+            if takes is not None and option not in takes:
+                allowed = f"they are {listed(takes)}" if takes else "it has none"
+                text = f"unknown option of {name}; {allowed}.{did_you_mean(option, takes)}"
                 yield Fault((*steps, option), text)
 
 
-def _check_roles(source: Block) -> Iterator[Fault]:
+def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[Fault]:
+    roles = list(dict.fromkeys(role for form in forms for role in form))
     given: dict[Any, str] = {}
     for key in ("columns", "template"):
-        for role in mapping(source.data.get(key)):
+        for role, column in mapping(source.data.get(key)).items():
             steps = (*source.steps, key, role)
-            if role not in ROLES:
-                yield Fault(steps, f"unknown role; the roles are {listed(ROLES)}.{did_you_mean(role, ROLES)}")
+            if role not in roles:
+                only = any(role in form for form in SUITE_FORMS)
+                text = f"unknown role; the roles are {listed(roles)}.{did_you_mean(role, roles)}"
+                yield Fault(steps, f"is a role of a suite's rows: nothing is trained on it. {text}" if only else text)
             elif role in given:
                 yield Fault(steps, f"`{given[role]}` gives this role already. Keep one.")
             elif key == "template" and role == "messages":
                 yield Fault(steps, "a template makes text, and messages are a list. Use `columns: {messages: ...}`.")
+            elif isinstance(column, list) and role != "choices":
+                yield Fault(steps, "is one text, not a list; a row has several `choices` only.")
             given[role] = key
     for role, other in (("prompt", "completion"), ("completion", "prompt")):
-        if role in given and other not in given:
+        is_choice = role == "prompt" and forms != FORMS  # its choices and answer may be columns as they stand
+        if role in given and other not in given and not is_choice:
             text = f"`{role}` is given without `{other}`, and the two go together. Add it: `{other}: <column>`."
             yield Fault((*source.steps, given[role], role), text)
-    shapes = ["messages" in given, "text" in given, "prompt" in given or "completion" in given]
-    shapes.append("sentence" in given or "label" in given)
-    if sum(shapes) > 1:
-        both = listed(role for role in ROLES if role in given)
-        text = f"the source gives {both}; a row is text, or prompt and completion, or messages, or sentence and label."
-        text += " Keep one of them."
-        yield Fault(source.steps, text)
+    known = [role for role in roles if role in given]
+    if not any(set(known) <= set(form) for form in forms):
+        text = f"the source gives {listed(known)}; a row is "
+        text += ", or ".join(" and ".join(form) for form in forms if len(form) < 6)
+        yield Fault(source.steps, f"{text}. Keep one of them.")
 
 
 def _check_outcome(data: dict[str, Any]) -> Iterator[Fault]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+
+from hfpipe.recipe.metric_names import FAMILIES
 
 BASE = "base"  # the model before any training, where the name of a stage may stand
 
@@ -28,6 +30,10 @@ def _word_or_block(value: Any) -> str:
 
 def _list_or_block(value: Any) -> str:
     return BLOCK if isinstance(value, dict) else LIST
+
+
+def _list_or_word(value: Any) -> str:
+    return LIST if isinstance(value, list) else WORD
 
 
 def _as_share(value: Any) -> Any:
@@ -65,6 +71,10 @@ class Words(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# A text, or a list of them: the choices of a row, each a column or a template of its own.
+_Text = Annotated[Annotated[str, Tag(WORD)] | Annotated[list[str], Tag(LIST)], Discriminator(_list_or_word)]
+
+
 class Source(Words):
     """One `load_dataset` call, and what its columns mean.
 
@@ -82,11 +92,11 @@ class Source(Words):
     where: str | None = Field(None, description='a condition on columns, such as "language_score > 0.9"')
     columns: (
         Annotated[
-            Annotated[dict[str, str], Tag(BLOCK)] | Annotated[list[str], Tag(LIST)], Discriminator(_list_or_block)
+            Annotated[dict[str, _Text], Tag(BLOCK)] | Annotated[list[str], Tag(LIST)], Discriminator(_list_or_block)
         ]
         | None
     ) = Field(None, description="role: column, for columns with other names, e.g. {text: content}")
-    template: dict[str, str] | None = Field(
+    template: dict[str, _Text] | None = Field(
         None, description='builds roles from columns, e.g. {prompt: "Q: {question}\\nA:", completion: " {answer}"}'
     )
 
@@ -222,6 +232,10 @@ KINDS: dict[str, type[StageBase]] = {"pretrain": Pretrain, "sft": Sft, "classifi
 Stage = Annotated[Pretrain | Sft | Classification, Field(discriminator="kind")]
 
 
+def _parts(name: Any) -> tuple[Any, ...]:
+    return FAMILIES.get(name, (name,)) if isinstance(name, str) else (name,)
+
+
 class Suite(Words):
     """A held-out data set with its metrics, scored on the base and after every stage."""
 
@@ -232,9 +246,32 @@ class Suite(Words):
     )
     budget: Share | None = Field(None, ge=0, description="how much of the score may be lost, e.g. 3%")
     choices: list[str] | None = Field(None, description="the answers `accuracy` ranks; those of the suite when absent")
-    max_length: int = Field(1024, gt=1, description="tokens of context when a row is scored")
+    delimiter: str = Field(" ", description="what stands between a prompt and each of its `choices`")
+    blank: str | None = Field(
+        None, min_length=1, description="a mark in the prompt where the choices are set: what follows it is scored"
+    )
+    target: Literal["last_word"] | None = Field(None, description="`last_word`: only a text's last word is scored")
+    max_length: int | None = Field(
+        None, gt=1, description="tokens of context when a row is scored; 1024 of a text, the model's own for choices"
+    )
     batch_size: int = Field(16, gt=0, description="rows scored at once on each rank")
     generation: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.GenerationConfig")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_of_families(cls, data: Any) -> Any:
+        """`squad` and `rouge` are written out as the metrics that they stand for."""
+        if not isinstance(data, dict) or not isinstance(data.get("metrics"), list):
+            return data
+        parts = [part for name in data["metrics"] for part in _parts(name)]
+        options = data.get("metric_options")
+        if isinstance(options, dict):
+            options = {part: value for name, value in options.items() for part in _parts(name)}
+        return {
+            **data,
+            "metrics": list(dict.fromkeys(parts)),
+            **({} if options is None else {"metric_options": options}),
+        }
 
 
 class Push(Words):

@@ -1,0 +1,68 @@
+"""Pairs of a context and what may follow it, to tokens: how choices, last words and sentences are scored.
+
+The rules are those of the Language Model Evaluation Harness (lm-eval 0.4: `_encode_pair`, `loglikelihood`), so
+that the numbers are comparable: both texts are tokenized together and cut at the length of the context alone; white
+space at the end of the context goes to the continuation; an empty context is the BOS token, or EOS where there is none;
+what is too long loses its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hfpipe.data.encode import Encoded
+
+Pair = tuple[str, str]  # context, continuation
+
+
+def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and behind a text, such as BOS, or [CLS] and [SEP]."""
+    whole = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(place for place in range(len(whole) + 1) if whole[place : place + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain) :]
+
+
+def encode_continuations(pairs: Sequence[Pair], tokenizer: Any, max_length: int | None) -> list[Encoded]:
+    """Tokenizes contexts and continuations for a causal model; the tokens of the continuation are the targets.
+
+    Args:
+        pairs: Context and continuation; the context may be empty.
+        tokenizer: A tokenizer.
+        max_length: Tokens that the model takes; a row may have one more, its last, which is a target only.
+
+    Returns:
+        One `Encoded` a pair.
+    """
+    if not pairs:
+        return []
+    before = special_ends(tokenizer)[0]
+    moved = [(context.rstrip(), context[len(context.rstrip()) :] + continuation) for context, continuation in pairs]
+
+    def ids_of(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    contexts = list(dict.fromkeys(context for context, _ in moved))  # choices share theirs
+    lengths = dict(zip(contexts, map(len, ids_of(contexts)), strict=True))
+    encoded = []
+    for (context, continuation), ids in zip(moved, ids_of(["".join(pair) for pair in moved]), strict=True):
+        # A token that joins the end of the context and all of the continuation is scored rather than nothing.
+        given = min(lengths[context], len(ids) - 1)
+        first = before if before or given > 0 else beginning(tokenizer)
+        given += len(first)
+        ids = [*first, *ids]
+        scored = np.arange(len(ids)) >= given
+        if max_length is not None:
+            ids, scored = ids[-max_length - 1 :], scored[-max_length - 1 :]
+        scored[:1] = False
+        encoded.append(Encoded(ids, scored, len(continuation.encode("utf-8", "surrogatepass"))))
+    return encoded
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The token that stands for an empty context: BOS, else EOS; none where a tokenizer has neither."""
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if token is None else [token]

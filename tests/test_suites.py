@@ -1,0 +1,209 @@
+"""Suites described in YAML, beside a plain script: multiple choice, minimal pairs, last words."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hfpipe.cli import main
+from hfpipe.model.create import train_tokenizer
+
+CONTEXT = 48
+QUESTIONS = [
+    ("What does the cat say?", ["mew", "a loud bark", "moo"], 0),
+    (
+        "What does the dog say, in the barn by the river, when it is late and dark and the hen is asleep?",
+        ["no", "b"],
+        1,
+    ),
+    ("Where did the fox sit? ", ["by the hill", "in the tree ö", "nowhere"], 2),
+    ("Who said hoot?", ["owl", "the old brown owl in the tree", "hen", "cow"], 0),
+    ("Which one moos?", ["cow", "ĉow ĉow"], 0),
+]
+
+
+@pytest.fixture(scope="module", params=["llama with BOS", "gpt2 without"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights and a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = [f"The {animal} said {sound} by the river. Question: Answer:" for animal, sound in tiny.SOUNDS.items()]
+    tokenizer = train_tokenizer(texts * 20, 320, CONTEXT)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_attention_heads": 2}
+    if request.param.startswith("llama"):
+        from tokenizers.processors import TemplateProcessing
+
+        start = tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, tokenizer.eos_token_id)]
+        )
+        config: Any = LlamaConfig(**sizes, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=CONTEXT)
+        network: Any = LlamaForCausalLM(config)
+    else:
+        network = GPT2LMHeadModel(GPT2Config(**sizes, n_layer=2, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0))
+    for parameter in network.parameters():
+        parameter.data.mul_(6)  # so that the likelihoods lie far apart
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Plain:
+    """What a person would write: log-softmax in float32, one text at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def __call__(self, context: str, continuation: str) -> tuple[float, bool, int]:
+        """Log-likelihood of the continuation, whether it is the greedy one, and its tokens."""
+        if context:
+            given = self.tokenizer(context.rstrip())["input_ids"]
+            ids = self.tokenizer(context + continuation)["input_ids"]
+        else:
+            given = [self.tokenizer.eos_token_id]
+            ids = given + self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        size = len(ids) - len(given)
+        kept = ids[-(CONTEXT + 1) :]
+        table = torch.log_softmax(self.model(torch.tensor([kept[:-1]])).logits[0].float(), -1)[-size:]
+        target = torch.tensor(kept[-size:])
+        return float(table.gather(1, target[:, None]).sum()), bool((table.argmax(-1) == target).all()), size
+
+
+def scored(folder: Path, model: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> dict[str, float]:
+    """The scores of a suite on `rows`, through the command line."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = tiny.recipe(folder)
+    source = {"path": "json", "data_files": str(folder / "rows.jsonl"), **suite.pop("data", {})}
+    content["evaluate"] = {"it": {"data": source, "batch_size": 2, **suite}}
+    tiny.write_data(folder)
+    path = str(tiny.write(folder, content))
+    assert main(["check", "--fast", path]) == 0
+    assert main(["evaluate", str(model), path, "--output", str(folder / "scores.json")]) == 0
+    found = json.loads((folder / "scores.json").read_text())
+    assert all(score["low"] <= score["value"] <= score["high"] for score in found)
+    return {score["metric"]: score["value"] for score in found}
+
+
+def letters(answer: int) -> str:
+    return "ABCDE"[answer]
+
+
+FORMS: dict[str, Any] = {
+    "list and place": lambda q, c, a: {"question": q, "choices": c, "answer": a},
+    "list and text": lambda q, c, a: {"question": q, "choices": c, "answer": c[a]},
+    "table with labels": lambda q, c, a: {
+        "question": q,
+        "choices": {"text": c, "label": [letters(n) for n in range(len(c))]},
+        "answer": letters(a),
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_multiple_choice_is_the_plain_scripts(model: Path, tmp_path: Path, form: str) -> None:
+    plain = Plain(model)
+    rows = [FORMS[form](*question) for question in QUESTIONS]
+    suite = {
+        "data": {"template": {"prompt": "Question: {question}\nAnswer:"}},
+        "metrics": ["accuracy", "accuracy_norm", "accuracy_bytes"],
+    }
+    found = scored(tmp_path, model, rows, suite)
+    hits = {metric: 0 for metric in found}
+    for question, choices, answer in QUESTIONS:
+        likely = [plain(f"Question: {question}\nAnswer:", f" {choice}")[0] for choice in choices]
+        for metric, sizes in (
+            ("accuracy", [1] * len(choices)),
+            ("accuracy_norm", [len(choice) for choice in choices]),
+            ("accuracy_bytes", [len(choice.encode()) for choice in choices]),
+        ):
+            values = [value / size for value, size in zip(likely, sizes, strict=True)]
+            hits[metric] += values.index(max(values)) == answer
+    assert found == {metric: count / len(QUESTIONS) for metric, count in hits.items()}
+
+
+def test_answers_that_count_from_one_and_choices_in_columns(model: Path, tmp_path: Path) -> None:
+    plain = Plain(model)
+    rows = [
+        {"sentence": f"The {one} sat by the {two}, and _ said {tiny.SOUNDS[one]}.", "a": one, "b": two, "right": str(n)}
+        for n, (one, two) in zip(
+            [1, 2, 1, 2], [("cat", "dog"), ("cow", "hen"), ("fox", "owl"), ("owl", "cat")], strict=True
+        )
+    ]
+    suite = {
+        "data": {"columns": {"prompt": "sentence", "choices": ["a", "b"], "answer": "right"}},
+        "metrics": ["accuracy"],
+        "blank": "_",
+    }
+    found = scored(tmp_path, model, rows, suite)
+    hits = 0
+    for row in rows:
+        before, after = row["sentence"].split("_")
+        likely = [plain(before + row[column], " " + after.strip())[0] for column in ("a", "b")]
+        hits += likely.index(max(likely)) == int(row["right"]) - 1
+    assert found == {"accuracy": hits / len(rows)}
+
+
+def test_letters_of_a_prompt_that_lists_its_choices(model: Path, tmp_path: Path) -> None:
+    plain = Plain(model)
+    rows = [{"question": q, "choices": [*c, "x"][:3], "answer": a} for q, c, a in QUESTIONS]
+    prompt = "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\nAnswer:"
+    suite = {"data": {"template": {"prompt": prompt}}, "metrics": ["accuracy"], "choices": ["A", "B", "C"]}
+    found = scored(tmp_path, model, rows, suite)
+    likely = [[plain(prompt.format(**row), f" {letter}")[0] for letter in "ABC"] for row in rows]
+    hits = sum(values.index(max(values)) == row["answer"] for values, row in zip(likely, rows, strict=True))
+    assert found == {"accuracy": hits / len(rows)}
+
+
+def test_minimal_pairs_are_the_plain_scripts_and_a_tie_is_wrong(model: Path, tmp_path: Path) -> None:
+    plain = Plain(model)
+    rows = [
+        {"sentence_good": f"The {one} said {sound}.", "sentence_bad": f"{sound} the said {one}."}
+        for one, sound in tiny.SOUNDS.items()
+    ]
+    rows += [{"sentence_good": "The same.", "sentence_bad": "The same."}]
+    suite = {"data": {"columns": {"good": "sentence_good", "bad": "sentence_bad"}}, "metrics": ["accuracy"]}
+    found = scored(tmp_path, model, rows, suite)
+    hits = sum(plain("", row["sentence_good"])[0] > plain("", row["sentence_bad"])[0] for row in rows[:-1])
+    assert found == {"accuracy": hits / len(rows)}
+
+
+def test_last_words_are_the_plain_scripts(model: Path, tmp_path: Path) -> None:
+    plain = Plain(model)
+    rows = [{"text": f"The {animal} by the river, the {animal} said {tiny.SOUNDS[animal]}"} for animal in tiny.ANIMALS]
+    # One that the model would say itself.
+    with torch.no_grad():
+        ids = plain.tokenizer("The cat by the", return_tensors="pt")["input_ids"]
+        said = plain.tokenizer.decode(plain.model.generate(ids, max_new_tokens=1, do_sample=False)[0, ids.shape[1] :])
+    rows.append({"text": f"The cat by the {said.strip()}"})
+    suite = {"metrics": ["greedy_match", "word_perplexity", "perplexity"], "target": "last_word"}
+    found = scored(tmp_path, model, rows, suite)
+    split = [row["text"].rpartition(" ") for row in rows]
+    results = [plain(given, space + word) for given, space, word in split]
+    nats = -sum(result[0] for result in results)
+    assert found["greedy_match"] == sum(result[1] for result in results) / len(rows)
+    assert found["word_perplexity"] == pytest.approx(math.exp(nats / len(rows)), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / sum(result[2] for result in results)), rel=1e-5)
+
+
+def test_an_answer_that_is_no_choice_is_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    suite = {"data": {"path": "json", "data_files": str(rows)}, "metrics": ["accuracy"]}
+    content["evaluate"] = {"it": suite}
+    path = str(tiny.write(tmp_path, content))
+    rows.write_text(json.dumps({"prompt": "p", "choices": ["one", "two"], "answer": "three"}))
+    assert main(["evaluate", str(model), path]) == 5
+    assert "'three' is none of the choices one, two" in capsys.readouterr().err
+    suite["metrics"] = ["bleu"]
+    assert main(["evaluate", str(model), str(tiny.write(tmp_path, content))]) in (2, 5)
+    content["stages"][1]["data"][0]["template"] = {"prompt": "{sound}", "choices": ["a", "b"]}
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
+    assert "is a role of a suite's rows" in capsys.readouterr().err
