@@ -10,6 +10,7 @@ from hfpipe import ranks
 from hfpipe.errors import RecipeError
 from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.files import write_json
+from hfpipe.folders import model_of
 from hfpipe.model.load import ModelRef, load_model, load_tokenizer
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.markdown import describe, number
@@ -89,7 +90,7 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
     if stage is not None and stage not in finished:
         raise RecipeError(f"--stage {stage}: {name} has no such finished stage; it has {', '.join(finished)}.")
     chosen = finished[stage or list(finished)[-1]]
-    return ModelRef(str(folder / "stages" / chosen.name / "model"), recipe.model, quantization=chosen.quantized)
+    return ModelRef(str(model_of(folder / "stages" / chosen.name)), recipe.model, quantization=chosen.quantized)
 
 
 def merge_run(folder: Path, stage: str | None) -> str:

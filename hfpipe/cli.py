@@ -104,6 +104,24 @@ def _merge(options: argparse.Namespace) -> None:
     print(merge_run(folder, options.stage))
 
 
+def _dial(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.dial import STRENGTHS, dial_run
+
+    dial_run(folder, options.stage, options.strengths or STRENGTHS)
+
+
+def _strengths(text: str) -> list[float]:
+    """Reads `0,0.25,0.5`."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= strength <= 1 for strength in found):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed are numbers from 0 to 1, such as 0,0.25,0.5,0.75,1")
+    return found
+
+
 def _push(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
     from hfpipe.hub import push
@@ -188,6 +206,15 @@ def _parser() -> argparse.ArgumentParser:
     merge = command("merge", _merge, "the merged model of a run, verified against the adapter")
     merge.add_argument("run", metavar="RUN", help="a run folder")
     merge.add_argument("--stage", help="which adapter; the last one when absent")
+    dial = command("dial", _dial, "a stage at strengths from 0 (its parent) to 1: gain, forgetting, the best")
+    dial.add_argument("run", metavar="RUN", help="a run folder")
+    dial.add_argument("--stage", help="which stage; the last one when absent")
+    dial.add_argument(
+        "--strengths",
+        type=_strengths,
+        metavar="0,0.25,...",
+        help="default: 0,0.1,0.25,0.5,0.75,0.9,1",
+    )
     push = command("push", _push, "upload adapter or model with its card to the Hub")
     push.add_argument("run", metavar="RUN", help="a run folder")
     push.add_argument("--repo-id", help="OWNER/NAME; the recipe's push.repo_id when absent")

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.files import whole_folder, write_json, write_text
+from hfpipe.folders import model_of, strength_of
 from hfpipe.recipe import Push, Recipe, load_recipe
 from hfpipe.report.card import HUB_ID, Artefact, model_card
 from hfpipe.report.facts import stage_costs
@@ -62,7 +63,8 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe) -> Path:
     elif base and not is_on_hub(base):
         base = revision = None
     license = known_base.get("license") or (_cached_license(base, revision) if base else None)
-    artefact = Artefact(push.repo_id, push.what, stage, push.revision, base, revision, license)
+    strength = strength_of(run_dir / "stages" / stage)
+    artefact = Artefact(push.repo_id, push.what, stage, push.revision, base, revision, license, strength)
     scorecard = run_dir / "scorecard.json"
     scores = read_scorecard(scorecard) if scorecard.is_file() else []
     target = run_dir / "push" / push.what
@@ -85,7 +87,8 @@ def _find_made(run_dir: Path, what: str, stage: str, recipe: Recipe) -> Path:
     names = [s.name for s in recipe.stages]
     if stage not in names:
         raise RecipeError(f"push.stage: there is no stage {stage!r} in {run_dir}. Its stages are: {', '.join(names)}.")
-    folder = run_dir / "stages" / stage / ("merged" if what == "merged" else "model")
+    place = run_dir / "stages" / stage
+    folder = place / "merged" if what == "merged" else model_of(place)
     if not folder.is_dir():
         remedy = (
             f"Merge it: hfpipe merge {shlex.quote(str(run_dir))} (or `merge: true` in the recipe)."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hfpipe import ranks
 from hfpipe.cost import CostMeter
+from hfpipe.dial import settle
 from hfpipe.errors import BudgetExceeded
 from hfpipe.files import write_json
 from hfpipe.overlap import require_no_overlap
@@ -46,7 +47,8 @@ def run_recipe(recipe: Recipe) -> Path:
     ranks.wait()
     for stage in recipe.stages:
         _train(run, stage.name, recipe.parent_of(stage.name))
-        scores += with_paired(run, scores, stage.name, score_stage(run, stage.name))
+        own = with_paired(run, scores, run.stage_folder(stage.name) / "predictions", score_stage(run, stage.name))
+        scores += settle(run, scores, stage.name, own)
         if ranks.is_main():
             write_scorecard(scores, folder / "scorecard.json")
             write_reports(folder)
@@ -79,7 +81,7 @@ def _train(run: Run, name: str, parent: str) -> None:
         _move_aside(folder, run.hashes[name])
         write_json(folder / "stage.json", {"hash": run.hashes[name]})
     ranks.wait()
-    start = run.trained(parent)
+    start = run.handed_on(parent)
     continued = start if stage.parent_adapter == "continue" else None
     if start.is_adapter:
         start = start.base if continued is not None else merged(run, parent)
@@ -112,12 +114,13 @@ def _check_budgets(recipe: Recipe, scores: list[Score], stage: str) -> None:
         if suite.budget is None:
             continue
         for change in over_budget(of_lineage(scores, recipe.lineage(stage)), stage, name, suite.budget):
+            dialled = "It does so at every strength that was tried. " if suite.budget_action == "dial" else ""
             raise BudgetExceeded(
                 f"stage {stage} lost {-change.relative:.1%} of {name} {change.after.metric} "
                 f"({change.before.value:.4f} after {change.before.stage}, {change.after.value:.4f} now), more than the "
-                f"budget of {suite.budget:.1%}. Nothing was merged or pushed; the model stays in the run folder. "
-                "Replay earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, and run "
-                "again."
+                f"budget of {suite.budget:.1%}. {dialled}Nothing was merged or pushed; the model stays in the run "
+                "folder. Replay earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, "
+                "and run again."
             )
 
 

@@ -14,10 +14,11 @@ from hfpipe.answers import can_score
 from hfpipe.environment import environment
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.files import write_json, write_jsonl, write_text
+from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
 from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
-from hfpipe.recipe import Merge, Recipe, dump_recipe, hash_of
+from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.scores import BASE, Score, stages_of
 
 PROBE_TEXTS = 4
@@ -55,16 +56,28 @@ class Run:
         """Whether a stage is trained as the recipe has it now."""
         return read_json(self.stage_folder(name) / "done.json").get("hash") == self.hashes[name]
 
-    def predictions(self, stage: str, suite: str) -> Path:
-        """Where what a stage's model gave for each row of a suite is kept."""
-        return self.stage_folder(stage) / "predictions" / f"{suite}.jsonl"
-
     def trained(self, name: str) -> ModelRef:
-        """The model that a finished stage left, or the base; an adapter comes on the base it was trained on."""
+        """The model that a stage trained, or the base; an adapter comes on the base it was trained on."""
         if name == BASE:
             return self.base.ref
         stage = next(stage for stage in self.recipe.stages if stage.name == name)
-        return ModelRef(str(self.stage_folder(name) / "model"), self.recipe.model, quantization=stage.quantized)
+        return ModelRef(str(self.stage_folder(name) / MODEL), self.recipe.model, quantization=stage.quantized)
+
+    def handed_on(self, name: str) -> ModelRef:
+        """The model that a stage hands on: what it trained, or that at the strength it was dialled to."""
+        trained = self.trained(name)
+        return trained if name == BASE else dataclasses.replace(trained, path=str(model_of(self.stage_folder(name))))
+
+    def hash_stages(self) -> None:
+        """Works out the hash of every stage, from what it is and from what its parent hands on."""
+        for stage in self.recipe.stages:
+            parent = self.recipe.parent_of(stage.name)
+            seen = [self.hashes[parent], self.recipe.seed, stage]
+            if getattr(stage, "replay", None) is not None:
+                seen.append(self.hashes[stage.replay.stage])  # type: ignore[union-attr]
+            if (strength := strength_of(self.stage_folder(parent))) is not None:
+                seen.append(strength)
+            self.hashes[stage.name] = hash_of(seen)
 
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
@@ -72,29 +85,30 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
     for suite in recipe.evaluate.values():
         suite_metrics(suite)  # an unknown metric is refused before anything is made
     base = prepare_base(recipe, folder / "stages" / BASE)
-    hashes = {BASE: base.hash}
-    for stage in recipe.stages:
-        seen = [hashes[recipe.parent_of(stage.name)], recipe.seed, stage]
-        if getattr(stage, "replay", None) is not None:
-            seen.append(hashes[stage.replay.stage])  # type: ignore[union-attr]
-        hashes[stage.name] = hash_of(seen)
     if ranks.is_main():
         resolved = recipe.model_copy(update={"model": recipe.model.model_copy(update=base.pinned)})
         write_text(folder / "recipe.yaml", dump_recipe(resolved))
         write_json(folder / "environment.json", environment(base.ref))
     with ranks.state().main_process_first():
         rows = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
-    return Run(recipe, folder, base, rows, hashes)
+    run = Run(recipe, folder, base, rows, {BASE: base.hash})
+    run.hash_stages()
+    return run
+
+
+def score_key(*what: Any, suite: Suite) -> str:
+    """Says which model was scored on which suite; what the budget allows does not change a score."""
+    return hash_of([*what, suite.model_copy(update={"budget": None, "budget_action": "fail"})])
 
 
 def score_stage(run: Run, name: str) -> list[Score]:
-    """Scores every suite on what a stage left; what was scored before on the same model is read, not computed."""
+    """Scores every suite on what a stage trained; what was scored before on the same model is read, not computed."""
     path = run.stage_folder(name) / "scores.json"
     known = read_json(path)
     scores: list[Score] = []
     model = None
     for suite_name, suite in run.recipe.evaluate.items():
-        key = hash_of([run.hashes[name], suite])
+        key = score_key(run.hashes[name], suite=suite)
         if known.get(suite_name, {}).get("hash") == key:
             scores += [Score(**row) for row in known[suite_name]["scores"]]
             continue
@@ -109,18 +123,28 @@ def score_stage(run: Run, name: str) -> list[Score]:
         scores += found.scores
         known[suite_name] = {"hash": key, "scores": [dataclasses.asdict(score) for score in found.scores]}
         if ranks.is_main():
-            write_jsonl(run.predictions(name, suite_name), found.records)
+            write_jsonl(run.stage_folder(name) / "predictions" / f"{suite_name}.jsonl", found.records)
             write_json(path, known)
     return scores
 
 
-def with_paired(run: Run, earlier: list[Score], now: str, scores: list[Score]) -> list[Score]:
-    """The scores of a stage with the noise of their differences to those of every earlier stage, row by row."""
+def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], **others: Path) -> list[Score]:
+    """Scores with the noise of their differences to those of every earlier stage, row by row.
+
+    Args:
+        run: The run.
+        earlier: The scores of the earlier stages.
+        now: The folder of what the scored model gave for each row.
+        scores: Its scores.
+        others: More such folders by name.
+    """
     errors: dict[tuple[str, str], dict[str, float]] = {}
     if ranks.is_main():
-        for stage in stages_of(earlier):
-            for name, suite in run.recipe.evaluate.items():
-                files = run.predictions(stage, name), run.predictions(now, name)
+        folders = {stage: predictions_of(run.stage_folder(stage)) for stage in stages_of(earlier)} | others
+        for stage, other in folders.items():
+            for name in dict.fromkeys(score.suite for score in scores):
+                suite = run.recipe.evaluate[name]
+                files = [folder / f"{name}.jsonl" for folder in (other, now)]
                 if all(file.exists() for file in files):
                     before, after = ([json.loads(line) for line in file.open(encoding="utf-8")] for file in files)
                     for metric, error in paired_errors(suite, before, after).items():
@@ -136,7 +160,7 @@ def merged(run: Run, name: str) -> ModelRef:
         if ranks.is_main():
             block = run.recipe.merge if isinstance(run.recipe.merge, Merge) else Merge.model_validate({})
             found = merge_adapter(
-                run.trained(name), run.base.tokenizer, folder, probe_texts(run, PROBE_TEXTS * 8), block.max_loss
+                run.handed_on(name), run.base.tokenizer, folder, probe_texts(run, PROBE_TEXTS * 8), block.max_loss
             )
             write_json(run.stage_folder(name) / "merge.json", dataclasses.asdict(found))
             ranks.say(f"{name}: merged and verified (largest difference {found.difference:.1e} nats)")

@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hfpipe"
 LAYERS = [
-    {"errors", "files", "recipe", "scores", "shipped"},
+    {"errors", "files", "folders", "recipe", "scores", "shipped", "tradeoff"},
     {"ranks", "data", "model", "metrics"},
     {"answers", "checkpoints", "cost", "environment", "evaluation", "overlap", "shift", "stages"},
     {"hub", "report", "upload"},
-    {"pipeline", "run"},
+    {"dial", "pipeline", "run"},
     {"artifacts", "preflight"},
     {"cli", "__main__"},
 ]

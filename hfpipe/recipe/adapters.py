@@ -7,7 +7,7 @@ from typing import Any
 
 from hfpipe.recipe.continued import is_continued, parent_of
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
-from hfpipe.recipe.raw import Block, RawStage, mapping, text_of
+from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites, text_of
 from hfpipe.recipe.signatures import is_prompt_learning, peft_types
 
 # What these types need besides a config, or why a training loop of next tokens does not train them.
@@ -21,6 +21,8 @@ _NOT_TRAINED = {
     "shadow": "it runs beside the model",
     "xlora": "it needs adapters that are trained already",
 }
+# Whose change of the weights can be scaled by its own tensors; see model/dial.py.
+DIALLED = ("lora", "vera", "loha", "lokr", "ia3")
 _NOT_MERGED = ("lily",)  # PEFT has no merge for it
 # They are worked out from data or from the weights in full precision by a call of their own, which a config is not.
 _INITS_BY_CALL = ("corda", "eva", "loftq", "lora_ga")
@@ -103,19 +105,35 @@ def _check_init(stage: RawStage, adapter: Block) -> Iterator[Fault]:
         yield Fault(steps, f"{text} Remove `{patterns[0]}`.")
 
 
-def check_merges(stages: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
+def check_merges(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
     """Yields every merge that cannot be: of `merge:`, of `push:`, and of an adapter that a later stage starts from."""
-    by_name = {stage.name: stage for stage in stages if stage.name}
-    for number, stage in enumerate(stages):
-        parent = parent_of(stage, stages[:number])
+    by_name = {stage.name: stage for stage in every if stage.name}
+    for number, stage in enumerate(every):
+        parent = parent_of(stage, every[:number])
         if parent is not None and not is_continued(stage) and not is_mergeable(parent):
             text = f"the stage starts from '{parent.name}', whose adapter cannot be merged into the weights."
             yield Fault((*stage.steps, "parent"), f"{text} Write `parent: base`, or give '{parent.name}' a `lora:`.")
-    adapters = [stage for stage in stages if adapter_of(stage) is not None]
+    adapters = [stage for stage in every if adapter_of(stage) is not None]
     if data.get("merge") and adapters and not is_mergeable(adapters[-1]):
         yield Fault(("merge",), f"the adapter of '{adapters[-1].name}' cannot be merged into the weights. Remove it.")
     push = mapping(data.get("push"))
-    pushed = by_name.get(text_of(push.get("stage")) or "") or (stages[-1] if stages else None)
+    pushed = by_name.get(text_of(push.get("stage")) or "") or (every[-1] if every else None)
     if push.get("what") in ("merged", "both") and pushed is not None and not is_mergeable(pushed):
         text = f"the adapter of '{pushed.name}' cannot be merged into the weights. Write `what: adapter`."
         yield Fault(("push", "what"), text)
+
+
+def check_dial(data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields what is wrong with `budget_action: dial`: no budget to keep, or an adapter that has no strengths."""
+    dialling = [suite for suite in suites(data) if suite.data.get("budget_action") == "dial"]
+    for suite in suites(data):
+        if "budget_action" in suite.data and suite.data.get("budget") is None:
+            text = "there is no `budget` to exceed. Add one, such as `budget: 3%`, or remove it."
+            yield Fault((*suite.steps, "budget_action"), text)
+    for stage in stages(data) if dialling else ():
+        adapter = adapter_of(stage)
+        kind = text_of(adapter.data.get("type")) if adapter else None
+        if kind is not None and kind not in DIALLED:
+            text = f"the stage '{stage.name}' trains an adapter of type {kind}, which has no strengths between 0 and 1;"
+            text += f" {listed(DIALLED)} and all weights have. Write `budget_action: fail`, or take another adapter."
+            yield Fault((*dialling[0].steps, "budget_action"), text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hfpipe.recipe.adapters import adapter_of, check_adapter, check_merges
+from hfpipe.recipe.adapters import adapter_of, check_adapter, check_dial, check_merges
 from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
@@ -69,6 +69,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
                 "a suite draws from one source, so there is nothing to weigh. Remove it.",
             )
     yield from _check_outcome(data)
+    yield from check_dial(data)
     yield from check_overlap(data)
     yield from check_country(data)
 

@@ -245,6 +245,11 @@ class Suite(Words):
         default_factory=dict, description="options by metric, e.g. {bleu: {tokenize: zh}}"
     )
     budget: Share | None = Field(None, ge=0, description="how much of the score may be lost, e.g. 3%")
+    budget_action: Literal["fail", "dial"] = Field(
+        "fail",
+        description="what happens when more is lost: the run ends, or the stage is dialled down to the best strength "
+        "that is inside the budgets",
+    )
     choices: list[str] | None = Field(None, description="the answers `accuracy` ranks; those of the suite when absent")
     delimiter: str = Field(" ", description="what stands between a prompt and each of its `choices`")
     blank: str | None = Field(

@@ -39,6 +39,7 @@ class Artefact:
         base: Hub id of the base model; None when the run started from nothing.
         base_revision: Commit of the base that was used.
         license: Licence of the base, where it is known.
+        strength: What the stage was dialled to so as to stay inside the budgets; None at full strength.
     """
 
     repo_id: str
@@ -48,6 +49,7 @@ class Artefact:
     base: str | None = None
     base_revision: str | None = None
     license: str | None = None
+    strength: float | None = None
 
 
 def model_card(
@@ -165,7 +167,14 @@ def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
     if artefact.base and artefact.base_revision:
         made += f" (commit `{artefact.base_revision}`)"
     how = f", on the base in {last.quantized.type}" if last.quantized else ""
-    return f"{made}, made by stage `{artefact.stage}` of the hfpipe recipe `{recipe.name}`{how}."
+    text = f"{made}, made by stage `{artefact.stage}` of the hfpipe recipe `{recipe.name}`{how}."
+    if artefact.strength is not None:
+        text += (
+            f"\n\nIt has {artefact.strength:g} of the strength that was trained, on the line from the model that the "
+        )
+        text += "stage started from to the trained one: the most gain inside the forgetting that the recipe allows. "
+        text += "The strength is folded into the weights here; nothing has to be scaled."
+    return text
 
 
 def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:

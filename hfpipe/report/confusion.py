@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from hfpipe.folders import predictions_of
 from hfpipe.recipe import Recipe
 from hfpipe.report.section import Section
 
@@ -16,12 +17,12 @@ def confusion_sections(folder: Path, recipe: Recipe) -> list[Section]:
     """One table for each suite of classes, after the last stage that was scored on it."""
     sections = []
     for suite in recipe.evaluate:
-        files = [folder / "stages" / stage.name / "predictions" / f"{suite}.jsonl" for stage in recipe.stages]
-        there = [file for file in files if file.exists()]
-        pairs = _pairs(there[-1]) if there else []
+        files = {one.name: predictions_of(folder / "stages" / one.name) / f"{suite}.jsonl" for one in recipe.stages}
+        there = [stage for stage, file in files.items() if file.exists()]
+        pairs = _pairs(files[there[-1]]) if there else []
         names = sorted({name for pair in pairs for name in pair})
         if 2 <= len(names) <= MOST_CLASSES:
-            sections.append(_table(suite, there[-1].parent.parent.name, pairs, names))
+            sections.append(_table(suite, there[-1], pairs, names))
     return sections
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.files import write_text
+from hfpipe.folders import model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
 from hfpipe.scores import (
@@ -215,8 +216,11 @@ def closing_lines(folder: Path) -> list[str]:
         lines += [f"forgotten  {describe(change)}" for change in lost] or ["forgotten  nothing beyond the noise"]
         lines += [f"scored     {describe_first(score)}" for score in only_scored(recipe, scores)]
     last = folder / "stages" / recipe.stages[-1].name
-    is_adapter = (last / "model" / "adapter_config.json").exists()
-    lines.append(f"{'adapter' if is_adapter else 'model':9}  {last / 'model'}")
+    model = model_of(last)
+    is_adapter = (model / "adapter_config.json").exists()
+    strength = strength_of(last)
+    dialled = "" if strength is None else f"  (dialled to {strength:g}, to stay inside the budget)"
+    lines.append(f"{'adapter' if is_adapter else 'model':9}  {model}{dialled}")
     if (last / "merged").exists():
         lines.append(f"merged     {last / 'merged'}")
     lines.append(f"report     {folder / 'report.html'}")

@@ -1,0 +1,203 @@
+"""The dial through the command line: both ends to the digit, every kind on the straight line, and what a run does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from hfpipe.cli import main
+from hfpipe.model.dial import open_dial
+from hfpipe.model.load import ModelRef, load_model, load_tokenizer
+from hfpipe.recipe import load_recipe
+
+KINDS = {
+    "lora": {"lora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "embed_tokens"]}},
+    "pissa": {"lora": {"r": 4, "init_lora_weights": "pissa", "modules_to_save": ["lm_head"]}},
+    "dora": {"lora": {"r": 4, "use_dora": True, "trainable_token_indices": [1, 2]}},
+    "ia3": {"peft": {"type": "ia3"}},
+    "vera": {"peft": {"type": "vera", "r": 8, "target_modules": ["q_proj"]}},
+    "full": {},
+}
+IDS = torch.arange(5, 25)[None]
+
+
+def points(run: Path, stage: str) -> dict[float, dict]:
+    found = json.loads((run / "stages" / stage / "dial.json").read_text())
+    return {one["strength"]: one for one in found["points"]}
+
+
+def values(scores: list[dict]) -> dict:
+    return {(score["suite"], score["metric"]): score["value"] for score in scores}
+
+
+def forgetful(folder: Path, **suite: object) -> dict:
+    """A recipe whose second stage learns its task, and forgets more of the prose than its budget."""
+    content = tiny.recipe(folder, shift=False, energy=False, merge=False)
+    content["evaluate"]["general"] |= {"budget": "9%", **suite}
+    content["evaluate"]["sounds"]["metrics"] = ["accuracy", "bits_per_byte"]
+    content["stages"][1]["training"] |= {"learning_rate": 0.05, "save_strategy": "no"}
+    return content
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a stage for every kind that has strengths, all from the base; nothing is scored."""
+    folder = tmp_path_factory.mktemp("kinds")
+    tiny.write_data(folder)
+    content = tiny.recipe(folder, merge=False, shift=False, energy=False, evaluate={})
+    content["stages"] = [
+        {
+            **{key: value for key, value in content["stages"][1].items() if key != "lora"},
+            "name": name,
+            "parent": "base",
+            "training": {"max_steps": 4, "learning_rate": 0.05, "max_length": 64, "save_strategy": "no"},
+            **block,
+        }
+        for name, block in KINDS.items()
+    ]
+    assert main(["run", str(tiny.write(folder, content))]) == 0
+    return folder / "run"
+
+
+def whole(ref: ModelRef) -> dict[str, torch.Tensor]:
+    """The weights of a model, or of an adapter merged into its base."""
+    model = load_model(ref)
+    return (model.merge_and_unload() if ref.is_adapter else model).state_dict()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_strength_is_on_the_straight_line_between_the_weights(kinds: Path, tmp_path: Path, name: str) -> None:
+    options = load_recipe(kinds / "recipe.yaml").model
+    base, trained = (ModelRef(str(kinds / "stages" / stage / "model"), options) for stage in ("base", name))
+    dial = open_dial(trained, base, load_tokenizer(base.path), ["The cat sat.", "The owl said hoot."])
+    start, end = whole(base), whole(trained)
+    assert max((end[key] - start[key]).abs().max() for key in start) > 0.005
+    with torch.no_grad():
+        for strength, ref in ((0.0, base), (1.0, trained)):
+            torch.testing.assert_close(dial.at(strength)(IDS).logits, load_model(ref)(IDS).logits, atol=1e-5, rtol=0)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    dial.save(saved, 0.3)
+    found = whole(ModelRef(str(saved), options))
+    for key in start:
+        torch.testing.assert_close(found[key], torch.lerp(start[key], end[key], 0.3), atol=1e-5, rtol=1e-4, msg=key)
+    assert not any(path.suffix == ".bin" for path in saved.iterdir())
+
+
+@pytest.fixture(scope="module")
+def dialled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a recipe whose budget the second stage exceeds, with `budget_action: dial`, and a third stage."""
+    folder = tmp_path_factory.mktemp("dialled")
+    tiny.write_data(folder)
+    content = forgetful(folder, budget_action="dial")
+    content["merge"] = True
+    after = content["stages"][1] | {
+        "name": "after",
+        "training": {"max_steps": 1, "learning_rate": 1e-5, "warmup_steps": 0},
+    }
+    content["stages"].append(after)
+    assert main(["run", str(tiny.write(folder, content))]) == 0
+    return folder / "run"
+
+
+def test_a_run_goes_on_at_the_best_strength_inside_the_budget(dialled: Path) -> None:
+    done = json.loads((dialled / "stages" / "sounds" / "done.json").read_text())
+    strength = done["dialled"]["strength"]
+    at = points(dialled, "sounds")
+    assert 0 < strength < 1
+    assert at[1.0]["over"] == ["general bits_per_byte"]
+    inside = {key: one["gain"] for key, one in at.items() if one["inside"] and key > 0}
+    assert strength == max(inside, key=inside.__getitem__)
+    card = json.loads((dialled / "scorecard.json").read_text())
+    assert values([row for row in card if row["stage"] == "sounds"]) == values(at[strength]["scores"])
+    assert all("prose" in row["paired"] for row in card if row["stage"] == "sounds")
+    merged = load_file(next((dialled / "stages" / "sounds" / "merged").glob("*.safetensors")))
+    options = load_recipe(dialled / "recipe.yaml").model
+    expected = whole(ModelRef(str(dialled / "stages" / "sounds" / "dial"), options))
+    assert all(torch.allclose(merged[key], expected[key], atol=1e-5) for key in merged), "the next stage starts there"
+
+
+def test_both_ends_are_the_scores_of_parent_and_stage_to_the_digit(dialled: Path) -> None:
+    at, card = points(dialled, "sounds"), json.loads((dialled / "scorecard.json").read_text())
+    assert values(at[0.0]["scores"]) == values([row for row in card if row["stage"] == "prose"])
+    own = json.loads((dialled / "stages" / "sounds" / "scores.json").read_text())
+    assert values(at[1.0]["scores"]) == values([row for suite in own.values() for row in suite["scores"]])
+    assert (at[0.0]["gain"], at[0.0]["gain_stderr"], at[0.0]["inside"]) == (0.0, 0.0, True)
+
+
+def test_plain_peft_gives_the_logits_of_the_dialled_model(dialled: Path) -> None:
+    stage = dialled / "stages" / "sounds"
+    code = (
+        "import sys, torch; from peft import AutoPeftModelForCausalLM as A\n"
+        "model = A.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
+        "torch.save(model(torch.arange(5, 25)[None]).logits.detach(), sys.argv[2])\n"
+        "assert not [name for name in sys.modules if name.startswith('hfpipe')]"
+    )
+    command = [sys.executable, "-c", code, str(stage / "dial"), str(dialled / "plain.pt")]
+    assert subprocess.run(command, check=False, cwd=dialled.parent).returncode == 0
+    options = load_recipe(dialled / "recipe.yaml").model
+    strength = json.loads((stage / "dial" / "strength.json").read_text())
+    trained = ModelRef(str(stage / "model"), options)
+    dial = open_dial(trained, trained.base, load_tokenizer(trained.path), ["The cat sat."])
+    with torch.no_grad():
+        ours = dial.at(strength["strength"])(IDS).logits
+    torch.testing.assert_close(torch.load(dialled / "plain.pt"), ours, atol=1e-5, rtol=0)
+
+
+def test_what_is_scored_is_not_scored_again(dialled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (dialled / "stages" / "sounds" / "dial.json").read_text()
+    assert main(["dial", str(dialled), "--stage", "sounds", "--strengths", "0.25,0.5"]) == 0
+    output = capsys.readouterr().out
+    assert "sounds at" not in output
+    assert "gains most inside the budgets" in output
+    assert (dialled / "stages" / "sounds" / "dial.json").read_text() == before
+    assert main(["run", str(dialled.parent / "tiny.yaml")]) == 0
+    assert capsys.readouterr().out.count("done before, skipped") == 3
+
+
+def test_the_budget_decides_anew_without_a_score_anew(
+    dialled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(dialled, tmp_path / "run")
+    command = ["run", str(dialled.parent / "tiny.yaml"), "--set", f"output_dir={tmp_path / 'run'}", "--set"]
+    done = tmp_path / "run" / "stages" / "sounds" / "done.json"
+    assert main([*command, "evaluate.general.budget=1%"]) == 3
+    said = capsys.readouterr()
+    assert "No strength is inside the budgets, not even 0.1: general bits_per_byte." in said.out
+    assert "at every strength that was tried" in said.err
+    assert "dialled" not in json.loads(done.read_text())
+    assert main([*command, "evaluate.general.budget=80%"]) == 0
+    said = capsys.readouterr()
+    assert "after: the recipe has changed" in said.out, (
+        "it started from the dialled adapter, and now from the whole one"
+    )
+    assert "sounds: general" not in said.out
+    card = json.loads((tmp_path / "run" / "scorecard.json").read_text())
+    assert values([row for row in card if row["stage"] == "sounds"]) == values(points(dialled, "sounds")[1.0]["scores"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget_action": "dial"}, "no `budget` to exceed"),
+        ({"budget": "3%", "budget_action": "dail"}, "fail, dial"),
+        ({"budget": "3%", "budget_action": "dial"}, "has no strengths between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_dialled_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, message: str
+) -> None:
+    content = tiny.recipe(tmp_path, merge=False)
+    del content["stages"][1]["lora"]
+    content["stages"][1]["peft"] = {"type": "oft"}
+    content["evaluate"]["general"] |= change
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
+    assert message in capsys.readouterr().err
