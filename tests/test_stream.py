@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.packing import isolation_leak, pack
 from hfpipe.data.ranges import stream_range
+from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.model.create import train_tokenizer
+from hfpipe.recipe import Source
 
 datasets.disable_progress_bars()
 LENGTH = 32
@@ -80,12 +82,51 @@ def test_every_document_exactly_once_in_each_epoch(tmp_path: Path, tokenizer, ki
     assert abs(tokens.report()["documents"] - begun) <= 4  # a document may have begun and not ended in each lane
     found = Counter(texts(served, 4, tokenizer))
     assert set(found) == {row["text"] for row in rows}
-    # Each lane has gone through its share a whole number of times and a part: the counts differ by that part only.
-    by_lane = [Counter(texts(served[lane::4], 1, tokenizer)) for lane in range(4)]
-    for counts in by_lane:
-        assert max(counts.values()) - min(counts.values()) <= 1
-    shares = [set(counts) for counts in by_lane]
-    assert sum(map(len, shares)) == len(rows), "two lanes served the same document"
+    # Each lane has gone through the shares a whole number of times and a part: the counts differ by that part only.
+    for lane in range(4):
+        counts = Counter(texts(served[lane::4], 1, tokenizer))
+        assert max(counts.values()) - min(counts[row["text"]] for row in rows) <= 1
+
+
+@pytest.mark.parametrize("kind", ["table", "files", "row groups", "one row group"])
+def test_lanes_of_unequal_shares_read_every_document_as_often(tmp_path: Path, tokenizer, kind: str) -> None:
+    rows = [{"text": f"d{n}: " + "one " * (40 if n % 4 == 1 else 2)} for n in range(48)]
+    files, groups = {"files": (6, 8), "row groups": (3, 2), "one row group": (1, 48)}.get(kind, (1, 1))
+    if kind == "table":
+        source = Dataset.from_list(rows)
+    else:
+        for number in range(files):
+            Dataset.from_list(rows[number::files]).to_parquet(tmp_path / f"{number}.parquet", batch_size=groups)
+        source = load_rows(Source(path="parquet", data_files=str(tmp_path / "*.parquet"), streaming=True))
+    endless = stream([source], tokenizer, lanes=4, window_documents=3)
+    served = [row for batch in take(endless, 240, rows=1) for row in batch]
+    found = Counter(text.strip() for text in texts(served, 4, tokenizer))
+    counts = [found[row["text"].strip()] for row in rows]
+    assert min(counts) >= 7
+    assert max(counts) - min(counts) <= 4, "as far apart as the lanes, however long the run"
+    three = stream([source], tokenizer, lanes=4, window_documents=3, exhausted="stop", epochs=3)
+    found = Counter(filter(None, texts(learned(stopped(three)), 4, tokenizer)))
+    assert found == Counter({row["text"]: 3 for row in rows})
+
+
+def test_rows_are_the_plain_tokenization_of_the_documents_in_their_order(tmp_path: Path, tokenizer) -> None:
+    rows = documents(200)
+    rows += [
+        {"id": "u", "text": "日本語 naïve 👩‍👩‍👧 \u200b ﷽ \t\n x"},
+        {"id": "e", "text": "</s> <|im_start|> in text"},
+    ]
+    source = parquet(tmp_path, rows, 5)
+    served = take(stream([source], tokenizer, lanes=4), 120, rows=1)
+    for lane in range(4):
+        ids = [token for (row,) in served[lane::4] for token in row]
+        ends = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
+        plain = {row["text"]: tokenizer(row["text"])["input_ids"] for row in rows}
+        by_tokens = {tuple(tokens): text for text, tokens in plain.items()}
+        begins = [0, *(end + 1 for end in ends)]
+        order = [by_tokens[tuple(ids[begin:end])] for begin, end in zip(begins, ends, strict=False)]
+        expected = [token for text in order for token in [*plain[text], tokenizer.eos_token_id]]
+        assert ids[: len(expected)] == expected
+        assert len(ids) - len(expected) < max(map(len, plain.values())) + 1
 
 
 @pytest.mark.parametrize("streamed", [False, True])

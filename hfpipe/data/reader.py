@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from hfpipe.data.dirt import Tally, tidy
 from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
 from hfpipe.data.outage import Outage
-from hfpipe.data.source_errors import readable
+from hfpipe.data.source_errors import friendly, readable
 from hfpipe.errors import DataError, Unreachable
 from hfpipe.recipe import Source
 
@@ -21,20 +21,20 @@ BLOCK = 100  # rows fetched at a time
 
 
 class Reader:
-    """Reads a share of a source: endlessly, epoch after epoch, or once.
+    """Reads one share of a source after the other: endlessly, or for so many epochs.
 
-    A share without a usable document would stall its lane, and so the run; an endless reader then reads the whole
-    source.
+    In epoch e lane l reads share (l + e) % lanes, so that in each epoch the lanes together read every share once, and
+    over the epochs all lanes read as much: shares are of unequal length, and one may hold no document at all.
 
     Rows are fetched in blocks: one by one, `datasets` takes as long as the tokenizer for short documents. Only between
     blocks does a stream know its place, so the state is the place before the block at hand and the rows read since.
 
     Args:
         rows: The source, with a column `text`.
-        lane: Which share.
+        lane: Which share comes first.
         lanes: How many shares.
         source: What the rows were opened from, for messages.
-        repeat: Whether to begin anew at the end.
+        epochs: How many shares to read; None for no end.
         block: Rows of a stream fetched at a time.
     """
 
@@ -44,17 +44,17 @@ class Reader:
         lane: int,
         lanes: int,
         source: Source,
-        repeat: bool = True,
+        epochs: int | None = None,
         block: int = BLOCK,
     ) -> None:
-        self._all, self._lane, self._lanes, self.source, self._repeat = rows, lane, lanes, source, repeat
+        self._all, self._lane, self._lanes, self.source, self._epochs = rows, lane, lanes, source, epochs
         self.epoch = 0  # epochs that are finished
         self.ended = False
         self.rows = 0  # read in all
         self.dirty, self.mended = Tally(), Tally()  # rows that were left out, and rows that were cut or mended
         self._read = 0  # rows of this epoch that were read
         self._usable = 0  # of them, documents that were not dirty
-        self._whole = False  # whether the whole source is read, and not a share
+        self._fruitless = 0  # shares in a row that gave no document
         self._block = block
         self._block_state: dict[str, Any] | None = None  # the stream's before the block at hand; None at its beginning
         self._block_read = 0  # rows read since
@@ -64,7 +64,8 @@ class Reader:
         """The next document that is not dirty; None at the end of what is read once.
 
         Raises:
-            DataError: The whole source has none.
+            DataError: No share has one.
+            MachineError: The network was away for too long.
         """
         while not self.ended:
             if self._rows is None:
@@ -90,38 +91,34 @@ class Reader:
         if name is not None:
             return str(name)
         row = self._read - 1
-        if self._whole:
-            return f"row {row}"
         if isinstance(self._all, Dataset) or self._all.num_shards < self._lanes:
-            return f"row {row * self._lanes + self._lane}"
-        return f"row {row} of lane {self._lane}"
+            return f"row {row * self._lanes + self._number}"
+        return f"row {row} of share {self._number}"
 
     def _end_epoch(self) -> None:
-        if not self._repeat:
-            self.ended = True
-        elif not self._usable and self._whole:
-            found = f"{self._read} rows read, {self.dirty}" if self._read else "no rows"
+        self.epoch += 1
+        self.ended = self.epoch == self._epochs
+        self._fruitless = 0 if self._usable else self._fruitless + 1
+        if self._fruitless == self._lanes and not self.ended:
+            found = f"{self.rows} rows read, {self.dirty}" if self.rows else "no rows"
             raise DataError(
                 f"source {self.source.path!r} has no document with text in it ({found}).{self.dirty.encoding_advice}"
             )
-        if self._usable or self.ended:
-            self.epoch += 1
-        else:
-            self._whole = True
         self._read, self._usable, self._rows = 0, 0, None
         self._block_state, self._block_read = None, 0
 
     def _begin(self) -> None:
         """Begins an epoch, or continues it."""
-        share = self._share()
-        if isinstance(share, Dataset):
-            blocks = table_blocks(share, BLOCK, begin=self._read)
+        if isinstance(self._all, Dataset):
+            blocks = table_blocks(share_of(self._all, self._number, self._lanes), BLOCK, begin=self._read)
             self._rows = (row for block in blocks for row in _rows_of(block))
         else:
             self._rows = self._connected_rows()
 
-    def _share(self) -> Dataset | IterableDataset:
-        return share_of(self._all, 0, 1) if self._whole else share_of(self._all, self._lane, self._lanes)
+    @property
+    def _number(self) -> int:
+        """Which share this epoch's is."""
+        return (self._lane + self.epoch) % self._lanes
 
     def _connected_rows(self) -> Iterator[Row]:
         """The rows of a stream from this place on; where the connection is lost, opened again at its place."""
@@ -135,7 +132,8 @@ class Reader:
 
     def _stream_rows(self, outage: Outage) -> Iterator[Row]:
         """The rows of a stream from this place on, opened anew."""
-        share = self._share()
+        with friendly(self.source):  # looks at files
+            share = share_of(self._all, self._number, self._lanes)
         passed = self._block_read
         if can_be_arrow(share):
             share = share.with_format("arrow")
@@ -154,7 +152,7 @@ class Reader:
         return {
             "epoch": self.epoch,
             "ended": self.ended,
-            "whole": self._whole,
+            "fruitless": self._fruitless,
             "read": self._read,
             "usable": self._usable,
             "block": self._block,
@@ -175,7 +173,7 @@ class Reader:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken."""
-        self.epoch, self.ended, self._whole = state["epoch"], state["ended"], state["whole"]
+        self.epoch, self.ended, self._fruitless = state["epoch"], state["ended"], state["fruitless"]
         self._read, self._usable = state["read"], state["usable"]
         self.rows = state["rows"]
         self.dirty = Tally(state["dirty"], state["dirty_ids"])

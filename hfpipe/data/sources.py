@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from hfpipe.data.builtin import builtin
 from hfpipe.data.lenient import reading_arguments
 from hfpipe.data.ranges import stream_range
+from hfpipe.data.row_groups import by_row_group
 from hfpipe.data.source_errors import friendly
 from hfpipe.data.where import Where
 from hfpipe.errors import DataError, RecipeError
@@ -133,7 +134,8 @@ def _open(source: Source, default_split: str) -> Rows:
         raise RecipeError(
             f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
         )
-    return load_dataset(source.path, split=split, **reading_arguments(source.path, arguments), **arguments)
+    rows = load_dataset(source.path, split=split, **reading_arguments(source.path, arguments), **arguments)
+    return by_row_group(rows) if isinstance(rows, IterableDataset) else rows
 
 
 def _saved(folder: Path, split: str) -> Dataset:

@@ -24,6 +24,7 @@ from hfpipe.data.dirt import Tally, merged, refuse_dirt
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
 from hfpipe.data.reader import BLOCK, Reader
+from hfpipe.data.source_errors import friendly
 from hfpipe.errors import RecipeError
 from hfpipe.ranks import gather
 from hfpipe.recipe import Source
@@ -67,8 +68,10 @@ class TokenStream:
         window_documents: Documents of a window.
         origins: What the sources were opened from, for messages and the report.
         exhausted: What becomes of a source that is read to its end. "repeat": it begins anew in that lane, and the
-            stream is endless. "stop": the others go on without it. The last row of a lane is padded then, rows stand in
-            for a lane that ends before the others, and all ranks serve the same number of batches.
+            stream is endless. "stop": after `epochs` of them the others go on without it. The last row of a lane is
+            padded then, rows stand in for a lane that ends before the others, and all ranks serve the same number of
+            batches.
+        epochs: How often each source is read where it stops.
         max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once a
             rank has read `JUDGED_ROWS` different rows of the source, or all of its share.
         prefetch: Whether windows are built ahead in background threads.
@@ -91,6 +94,7 @@ class TokenStream:
         window_documents: int = WINDOW_DOCUMENTS,
         origins: Sequence[Source] | None = None,
         exhausted: Literal["repeat", "stop"] = "repeat",
+        epochs: int = 1,
         max_dirty_share: float = 1.0,
         prefetch: bool = True,
     ) -> None:
@@ -102,7 +106,8 @@ class TokenStream:
             origins or [Source.model_validate({"path": f"source {number}"}) for number in range(len(sources))]
         )
         self.seed, self.rank, self.ranks, self.window_documents = seed, rank, ranks, window_documents
-        self.repeat, self.prefetch, self.max_dirty_share = exhausted == "repeat", prefetch, max_dirty_share
+        self.epochs = None if exhausted == "repeat" else epochs
+        self.prefetch, self.max_dirty_share = prefetch, max_dirty_share
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)  # its own: it runs in another thread
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -124,11 +129,20 @@ class TokenStream:
         self._served = 0  # rows that all ranks have served
         self._finished = False
 
+    def _shards(self) -> list[Dataset | IterableDataset]:
+        """The sources, a stream cut into more shards where it has too few; that opens every file, so only then."""
+        shards = []
+        for source, origin in zip(self.sources, self.origins, strict=True):
+            with friendly(origin):
+                few = isinstance(source, IterableDataset) and source.num_shards < self.lanes
+                shards.append(source.reshard() if few else source)
+        return shards
+
     def _lane(self, lane: int, shards: Sequence[Dataset | IterableDataset]) -> Lane:
         """A lane at its position."""
         opened = Lane(
             [
-                Reader(rows, lane, self.lanes, origin, self.repeat, min(BLOCK, self.window_documents))
+                Reader(rows, lane, self.lanes, origin, self.epochs, min(BLOCK, self.window_documents))
                 for rows, origin in zip(shards, self.origins, strict=True)
             ],
             self.weights,
@@ -156,7 +170,7 @@ class TokenStream:
         """
         if self._finished:
             return
-        shards = [_enough_shards(source, self.lanes) for source in self.sources]
+        shards = self._shards()
         build = {lane: self._lane(lane, shards).build for lane in self._in_order()}
         windows: dict[int, Window] = {}
         ahead = Ahead(build) if self.prefetch else None
@@ -165,7 +179,7 @@ class TokenStream:
             while True:
                 batch = [self._row(take, windows) for _ in range(rows)]
                 real = any(row is not None for row in batch)
-                if not self.repeat and not any(gather(real or not self._ended(windows))):
+                if self.epochs is not None and not any(gather(real or not self._ended(windows))):
                     self._finished = True  # Trainer asks again, for another epoch
                     return
                 yield [self._padding() if row is None else row for row in batch]
@@ -298,8 +312,3 @@ def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> 
     lanes = -(-DEFAULT_LANES // ranks) * ranks
     rows = min((len(source) for source in sources if isinstance(source, Dataset)), default=lanes)
     return max(ranks, min(lanes, rows - rows % ranks))
-
-
-def _enough_shards(rows: Dataset | IterableDataset, lanes: int) -> Dataset | IterableDataset:
-    """A stream cut into more shards where it has too few; that opens every file, so only then."""
-    return rows.reshard() if isinstance(rows, IterableDataset) and rows.num_shards < lanes else rows
