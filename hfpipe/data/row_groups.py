@@ -119,7 +119,7 @@ def by_row_group(rows: IterableDataset) -> IterableDataset:
     """A stream of Parquet files as `RowGroups`; any other as it is."""
     examples = rows._ex_iterable
     builder = getattr(getattr(examples, "generate_tables_fn", None), "__self__", None)
-    if type(examples) is not ArrowExamplesIterable or type(builder) is not Parquet:
+    if type(examples) is not ArrowExamplesIterable or not isinstance(builder, Parquet):
         return rows
     if builder.config.filters is not None or builder.config.on_bad_files != "error":
         return rows  # what a row group gives is not what its footer says
