@@ -144,7 +144,8 @@ def merged(tallies: Sequence[Tally]) -> Tally:
     """Tallies of one source, over its lanes."""
     reasons = sorted({why for tally in tallies for why in tally.counts})
     counts = {why: sum(tally.counts.get(why, 0) for tally in tallies) for why in reasons}
-    return Tally(counts, [name for tally in tallies for name in tally.ids][:LISTED])
+    names = dict.fromkeys(name for tally in tallies for name in tally.ids)  # over the epochs every lane meets them
+    return Tally(counts, [*names][:LISTED])
 
 
 def refuse_dirt(source: Source, dirty: Tally, rows: int, max_dirty_share: float) -> None:
