@@ -15,22 +15,26 @@ from hfpipe.errors import DataError, RecipeError
 from hfpipe.metrics.matches import names_of
 from hfpipe.model.classifier import classify
 from hfpipe.model.load import ModelRef, task_of
-from hfpipe.model.scoring import context_of, generate, likelihoods
+from hfpipe.model.masked import fill_masks
+from hfpipe.model.scoring import context_of, generate, likelihoods, within_positions
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
+from hfpipe.recipe.metric_names import MASKED_METRICS
 
 Rows = list[dict[str, Any]]
 Answers = list[dict[str, Any] | None]
 TEXT_LENGTH = 1024  # tokens of a text that are scored, unless the suite says otherwise
 
 
-def can_score(rows: Rows, ref: ModelRef) -> bool:
-    """Whether a suite asks what a model can answer: classes of a classifier, and everything else of a language model.
+def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
+    """Whether a suite asks what a model can answer: classes of a classifier, masked tokens of an encoder, else text.
 
     A head does not exist before its stage, so a classifier's suite has no score on the base.
     """
-    task = task_of(ref)
-    return task == ("classification" if "sentence" in rows[0] else "causal")
+    asked = "classification" if "sentence" in rows[0] else "causal"
+    if MASKED_METRICS.intersection(suite.metrics):
+        asked = "masked"
+    return task_of(ref) == asked
 
 
 def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
@@ -40,7 +44,8 @@ def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any
         encoded = encode_continuations(pairs, tokenizer, suite.max_length or context_of(model))
         words = [1] * len(mine)
     else:
-        encoded = encode(mine, tokenizer, max_length=suite.max_length or TEXT_LENGTH, append_eos=False)
+        limit = within_positions(model, suite.max_length or TEXT_LENGTH)
+        encoded = encode(mine, tokenizer, max_length=limit, append_eos=False)
         words = [len((row.get("text") or row.get("completion") or "").split()) for row in mine]
     found = likelihoods(model, encoded, tokenizer.pad_token_id, suite.batch_size)
     return [
@@ -133,7 +138,22 @@ def _generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any
     return [{"prediction": said, "reference": text} for said, text in zip(answers, right, strict=True)]
 
 
-ANSWERS = {"likelihood": _likelihood, "choice": _choice, "number": _classes, "generation": _generation}
+def _masked(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """What an encoder says to the masked tokens of each row's text."""
+    if "text" not in rows[0]:
+        raise RecipeError(f"the metrics {', '.join(suite.metrics)} mask tokens of a text: their suite needs `text`.")
+    numbers = range(ranks.rank(), len(rows), ranks.ranks())
+    texts = [row["text"] for row in mine]
+    return fill_masks(model, texts, numbers, tokenizer, suite.max_length or TEXT_LENGTH, suite.batch_size)
+
+
+ANSWERS = {
+    "likelihood": _likelihood,
+    "choice": _choice,
+    "number": _classes,
+    "generation": _generation,
+    "masked": _masked,
+}
 
 
 def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) -> Answers:

@@ -285,7 +285,7 @@ class _Sweep:
         keys: dict[str, str] = {}
         scores: list[Score] = []
         for suite, block in run.recipe.evaluate.items():
-            if not can_score(run.rows[suite], self.trained):
+            if not can_score(block, run.rows[suite], self.trained):
                 continue
             keys[suite] = score_key(run.hashes[self.name], strength, suite=block)
             ready = self._at_the_ends(strength, suite)

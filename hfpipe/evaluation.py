@@ -66,9 +66,15 @@ _ALLOWED = {
     "numbers": (("number",), "mse, mae, pearsonr or spearmanr"),
     "choices": (("choice",), "accuracy or accuracy_norm"),
     "pairs of sentences": (("choice",), "accuracy"),
-    "text": (("likelihood", "choice", "generation"), "bits_per_byte, accuracy or exact_match"),
+    "text": (("likelihood", "choice", "generation", "masked"), "bits_per_byte, accuracy or exact_match"),
 }
-_SCORED = {"likelihood": "text", "choice": "classes", "number": "numbers", "generation": "generated text"}
+_SCORED = {
+    "likelihood": "text",
+    "choice": "classes",
+    "number": "numbers",
+    "generation": "generated text",
+    "masked": "masked tokens of `text`",
+}
 
 
 @dataclass(frozen=True)

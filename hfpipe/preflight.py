@@ -8,23 +8,24 @@ import sys
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED, encode_for_training
+from hfpipe.data.masking import Masking, frame_of, tokens_of
 from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.model.base import require_unquantized, texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
-from hfpipe.model.load import clear_errors, load_tokenizer
+from hfpipe.model.load import clear_errors, is_encoder, load_tokenizer
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
-from hfpipe.recipe import Recipe, Sft, Source, Stage
+from hfpipe.recipe import Pretrain, Recipe, Sft, Source, Stage
 from hfpipe.stages.common import divide_batch
 
 SAMPLE_ROWS = 200
@@ -63,7 +64,8 @@ def run_tokenizer(recipe: Recipe) -> Any:
     block = recipe.model.tokenizer
     if block is not None and block.train is not None:
         sample = block.train.model_copy(update={"take": 2000})
-        tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, sample), block.train.vocab_size, 1024)
+        encoder = is_encoder(str((recipe.model.architecture or {}).get("model_type")))
+        tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, sample), block.train.vocab_size, 1024, encoder)
     elif block is not None and block.id is not None:
         tokenizer = load_tokenizer(block.id, revision=block.revision)
     else:
@@ -85,7 +87,7 @@ def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:
             config = AutoConfig.from_pretrained(
                 options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
             )
-    auto = AutoModelForMaskedLM if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if is_encoder(config.model_type) else AutoModelForCausalLM
     with torch.device("meta"):  # shapes without memory, and tied weights stay one
         model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
     return model.num_parameters(), model.get_input_embeddings().weight.numel()
@@ -146,19 +148,29 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
     if not sample:
         raise DataError(f"stages.{stage.name}: {source.path} has no row with content among its first {SAMPLE_ROWS}.")
-    encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length)
+    encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, seed=0)
     tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
 
 
 def _kinds(stage: Stage) -> tuple[Kind, ...]:
-    return ("classification",) if stage.kind == "classification" else TEXT_KINDS
+    kinds: dict[str, tuple[Kind, ...]] = {"classification": ("classification",), "pretrain": ("text",)}
+    return kinds.get(stage.kind, TEXT_KINDS)
 
 
-def _encode(rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
+def _encode(
+    rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None, seed: int
+) -> list[dict[str, Any]]:
     if stage.kind == "classification":  # a sentence, and its label behind it
         ids = tokenizer([row["sentence"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
         return [{"input_ids": row, "labels": row} for row in ids]
+    if isinstance(stage, Pretrain) and stage.objective == "masked":
+        masking = Masking(tokenizer, stage.masking or {}, seed)
+        frame = frame_of(tokenizer, words=masking.collator.whole_word_mask)
+        bodies = tokens_of([row["text"] for row in rows], tokenizer.backend_tokenizer, frame.words)
+        size = None if max_length is None else max_length - frame.size
+        masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
+        return [{key: value.tolist() for key, value in row.items()} for row in masked]
     return encode_for_training(
         rows,
         tokenizer,
@@ -193,7 +205,7 @@ def preview(recipe: Recipe, count: int) -> None:
             opened = load_rows(source, seed=recipe.seed, kinds=_kinds(stage))
             rows = list(islice(tidy_rows(opened, source, Read()), count))
             limit = stage.training.get("max_length") or 1024
-            for number, row in enumerate(_encode(rows, stage, tokenizer, limit)):
+            for number, row in enumerate(_encode(rows, stage, tokenizer, limit, recipe.seed)):
                 trained = sum(label != IGNORED for label in row["labels"])
                 print(f"{stage.name}, {source.path}, row {number}: {len(row['input_ids'])} tokens, {trained} trained")
                 print(_painted(row, tokenizer, coloured))

@@ -112,7 +112,7 @@ def score_stage(run: Run, name: str) -> list[Score]:
         if known.get(suite_name, {}).get("hash") == key:
             scores += [Score(**row) for row in known[suite_name]["scores"]]
             continue
-        if not can_score(run.rows[suite_name], run.trained(name)):
+        if not can_score(suite, run.rows[suite_name], run.trained(name)):
             ranks.say(f"  {name}: {suite_name} not scored: its answers need another head than this model has")
             continue
         if model is None:

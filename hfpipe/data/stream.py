@@ -23,6 +23,7 @@ from hfpipe.data.ahead import Ahead
 from hfpipe.data.dirt import Tally, merged, refuse_dirt
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
+from hfpipe.data.masking import Frame, tokens_of
 from hfpipe.data.reader import BLOCK, Reader
 from hfpipe.data.source_errors import friendly
 from hfpipe.errors import RecipeError
@@ -75,6 +76,7 @@ class TokenStream:
         max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once a
             rank has read `JUDGED_ROWS` different rows of the source, or all of its share.
         prefetch: Whether windows are built ahead in background threads.
+        frame: Of rows for a masked model, which carry their number and no positions; None for the next token.
 
     Raises:
         RecipeError: `lanes` is not a multiple of `ranks`, or the tokenizer has no EOS.
@@ -97,10 +99,12 @@ class TokenStream:
         epochs: int = 1,
         max_dirty_share: float = 1.0,
         prefetch: bool = True,
+        frame: Frame | None = None,
     ) -> None:
-        if tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None and frame is None:
             raise RecipeError("the tokenizer has no EOS token, which ends each document of a stream; give it one.")
-        self.sources, self.max_length = list(sources), max_length
+        self.frame = frame
+        self.sources, self.max_length = list(sources), max_length - (frame.size if frame else 0)  # without the frame
         self.weights = list(weights or [1.0] * len(self.sources))
         self.origins = list(
             origins or [Source.model_validate({"path": f"source {number}"}) for number in range(len(sources))]
@@ -114,6 +118,8 @@ class TokenStream:
         ids = tokenizer("")["input_ids"]
         self._bos = [tokenizer.bos_token_id] if ids[:1] == [tokenizer.bos_token_id] else []
         self._eos = [tokenizer.eos_token_id]
+        if frame is not None:
+            self._bos, self._eos = [], frame.after
         self._open(lanes or _default_lanes(self.sources, ranks))
 
     def _open(self, lanes: int) -> None:
@@ -159,11 +165,13 @@ class TokenStream:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """One call of the Rust tokenizer, on all cores."""
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [[*self._bos, *encoding.ids, *self._eos] for encoding in encodings]
+        words = self.frame is not None and self.frame.words
+        return [[*self._bos, *ids, *self._eos] for ids in tokens_of(texts, self._backend, words)]
 
     def batches(self, rows: int) -> Iterator[list[dict[str, Any]]]:
         """Yields lists of `rows` rows from this rank's position on: `input_ids`, `position_ids`, `labels`, (L,) each.
+
+        With a frame they are `input_ids`, shorter than L only at the end of a lane, and `number`.
 
         Raises:
             DataError: A source has no usable document, too many dirty rows, or cannot be read.
@@ -214,6 +222,7 @@ class TokenStream:
             self._refuse_dirt()
             if not len(windows[lane].tokens):
                 break
+        number = self._served + (self.rank - self._served) % self.ranks  # of the row in the run
         self._served += self.ranks
         place, window = position.given, windows[lane]
         if not len(window.tokens):
@@ -224,6 +233,8 @@ class TokenStream:
         row_counts = (1, window.tokens[place], packed.documents[place], packed.cut[place], packed.continued[place])
         for name, count in zip(COUNTED, row_counts, strict=True):
             position.counts[name] += int(count)
+        if self.frame is not None:
+            return {"input_ids": self.frame.row(packed.input_ids[place][: window.tokens[place]]), "number": number}
         return {
             "input_ids": packed.input_ids[place],
             "position_ids": packed.position_ids[place],
@@ -245,6 +256,8 @@ class TokenStream:
 
     def _padding(self) -> dict[str, Any]:
         """A row that nothing is learned from."""
+        if self.frame is not None:
+            return {"input_ids": self.frame.row(np.zeros(0)), "number": 0}
         return {
             "input_ids": np.full(self.max_length, self._eos[0], dtype=np.int32),
             "position_ids": np.arange(self.max_length, dtype=np.int32),

@@ -24,6 +24,8 @@ OURS = {
     "f1_micro": "classes.FScore",
     "greedy_match": "likelihood.GreedyMatch",
     "mae": "numbers.MeanError",
+    "masked_accuracy": "masked.MaskedAccuracy",
+    "masked_perplexity": "masked.MaskedPerplexity",
     "matthews_correlation": "classes.MatthewsCorrelation",
     "mse": "numbers.MeanError",
     "pearsonr": "numbers.Correlation",
@@ -78,7 +80,7 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
 
 
 def needs_of(metric: Any) -> str:
-    """What a metric needs from the model: `likelihood`, `choice`, `number`, or `generation` (all that are not ours)."""
+    """What a metric needs from the model: one of `evaluation.ANSWERS`; all that are not ours need `generation`."""
     return getattr(metric, "needs", "generation")
 
 

@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hfpipe.errors import BudgetExceeded, RecipeError
 from hfpipe.files import whole_folder
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import ModelRef, load_model
+from hfpipe.model.load import ModelRef, is_encoder, load_model
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -27,7 +27,7 @@ CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
 
 
 def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
-    """Puts the adapter that a recipe's `lora:` or `peft:` asks for on a causal language model.
+    """Puts the adapter that a recipe's `lora:` or `peft:` asks for on a model.
 
     Args:
         model: The base; its weights are frozen.
@@ -37,7 +37,7 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
     Raises:
         RecipeError: PEFT refuses the values, or they do not fit this model.
     """
-    fields = {"task_type": "CAUSAL_LM", **block}
+    fields = {"task_type": None if is_encoder(model.config.model_type) else "CAUSAL_LM", **block}
     kind = fields.pop("type")
     if kind == "lora":
         fields.setdefault("target_modules", "all-linear")
@@ -148,7 +148,8 @@ def probe(model: Any, tokenizer: Any, texts: list[str], max_length: int = 64) ->
         if is_classifier(model):  # (1, C), compared as they are: of one class the log-probability is always 0
             rows.append(model(input_ids=ids).logits.float().cpu())
         else:
-            rows.append(model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1).cpu())
+            options = {} if is_encoder(model.config.model_type) else {"use_cache": False}
+            rows.append(model(input_ids=ids, **options).logits[0].float().log_softmax(-1).cpu())
     return torch.cat(rows)
 
 

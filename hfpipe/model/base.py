@@ -18,7 +18,7 @@ from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
-from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer
+from hfpipe.model.load import ModelRef, clear_errors, is_encoder, load_tokenizer, task_of
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 
 
@@ -72,6 +72,7 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
         if options.architecture is not None
         else ModelRef(options.id or "", options, revision=commit)
     )
+    require_task(recipe, ref)
     tokenizer = _tokenizer(recipe, ref)
     pinned = {"revision": commit} if commit else {}
     return PreparedBase(ref, tokenizer, hash_of([key, commit]), pinned)
@@ -83,7 +84,10 @@ def _create(recipe: Recipe, folder: Path) -> None:
     assert block is not None  # the recipe's check requires it with an architecture
     if block.train is not None:
         context = architecture.get("max_position_embeddings", 1024)
-        tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, block.train), block.train.vocab_size, context)
+        texts = texts_for_tokenizer(recipe, block.train)
+        tokenizer: Any = train_tokenizer(
+            texts, block.train.vocab_size, context, is_encoder(str(architecture.get("model_type")))
+        )
     else:
         tokenizer = load_tokenizer(block.id or "", revision=block.revision)
     model = create_model(architecture, tokenizer, recipe.seed)
@@ -141,6 +145,26 @@ def require_unquantized(recipe: Recipe) -> None:
             f"stages.{stage.name}: the base {options.id!r} is quantized already ({method}), and this stage {found}. "
             f"{remedy}, or start from the model in full precision."
         )
+
+
+def require_task(recipe: Recipe, base: ModelRef) -> None:
+    """Refuses a stage that trains the base for something that it is not made for; a classifier's head fits any.
+
+    Raises:
+        RecipeError: A stage of next tokens starts from an encoder, or a masked one from a decoder.
+    """
+    task = task_of(base)
+    remedies = {
+        "masked": "It is an encoder: train it by `objective: masked` (kind: pretrain), or by kind: classification.",
+        "causal": "It says the next token: train it by `objective: causal` (kind: pretrain), or by kind: sft.",
+    }
+    for number, stage in enumerate(recipe.stages):
+        from_base = stage.parent == "base" or (stage.parent is None and number == 0)
+        if from_base and stage.task not in ("classification", task):
+            raise RecipeError(
+                f"stages.{stage.name} trains a {stage.task} language model, and the base {base.path!r} is made for "
+                f"another task, {task}. {remedies.get(task, 'Take the model that it was made from.')}"
+            )
 
 
 def _commit_of(path: str, revision: str, trust_remote_code: bool) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hfpipe.model.scoring import by_length
+from hfpipe.model.scoring import by_length, within_positions
 
 SUFFIX = "ForSequenceClassification"
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # transformers' words
@@ -57,7 +57,7 @@ def classify(
         model: A classifier in evaluation mode.
         texts: Texts to judge.
         tokenizer: The model's tokenizer.
-        max_length: Tokens to keep of each text.
+        max_length: Tokens to keep of each text, at most those that the model has positions for.
         batch_size: Texts of a forward pass.
 
     Returns:
@@ -65,7 +65,8 @@ def classify(
         probability above one half, and the probability that all of them are right; of a regression the number, and 1.
     """
     config = model.config
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    limit = within_positions(model, max_length)
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     answers: list[tuple[Label, float]] = [("", 0.0)] * len(texts)
     for indices in by_length([len(ids) for ids in encoded], batch_size):
         longest = max(1, *(len(encoded[index]) for index in indices))

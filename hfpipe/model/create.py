@@ -6,37 +6,52 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast, set_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hfpipe.errors import RecipeError
+from hfpipe.model.load import is_encoder
 
 END_OF_TEXT = "<|endoftext|>"
+BEGIN, END, PAD, MASK = "[CLS]", "[SEP]", "[PAD]", "[MASK]"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer (GPT-2's scheme), whose one special token begins, ends and pads.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, max_length: int, encoder: bool = False
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer (GPT-2's scheme), which knows no unknown character.
+
+    A decoder's has one special token, that ends and pads; an encoder's has ModernBERT's: a text stands between [CLS]
+    and [SEP], and there are [PAD] and [MASK].
 
     Args:
         texts: Documents to learn the merges from.
-        vocab_size: Tokens in all, the 256 bytes and the special token included.
+        vocab_size: Tokens in all, the 256 bytes and the special tokens included.
         max_length: The model's context in tokens, recorded in the tokenizer.
+        encoder: Whether it is for an encoder.
     """
+    special = [PAD, BEGIN, END, AddedToken(MASK, lstrip=True, special=True)] if encoder else [END_OF_TEXT]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    named = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    if encoder:
+        named = {"cls_token": BEGIN, "sep_token": END, "pad_token": PAD, "mask_token": MASK}
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A {END}",
+            pair=f"{BEGIN} $A {END} $B:1 {END}:1",
+            special_tokens=[(token, bpe.token_to_id(token)) for token in (BEGIN, END)],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        **named,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
@@ -52,7 +67,7 @@ def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any
         seed: Seed of the weights.
 
     Raises:
-        RecipeError: The fields contradict each other, or the architecture is not a causal language model.
+        RecipeError: The fields contradict each other, or the architecture is no language model.
     """
     fields = dict(architecture)
     model_type = fields.pop("model_type")
@@ -67,14 +82,13 @@ def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if is_encoder(model_type):
+        fields |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
     set_seed(seed)
     try:
         config = AutoConfig.for_model(model_type, **fields)
-        encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        cls = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+        cls = AutoModelForMaskedLM if is_encoder(model_type) else AutoModelForCausalLM
         return cls.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         message = str(error).strip().split("\n")[0]
-        raise RecipeError(
-            f"model.architecture cannot be built as a {model_type} causal language model: {message}"
-        ) from error
+        raise RecipeError(f"model.architecture cannot be built as a {model_type} language model: {message}") from error

@@ -15,12 +15,16 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hfpipe import ranks
@@ -29,6 +33,13 @@ from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.recipe import Model, Quantization
 
 ADAPTER_CONFIG = "adapter_config.json"
+# What a model can be for, and the class that loads it for that.
+AUTO_CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+}
+ADAPTER_TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification"}  # PEFT's words; it has none for masked models
 
 
 @dataclass(frozen=True)
@@ -157,11 +168,20 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     return tokenizer
 
 
+def is_encoder(model_type: str) -> bool:
+    """Whether transformers knows models of a type as encoders that fill masked tokens (BART is more than that)."""
+    return (
+        model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
 def task_of(ref: ModelRef) -> str:
-    """What the model of a `ModelRef` was made for: `classification`, `masked` (an encoder) or `causal`."""
+    """What the model of a `ModelRef` was made for: a key of `AUTO_CLASSES`."""
     if ref.is_adapter:
-        kind = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text()).get("task_type")
-        return "classification" if kind == "SEQ_CLS" else "causal"
+        adapter = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
+        task = ADAPTER_TASKS.get(adapter.get("task_type"))
+        return task or task_of(replace(ref, path=adapter["base_model_name_or_path"], revision=adapter.get("revision")))
     with clear_errors("model", ref.path):
         config = AutoConfig.from_pretrained(
             ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
@@ -171,7 +191,7 @@ def task_of(ref: ModelRef) -> str:
         return "classification"
     if any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in names):
         return "causal"
-    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+    return "masked" if is_encoder(config.model_type) else "causal"
 
 
 def load_model(
@@ -193,9 +213,6 @@ def load_model(
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
-
-    Raises:
-        RecipeError: A language model is asked for, and this is an encoder.
     """
     if ref.is_adapter:
         config = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
@@ -204,22 +221,19 @@ def load_model(
         if dequantize:
             loaded = loaded.dequantize(weights_dtype(ref.options, frozen=True))
         return PeftModel.from_pretrained(loaded, ref.path).eval()
-    task = task_of(ref)
-    if head is None and task == "masked":
-        raise RecipeError(f"model {ref.path!r} is an encoder, which says no text. Train it by `kind: classification`.")
-    classifies = head is not None or task == "classification"
+    task = "classification" if head is not None else task_of(ref)
     options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
     if ref.quantization:
         block = ref.quantization
-        if classifies and block.llm_int8_skip_modules is None:  # a head is trained, and new: it stays in full precision
+        if task == "classification" and block.llm_int8_skip_modules is None:
+            # A head is trained, and new: it stays in full precision.
             block = block.model_copy(update={"llm_int8_skip_modules": HEAD_MODULES})
         options["quantization_config"] = quantization_config(block)
         options["device_map"] = {"": device()}
     if ref.options.attn_implementation:
         options["attn_implementation"] = ref.options.attn_implementation
     with clear_errors("model", ref.path):
-        auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-        model, info = auto.from_pretrained(
+        model, info = AUTO_CLASSES[task].from_pretrained(
             ref.path,
             revision=ref.revision or "main",
             dtype=weights_dtype(ref.options, frozen=frozen),

@@ -38,6 +38,20 @@ class Likelihood:
     greedy: bool
 
 
+def learned_positions(model: Any) -> int | None:
+    """The most tokens that a model takes where its positions are learned; None where they are computed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.endswith(("position_embeddings", "wpe")):
+            # RoBERTa counts from the padding token's id on.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def within_positions(model: Any, max_length: int) -> int:
+    """`max_length`, or the number of learned positions where they are fewer."""
+    return min(max_length, learned_positions(model) or max_length)
+
+
 def bits_of(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: int) -> list[float]:
     """Bits that the model spends on the targets of each row; arguments as those of `likelihoods`."""
     return [found.bits for found in likelihoods(model, rows, pad_token_id, batch_size)]

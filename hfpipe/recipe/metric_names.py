@@ -28,6 +28,8 @@ OUR_METRICS: dict[str, tuple[str, ...]] = {
     "f1_micro": (),
     "greedy_match": (),
     "mae": (),
+    "masked_accuracy": (),
+    "masked_perplexity": (),
     "matthews_correlation": (),
     "mse": (),
     "pearsonr": (),
@@ -52,6 +54,8 @@ FAMILIES = {
     "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
     "squad": ("squad_em", "squad_f1"),
 }
+
+MASKED_METRICS = frozenset({"masked_accuracy", "masked_perplexity"})  # of an encoder's masked tokens
 
 # Metrics of the Hub's `evaluate-metric` that take a generated text and a right one. Any other is named with its owner
 # ("owner/metric") or as a script: what is neither is taken for a misspelt word.

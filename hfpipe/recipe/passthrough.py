@@ -16,6 +16,7 @@ from hfpipe.recipe.signatures import (
     generation_fields,
     load_dataset_fields,
     lora_fields,
+    masking_fields,
     model_types,
     peft_fields,
     peft_types,
@@ -32,6 +33,7 @@ def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_training(stage)
         training = {"below `training:`": _training_of(stage)}
         yield from check_block(stage.at("lora"), lora_fields(), "LoraConfig", training)
+        yield from check_block(stage.at("masking"), masking_fields(), "DataCollatorForLanguageModeling", training)
         peft = stage.at("peft")
         kind = str(peft.data.get("type"))
         fields = Block(peft.steps, {key: value for key, value in peft.data.items() if key != "type"})

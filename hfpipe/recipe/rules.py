@@ -9,9 +9,10 @@ from hfpipe.recipe.adapters import adapter_of, check_adapter, check_dial, check_
 from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
-from hfpipe.recipe.metric_names import FAMILIES, OUR_METRICS, is_elsewhere
+from hfpipe.recipe.metric_names import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
+from hfpipe.recipe.signatures import encoder_types, model_types
 
 BASE = "base"
 FORMS = (  # the roles that a row may have together
@@ -60,6 +61,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_weights(stage)
         for source in stage.sources:
             yield from _check_source(source)
+    yield from _check_architecture(data)
     for suite in suites(data):
         yield from _check_source(suite.source, FORMS + SUITE_FORMS)
         yield from _check_metrics(suite)
@@ -135,6 +137,7 @@ def _check_stage(stage: RawStage) -> Iterator[Fault]:
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
     if stage.kind == "pretrain":
         yield from _check_length_of_training(stage, training)
+        yield from _check_masking(stage)
 
 
 def _check_length_of_training(stage: RawStage, training: Block) -> Iterator[Fault]:
@@ -149,6 +152,17 @@ def _check_length_of_training(stage: RawStage, training: Block) -> Iterator[Faul
         yield Fault((*training.steps, "max_steps"), text)
 
 
+def _check_masking(stage: RawStage) -> Iterator[Fault]:
+    masking = stage.at("masking")
+    if "masking" in stage.data and _task(stage) != "masked":
+        yield Fault(masking.steps, "belongs to `objective: masked`, and this stage trains on next tokens. Remove it.")
+    if masking.data.get("whole_word_mask") is True:
+        for key in ("mask_replace_prob", "random_replace_prob"):
+            if key in masking.data:
+                text = "with whole_word_mask transformers replaces every masked token by the mask token. Remove it."
+                yield Fault((*masking.steps, key), text)
+
+
 def _positive(value: Any) -> bool:
     """Whether a number is above zero; a value of another type is another check's to report."""
     return value is not None and (not isinstance(value, (int, float)) or value > 0)
@@ -158,13 +172,46 @@ def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault
     names = [other.name for other in earlier if other.name]
     parent, replayed = text_of(stage.data.get("parent")), stage.at("replay")
     before = [other for other in earlier if other.name == parent] if parent else earlier[-1:]
-    if before and before[0].kind == "classification" and stage.kind in ("pretrain", "sft") and parent != BASE:
-        text = f"'{before[0].name}' leaves a classifier, which says no text. Write `parent: base` or an earlier stage."
-        yield Fault((*stage.steps, "parent"), text)
+    if before and parent != BASE and stage.kind in ("pretrain", "sft") and _task(before[0]) != _task(stage):
+        left, wanted = _LEFT[_task(before[0])], _LEFT[_task(stage)]
+        text = f"'{before[0].name}' leaves {left}, and this stage trains {wanted}. Write `parent: base` or another"
+        yield Fault((*stage.steps, "parent"), f"{text} earlier stage.")
     if parent is not None and parent not in (BASE, *names):
         yield Fault((*stage.steps, "parent"), _not_among("an earlier stage", parent, [BASE, *names]))
     if (name := text_of(replayed.data.get("stage"))) is not None and name not in names:
         yield Fault((*replayed.steps, "stage"), _not_among("an earlier stage", name, names))
+
+
+_LEFT = {
+    "classification": "a classifier, which says no text",
+    "masked": "an encoder, which fills masked tokens",
+    "causal": "a model of next tokens",
+}
+
+
+def _task(stage: RawStage) -> str:
+    """What the model that a stage leaves is for; `words.StageBase.task` of a stage as plain data."""
+    if stage.kind == "classification":
+        return stage.kind
+    return "masked" if stage.kind == "pretrain" and stage.data.get("objective") == "masked" else "causal"
+
+
+def _check_architecture(data: dict[str, Any]) -> Iterator[Fault]:
+    """A model from nothing is an encoder or a decoder, and the stages that start from it train what it is."""
+    model_type = text_of(Block((), data).at("model").at("architecture").data.get("model_type"))
+    if model_type is None or model_type not in model_types():
+        return
+    task = "masked" if model_type in encoder_types() else "causal"
+    for number, stage in enumerate(stages(data)):
+        from_base = stage.data.get("parent") == BASE or (number == 0 and "parent" not in stage.data)
+        if not from_base or stage.kind not in ("pretrain", "sft") or _task(stage) == task:
+            continue
+        key, instead = ("objective", f"Write `objective: {task}`") if stage.kind == "pretrain" else ("kind", "")
+        instead = instead or "Take `kind: pretrain` with `objective: masked`, or `kind: classification`"
+        text = (
+            f"the architecture {model_type} is {_LEFT[task]}, and this stage trains {_LEFT[_task(stage)]}. {instead}."
+        )
+        yield Fault((*stage.steps, key), text)
 
 
 def _not_among(what: str, name: str, names: list[str]) -> str:
@@ -196,6 +243,10 @@ def _check_source(source: Block, forms: tuple[tuple[str, ...], ...] = FORMS) -> 
 
 def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
     names = [name for name in sequence(suite.data.get("metrics")) if isinstance(name, str)]
+    if (masked := [name for name in names if name in MASKED_METRICS]) and len(masked) < len(names):
+        other = next(name for name in names if name not in MASKED_METRICS)
+        text = f"{masked[0]} asks an encoder and {other} does not, so no model has both. Make two suites of them."
+        yield Fault((*suite.steps, "metrics"), text)
     for index, name in enumerate(names):
         if name not in OUR_METRICS and name not in FAMILIES and not is_elsewhere(name):
             text = f"unknown metric '{name}'; the metrics are {listed(OUR_METRICS)}. One of the Hub is named with its "

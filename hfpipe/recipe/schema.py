@@ -13,6 +13,7 @@ from hfpipe.recipe.signatures import (
     generation_fields,
     load_dataset_fields,
     lora_fields,
+    masking_fields,
     peft_types,
 )
 from hfpipe.recipe.words import KINDS, Recipe
@@ -28,6 +29,7 @@ def json_schema() -> dict[str, Any]:
         _close(properties["lora"]["anyOf"][0], lora_fields())
         peft = properties["peft"]["anyOf"][0]  # the fields depend on the type; `check` looks at them
         peft["properties"], peft["required"] = {"type": {"enum": list(peft_types())}}, ["type"]
+    _close(blocks["Pretrain"]["properties"]["masking"]["anyOf"][0], masking_fields())
     _close(blocks["Suite"]["properties"]["generation"], generation_fields())
     passed = load_dataset_fields("any path")
     if passed is not None:

@@ -79,6 +79,14 @@ def training_fields(kind: str) -> Fields | None:
 
 
 @cache
+def masking_fields() -> Fields | None:
+    """Fields of transformers' collator for masked language modelling, without those that hfpipe decides."""
+    fields = _fields("transformers.data.data_collator", "DataCollatorForLanguageModeling")
+    decided = ("tokenizer", "mlm", "pad_to_multiple_of", "return_tensors", "seed", "tf_experimental_compile")
+    return None if fields is None else {name: field for name, field in fields.items() if name not in decided}
+
+
+@cache
 def lora_fields() -> Fields | None:
     """Fields of peft.LoraConfig that its constructor takes."""
     return _fields("peft.tuners.lora.config", "LoraConfig")
@@ -159,6 +167,23 @@ def model_types() -> tuple[str, ...]:
             elif isinstance(node, ast.Dict) and isinstance(table := literal(node), dict):
                 names |= {str(key): None for key, value in table.items() if str(value).endswith("Config")}
     return tuple(names)
+
+
+@cache
+def encoder_types() -> tuple[str, ...]:
+    """Every `model_type` whose models fill masked tokens and write no text; `model.load.is_encoder` without imports."""
+    body = parsed("transformers.models.auto.modeling_auto").body
+    masked, seq2seq = (
+        _table(body, f"MODEL_FOR_{name}_MAPPING_NAMES") for name in ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    )
+    return tuple(name for name in masked if name not in seq2seq)
+
+
+def _table(body: list[ast.stmt], name: str) -> list[str]:
+    """The keys of an `OrderedDict([...])` that a module assigns."""
+    value = assigned(body, name)
+    pairs = literal(value.args[0]) if isinstance(value, ast.Call) and value.args else []
+    return [str(pair[0]) for pair in pairs] if isinstance(pairs, list) else []
 
 
 @cache

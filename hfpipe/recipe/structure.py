@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
 from hfpipe.recipe.raw import kind_of, sequence
-from hfpipe.recipe.signatures import lora_fields, training_fields
+from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
 from hfpipe.recipe.words import (
     BLOCK,
     KINDS,
@@ -162,6 +162,8 @@ def _unknown_key(steps: Steps, data: dict[str, Any]) -> str:
     if len(steps) == 3 and steps[0] == "stages":
         kind = kind_of(sequence(data["stages"])[steps[1]]) or "sft"
         below: dict[str, Callable[[], Any]] = {"training": lambda: training_fields(kind), "lora": lora_fields}
+        if kind == "pretrain":
+            below["masking"] = masking_fields
         owner = next((name for name, fields in below.items() if key in (fields() or {})), None)
         if owner and key not in block.model_fields:
             return f"unknown key of a {kind} stage. It belongs below `{owner}:`."

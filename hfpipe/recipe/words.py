@@ -189,6 +189,11 @@ class StageBase(Words):
         return {"type": "lora", **self.lora} if self.lora is not None else self.peft
 
     @property
+    def task(self) -> str:
+        """What the model that the stage leaves is for: `causal`, `masked` or `classification`."""
+        return "causal"
+
+    @property
     def method(self) -> str:
         """What is trained, in a word: full, LoRA, or PEFT's name of another adapter."""
         if self.adapter is None:
@@ -206,11 +211,20 @@ class Pretrain(StageBase):
     """Continued (or first) pretraining on packed documents."""
 
     kind: Literal["pretrain"]
-    objective: Literal["causal"] = "causal"
+    objective: Literal["causal", "masked"] = Field(
+        "causal", description="what is learned: the next token (decoders), or masked tokens (encoders)"
+    )
+    masking: dict[str, Any] | None = Field(
+        None, description="with `objective: masked`: fields of transformers.DataCollatorForLanguageModeling"
+    )
     lanes: int | None = Field(None, gt=0, description="parallel lanes of the stream; fixed for the life of the run")
     exhausted: Literal["repeat", "stop"] = Field(
         "repeat", description="a source that is read to its end begins anew, or the others go on without it"
     )
+
+    @property
+    def task(self) -> str:
+        return self.objective
 
 
 class Sft(StageBase):
@@ -226,6 +240,10 @@ class Classification(StageBase):
     kind: Literal["classification"]
     labels: list[str] | None = Field(None, description="the classes in order; those of the data when absent")
     class_weights: Literal["balanced"] | None = Field(None, description="`balanced`: rare classes count as much")
+
+    @property
+    def task(self) -> str:
+        return "classification"
 
 
 KINDS: dict[str, type[StageBase]] = {"pretrain": Pretrain, "sft": Sft, "classification": Classification}

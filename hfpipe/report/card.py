@@ -21,9 +21,12 @@ from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, st
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # `load_dataset` takes these for its own builders, and `builtin` is ours: none of them is a data set on the Hub.
 BUILDERS = {"builtin", "json", "csv", "parquet", "arrow", "text", "xml", "sql", "pandas", "webdataset", "generator"}
-# By the kind of the stage that made it: the Hub's name of the task, and the class that loads it.
-TASKS = {"classification": ("text-classification", "AutoModelForSequenceClassification")}
-GENERATION = ("text-generation", "AutoModelForCausalLM")
+# By the task of the stage that made it: the Hub's name of the task, and the class that loads it.
+TASKS = {
+    "causal": ("text-generation", "AutoModelForCausalLM"),
+    "masked": ("fill-mask", "AutoModelForMaskedLM"),
+    "classification": ("text-classification", "AutoModelForSequenceClassification"),
+}
 LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
 
 
@@ -105,7 +108,7 @@ def _metadata(
 ) -> ModelCardData:
     adapter = artefact.what == "adapter"
     stages = lineage(recipe, artefact.stage)
-    task, _ = TASKS.get(stages[-1].kind, GENERATION)
+    task, _ = TASKS[stages[-1].task]
     used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
     here = [score for score in scores if score.stage == artefact.stage]
     tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *([stages[-1].method.lower()] if adapter else [])]
@@ -180,8 +183,8 @@ def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
 def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
     branch = f', revision="{artefact.revision}"' if artefact.revision else ""
     last = lineage(recipe, artefact.stage)[-1]
-    _, auto = TASKS.get(last.kind, GENERATION)
-    generates = auto == GENERATION[1]  # what vLLM serves
+    _, auto = TASKS[last.task]
+    generates = last.task == "causal"  # what vLLM serves
     head = f"from transformers import {auto}, AutoTokenizer"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch})'
     if artefact.what != "adapter":
@@ -190,7 +193,7 @@ def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
         served = f"\n\nvLLM: `vllm serve {artefact.repo_id}{at}`" if generates else ""
         return f"```python\n{head}\n\n{load}\n{tokenizer}\n```{served}"
     commit = f', revision="{artefact.base_revision}"' if artefact.base_revision else ""
-    named = "" if generates else ", config=config"
+    named = ", config=config" if last.task == "classification" else ""
     if named:  # the classes are in the adapter's config.json
         head = head.replace("import ", "import AutoConfig, ")
     load = f'config = AutoConfig.from_pretrained("{artefact.repo_id}"{branch})\n' if named else ""

@@ -1,4 +1,4 @@
-"""`kind: pretrain`: next-token training on packed documents, by Trainer."""
+"""`kind: pretrain`: next-token training on packed documents, or masked language modelling, by Trainer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import math
 from itertools import islice
 from typing import Any
 
+import torch
+from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from hfpipe import ranks
 from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.loader import BatchLoader
+from hfpipe.data.encode import IGNORED
+from hfpipe.data.loader import BatchLoader, collate
+from hfpipe.data.masking import Masking, frame_of
 from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import RecipeError
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
+from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Pretrain
+from hfpipe.recipe.faults import listed
 from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
@@ -27,8 +33,13 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     """Trains a pretrain stage and saves its model; see `stages.common.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Pretrain)
-    model = load_model(run.parent, frozen=stage.adapter is not None)
-    max_length = stage.training.get("max_length") or min(model.config.max_position_embeddings, DEFAULT_MAX_LENGTH)
+    masked = stage.objective == "masked"
+    masking = Masking(run.tokenizer, stage.masking or {}, run.recipe.seed) if masked else None
+    frame = frame_of(run.tokenizer, words=masking.collator.whole_word_mask) if masking else None
+    model, new = load_model(run.parent, frozen=stage.adapter is not None, with_new_modules=True)
+    if new:
+        ranks.say(f"  the base has no weights for {listed(new)}, which begin fresh")
+    max_length = _max_length(run, model)
     per_device, accumulation = divide_batch(stage)
     stream = TokenStream(
         [load_rows(source, seed=run.recipe.seed, kinds=("text",)) for source in stage.data],
@@ -42,16 +53,44 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         seed=run.recipe.seed,
         rank=ranks.rank(),
         ranks=ranks.ranks(),
+        frame=frame,
     )
     global_batch = per_device * accumulation * ranks.ranks()
-    max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, global_batch * max_length)
+    max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, global_batch * stream.max_length)
     arguments = trainer_arguments(TrainingArguments, run, max_steps, per_device, accumulation)
     model = with_adapter(run, model)
-    model.config.use_cache = False  # a cache would let packed documents see each other
-    _require_isolation(model)
-    trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer)
-    loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id)
+    if not masked:
+        model.config.use_cache = False  # a cache would let packed documents see each other
+        _require_isolation(model)
+    loss = masked_loss if masked else None
+    trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
+    loader = BatchLoader(
+        stream, per_device, run.tokenizer.pad_token_id, collated=masking.collate if masking else collate
+    )
     return train(run, trainer, loader, tokens_per_step=global_batch * max_length)
+
+
+def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Cross-entropy summed over the masked tokens and divided by those of the global batch.
+
+    The models' own loss is a mean over a micro-batch, and micro-batches differ in their number of masked tokens.
+    """
+    where = labels != IGNORED
+    count = where.sum() if num_items_in_batch is None else num_items_in_batch
+    logits = outputs["logits"][where].float()  # only these: the logits of all tokens are the largest tensor by far
+    return functional.cross_entropy(logits, labels[where], reduction="sum") / count
+
+
+def _max_length(run: StageRun, model: Any) -> int:
+    """Tokens of a row: the recipe's, or what the model can take, up to `DEFAULT_MAX_LENGTH`."""
+    most = learned_positions(model)
+    asked = run.stage.training.get("max_length")
+    if most is not None and asked is not None and asked > most:
+        raise RecipeError(
+            f"stages.{run.stage.name}.training.max_length is {asked}, and this model has positions for {most} tokens. "
+            f"Write at most {most}, or leave it out."
+        )
+    return asked or min(most or model.config.max_position_embeddings, DEFAULT_MAX_LENGTH)
 
 
 def _require_isolation(model: Any) -> None:
@@ -68,6 +107,7 @@ def _require_isolation(model: Any) -> None:
 def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
     """Steps of `num_train_epochs`, by tokenizing the data once: the schedule has to know where it ends."""
     tokens = 0
+    special = run.stage.task == "causal"  # a row's, and not a document's, with a masked model
     for source in run.stage.data:
         rows = load_rows(source, seed=run.recipe.seed, kinds=("text",))
         if not hasattr(rows, "num_rows"):
@@ -77,5 +117,6 @@ def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
             )
         documents = tidy_rows(rows, source, Read())
         while texts := [row["text"] for row in islice(documents, 1000)]:
-            tokens += sum(map(len, run.tokenizer(texts, return_attention_mask=False)["input_ids"])) + len(texts)
+            ids = run.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+            tokens += sum(map(len, ids)) + len(texts)
     return max(1, math.ceil(tokens * run.stage.training.get("num_train_epochs", 1) / tokens_per_step))

@@ -1,0 +1,55 @@
+"""What a suite asks of an encoder: tokens of held-out text that are masked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hfpipe.data.encode import IGNORED
+from hfpipe.data.loader import collate
+from hfpipe.data.masking import Masking
+from hfpipe.model.scoring import by_length, within_positions
+
+OPTIONS = {"mlm_probability": 0.15, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
+
+
+@torch.no_grad()
+def fill_masks(
+    model: Any, texts: Sequence[str], numbers: Sequence[int], tokenizer: Any, max_length: int, batch_size: int
+) -> list[dict[str, Any] | None]:
+    """Masks 15 % of the tokens of each text, the same at every call, and asks the model for them.
+
+    Args:
+        model: A masked language model in evaluation mode.
+        texts: Texts.
+        numbers: Places of the texts in the suite, which say what is masked.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens to keep of each text.
+        batch_size: Texts of a forward pass.
+
+    Returns:
+        `bits` spent on the masked tokens, `hits` among them, and their number `tokens`; None where none was masked.
+    """
+    masking = Masking(tokenizer, OPTIONS, seed=0)
+    limit = within_positions(model, max_length)
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    rows = [masking.row(ids, number) for ids, number in zip(encoded, numbers, strict=True)]
+    answers: list[dict[str, Any] | None] = [None] * len(rows)
+    for indices in by_length([len(row["labels"]) for row in rows], batch_size):
+        padded = collate([rows[index] for index in indices], tokenizer.pad_token_id)
+        batch = {key: value.to(model.device) for key, value in padded.items()}
+        labels = batch.pop("labels")
+        where = labels != IGNORED
+        logits = model(**batch).logits[where].float()
+        losses = torch.nn.functional.cross_entropy(logits, labels[where], reduction="none").double()
+        hits = logits.argmax(-1) == labels[where]
+        place = where.nonzero()[:, 0]
+        for row, index in enumerate(indices):
+            own = place == row
+            if own.any():
+                bits = float(losses[own].sum()) / math.log(2)
+                answers[index] = {"bits": bits, "hits": int(hits[own].sum()), "tokens": int(own.sum())}
+    return answers
