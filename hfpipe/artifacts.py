@@ -67,7 +67,7 @@ def _evaluate(
     """Scores one model on all suites and prints the scores."""
     ref = _model_of(name, recipe, stage)
     tokenizer = load_tokenizer(ref.path, trust_remote_code=recipe.model.trust_remote_code)
-    model = load_model(ref)
+    model = load_model(replace(ref, vocabulary=len(tokenizer)))
     found = {}
     for suite_name, suite in recipe.evaluate.items():
         found[suite_name] = score_suite(suite_name, suite, rows[suite_name], model, tokenizer, label)

@@ -95,6 +95,7 @@ def _train(run: Run, name: str, parent: str) -> None:
                 parent=dataclasses.replace(start, quantization=stage.quantized),
                 continued=continued,
                 tokenizer=run.base.tokenizer,
+                added_tokens=run.base.added,
                 folder=folder,
                 hash=run.hashes[name],
                 probe_texts=probe_texts(run),

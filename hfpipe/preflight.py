@@ -23,6 +23,7 @@ from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.model.base import require_unquantized, texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import clear_errors, is_encoder, load_tokenizer
+from hfpipe.model.tokens import prepare_tokenizer, template_warning
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
 from hfpipe.recipe import Pretrain, Recipe, Sft, Source, Stage
@@ -43,6 +44,8 @@ def preflight(recipe: Recipe) -> None:
     tokenizer = run_tokenizer(recipe)
     parameters, embedding = _parameters(recipe, tokenizer)
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
+    if warning := template_warning(tokenizer, recipe.model.tokenizer):
+        print(f"warning    {warning}")
     for stage in recipe.stages:
         _check_stage(recipe, stage, tokenizer, parameters, embedding)
     suites = {}
@@ -71,9 +74,7 @@ def run_tokenizer(recipe: Recipe) -> Any:
     else:
         trust = recipe.model.trust_remote_code
         tokenizer = load_tokenizer(recipe.model.id or "", revision=recipe.model.revision, trust_remote_code=trust)
-    if block is not None and block.chat_template is not None:
-        tokenizer.chat_template = block.chat_template
-    return tokenizer
+    return prepare_tokenizer(tokenizer, block)
 
 
 def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:

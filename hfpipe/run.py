@@ -61,7 +61,8 @@ class Run:
         if name == BASE:
             return self.base.ref
         stage = next(stage for stage in self.recipe.stages if stage.name == name)
-        return ModelRef(str(self.stage_folder(name) / MODEL), self.recipe.model, quantization=stage.quantized)
+        folder, tokens = self.stage_folder(name) / MODEL, len(self.base.tokenizer)
+        return ModelRef(str(folder), self.recipe.model, quantization=stage.quantized, vocabulary=tokens)
 
     def handed_on(self, name: str) -> ModelRef:
         """The model that a stage hands on: what it trained, or that at the strength it was dialled to."""

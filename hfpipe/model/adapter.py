@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import set_seed
@@ -44,22 +45,29 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
     set_seed(seed)
     try:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
-        return get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
+        return _with_head_bias(get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model)))
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.") from error
 
 
 def continue_adapter(model: Any, folder: str) -> PeftModel:
     """Puts a saved adapter on the base it belongs to, to train it further."""
-    return PeftModel.from_pretrained(
-        model, folder, is_trainable=True, autocast_adapter_dtype=_trains_in_float32(model), use_safetensors=True
-    )
+    cast = _trains_in_float32(model)
+    return _with_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=cast))
 
 
 def _trains_in_float32(model: Any) -> bool:
     """Whether an adapter is kept in float32 on a base of half precision."""
     # With ZeRO-3 all parameters that are gathered together have one type: https://github.com/huggingface/trl/issues/6089
     return not is_deepspeed_zero3_enabled() or getattr(model, "hf_quantizer", None) is not None
+
+
+def _with_head_bias(model: PeftModel) -> PeftModel:
+    """Lets SFTTrainer, which reads the `bias` of the head, find none where PEFT trains rows of the head."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.register_parameter("bias", None)
+    return model
 
 
 def original_state(model: Any) -> dict[str, torch.Tensor]:
@@ -83,7 +91,8 @@ def adapter_state(model: Any, original: dict[str, torch.Tensor]) -> dict[str, to
         original: See `original_state`; what was taken from the base is taken from the adapter again, at twice its rank:
             A'B' = [A, A0][B, -B0]. PEFT's own conversion does the same but leaves out every other tensor.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=_saves_embeddings(model))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, first in original.items():
         is_a = "lora_A" in name
         state[name] = torch.cat([state[name], (first if is_a else -first).to(state[name])], dim=0 if is_a else 1)
@@ -94,7 +103,7 @@ def save_adapter(model: Any, folder: Path, original: dict[str, torch.Tensor]) ->
     """Writes an adapter that loads on the base as it came; see `adapter_state`."""
     config = model.peft_config["default"]
     if not original:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=_saves_embeddings(model))
         return
     factor = 2**0.5 if config.use_rslora else 2  # of alpha: the scaling stays as it was
     saved = copy.deepcopy(config)
@@ -102,6 +111,13 @@ def save_adapter(model: Any, folder: Path, original: dict[str, torch.Tensor]) ->
     saved.init_lora_weights, saved.inference_mode = True, True
     saved.save_pretrained(str(folder))
     save_file(adapter_state(model, original), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _saves_embeddings(model: Any) -> Any:
+    """PEFT's `save_embedding_layers`: of embeddings that have grown it saves all rows beside those that are trained."""
+    config = model.peft_config["default"]
+    named = (getattr(config, key, None) for key in ("trainable_token_indices", "modules_to_save"))
+    return False if any(named) else "auto"
 
 
 def _is_lora_matrix(name: str) -> bool:

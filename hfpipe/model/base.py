@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hfpipe.errors import DataError, RecipeError
 from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, clear_errors, is_encoder, load_tokenizer, task_of
+from hfpipe.model.tokens import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 
 
@@ -29,12 +30,14 @@ class PreparedBase:
     Args:
         ref: Where it is.
         tokenizer: The run's tokenizer.
+        added: Ids of the tokens that the base knows nothing of.
         hash: Identifies the base; part of the hash of every stage.
         pinned: Changes to the recipe's model block that make it name this very commit.
     """
 
     ref: ModelRef
     tokenizer: Any
+    added: tuple[int, ...]
     hash: str
     pinned: dict[str, Any]
 
@@ -74,8 +77,20 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
     )
     require_task(recipe, ref)
     tokenizer = _tokenizer(recipe, ref)
+    if warning := template_warning(tokenizer, options.tokenizer):
+        ranks.say(f"warning: {warning}")
+    added = added_ids(tokenizer, options.tokenizer, _rows_of(ref))
     pinned = {"revision": commit} if commit else {}
-    return PreparedBase(ref, tokenizer, hash_of([key, commit]), pinned)
+    return PreparedBase(replace(ref, vocabulary=len(tokenizer)), tokenizer, added, hash_of([key, commit]), pinned)
+
+
+def _rows_of(ref: ModelRef) -> int:
+    """Rows of the embeddings of a model, by its config."""
+    with clear_errors("model", ref.path):
+        config = AutoConfig.from_pretrained(
+            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
+        )
+    return config.get_text_config().vocab_size
 
 
 def _create(recipe: Recipe, folder: Path) -> None:
@@ -90,6 +105,7 @@ def _create(recipe: Recipe, folder: Path) -> None:
         )
     else:
         tokenizer = load_tokenizer(block.id or "", revision=block.revision)
+    prepare_tokenizer(tokenizer, block)
     model = create_model(architecture, tokenizer, recipe.seed)
     with whole_folder(folder) as beside:
         model.save_pretrained(beside)
@@ -114,8 +130,7 @@ def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
         tokenizer = load_tokenizer(block.id, revision=block.revision, trust_remote_code=trust)
     else:
         tokenizer = load_tokenizer(ref.path, revision=ref.revision, trust_remote_code=trust)
-    if block is not None and block.chat_template is not None:
-        tokenizer.chat_template = block.chat_template
+    prepare_tokenizer(tokenizer, block)
     if tokenizer.backend_tokenizer.get_vocab_size() == 0:
         raise DataError(f"the tokenizer of {ref.path} has no tokens.")
     return tokenizer

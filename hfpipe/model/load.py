@@ -30,6 +30,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from hfpipe import ranks
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
+from hfpipe.model.tokens import make_room
 from hfpipe.recipe import Model, Quantization
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,12 +52,14 @@ class ModelRef:
         options: The recipe's model block: dtype, attention, `trust_remote_code`.
         revision: Commit or branch of a Hub id.
         quantization: How the weights (of an adapter: its base's) are stored.
+        vocabulary: Tokens that the embeddings must have rows for; they grow where they have fewer.
     """
 
     path: str
     options: Model
     revision: str | None = None
     quantization: Quantization | None = None
+    vocabulary: int | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -242,6 +245,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    make_room(model, ref.vocabulary)
     if not ref.quantization:
         torch.nn.Module.to(model, device())
     model.eval()

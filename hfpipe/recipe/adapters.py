@@ -105,6 +105,18 @@ def _check_init(stage: RawStage, adapter: Block) -> Iterator[Fault]:
         yield Fault(steps, f"{text} Remove `{patterns[0]}`.")
 
 
+def check_added_tokens(stages: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields every adapter that cannot train the embeddings of added tokens: PEFT does so beside LoRA only."""
+    tokenizer = mapping(mapping(data.get("model")).get("tokenizer"))
+    added = next((key for key in ("add_tokens", "add_special_tokens") if tokenizer.get(key)), None)
+    for stage in stages if added else ():
+        adapter = adapter_of(stage)
+        kind = text_of(adapter.data.get("type")) if adapter is not None else None
+        if adapter is not None and kind not in (None, "lora") and not adapter.data.get("modules_to_save"):
+            text = f"'{kind}' does not train the embeddings of tokens that `model.tokenizer.{added}` adds."
+            yield Fault((*adapter.steps, "type"), f"{text} Take `lora`, or name the embeddings in `modules_to_save`.")
+
+
 def check_merges(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
     """Yields every merge that cannot be: of `merge:`, of `push:`, and of an adapter that a later stage starts from."""
     by_name = {stage.name: stage for stage in every if stage.name}

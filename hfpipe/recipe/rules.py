@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hfpipe.recipe.adapters import adapter_of, check_adapter, check_dial, check_merges
+from hfpipe.recipe.adapters import adapter_of, check_adapter, check_added_tokens, check_dial, check_merges
 from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
@@ -96,6 +96,9 @@ def _check_model(model: Block) -> Iterator[Fault]:
         yield from _check_tokenizer(tokenizer, loaded=has_id and not has_architecture)
 
 
+_ADDITIONS = {"chat_template", "add_tokens", "add_special_tokens"}  # to the tokenizer that a model has
+
+
 def _check_tokenizer(tokenizer: Block, *, loaded: bool) -> Iterator[Fault]:
     has_id, has_train = (tokenizer.data.get(key) is not None for key in ("id", "train"))
     if has_id and has_train:
@@ -103,7 +106,7 @@ def _check_tokenizer(tokenizer: Block, *, loaded: bool) -> Iterator[Fault]:
     elif has_train and loaded:
         text = "a new tokenizer does not fit the embeddings of a loaded model. Remove it, or start from `architecture`."
         yield Fault((*tokenizer.steps, "train"), text)
-    elif not has_id and not has_train and not (loaded and tokenizer.data.get("chat_template") is not None):
+    elif not has_id and not has_train and not (loaded and tokenizer.data.keys() & _ADDITIONS):
         yield Fault(tokenizer.steps, "needs `id` (a tokenizer to load) or `train: {vocab_size: ...}`.")
 
 
@@ -300,6 +303,7 @@ def _check_outcome(data: dict[str, Any]) -> Iterator[Fault]:
     adapters = [stage.name for stage in every if adapter_of(stage) is not None]
     if data.get("merge") and not adapters:
         yield Fault(("merge",), "no stage has a `lora:` block, so there is no adapter to merge. Remove it.")
+    yield from check_added_tokens(every, data)
     yield from check_merges(every, data)
     push = mapping(data.get("push"))
     if not push:

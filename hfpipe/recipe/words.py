@@ -16,6 +16,7 @@ from hfpipe.recipe.metric_names import FAMILIES
 
 BASE = "base"  # the model before any training, where the name of a stage may stand
 
+Token = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_' and '-'")]
 
 
@@ -121,6 +122,12 @@ class Tokenizer(Words):
     revision: str = "main"
     train: TokenizerTraining | None = Field(None, description="train one from nothing")
     chat_template: str | None = Field(None, description="a Jinja chat template, when the tokenizer has none")
+    add_tokens: list[Token] = Field(
+        default_factory=list, description="words that become one token each; their embeddings are trained"
+    )
+    add_special_tokens: list[Token] = Field(
+        default_factory=list, description="the same for marks such as <|im_start|>, which decoding leaves out"
+    )
 
 
 class Model(Words):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from hfpipe.model.adapter import (
 )
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import ModelRef, compute_dtype, load_model
+from hfpipe.model.tokens import train_rows
 from hfpipe.recipe import Recipe, Stage
 
 DEFAULT_PER_DEVICE = 8
@@ -44,6 +45,7 @@ class StageRun:
         parent: The model it starts from, a whole model and not an adapter.
         continued: The adapter of `parent` that is trained further; None for a new one, or none at all.
         tokenizer: The run's tokenizer.
+        added_tokens: Ids of the tokens that the base knows nothing of; an adapter trains their embeddings.
         folder: `stages/<stage>` in the run folder.
         hash: Hash of the stage and of all before it.
         probe_texts: A few held-out texts on which the saved model is compared with the trained one.
@@ -55,6 +57,7 @@ class StageRun:
     parent: ModelRef
     continued: ModelRef | None
     tokenizer: Any
+    added_tokens: tuple[int, ...]
     folder: Path
     hash: str
     probe_texts: list[str]
@@ -142,7 +145,8 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
         return continue_adapter(model, run.continued.path)
     if run.stage.adapter is None:
         return model
-    return add_adapter(model, run.stage.adapter | fields, run.recipe.seed)
+    block = train_rows(model, run.stage.adapter | fields, run.added_tokens)
+    return add_adapter(model, block, run.recipe.seed)
 
 
 def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step: float | None) -> dict[str, Any]:
@@ -231,7 +235,7 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
             if is_classifier(model):
                 model.config.save_pretrained(beside)  # the classes, which an adapter's own config does not name
         if trained is not None:
-            saved = ModelRef(str(beside), run.parent.options, quantization=run.stage.quantized)
+            saved = replace(run.parent, path=str(beside), revision=None)
             again = load_model(saved, frozen=run.stage.adapter is not None)
             coarsest = max(
                 (p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda t: TOLERANCE.get(t, 0)

@@ -53,12 +53,11 @@ def run_sft(run: StageRun) -> dict[str, Any]:
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     model = with_adapter(run, load_model(run.parent, frozen=stage.adapter is not None))
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=run.tokenizer,
-    )
+    exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=run.tokenizer)
+    for name, weight in model.named_parameters():
+        if name in exact:  # SFTTrainer rounds an adapter on a quantized base to bfloat16, where small updates vanish
+            weight.data = exact[name]
     loader = BatchLoader(source, per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
     facts = train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}

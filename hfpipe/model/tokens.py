@@ -1,0 +1,101 @@
+"""Tokens that a recipe adds: to the tokenizer, to the embeddings, and to what an adapter trains."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from hfpipe.errors import RecipeError
+from hfpipe.recipe import Tokenizer
+
+# What chat templates mark turns and calls with: <|im_start|>, <start_of_turn>, </tool_call>, [INST].
+_MARKER = re.compile(r"<\|[^<>|\s]+\|>|</?[A-Za-z_][\w-]*>|\[/?[A-Z_]{2,}\]")
+
+
+def prepare_tokenizer(tokenizer: Any, block: Tokenizer | None) -> Any:
+    """Gives a tokenizer the tokens and the chat template of the recipe; tokens that it has already stay as they are."""
+    if block is not None:
+        tokenizer.add_tokens(list(block.add_tokens))
+        tokenizer.add_tokens(list(block.add_special_tokens), special_tokens=True)
+        if block.chat_template is not None:
+            tokenizer.chat_template = block.chat_template
+    return tokenizer
+
+
+def template_warning(tokenizer: Any, block: Tokenizer | None) -> str | None:
+    """What to say of a recipe's chat template whose marks are no tokens: the model reads them in pieces, as text."""
+    if block is None or block.chat_template is None:
+        return None
+    known = tokenizer.get_vocab()
+    marks = [mark for mark in dict.fromkeys(_MARKER.findall(block.chat_template)) if mark not in known]
+    if not marks:
+        return None
+    quoted = ", ".join(f'"{mark}"' for mark in marks)
+    return (
+        f"model.tokenizer.chat_template writes {quoted}, which the tokenizer does not know as one token and cuts into "
+        f"pieces. To make them tokens, add below model.tokenizer: add_special_tokens: [{quoted}]"
+    )
+
+
+def added_ids(tokenizer: Any, block: Tokenizer | None, rows: int) -> tuple[int, ...]:
+    """Ids of the tokens that the base knows nothing of.
+
+    Args:
+        tokenizer: The run's tokenizer, see `prepare_tokenizer`.
+        block: The recipe's `model.tokenizer`; what it names counts even where the base has a row for it, since bases
+            hold rows for tokens that they have never seen.
+        rows: Rows of the base's embeddings.
+    """
+    named = [*block.add_tokens, *block.add_special_tokens] if block is not None else []
+    return tuple(sorted({*tokenizer.convert_tokens_to_ids(named), *range(rows, len(tokenizer))}))
+
+
+def make_room(model: Any, size: int | None) -> None:
+    """Lets the embeddings of a model grow to `size` rows, where they have fewer.
+
+    New rows are drawn around the mean of the others, as transformers does
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), and are the same at every load.
+    """
+    if size is None or size <= model.get_input_embeddings().num_embeddings:
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(size)
+
+
+def train_rows(model: Any, block: dict[str, Any], ids: tuple[int, ...]) -> dict[str, Any]:
+    """The block of an adapter that trains the rows of added tokens beside its own weights.
+
+    The rows go into the adapter by PEFT's `trainable_token_indices`, not the whole embeddings. A head that is tied to
+    the embeddings follows them; one that is not has its rows trained too.
+
+    Args:
+        model: The base.
+        block: PEFT's `type` and fields of its config. One that trains the embeddings already stays as it is.
+        ids: The tokens, see `added_ids`.
+
+    Raises:
+        RecipeError: The head has a bias, which PEFT leaves out (https://github.com/huggingface/peft/issues/3649).
+    """
+    names = {module: name for name, module in model.named_modules()}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = names[embeddings].rpartition(".")[2]
+    named = [name for key in ("modules_to_save", "target_modules") for name in _listed(block.get(key))]
+    if not ids or block.get("trainable_token_indices") or own in named:
+        return block
+    if head is not None and head.bias is not None:
+        raise RecipeError(
+            "model.tokenizer: an adapter cannot train added tokens on this model, whose head has a bias: PEFT leaves "
+            "the bias out (https://github.com/huggingface/peft/issues/3649). Train all weights, or write "
+            f"`modules_to_save: [{own}, {names[head].rpartition('.')[2]}]`."
+        )
+    rows = {names[embeddings]: list(ids)}
+    if head is not None and head.weight is not embeddings.weight:
+        rows[names[head]] = list(ids)
+    return block | {"trainable_token_indices": rows}
+
+
+def _listed(names: Any) -> list[str]:
+    return names if isinstance(names, list) else []
