@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED, encode_for_training
 from hfpipe.data.masking import Masking, frame_of, tokens_of
+from hfpipe.data.mixture import mixture
 from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
@@ -26,7 +27,7 @@ from hfpipe.model.load import clear_errors, is_encoder, load_tokenizer
 from hfpipe.model.tokens import prepare_tokenizer, template_warning
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
-from hfpipe.recipe import Pretrain, Recipe, Sft, Source, Stage
+from hfpipe.recipe import Pretrain, Recipe, Source, Stage
 from hfpipe.stages.common import divide_batch
 
 SAMPLE_ROWS = 200
@@ -109,13 +110,16 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
         print(f"data       {stage.name}: {source.path}: {known}; {facts['tokens']:.0f} tokens a row")
         if facts["untrained"]:
             print(f"           {facts['untrained']:.0%} of the sampled rows have no token to train on")
+    replayed = [part for part in mixture(recipe, stage) if part.replayed]
+    for part in replayed:
+        unit = "tokens" if stage.kind == "pretrain" else "rows"
+        print(f"replay     {stage.name}: {part.share:.1%} of the {unit} from {part.source.path}")
     global_batch = per_device * accumulation
     steps = stage.training.get("max_steps", -1)
     if steps <= 0:
         epochs = stage.training.get("num_train_epochs", 1)
-        replayed = stage.replay.share if isinstance(stage, Sft) and stage.replay is not None else 0.0
-        size = rows_known / (1 - replayed) if stage.kind != "pretrain" else tokens_known / max_length
-        steps = math.ceil(size * epochs / global_batch)
+        size = rows_known if stage.kind != "pretrain" else tokens_known / max_length
+        steps = math.ceil(size * epochs / (1 - sum(part.share for part in replayed)) / global_batch)
     print(
         f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from hfpipe import ranks
 from hfpipe.data.encode import encode
+from hfpipe.data.mixture import mixture
 from hfpipe.data.shift import CHARACTERS, domain_auc, sample_texts, text_of, token_divergence
 from hfpipe.files import write_json
 from hfpipe.metrics import load_metric
@@ -71,16 +72,9 @@ def measure_shift(
 
 def stage_sample(recipe: Recipe, stage: Stage, count: int) -> list[str]:
     """Texts of what a stage trains on: its sources by their weights, and what it replays."""
-    replay = getattr(stage, "replay", None)
-    share = replay.share if replay is not None else 0.0
-    parts = [(source, (1 - share) * (source.weight or 1.0)) for source in stage.data]
-    total = sum(weight for _, weight in parts) / (1 - share)
-    if replay is not None:
-        earlier = next(other for other in recipe.stages if other.name == replay.stage)
-        parts += [(source, share * total / len(earlier.data)) for source in earlier.data]
     texts = []
-    for source, weight in parts:
-        texts += sample_texts(source, max(1, round(count * weight / total)), recipe.seed)
+    for part in mixture(recipe, stage):
+        texts += sample_texts(part.source, max(1, round(count * part.share)), recipe.seed)
     random.Random(recipe.seed).shuffle(texts)  # the halves of the noise floor are of the whole mixture
     return texts
 

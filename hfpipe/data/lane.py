@@ -12,7 +12,8 @@ from hfpipe.data.encode import IGNORED
 from hfpipe.data.packing import Packed, pack
 from hfpipe.data.reader import Reader
 
-FIRST_TOKENS_PER_CHARACTER = 0.25  # until a window has measured it
+MEASURED = 16  # documents of a source that are tokenized as they are drawn, before characters tell their tokens
+GOLDEN = 0.6180339887  # its multiples lie evenly between 0 and 1
 
 
 class Window(NamedTuple):
@@ -44,6 +45,8 @@ class Lane:
         window_documents: Documents of a window.
         pad: The token that fills a lane's last row.
         seed: With the window's number, the seed of the window's shuffle.
+        replayed: Of each source, whether it is another stage's. Those keep their part of the weights to the end, and
+            the lane ends without them; the part of an own source that has ended falls to the other own ones.
     """
 
     def __init__(
@@ -55,10 +58,16 @@ class Lane:
         window_documents: int,
         pad: int,
         seed: list[int],
+        replayed: list[bool] | None = None,
     ) -> None:
         self.readers, self.weights, self.tokenize = readers, weights, tokenize
         self.length, self.window_documents, self.pad, self.seed = length, window_documents, pad, seed
+        self._replayed = [number for number, other in enumerate(replayed or []) if other]
+        self._own = [number for number in range(len(readers)) if number not in self._replayed]
+        # Where in a document its lag is taken: at its beginning, every lane would be a document ahead of the weights.
+        self._phase = (seed[-1] + 1) * GOLDEN % 1
         self.window = 0
+        self.documents = [0] * len(readers)
         self.tokens = [0] * len(readers)  # that each source has given so far
         self.characters = [0] * len(readers)
         self.rest = np.zeros(0, dtype=np.int32)
@@ -71,6 +80,7 @@ class Lane:
             "sources": [reader.state() for reader in self.readers],
             "tokens": list(self.tokens),
             "characters": list(self.characters),
+            "documents": list(self.documents),
             "rest": self.rest.tolist(),
             "rest_starts": np.flatnonzero(self.rest_starts).tolist(),
         }
@@ -79,6 +89,7 @@ class Lane:
         """Continues where `state` was taken."""
         self.window = state["window"]
         self.tokens, self.characters = list(state["tokens"]), list(state["characters"])
+        self.documents = list(state["documents"])
         self.rest = np.array(state["rest"], dtype=np.int32)
         self.rest_starts = np.zeros(len(self.rest), dtype=bool)
         self.rest_starts[state["rest_starts"]] = True
@@ -109,7 +120,7 @@ class Lane:
             starts[-1][np.cumsum(lengths) - lengths] = True
         self.window += 1
         flat, flat_starts = np.concatenate(tokens), np.concatenate(starts)
-        last = all(reader.ended for reader in self.readers)
+        last = all(self.readers[source].ended for source in self._own)
         short = -len(flat) % self.length if last else 0
         packed = pack(np.pad(flat, (0, short), constant_values=self.pad), np.pad(flat_starts, (0, short)), self.length)
         self.rest, self.rest_starts = packed.rest, packed.rest_starts
@@ -125,26 +136,37 @@ class Lane:
         Before a document is tokenized its tokens are estimated from its characters; the window's true counts replace
         the estimates, so the shares are held over a run whatever the length of the documents.
         """
-        ratios = [
-            tokens / characters if characters else FIRST_TOKENS_PER_CHARACTER
-            for tokens, characters in zip(self.tokens, self.characters, strict=True)
-        ]
         estimates: list[float] = [float(tokens) for tokens in self.tokens]
         texts: list[str] = []
         origins: list[int] = []
         while len(texts) < self.window_documents:
-            going = [source for source, reader in enumerate(self.readers) if not reader.ended]
+            going = [source for source in self._own if not self.readers[source].ended]
             if not going:
                 break
-            source = min(going, key=lambda source: estimates[source] / self.weights[source])
+            if self._replayed and self._lag(self._replayed, estimates) < self._lag(self._own, estimates):
+                going = self._replayed
+            source = min(going, key=lambda source: self._lag([source], estimates))
             text = self.readers[source].next()
             if text is None:
                 continue
-            estimates[source] += len(text) * ratios[source] + 1
+            if self.documents[source] < MEASURED:
+                estimates[source] += len(self.tokenize([text])[0])
+            else:
+                estimates[source] += len(text) * estimates[source] / self.characters[source]
             self.characters[source] += len(text)
+            self.documents[source] += 1
             texts.append(text)
             origins.append(source)
         return texts, origins
+
+    def _lag(self, sources: list[int], estimates: list[float]) -> float:
+        """Tokens that sources have given, and a part of the next document, for their weight: the least comes next.
+
+        The part is another in each lane, so that over the lanes nothing is ahead or behind however long documents are.
+        """
+        given = sum(estimates[source] for source in sources)
+        documents = sum(self.documents[source] for source in sources)
+        return given * (1 + self._phase / max(documents, 1)) / sum(self.weights[source] for source in sources)
 
     def _source_facts(self) -> list[dict[str, Any]]:
         return [

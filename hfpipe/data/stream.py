@@ -68,6 +68,7 @@ class TokenStream:
         ranks: Number of ranks.
         window_documents: Documents of a window.
         origins: What the sources were opened from, for messages and the report.
+        replayed: Of each source, whether it is another stage's, see `Lane`. Such a source begins anew in any case.
         exhausted: What becomes of a source that is read to its end. "repeat": it begins anew in that lane, and the
             stream is endless. "stop": after `epochs` of them the others go on without it. The last row of a lane is
             padded then, rows stand in for a lane that ends before the others, and all ranks serve the same number of
@@ -95,6 +96,7 @@ class TokenStream:
         ranks: int = 1,
         window_documents: int = WINDOW_DOCUMENTS,
         origins: Sequence[Source] | None = None,
+        replayed: Sequence[bool] | None = None,
         exhausted: Literal["repeat", "stop"] = "repeat",
         epochs: int = 1,
         max_dirty_share: float = 1.0,
@@ -109,6 +111,7 @@ class TokenStream:
         self.origins = list(
             origins or [Source.model_validate({"path": f"source {number}"}) for number in range(len(sources))]
         )
+        self.replayed = list(replayed or [False] * len(self.sources))
         self.seed, self.rank, self.ranks, self.window_documents = seed, rank, ranks, window_documents
         self.epochs = None if exhausted == "repeat" else epochs
         self.prefetch, self.max_dirty_share = prefetch, max_dirty_share
@@ -146,10 +149,13 @@ class TokenStream:
 
     def _lane(self, lane: int, shards: Sequence[Dataset | IterableDataset]) -> Lane:
         """A lane at its position."""
+        each_epochs = [None if other else self.epochs for other in self.replayed]
         opened = Lane(
             [
-                Reader(rows, lane, self.lanes, origin, self.epochs, min(BLOCK, self.window_documents))
-                for rows, origin in zip(shards, self.origins, strict=True)
+                Reader(
+                    rows, lane, self.lanes, origin, None if other else self.epochs, min(BLOCK, self.window_documents)
+                )
+                for rows, origin, other in zip(shards, self.origins, self.replayed, strict=True)
             ],
             self.weights,
             self._tokenize,
@@ -157,6 +163,7 @@ class TokenStream:
             self.window_documents,
             self._eos[0],
             [self.seed, lane],
+            self.replayed,
         )
         start = self._positions[lane].start
         if start is not None:
@@ -293,8 +300,8 @@ class TokenStream:
         Returns:
             `rows`, `tokens` without padding, `documents` that began, those that were `cut` to go on in another row,
             `continued_rows` that begin in the middle of one, `cut_share`, `padding_share`, `lanes`; and of each of the
-            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `dirty` and `mended` rows
-            by reason (see `dirt.py`), `dirty_ids`, `mended_ids`.
+            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `replayed`, `dirty` and
+            `mended` rows by reason (see `dirt.py`), `dirty_ids`, `mended_ids`.
         """
         positions = [position for part in gather(list(self._positions.values())) for position in part]
         total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
@@ -307,6 +314,7 @@ class TokenStream:
                 "epochs": min((facts["epochs"] for facts in lanes), default=0),
                 "token_share": round(sum(facts["tokens"] for facts in lanes) / max(tokens, 1), 4),
                 "rows": sum(facts["rows"] for facts in lanes),
+                "replayed": self.replayed[number],
             }
             for kind in ("dirty", "mended"):
                 found = merged([Tally(facts[kind], facts[f"{kind}_ids"]) for facts in lanes])

@@ -183,6 +183,9 @@ def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault
         yield Fault((*stage.steps, "parent"), _not_among("an earlier stage", parent, [BASE, *names]))
     if (name := text_of(replayed.data.get("stage"))) is not None and name not in names:
         yield Fault((*replayed.steps, "stage"), _not_among("an earlier stage", name, names))
+    elif any(other.name == name and other.kind not in ("pretrain", "sft") for other in earlier):
+        text = f"'{name}' does not train on texts. Allowed is an earlier stage of kind pretrain or sft."
+        yield Fault((*replayed.steps, "stage"), text)
 
 
 _LEFT = {

@@ -167,6 +167,9 @@ def _unknown_key(steps: Steps, data: dict[str, Any]) -> str:
         owner = next((name for name, fields in below.items() if key in (fields() or {})), None)
         if owner and key not in block.model_fields:
             return f"unknown key of a {kind} stage. It belongs below `{owner}:`."
+        if key == "replay":
+            text = f"mixes texts of an earlier stage into one that trains on texts, which a {kind} stage does not."
+            return f"{text} Remove it, or start from that stage by `parent`."
         elsewhere = [kind for kind, words in KINDS.items() if key in words.model_fields]
         if elsewhere:
             return f"is a key of a {elsewhere[0]} stage, not of a {kind} stage."

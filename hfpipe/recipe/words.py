@@ -159,7 +159,7 @@ class Replay(Words):
     """Mixes the data of an earlier stage into this one."""
 
     stage: Name
-    share: Share = Field(gt=0, lt=1, description="share of replayed rows in every epoch")
+    share: Share = Field(gt=0, lt=1, description="share of the tokens (pretrain) or of the rows (sft) of this stage")
 
 
 class StageBase(Words):
@@ -228,6 +228,7 @@ class Pretrain(StageBase):
     exhausted: Literal["repeat", "stop"] = Field(
         "repeat", description="a source that is read to its end begins anew, or the others go on without it"
     )
+    replay: Replay | None = None
 
     @property
     def task(self) -> str:

@@ -30,7 +30,8 @@ def data_section(folder: Path, recipe: Recipe) -> Section | None:
         done = folder / "stages" / stage.name / "done.json"
         data = json.loads(done.read_text()).get("data", {}) if done.exists() else {}
         for name, facts in data.get("sources", {}).items():
-            cells = [stage.name, name.partition(": ")[2], f"#{facts['rows']:,}", f"#{facts.get('epochs', '')}"]
+            path = name.partition(": ")[2] + (" (replayed)" if facts.get("replayed") else "")
+            cells = [stage.name, path, f"#{facts['rows']:,}", f"#{facts.get('epochs', '')}"]
             cells.append(f"#{facts['token_share']:.1%}" if "token_share" in facts else "#")
             rows.append([*cells, *(_tallied(facts, kind) for kind in ("dirty", "mended"))])
         if "cut_share" in data:

@@ -15,6 +15,7 @@ from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import BatchLoader, collate
 from hfpipe.data.masking import Masking, frame_of
+from hfpipe.data.mixture import documents_of, mixture
 from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
@@ -41,12 +42,14 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks.say(f"  the base has no weights for {listed(new)}, which begin fresh")
     max_length = _max_length(run, model)
     per_device, accumulation = divide_batch(stage)
+    parts = mixture(run.recipe, stage)
     stream = TokenStream(
-        [load_rows(source, seed=run.recipe.seed, kinds=("text",)) for source in stage.data],
+        [documents_of(part, run.tokenizer, run.recipe.seed) for part in parts],
         run.tokenizer,
         max_length=max_length,
-        weights=[source.weight or 1.0 for source in stage.data],
-        origins=stage.data,
+        weights=[part.share for part in parts],
+        origins=[part.source for part in parts],
+        replayed=[part.replayed for part in parts],
         lanes=stage.lanes,
         exhausted=stage.exhausted,
         max_dirty_share=stage.max_dirty_share,
@@ -105,8 +108,8 @@ def _require_isolation(model: Any) -> None:
 
 
 def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
-    """Steps of `num_train_epochs`, by tokenizing the data once: the schedule has to know where it ends."""
-    tokens = 0
+    """Steps of `num_train_epochs` of the stage's own data, which is tokenized once: the schedule must know its end."""
+    tokens, own = 0, sum(part.share for part in mixture(run.recipe, run.stage) if not part.replayed)
     special = run.stage.task == "causal"  # a row's, and not a document's, with a masked model
     for source in run.stage.data:
         rows = load_rows(source, seed=run.recipe.seed, kinds=("text",))
@@ -119,4 +122,4 @@ def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
         while texts := [row["text"] for row in islice(documents, 1000)]:
             ids = run.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
             tokens += sum(map(len, ids)) + len(texts)
-    return max(1, math.ceil(tokens * run.stage.training.get("num_train_epochs", 1) / tokens_per_step))
+    return max(1, math.ceil(tokens / own * run.stage.training.get("num_train_epochs", 1) / tokens_per_step))

@@ -13,6 +13,7 @@ from hfpipe import ranks
 from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import encode_for_training
 from hfpipe.data.loader import BatchLoader
+from hfpipe.data.mixture import mixture
 from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.sources import TEXT_KINDS, load_rows
 from hfpipe.errors import DataError
@@ -72,14 +73,17 @@ def _tokenized_rows(run: StageRun, stage: Sft) -> tuple[Dataset, dict[str, dict[
     if any(source.weight is not None for source in stage.data):
         parts = _weighted(parts, [source.weight or 1.0 for source in stage.data])
     sources = list(stage.data)
-    if stage.replay is not None:
-        replayed = stage.replay.stage
-        earlier = next(other for other in run.recipe.stages if other.name == replayed)
-        wanted = round(sum(map(len, parts)) * stage.replay.share / (1 - stage.replay.share))
-        each = math.ceil(wanted / len(earlier.data))
-        for source in earlier.data:
-            part, found = _tokenize(run, source, at_most=each)
-            parts, facts, sources = [*parts, part], [*facts, found], [*sources, source]
+    replayed = [part for part in mixture(run.recipe, stage) if part.replayed]
+    if replayed:
+        whole = sum(map(len, parts)) / (1 - sum(part.share for part in replayed))  # rows of the stage
+        for earlier in replayed:
+            wanted = math.ceil(whole * earlier.share)
+            part, found = _tokenize(run, earlier.source, at_most=wanted)
+            if len(part) < wanted:
+                ranks.say(f"  {earlier.source.path}: {len(part):,} rows to replay, {wanted:,} would make up its share")
+            parts.append(part)
+            facts.append({**found, "replayed": True})
+            sources.append(earlier.source)
     tokens = [sum(map(len, part["input_ids"])) for part in parts]
     for found, given in zip(facts, tokens, strict=True):
         found["token_share"] = round(given / sum(tokens), 4)

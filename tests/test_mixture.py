@@ -1,0 +1,106 @@
+"""Mixtures and replay: shares of tokens whatever the length of documents, to the end of the data, and the report."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from hfpipe.cli import main
+from hfpipe.data.stream import TokenStream
+from hfpipe.model.create import train_tokenizer
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def table(count: int, words: tuple[int, int], seed: int) -> Dataset:
+    chance = random.Random(seed)
+    return Dataset.from_list(
+        [{"text": f"{n}: " + " ".join(chance.choices(WORDS, k=chance.randint(*words)))} for n in range(count)]
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer((row["text"] for row in table(200, (5, 40), 0)), 400, 128)
+
+
+def served(sources: list, tokenizer, steps: int | None = None, **options) -> dict:
+    """The report on a stream after some batches, or all of them."""
+    stream = TokenStream(sources, tokenizer, max_length=64, lanes=4, window_documents=50, **options)
+    for step, _ in enumerate(stream.batches(4), 1):
+        if step == steps:
+            break
+    return stream.report()
+
+
+def test_shares_hold_for_lengths_from_two_words_to_three_thousand(tokenizer) -> None:
+    sources = [table(3000, (1, 3), 1), table(300, (50, 90), 2), table(40, (1000, 3000), 3)]
+    found = served(sources, tokenizer, steps=700, weights=[0.2, 0.5, 0.3])
+    facts = list(found["sources"].values())
+    assert [source["token_share"] for source in facts] == pytest.approx([0.2, 0.5, 0.3], abs=0.01)
+    for rows, source in zip(sources, facts, strict=True):
+        assert 0 <= source["rows"] / len(rows) - source["epochs"] < 2  # of the lane that has the fewest
+    assert facts[1]["epochs"] > 1
+
+
+def test_a_replayed_source_keeps_its_share_to_the_end_and_does_not_outlast_the_stage(tokenizer) -> None:
+    own = [table(300, (20, 60), 1), table(1200, (20, 60), 2)]
+    replayed = [table(100, (5, 200), 3)]
+    found = served(
+        [*own, *replayed], tokenizer, weights=[0.4, 0.4, 0.2], replayed=[False, False, True], exhausted="stop"
+    )
+    first, second, third = found["sources"].values()
+    assert (first["rows"], second["rows"]) == (300, 1200)
+    assert (first["epochs"], second["epochs"]) == (1, 1)
+    assert third["token_share"] == pytest.approx(0.2, abs=0.01)
+    assert third["epochs"] >= 1
+    assert [source["replayed"] for source in found["sources"].values()] == [False, False, True]
+
+
+def test_a_pretrain_stage_replays_a_fine_tuning_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False, push=None)
+    prose, sounds = content["stages"]
+    del sounds["lora"]
+    again = {**prose, "name": "again", "replay": {"stage": "sounds", "share": "20%"}, "training": {**prose["training"]}}
+    del again["training"]["max_steps"]
+    again["training"]["num_train_epochs"] = 1
+    again["global_batch_size"] = 16
+    content["stages"] = [prose, sounds, again]
+    path = tiny.write(tmp_path, content)
+    assert main(["run", str(path)]) == 0
+    done = {name: json.loads((tmp_path / f"run/stages/{name}/done.json").read_text()) for name in ("sounds", "again")}
+    own, replayed = done["again"]["data"]["sources"].values()
+    assert replayed["token_share"] == pytest.approx(0.2, abs=0.01)
+    assert replayed["replayed"]
+    assert own["token_share"] == pytest.approx(0.8, abs=0.01)
+    assert "json (replayed) |" in (tmp_path / "run" / "report.md").read_text()
+    capsys.readouterr()
+    assert main(["check", str(path)]) == 0
+    page = capsys.readouterr().out
+    assert "replay     again: 20.0% of the tokens from json" in page
+    steps = int(page.partition("stage      again: ")[2].split()[0])
+    assert steps == pytest.approx(done["again"]["steps"], abs=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "replayed", "text"),
+    [
+        ("classification", "prose", "a classification stage does not"),
+        ("pretrain", "judged", "does not train on texts"),
+        ("pretrain", "prosa", "Did you mean prose?"),
+    ],
+)
+def test_replay_where_it_makes_no_sense_is_a_fault(
+    tmp_path: Path, kind: str, replayed: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    prose = content["stages"][0]
+    judged = {"name": "judged", "kind": "classification", "data": prose["data"]}
+    last = {**prose, "name": "last", "kind": kind, "parent": "prose", "replay": {"stage": replayed, "share": 0.1}}
+    content["stages"] = [prose, judged, last]
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
+    assert text in capsys.readouterr().err
