@@ -127,8 +127,10 @@ class CheckpointCallback(TrainerCallback):
             write_json(folder / DATA_STATE, self.loader.source.merge_states(states))
             write_manifest(folder, self.stage_hash)
             if self.keep is not None:
+                best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
                 for old in _by_step(folder.parent)[max(self.keep, 1) :]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    if old.name != best:  # which early stopping goes back to
+                        shutil.rmtree(old, ignore_errors=True)
         ranks.wait()
 
 

@@ -62,6 +62,11 @@ def _run(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
+    if recipe.seeds or recipe.cross_validation:
+        from hfpipe.repeats import run_repeats
+
+        run_repeats(recipe)
+        return
     from hfpipe.pipeline import run_recipe
 
     run_recipe(recipe)
@@ -142,6 +147,11 @@ def _report(options: argparse.Namespace) -> None:
     from hfpipe.report import write_reports
 
     folder = _run_folder(options.run)
+    if (folder / "repeats.json").exists():
+        from hfpipe.report.repeats import write_repeat_reports
+
+        print(*write_repeat_reports(folder), sep="\n")
+        return
     if not (folder / "scorecard.json").exists():
         raise RecipeError(f"{folder} has no scorecard.json yet; `hfpipe run` writes it once the base is scored.")
     print(*write_reports(folder), sep="\n")

@@ -99,6 +99,7 @@ def _train(run: Run, name: str, parent: str) -> None:
                 folder=folder,
                 hash=run.hashes[name],
                 probe_texts=probe_texts(run),
+                rows=run.rows,
                 cost=cost,
             )
         )

@@ -76,6 +76,8 @@ class Run:
             seen = [self.hashes[parent], self.recipe.seed, stage]
             if getattr(stage, "replay", None) is not None:
                 seen.append(self.hashes[stage.replay.stage])  # type: ignore[union-attr]
+            if stage.early_stopping is not None:
+                seen.append(self.recipe.evaluate[stage.early_stopping.suite])
             if (strength := strength_of(self.stage_folder(parent))) is not None:
                 seen.append(strength)
             self.hashes[stage.name] = hash_of(seen)

@@ -12,7 +12,7 @@ LAYERS = [
     {"answers", "checkpoints", "cost", "environment", "evaluation", "overlap", "shift", "stages"},
     {"hub", "report", "upload"},
     {"dial", "pipeline", "run"},
-    {"artifacts", "preflight"},
+    {"artifacts", "preflight", "repeats"},
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "evaluate", "numpy", "pandas"}

@@ -23,7 +23,7 @@ from hfpipe.data.row_groups import by_row_group
 from hfpipe.data.source_errors import friendly
 from hfpipe.data.where import Where
 from hfpipe.errors import DataError, RecipeError
-from hfpipe.recipe import Source
+from hfpipe.recipe import Fold, Source
 from hfpipe.recipe.faults import did_you_mean, listed
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -72,7 +72,7 @@ def load_rows(
     """Opens a source and gives its rows with the columns of one role, and `id` where there is one.
 
     First `skip` and `take` cut the rows by their place, so that two sources which share no place share no row; then
-    `where` chooses among them; then `columns` and `template` name and build the roles.
+    `where` chooses among them, and `fold` a part of those; then `columns` and `template` name and build the roles.
 
     Args:
         source: The source as the recipe gives it.
@@ -98,6 +98,8 @@ def load_rows(
             for column in keep.columns:
                 _require(column, features, "where", source)
             rows = rows.filter(keep, input_columns=keep.columns)
+        if source.fold is not None:
+            rows = _in_fold(rows, source.fold)
         return _with_roles(rows, features, source, kinds)
 
 
@@ -156,6 +158,18 @@ def _cut(rows: Rows, skip: int, take: int | None) -> Rows:
         return stream_range(rows, skip, take)
     end = len(rows) if take is None else min(skip + take, len(rows))
     return rows.select(range(skip, end) if skip < end else [])  # `select` refuses an empty range at the end
+
+
+def _in_fold(rows: Rows, fold: Fold) -> Rows:
+    """The rows of one fold, or of all others, in their order. Streams are refused before: their rows have no place.
+
+    Dealt out at random: by turns, a table that is itself in turns would lend each fold rows of its own kind.
+    """
+    from sklearn.model_selection import KFold  # a second to import
+
+    number = fold.keep or fold.leave or 1
+    left, kept = list(KFold(fold.of, shuffle=True, random_state=0).split(range(len(rows))))[number - 1]
+    return rows.select(kept if fold.keep else left)
 
 
 def _features_of(rows: Rows, source: Source) -> Features:

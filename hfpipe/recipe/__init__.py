@@ -5,7 +5,10 @@ from hfpipe.recipe.loading import load_recipe
 from hfpipe.recipe.schema import json_schema
 from hfpipe.recipe.words import (
     Classification,
+    CrossValidation,
+    EarlyStopping,
     Energy,
+    Fold,
     Merge,
     Model,
     Pretrain,
@@ -25,7 +28,10 @@ from hfpipe.recipe.words import (
 
 __all__ = [
     "Classification",
+    "CrossValidation",
+    "EarlyStopping",
     "Energy",
+    "Fold",
     "Merge",
     "Model",
     "Pretrain",

@@ -41,9 +41,20 @@ def _share_rows(trained: dict[Any, Any], held_out: dict[Any, Any]) -> bool:
         return _slices_meet(first[1], second[1])
     if first[1] != second[1]:
         return True  # one is a slice of the other
-    start, end = _rows(trained)
-    other_start, other_end = _rows(held_out)
+    (start, end), (other_start, other_end) = _rows(trained), _rows(held_out)
+    if (start, end) == (other_start, other_end) and not _folds_meet(trained.get("fold"), held_out.get("fold")):
+        return False  # of the same rows, so counted from the same place
     return max(start, other_start) < min(end, other_end)
+
+
+def _folds_meet(first: Any, second: Any) -> bool:
+    """Whether two folds of the same rows have rows in common."""
+    one, other = mapping(first), mapping(second)
+    if not one or not other or one.get("of") != other.get("of"):
+        return True
+    if None not in (one.get("keep"), other.get("keep")):
+        return one["keep"] == other["keep"]
+    return not any(None is not a.get("keep") == b.get("leave") for a, b in ((one, other), (other, one)))
 
 
 def _table(source: dict[Any, Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
 from hfpipe.recipe.metric_names import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
+from hfpipe.recipe.repeats import check_repeats
 from hfpipe.recipe.signatures import encoder_types, model_types
 
 BASE = "base"
@@ -74,6 +75,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
     yield from check_dial(data)
     yield from check_overlap(data)
     yield from check_country(data)
+    yield from check_repeats(data)
 
 
 def _check_model(model: Block) -> Iterator[Fault]:

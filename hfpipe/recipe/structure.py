@@ -16,7 +16,10 @@ from hfpipe.recipe.words import (
     KINDS,
     LIST,
     WORD,
+    CrossValidation,
+    EarlyStopping,
     Energy,
+    Fold,
     Merge,
     Model,
     Push,
@@ -39,6 +42,9 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "energy": Energy,
     "merge": Merge,
     "shift": Shift,
+    "fold": Fold,
+    "early_stopping": EarlyStopping,
+    "cross_validation": CrossValidation,
 }
 _TYPES = {
     "int_type": "a whole number",

@@ -76,6 +76,14 @@ class Words(BaseModel):
 _Text = Annotated[Annotated[str, Tag(WORD)] | Annotated[list[str], Tag(LIST)], Discriminator(_list_or_word)]
 
 
+class Fold(Words):
+    """One of several equal parts of a table, whose rows are dealt out at random, and always alike."""
+
+    of: int = Field(ge=2, description="number of folds")
+    keep: int | None = Field(None, ge=1, description="the one fold whose rows are kept")
+    leave: int | None = Field(None, ge=1, description="the one fold whose rows are left out")
+
+
 class Source(Words):
     """One `load_dataset` call, and what its columns mean.
 
@@ -91,6 +99,7 @@ class Source(Words):
     take: int | None = Field(None, gt=0, description="keep this many rows")
     skip: int = Field(0, ge=0, description="leave out this many rows at the beginning")
     where: str | None = Field(None, description='a condition on columns, such as "language_score > 0.9"')
+    fold: Fold | None = Field(None, description="one of several equal parts of a table, or all but that one")
     columns: (
         Annotated[
             Annotated[dict[str, _Text], Tag(BLOCK)] | Annotated[list[str], Tag(LIST)], Discriminator(_list_or_block)
@@ -162,6 +171,16 @@ class Replay(Words):
     share: Share = Field(gt=0, lt=1, description="share of the tokens (pretrain) or of the rows (sft) of this stage")
 
 
+class EarlyStopping(Words):
+    """Keeps the checkpoint that scores best on a suite, and stops when the score no longer improves."""
+
+    suite: Name = Field(description="a suite of the recipe")
+    metric: str | None = Field(None, description="one of the suite's metrics; its first when absent")
+    patience: int | None = Field(
+        3, gt=0, description="evaluations without a better score that end the stage; null: it is trained to its end"
+    )
+
+
 class StageBase(Words):
     """What stages of every kind have."""
 
@@ -179,6 +198,9 @@ class StageBase(Words):
     )
     max_dirty_share: Share = Field(
         0.01, ge=0, description="share of a source's rows that may be empty or of a wrong type before the run stops"
+    )
+    early_stopping: EarlyStopping | None = Field(
+        None, description="keep the best checkpoint by a suite, scored every training.eval_steps"
     )
     training: dict[str, Any] = Field(default_factory=dict, description="fields of the trainer's own arguments class")
     lora: dict[str, Any] | None = Field(None, description="fields of peft.LoraConfig")
@@ -339,6 +361,14 @@ class Shift(Words):
     rows: int = Field(500, gt=0, description="rows of each stage and suite that are looked at")
 
 
+class CrossValidation(Words):
+    """The run repeated, each time with another part of a stage's data held out and scored."""
+
+    stage: Name = Field(description="the stage whose only source is cut into folds")
+    metrics: list[str] = Field(min_length=1, description="what is scored on the held-out fold, as a suite's metrics")
+    folds: int = Field(5, ge=2, description="number of folds, and of runs")
+
+
 class Recipe(Words):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
@@ -363,6 +393,12 @@ class Recipe(Words):
     ] = Field(True, description="measure how far the training data lies from the suites, before training")
     overlap: Literal["refuse", "report"] = Field(
         "refuse", description="what happens when rows of a suite are found in the training data"
+    )
+    seeds: list[int] | None = Field(
+        None, min_length=2, description="the whole run is repeated with each of these; mean and spread are reported"
+    )
+    cross_validation: CrossValidation | None = Field(
+        None, description="the whole run is repeated on every fold of a stage's data; mean and spread are reported"
     )
 
     def parent_of(self, stage: str) -> str:

@@ -18,7 +18,7 @@ def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
     cost = cost_section(stage_costs(folder, recipe))
     data = data_section(folder, recipe)
     found = (overlap_section(folder), shift_section(folder), merge_section(folder, recipe), cost)
-    sections = [data, *confusion_sections(folder, recipe), *found]
+    sections = [data, selection_section(folder, recipe), *confusion_sections(folder, recipe), *found]
     return [section for section in sections if section]
 
 
@@ -45,6 +45,23 @@ def _tallied(facts: Mapping[str, Any], kind: str) -> str:
     counts = ", ".join(f"{count:,} {why}" for why, count in facts.get(kind, {}).items()) or "none"
     ids = facts.get(f"{kind}_ids")
     return f"{counts} ({', '.join(ids)})" if ids else counts
+
+
+def selection_section(folder: Path, recipe: Recipe) -> Section | None:
+    """Which checkpoint early stopping chose for each stage."""
+    rows = [["stage", "chosen by", "checkpoint", "#score then", "#evaluations", "training"]]
+    for stage in recipe.stages:
+        path = folder / "stages" / stage.name / "done.json"
+        chosen = json.loads(path.read_text()).get("early_stopping") if path.exists() else None
+        if chosen:
+            ended = "stopped early" if chosen["stopped_early"] else "to its end"
+            counts = [f"#{chosen['value']:.4f}", f"#{len(chosen['evaluations'])}"]
+            rows.append([stage.name, f"{chosen['suite']} {chosen['metric']}", f"step {chosen['step']}", *counts, ended])
+    note = (
+        "The best of several scores flatters: what a checkpoint was chosen by is no longer a held-out measure of it. "
+        "Read the quality of the model off another suite."
+    )
+    return Section("Choice of the checkpoint", rows, [note]) if len(rows) > 1 else None
 
 
 def overlap_section(folder: Path) -> Section | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hfpipe import ranks
 from hfpipe.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
-from hfpipe.cost import CostMeter
 from hfpipe.data.loader import BatchLoader
 from hfpipe.errors import DataError, RecipeError, Stopped
 from hfpipe.files import whole_folder
@@ -28,40 +27,13 @@ from hfpipe.model.adapter import (
     verify_tensors,
 )
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import ModelRef, compute_dtype, load_model
+from hfpipe.model.load import compute_dtype, load_model
 from hfpipe.model.tokens import train_rows
-from hfpipe.recipe import Recipe, Stage
+from hfpipe.recipe import Stage
+from hfpipe.stages.run import StageRun
+from hfpipe.stages.selection import Selection
 
 DEFAULT_PER_DEVICE = 8
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """One stage about to be trained.
-
-    Args:
-        recipe: The whole recipe.
-        stage: The stage of it.
-        parent: The model it starts from, a whole model and not an adapter.
-        continued: The adapter of `parent` that is trained further; None for a new one, or none at all.
-        tokenizer: The run's tokenizer.
-        added_tokens: Ids of the tokens that the base knows nothing of; an adapter trains their embeddings.
-        folder: `stages/<stage>` in the run folder.
-        hash: Hash of the stage and of all before it.
-        probe_texts: A few held-out texts on which the saved model is compared with the trained one.
-        cost: Measures the stage.
-    """
-
-    recipe: Recipe
-    stage: Stage
-    parent: ModelRef
-    continued: ModelRef | None
-    tokenizer: Any
-    added_tokens: tuple[int, ...]
-    folder: Path
-    hash: str
-    probe_texts: list[str]
-    cost: CostMeter
 
 
 def divide_batch(stage: Stage) -> tuple[int, int]:
@@ -176,6 +148,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign, assignment, return-value]
     keep = run.stage.training.get("save_total_limit", 2)
+    selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     with CheckpointCallback(loader, run.hash, keep) as checkpoints:
         trainer.remove_callback(PrinterCallback)  # LogCallback prints
         trainer.add_callback(checkpoints)
@@ -195,7 +168,9 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
             "raise warmup_steps, or set max_grad_norm."
         )
     save(run, trainer, original)
+    chosen = {"early_stopping": selection.facts()} if selection else {}
     return {
+        **chosen,
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "last_loss": losses[-1] if losses else None,

@@ -1,0 +1,42 @@
+"""What a stage is given to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfpipe.cost import CostMeter
+from hfpipe.model.load import ModelRef
+from hfpipe.recipe import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage about to be trained.
+
+    Args:
+        recipe: The whole recipe.
+        stage: The stage of it.
+        parent: The model it starts from, a whole model and not an adapter.
+        continued: The adapter of `parent` that is trained further; None for a new one, or none at all.
+        tokenizer: The run's tokenizer.
+        added_tokens: Ids of the tokens that the base knows nothing of; an adapter trains their embeddings.
+        folder: `stages/<stage>` in the run folder.
+        hash: Hash of the stage and of all before it.
+        probe_texts: A few held-out texts on which the saved model is compared with the trained one.
+        rows: The rows of every suite.
+        cost: Measures the stage.
+    """
+
+    recipe: Recipe
+    stage: Stage
+    parent: ModelRef
+    continued: ModelRef | None
+    tokenizer: Any
+    added_tokens: tuple[int, ...]
+    folder: Path
+    hash: str
+    probe_texts: list[str]
+    rows: dict[str, list[dict[str, Any]]]
+    cost: CostMeter

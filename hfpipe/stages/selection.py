@@ -1,0 +1,105 @@
+"""Early stopping: a stage is scored on a suite while it trains, and its best checkpoint becomes its model.
+
+Trainer does the keeping (`load_best_model_at_end`); its evaluation is replaced by the suite, on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hfpipe import ranks
+from hfpipe.errors import RecipeError
+from hfpipe.evaluation import score_suite, suite_metrics
+from hfpipe.metrics import higher_is_better
+from hfpipe.stages.run import StageRun
+
+EVALUATIONS = 10  # of a stage whose recipe has no `eval_steps`
+
+
+class Selection(TrainerCallback):
+    """Scores the suite in place of Trainer's evaluation, and stops when the score no longer improves.
+
+    Everything it needs to know at a resume is in Trainer's own state: the step of the best score.
+
+    Args:
+        run: The stage; it has `early_stopping`.
+        trainer: Its trainer.
+
+    Raises:
+        RecipeError: The weights are spread over ranks, which then cannot score rows of their own.
+    """
+
+    def __init__(self, run: StageRun, trainer: Trainer) -> None:
+        assert run.stage.early_stopping is not None
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise RecipeError(
+                f"stages.{run.stage.name}.early_stopping: with FSDP or DeepSpeed a rank does not have the whole model "
+                "to score. Start the run on one process or with plain data parallelism, or remove early_stopping."
+            )
+        self.run, self.trainer, self.patience = run, trainer, run.stage.early_stopping.patience
+        every = run.stage.training.get("eval_steps") or max(1, trainer.args.max_steps // EVALUATIONS)
+        metric = suite_metrics(run.recipe.evaluate[run.stage.early_stopping.suite])[_metric_of(run)]
+        # Set when the trainer is made: at its making it would ask for an evaluation set of its own.
+        trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, every
+        trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, every
+        trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, _key(run)
+        trainer.args.greater_is_better = higher_is_better(_metric_of(run), metric)
+        trainer.evaluate = self._score  # type: ignore[method-assign, assignment]
+        trainer.add_callback(self)
+
+    def _score(self, **_: Any) -> dict[str, float]:
+        """Trainer's `evaluate`: the score by Trainer's name for it."""
+        suite = self.run.stage.early_stopping.suite  # type: ignore[union-attr]
+        if self._is_over(self.trainer.state):  # of a run that was ended after its last evaluation and started again
+            return {f"eval_{_key(self.run)}": float("nan")}
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
+        scored = score_suite(
+            suite, self.run.recipe.evaluate[suite], self.run.rows[suite], model, self.run.tokenizer, self.run.stage.name
+        )
+        score = next(score for score in scored.scores if score.metric == _metric_of(self.run))
+        step = self.trainer.state.global_step
+        ranks.say(f"  step {step:>{len(str(self.trainer.state.max_steps))}}  {suite} {score.metric} {score.value:.4f}")
+        found = {f"eval_{_key(self.run)}": score.value}
+        self.trainer.log(dict(found))
+        return found
+
+    def _is_over(self, state: TrainerState) -> bool:
+        if self.patience is None or state.best_global_step is None or state.best_metric is None:
+            return False
+        last = max((row["step"] for row in state.log_history if f"eval_{_key(self.run)}" in row), default=0)
+        return last - state.best_global_step >= self.patience * state.eval_steps
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop = self._is_over(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._is_over(state):  # the evaluation of this step is in the state by now
+            control.should_training_stop = True
+
+    def facts(self) -> dict[str, Any]:
+        """What was chosen, for done.json: the suite and metric, `step`, `value`, and every evaluation as (step, value).
+
+        The score on this suite is the best of several, so it flatters the model; the report says so.
+        """
+        state, key = self.trainer.state, f"eval_{_key(self.run)}"
+        return {
+            "suite": self.run.stage.early_stopping.suite,  # type: ignore[union-attr]
+            "metric": _metric_of(self.run),
+            "step": state.best_global_step,
+            "value": state.best_metric,
+            "evaluations": [[row["step"], row[key]] for row in state.log_history if key in row],
+            "stopped_early": state.global_step < state.max_steps,
+        }
+
+
+def _metric_of(run: StageRun) -> str:
+    block = run.stage.early_stopping
+    assert block is not None
+    return block.metric or run.recipe.evaluate[block.suite].metrics[0]
+
+
+def _key(run: StageRun) -> str:
+    return f"{run.stage.early_stopping.suite}_{_metric_of(run)}"  # type: ignore[union-attr]
