@@ -152,10 +152,8 @@ class TokenStream:
         each_epochs = [None if other else self.epochs for other in self.replayed]
         opened = Lane(
             [
-                Reader(
-                    rows, lane, self.lanes, origin, None if other else self.epochs, min(BLOCK, self.window_documents)
-                )
-                for rows, origin, other in zip(shards, self.origins, self.replayed, strict=True)
+                Reader(rows, lane, self.lanes, origin, epochs, min(BLOCK, self.window_documents))
+                for rows, origin, epochs in zip(shards, self.origins, each_epochs, strict=True)
             ],
             self.weights,
             self._tokenize,
