@@ -14,6 +14,23 @@ from pathlib import Path
 
 from hfpipe import __version__
 from hfpipe.errors import MachineError, RecipeError, UserError
+from hfpipe.secrets import without_secrets
+
+# The options of `hfpipe push`, which are the words of a recipe's `push:`.
+PUSH_WORDS = (
+    "repo_id",
+    "what",
+    "stage",
+    "merged_repo_id",
+    "parent_repo_id",
+    "private",
+    "revision",
+    "tag",
+    "create_pr",
+    "commit_message",
+    "license",
+    "deadline_seconds",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.exit_code == 5:  # bad data may be met on one rank only
-            print(f"hfpipe: {error}", file=sys.stderr)
+            print(f"hfpipe: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("hfpipe: interrupted; run the same command again to continue", file=sys.stderr)
@@ -32,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         known = _machine_fault(error)
         if known is None:
-            traceback.print_exc()
+            print(without_secrets(traceback.format_exc()), file=sys.stderr)
             print(
                 "hfpipe: this is a fault of hfpipe, not of your recipe; please report it with the lines above",
                 file=sys.stderr,
             )
             return 1
-        print(f"hfpipe: {known}", file=sys.stderr)
+        print(f"hfpipe: {without_secrets(str(known))}", file=sys.stderr)
         return known.exit_code
     return 0
 
@@ -131,16 +148,7 @@ def _push(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
     from hfpipe.hub import push
 
-    push(
-        folder,
-        repo_id=options.repo_id,
-        what=options.what,
-        stage=options.stage,
-        private=options.private,
-        revision=options.revision,
-        tag=options.tag,
-        commit_message=options.commit_message,
-    )
+    push(folder, **{word: getattr(options, word) for word in PUSH_WORDS})
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -227,15 +235,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     push = command("push", _push, "upload adapter or model with its card to the Hub")
     push.add_argument("run", metavar="RUN", help="a run folder")
-    push.add_argument("--repo-id", help="OWNER/NAME; the recipe's push.repo_id when absent")
-    push.add_argument("--what", choices=["adapter", "model", "merged"])
+    push.add_argument("--repo-id", help="OWNER/NAME; the recipe's push.repo_id when absent, as with all that follow")
+    push.add_argument("--what", choices=["adapter", "model", "merged", "both"])
     push.add_argument("--stage", help="which stage's; the last one when absent")
+    push.add_argument(
+        "--merged-repo-id", metavar="ID", help="for the merged model of `both`; REPO_ID-merged when absent"
+    )
+    push.add_argument("--parent-repo-id", metavar="ID", help="for what a chain's adapter is loaded on; REPO_ID-base")
     push.add_argument("--revision", metavar="BRANCH", help="a branch; made when it does not exist")
     push.add_argument("--tag", metavar="NAME", help="a name for the pushed commit, such as v1")
+    push.add_argument(
+        "--create-pr", action=argparse.BooleanOptionalAction, default=None, help="as a pull request, one at a time"
+    )
     push.add_argument("--commit-message", metavar="TEXT")
+    push.add_argument("--license", metavar="NAME", help="as the Hub writes it; the base's when absent")
     push.add_argument(
         "--private", action=argparse.BooleanOptionalAction, default=None, help="private unless told not to be"
     )
+    push.add_argument("--deadline-seconds", type=float, metavar="S", help="time for each repository")
     report = command("report", _report, "report.md and report.html again from the scorecard, without a model")
     report.add_argument("run", metavar="RUN", help="a run folder")
     recipes = command("recipes", _recipes, "the recipes that come with hfpipe")

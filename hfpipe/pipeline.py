@@ -10,10 +10,12 @@ from pathlib import Path
 from hfpipe import ranks
 from hfpipe.cost import CostMeter
 from hfpipe.dial import settle
-from hfpipe.errors import BudgetExceeded
+from hfpipe.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.files import write_json
+from hfpipe.hub import check_access, push
 from hfpipe.overlap import require_no_overlap
 from hfpipe.recipe import Recipe
+from hfpipe.recipe.push import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
 from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, read_json, score_stage, with_paired
@@ -40,7 +42,10 @@ def run_recipe(recipe: Recipe) -> Path:
     folder = output_folder(recipe)
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     run = open_run(recipe, folder)
+    recipe = run.recipe  # with the commit of every data set
     if not all(run.is_done(stage.name) for stage in recipe.stages):
+        for line in ranks.on_main(lambda: check_access(recipe)):
+            ranks.say(f"push: {line}")
         require_no_overlap(recipe, run.rows, folder)
     scores = score_stage(run, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
@@ -53,20 +58,26 @@ def run_recipe(recipe: Recipe) -> Path:
             write_scorecard(scores, folder / "scorecard.json")
             write_reports(folder)
         _check_budgets(recipe, scores, stage.name)
-    if recipe.merge:
-        last = next(stage.name for stage in reversed(recipe.stages) if stage.adapter is not None)
-        merged(run, last)
+    for name in _to_merge(recipe):
+        merged(run, name)
     if ranks.is_main():
         write_reports(folder)
         for line in closing_lines(folder):
             ranks.say(line)
-    if recipe.push is not None:
-        if ranks.is_main():
-            from hfpipe.hub import push
-
+    if recipe.push is not None and ranks.is_main():  # the others do not wait: an upload may take longer than they can
+        try:
             push(folder)
-        ranks.wait()
+        except UserError as error:
+            raise MachineError(f"The run is trained and whole in {folder}, but not pushed. {error}") from error
     return folder
+
+
+def _to_merge(recipe: Recipe) -> list[str]:
+    """The stages whose adapter is merged at the end: the last one, and the one that is pushed merged."""
+    names = [next(s.name for s in reversed(recipe.stages) if s.adapter is not None)] if recipe.merge else []
+    if recipe.push is not None and recipe.push.what in ("merged", "both"):
+        names.append(pushed_stage(recipe, recipe.push))
+    return list(dict.fromkeys(names))
 
 
 def _train(run: Run, name: str, parent: str) -> None:

@@ -21,6 +21,7 @@ from hfpipe.data.mixture import mixture
 from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
+from hfpipe.hub import check_access
 from hfpipe.model.base import require_unquantized, texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import clear_errors, is_encoder, load_tokenizer
@@ -57,10 +58,8 @@ def preflight(recipe: Recipe) -> None:
     for line in overlap_lines(require_no_overlap(recipe, suites)):
         print(f"overlap    {line}")
     _check_disk(recipe, parameters)
-    if recipe.push is not None:
-        from hfpipe.hub import check_access
-
-        print(f"hub        {check_access(recipe.push.repo_id)}")
+    for line in check_access(recipe):
+        print(f"hub        {line}")
 
 
 def run_tokenizer(recipe: Recipe) -> Any:

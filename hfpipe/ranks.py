@@ -5,11 +5,16 @@ The state is asked anew each time because `TrainingArguments` resets it when it 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+
+from hfpipe.errors import UserError
+
+Found = TypeVar("Found")
 
 
 def state() -> PartialState:
@@ -42,6 +47,20 @@ def gather(value: Any) -> list[Any]:
 def from_main(value: Any) -> Any:
     """The main process's value, on every rank."""
     return broadcast_object_list([value])[0] if ranks() > 1 else value
+
+
+def on_main(ask: Callable[[], Found]) -> Found:
+    """What the main process finds, on every rank; if that is a `UserError`, every rank raises it."""
+    found: Any = None
+    if is_main():
+        try:
+            found = ask()
+        except UserError as error:
+            found = error
+    found = from_main(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def say(text: str = "") -> None:

@@ -15,6 +15,7 @@ from hfpipe.environment import environment
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
+from hfpipe.hub.pins import pin_recipe
 from hfpipe.model.adapter import merge_adapter
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
@@ -87,6 +88,7 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
     """Prepares the base, reads the suites, and records what is run and on what."""
     for suite in recipe.evaluate.values():
         suite_metrics(suite)  # an unknown metric is refused before anything is made
+    recipe = pin_recipe(recipe, folder)
     base = prepare_base(recipe, folder / "stages" / BASE)
     if ranks.is_main():
         resolved = recipe.model_copy(update={"model": recipe.model.model_copy(update=base.pinned)})

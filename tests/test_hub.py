@@ -1,4 +1,4 @@
-"""Pushing: what arrives is what was trained, a failure loses nothing, and a second try doubles nothing."""
+"""Pushing: what arrives is what was trained, with a card that says what it is, and a second push doubles nothing."""
 
 from __future__ import annotations
 
@@ -6,109 +6,23 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from safetensors.numpy import save_file
+from pushing import COMMIT, PLANTED, Pusher, make_run, pushes
 
 from hfpipe.errors import RecipeError
 from hfpipe.hub import prepare_artifact
 from hfpipe.recipe import Push, load_recipe
-
-PLANTED = "hf_PlantedTokenThatNobodyMaySee01"
-RECIPE = {
-    "name": "toy",
-    "model": {"id": "me/base", "revision": "main"},
-    "stages": [
-        {"name": "law", "kind": "pretrain", "data": [{"path": "team/law"}], "training": {"max_steps": 10}},
-        {"name": "chat", "kind": "sft", "data": [{"path": "json", "data_files": "chat.jsonl"}], "lora": {"r": 4}},
-    ],
-    "evaluate": {"general": {"data": {"path": "team/general", "split": "test"}, "metrics": ["bits_per_byte"]}},
-    "push": {"repo_id": "me/toy"},
-}
-SCORES = [  # stage, suite, metric, value, stderr, n, higher_is_better
-    ("base", "general", "bits_per_byte", 1.0, 0.01, 500, False),
-    ("law", "general", "bits_per_byte", 0.8, 0.01, 500, False),
-    ("chat", "general", "bits_per_byte", 0.9, 0.01, 500, False),
-    ("base", "task", "exact_match", 0.0, 0.0, 200, True),
-    ("chat", "task", "exact_match", 0.75, 0.03, 200, True),
-]
-FIELDS = ("stage", "suite", "metric", "value", "stderr", "n", "higher_is_better")
-
-
-def make_run(folder: Path, recipe: dict[str, Any] = RECIPE) -> Path:
-    """A run folder as a run leaves it, with weights that no one needs to load."""
-    stages = folder / "stages"
-    for name, weights in [("law/model", "model"), ("chat/model", "adapter_model"), ("chat/merged", "model")]:
-        (stages / name).mkdir(parents=True)
-        save_file({"w": np.arange(30_000, dtype=np.float32)}, stages / name / f"{weights}.safetensors")
-        (stages / name / "tokenizer.json").write_text('{"version": "1.0"}')
-        (stages / name / "chat_template.jinja").write_text("{{ messages }}")
-        (stages / name / "training_args.bin").write_bytes(b"a pickle")
-        if weights == "model":
-            (stages / name / "config.json").write_text('{"model_type": "llama"}')
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": "me/base", "r": 4}
-    (stages / "chat/model/adapter_config.json").write_text(json.dumps(adapter))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    (folder / "scorecard.json").write_text(json.dumps([dict(zip(FIELDS, row, strict=True)) for row in SCORES]))
-    environment = {"python": "3.11", "packages": {"torch": "2.13"}, "hardware": {"device": "cpu"}}
-    environment["base"] = {"id": "me/base", "revision": "c" * 40, "license": "apache-2.0"}
-    (folder / "environment.json").write_text(json.dumps(environment))
-    return folder
-
-
-@dataclass
-class Pusher:
-    """Pushes in a process of its own, as a user does; its output is kept."""
-
-    hub: HubServer
-    folder: Path
-    options: dict[str, Any] = field(default_factory=dict)  # of HubServer.env
-
-    def __call__(self, **arguments: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(f"'URL', hub.push(Path('run'), **{arguments!r})")
-
-    def check(self, repo_id: str) -> subprocess.CompletedProcess[str]:
-        return self.run(f"hub.check_access({repo_id!r})")
-
-    def run(self, call: str) -> subprocess.CompletedProcess[str]:
-        program = (
-            "import sys\nfrom pathlib import Path\nfrom hfpipe import hub\nfrom hfpipe.errors import UserError\n"
-            f"try: print({call})\n"
-            "except UserError as error: print('ERROR', error); sys.exit(error.exit_code)"
-        )
-        env = os.environ | self.hub.env(self.folder / "home", **self.options)
-        env["PYTHONPATH"] = str(Path(__file__).parent.parent)
-        return subprocess.run(
-            [sys.executable, "-c", program], env=env, cwd=self.folder, text=True, capture_output=True, timeout=60
-        )
-
-
-class Outcome(NamedTuple):
-    name: str
-    pusher: Pusher
-    process: subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
 def pusher(hub: HubServer, tmp_path: Path) -> Pusher:
     make_run(tmp_path / "run")
     return Pusher(hub, tmp_path)
-
-
-def pushes(hub: HubServer, repo_id: str = "me/toy") -> int:
-    """Commits behind the one that made the repository."""
-    return len(hub.commits(repo_id)) - 1
 
 
 # What is pushed
@@ -141,6 +55,8 @@ def test_the_card_says_what_it_is_and_what_it_cost(tmp_path: Path) -> None:
     data = card.data
     assert (data.base_model, data.base_model_relation, data.library_name) == ("me/base", "adapter", "peft")
     assert (data.license, data.datasets, data.pipeline_tag) == ("apache-2.0", ["team/law"], "text-generation")
+    assert data.language == ["de", "en"]
+    assert "team/law is under cc-by-nc-4.0, which forbids commercial use; apache-2.0 does not" in card.text
     results = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
     assert results == {("team/general", "bits_per_byte"): 0.9, ("task", "exact_match"): 0.75}
     assert "| general | bits_per_byte ↓ | 500 | 1 ± 0.01 | 0.8 ± 0.01 | 0.9 ± 0.01 |" in card.text
@@ -234,90 +150,6 @@ def test_the_card_says_that_the_base_s_own_code_ran(tmp_path: Path) -> None:
     assert "trust_remote_code" in (prepare_again(run) / "README.md").read_text()
 
 
-COMMIT = "POST /api/models/me/toy/commit"
-Plant = Callable[[HubServer], None]
-
-
-def at_once(folder: Path, cases: dict[str, tuple[Plant, dict[str, Any], dict[str, Any]]]) -> Iterator[Outcome]:
-    """Pushes once per case, each to a Hub of its own with its fault planted, all at the same time.
-
-    Args:
-        folder: Where each case gets a folder.
-        cases: By name, the fault, the client's environment (see HubServer.env), and the arguments of `push`.
-    """
-    with ExitStack() as hubs, ThreadPoolExecutor(4) as threads:
-        running = []
-        for name, (plant, options, arguments) in cases.items():
-            pusher = Pusher(hubs.enter_context(HubServer()), folder / name, options)
-            make_run(folder / name / "run")
-            pusher.hub.tells_oids = (
-                False  # the real one may leave them out, and then only our own look prevents doubles
-            )
-            plant(pusher.hub)
-            running.append((name, pusher, threads.submit(pusher, **arguments)))
-        for name, pusher, process in running:
-            yield Outcome(name, pusher, process.result())
-
-
-def test_a_passing_trouble_is_overcome_by_one_commit(tmp_path: Path) -> None:
-    lfs = {"xet": False}
-    cases = {
-        "503": (lambda hub: hub.fail(COMMIT, 503), {}, {}),
-        "503-lfs": (lambda hub: hub.fail(COMMIT, 503), lfs, {}),
-        "429": (lambda hub: hub.fail(COMMIT, 429), lfs, {}),
-        "412": (lambda hub: hub.fail(COMMIT, 412), lfs, {}),
-        "500-on-create": (lambda hub: hub.fail("POST /api/repos/create", 500), lfs, {}),
-        "dropped": (lambda hub: hub.drop(COMMIT), {}, {}),
-        "reply-lost": (lambda hub: hub.lose_reply(COMMIT), {}, {}),
-        "reply-lost-lfs": (lambda hub: hub.lose_reply(COMMIT), lfs, {}),
-    }
-    for name, pusher, done in at_once(tmp_path, cases):
-        assert done.returncode == 0, (name, done)
-        assert "has it now" in done.stdout, name
-        assert pushes(pusher.hub) == 1, name
-
-
-def test_a_lasting_trouble_ends_in_one_paragraph_and_one_command(tmp_path: Path) -> None:
-    cases: dict[str, tuple[Plant, dict[str, Any], str]] = {
-        "dropped": (lambda hub: hub.drop(COMMIT, times=9), {}, "disconnected"),
-        "409": (lambda hub: hub.fail(COMMIT, 409, times=9), {}, "changed by somebody else"),
-        "503": (lambda hub: hub.fail(COMMIT, 503, times=9), {"xet": False}, "answered 503"),
-        "no-token": (lambda hub: None, {"token": None}, "hf auth login"),
-        "read-only": (lambda hub: None, {"token": HubServer.read_token}, "may only read"),
-        "unknown-token": (lambda hub: None, {"token": PLANTED}, "does not accept the token (401)"),
-        "403": (lambda hub: hub.fail("/preupload/", 403), {}, "may not write to me/toy (403)"),
-        "403-from-xet": (lambda hub: hub.fail("xet-write-token", 403), {}, "may not write to me/toy (403)"),
-    }
-    with_arguments = {name: (plant, options, {}) for name, (plant, options, _) in cases.items()}
-    for name, pusher, failed in at_once(tmp_path, with_arguments):
-        assert failed.returncode == 4, (name, failed)
-        message = failed.stdout.partition("ERROR ")[2]
-        assert cases[name][2] in message
-        assert "whole in run/push/adapter" in message, name
-        assert message.strip().endswith("hfpipe push run"), name
-        assert (pusher.folder / "run/push/adapter/adapter_model.safetensors").is_file(), name
-        assert "Traceback" not in failed.stderr, name
-        if name == "403":  # the command that the message gives finishes it
-            assert pusher().returncode == 0
-            assert pushes(pusher.hub) == 1
-
-
-def test_a_stalled_hub_meets_the_deadline(tmp_path: Path) -> None:
-    arguments = {"deadline_seconds": 4, "what": "adapter"}
-    cases = {
-        "commit": (lambda hub: hub.stall(COMMIT, times=99), {}, arguments),
-        "lfs": (lambda hub: hub.stall("PUT /lfs/", times=99), {"xet": False}, arguments),
-        "xet": (lambda hub: hub.stall("/v1/xorbs", times=99), {}, arguments),
-    }
-    started = time.monotonic()
-    for name, pusher, failed in at_once(tmp_path, cases):
-        assert failed.returncode == 4, (name, failed)
-        assert "not done after 4 seconds" in failed.stdout, name
-        assert failed.stdout.strip().endswith("hfpipe push run --what adapter"), name
-        assert pushes(pusher.hub) == 0, name
-    assert time.monotonic() - started < 20
-
-
 def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("model", "team/there")
     hub.add_repo("model", "me/locked")
@@ -338,9 +170,8 @@ def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Pa
 
 
 def test_no_token_in_anything_that_a_push_leaves(pusher: Pusher, hub: HubServer) -> None:
-    recipe = json.loads(json.dumps(RECIPE))
-    recipe["stages"][0]["data"][0]["storage_options"] = {"key": PLANTED}
-    (pusher.folder / "run/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    scorecard = pusher.folder / "run/scorecard.json"
+    scorecard.write_text(scorecard.read_text().replace('"task"', f'"{PLANTED}"'))
     hub.fail(COMMIT, 503)
     outputs = [pusher(), pusher()]
     hub.fail("/preupload/", 403)

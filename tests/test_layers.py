@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hfpipe"
 LAYERS = [
-    {"errors", "files", "folders", "recipe", "scores", "shipped", "tradeoff"},
+    {"errors", "files", "folders", "recipe", "scores", "secrets", "shipped", "tradeoff"},
     {"ranks", "data", "model", "metrics"},
     {"answers", "checkpoints", "cost", "environment", "evaluation", "overlap", "shift", "stages"},
-    {"hub", "report", "upload"},
+    {"hub", "report"},
     {"dial", "pipeline", "run"},
     {"artifacts", "preflight", "repeats"},
     {"cli", "__main__"},

@@ -129,7 +129,7 @@ def check_merges(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]
     if data.get("merge") and adapters and not is_mergeable(adapters[-1]):
         yield Fault(("merge",), f"the adapter of '{adapters[-1].name}' cannot be merged into the weights. Remove it.")
     push = mapping(data.get("push"))
-    pushed = by_name.get(text_of(push.get("stage")) or "") or (every[-1] if every else None)
+    pushed = by_name.get(text_of(push.get("stage")) or "") or (adapters[-1] if adapters else None)
     if push.get("what") in ("merged", "both") and pushed is not None and not is_mergeable(pushed):
         text = f"the adapter of '{pushed.name}' cannot be merged into the weights. Write `what: adapter`."
         yield Fault(("push", "what"), text)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.secrets import without_secrets
+
 if TYPE_CHECKING:
     from hfpipe.recipe.yaml_lines import Document
 
@@ -47,7 +49,7 @@ def report(document: Document, faults: Iterable[Fault]) -> str:
     count = f"{len(lines)} faults" if len(lines) > 1 else "1 fault"
     ordered = "\n".join(sorted(lines, key=lambda line: lines[line]))
     remedy = "Nothing was loaded or started. Correct the recipe and run the same command again."
-    return f"{count} in {document.name}\n\n{ordered}\n\n{remedy}"
+    return without_secrets(f"{count} in {document.name}\n\n{ordered}\n\n{remedy}")
 
 
 def dotted(steps: Steps, data: Any) -> str:

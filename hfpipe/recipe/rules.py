@@ -11,8 +11,10 @@ from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
 from hfpipe.recipe.metric_names import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
+from hfpipe.recipe.push import check_push
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 from hfpipe.recipe.repeats import check_repeats
+from hfpipe.recipe.secret_values import check_secrets
 from hfpipe.recipe.signatures import encoder_types, model_types
 
 BASE = "base"
@@ -76,6 +78,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
     yield from check_overlap(data)
     yield from check_country(data)
     yield from check_repeats(data)
+    yield from check_secrets(data)
 
 
 def _check_model(model: Block) -> Iterator[Fault]:
@@ -310,13 +313,4 @@ def _check_outcome(data: dict[str, Any]) -> Iterator[Fault]:
         yield Fault(("merge",), "no stage has a `lora:` block, so there is no adapter to merge. Remove it.")
     yield from check_added_tokens(every, data)
     yield from check_merges(every, data)
-    push = mapping(data.get("push"))
-    if not push:
-        return
-    names = [stage.name for stage in every if stage.name]
-    pushed, what = text_of(push.get("stage")), push.get("what", "adapter")
-    if pushed is not None and pushed not in names:
-        yield Fault(("push", "stage"), _not_among("a stage", pushed, names))
-    elif what in ("adapter", "merged") and not (adapters if pushed is None else pushed in adapters):
-        lacking = f"the stage '{pushed}' has no `lora:` block" if adapters else "no stage has a `lora:` block"
-        yield Fault(("push", "what"), f"'{what}' needs an adapter, and {lacking}. Write `what: model`.")
+    yield from check_push(every, data)

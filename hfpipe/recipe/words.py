@@ -327,16 +327,34 @@ class Suite(Words):
         }
 
 
+RepoId = Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]+$")]
+
+
 class Push(Words):
     """What goes to the Hub when the run is done."""
 
-    repo_id: str = Field(pattern=r"^([\w.-]+/)?[\w.-]+$")
-    what: Literal["adapter", "model", "merged"] = "adapter"
-    stage: str | None = Field(None, description="the last stage when absent")
-    private: bool = True
+    repo_id: RepoId
+    what: Literal["adapter", "model", "merged", "both"] = Field(
+        "adapter", description="`both`: the adapter to `repo_id`, the merged model to `merged_repo_id`"
+    )
+    stage: str | None = Field(None, description="the last stage, or the last with an adapter, when absent")
+    merged_repo_id: RepoId | None = Field(None, description="of `what: both`; `<repo_id>-merged` when absent")
+    parent_repo_id: RepoId | None = Field(
+        None, description="for the earlier stage that a chain's adapter is loaded on; `<repo_id>-base` when absent"
+    )
+    private: bool | None = Field(
+        None, description="private when absent; `true` also refuses to push to a repository that is public"
+    )
     revision: str | None = Field(None, description="a branch; made when it does not exist")
     tag: str | None = Field(None, description="a name for the pushed commit, such as v1; never moved from another")
+    create_pr: bool = Field(False, description="open a pull request, or add to the open one of the same title")
     commit_message: str | None = None
+    license: str | None = Field(
+        None, description="licence of what is pushed, as the Hub writes it; the base's if absent"
+    )
+    deadline_seconds: float | None = Field(
+        None, gt=0, description="time for each repository; 5 minutes and one more per 30 MB when absent"
+    )
 
 
 class Merge(Words):

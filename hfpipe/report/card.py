@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.report.facts import cost_section
+from hfpipe.report.licence import licence_lines, stated
 from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, stages_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -27,6 +29,7 @@ TASKS = {
     "masked": ("fill-mask", "AutoModelForMaskedLM"),
     "classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
+LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes
 LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
 
 
@@ -41,7 +44,11 @@ class Artefact:
         revision: The branch it goes to; None for main.
         base: Hub id of the base model; None when the run started from nothing.
         base_revision: Commit of the base that was used.
-        license: Licence of the base, where it is known.
+        quantized: Whether its weights are stored in fewer bits.
+        license: Licence that the recipe states; None for the base's.
+        base_facts: What the base's card says on the Hub: license, license_name, license_link, language.
+        data_facts: The same of the data sets it was trained on, by Hub id.
+        plots: Files of the dial, which lie beside the card.
         strength: What the stage was dialled to so as to stay inside the budgets; None at full strength.
     """
 
@@ -51,8 +58,12 @@ class Artefact:
     revision: str | None = None
     base: str | None = None
     base_revision: str | None = None
+    quantized: bool = False
     license: str | None = None
     strength: float | None = None
+    base_facts: Mapping[str, Any] = field(default_factory=dict)
+    data_facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    plots: tuple[str, ...] = ()
 
 
 def model_card(
@@ -97,10 +108,15 @@ def lineage(recipe: Recipe, stage: str) -> list[Stage]:
     return [by_name[name] for name in recipe.lineage(stage)[1:]]
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether a name is a Hub id, and not a folder of this machine."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
 def hub_id(source: Source) -> str | None:
     """The Hub id of a source; None for a file, a folder or a builder."""
     path = source.path
-    return path if path not in BUILDERS and HUB_ID.fullmatch(path) else None
+    return path if path not in BUILDERS and is_on_hub(path) else None
 
 
 def _metadata(
@@ -112,19 +128,32 @@ def _metadata(
     used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
     here = [score for score in scores if score.stage == artefact.stage]
     tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *([stages[-1].method.lower()] if adapter else [])]
-    relation = ("adapter" if adapter else "finetune") if artefact.base else None
+    relation = "adapter" if adapter else "quantized" if artefact.quantized else "finetune"
+    license = artefact.license or stated(artefact.base_facts)
+    terms: dict[str, Any] = {key: artefact.base_facts.get(key) for key in ("license_name", "license_link")}
     return ModelCardData(
         base_model=artefact.base,
-        base_model_relation=relation,
+        base_model_relation=relation if artefact.base else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=task,
-        license=artefact.license,
+        license=license,
+        language=_languages(artefact) or None,
         datasets=list(used) or None,
         tags=tags,
         model_name=artefact.repo_id.split("/")[-1],
         eval_results=[_eval_result(score, recipe, task) for score in here] or None,
+        **(terms if license == "other" and not artefact.license else {}),
         **_emissions(spent),
     )
+
+
+def _languages(artefact: Artefact) -> list[str]:
+    """The languages that the data sets were said to be in, then those of the base."""
+    found = []
+    for facts in (*artefact.data_facts.values(), artefact.base_facts):
+        told = facts.get("language") or []
+        found += [told] if isinstance(told, str) else list(told)
+    return [name for name in dict.fromkeys(map(str, found)) if LANGUAGE.fullmatch(name)]
 
 
 def _emissions(spent: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -227,7 +256,9 @@ def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:
     table = "\n".join(lines) + f"\n\n{note}{how_counted(scores)}"
     if artefact.stage not in order:
         return f"{table}\n\nStage `{artefact.stage}`, which made this artefact, was not scored."
-    return f"{table}\n\n{_gain_and_forgetting(artefact.stage, scores)}"
+    images = [plot for plot in artefact.plots if not plot.endswith(".json")]
+    dial = "".join(f"\n\n![Gain against forgetting by adapter strength]({plot})" for plot in images)
+    return f"{table}\n\n{_gain_and_forgetting(artefact.stage, scores)}{dial}"
 
 
 def _cell(score: Score | None) -> str:
@@ -301,6 +332,7 @@ def _limits(artefact: Artefact, environment: Mapping[str, Any]) -> str:
         lines.append(f"- It inherits the limits and the terms of use of {artefact.base}.")
     if environment.get("trust_remote_code"):
         lines.append("- The code in the base's repository ran (`trust_remote_code`); loading it may need the same.")
-    if not artefact.license:
-        lines.append("- No licence is stated here: that of the base and of the data sets must be looked up.")
+    base_license = stated(artefact.base_facts)
+    license = artefact.license or base_license
+    lines += [f"- {line}" for line in licence_lines(license, artefact.base, base_license, artefact.data_facts)]
     return "\n".join(lines)

@@ -69,11 +69,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             if fault and fault.kind == "status":
-                raise Refused(fault.status, f"planted {fault.status}")
+                raise Refused(fault.status, f"planted {fault.status}", headers=fault.headers)
             status, body, headers = self.route()
         except Refused as refused:
             status, body, headers = refused.status, {"error": str(refused)}, {"X-Error-Message": str(refused)}
-            headers |= {"X-Error-Code": refused.code} if refused.code else {}
+            headers |= refused.headers | ({"X-Error-Code": refused.code} if refused.code else {})
         if fault and fault.kind == "lose":
             self.close_connection = True
             return

@@ -12,9 +12,9 @@ LARGE = re.compile(r"\.(safetensors|bin|pt|parquet|arrow|model|npy|png|gz|zip)$"
 class Refused(Exception):
     """An answer that is an error; `code` is the Hub's own word for it, which the clients turn into exceptions."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.headers = status, code, headers or {}
 
 
 def is_large(path: str, size: int, sample: bytes) -> bool:
@@ -85,3 +85,4 @@ class Fault:
     times: int
     status: int = 503
     seconds: float = 3600.0
+    headers: dict[str, str] = field(default_factory=dict)

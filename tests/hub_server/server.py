@@ -94,8 +94,10 @@ class HubServer:
         """Oldest first; the first is the one that made the repository."""
         return self.repos[kind, id].history
 
-    def fail(self, match: str, status: int = 503, times: int = 1) -> None:
-        self.faults.append(Fault(match, "status", times, status=status))
+    def fail(self, match: str, status: int = 503, times: int = 1, **headers: str) -> None:
+        """Refuse; `headers` go with the answer (`Retry_After="3"`)."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.faults.append(Fault(match, "status", times, status=status, headers=named))
 
     def drop(self, match: str, times: int = 1) -> None:
         """Close the connection instead of answering."""

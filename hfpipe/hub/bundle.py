@@ -1,0 +1,161 @@
+"""The folder that is uploaded: built whole on disk before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hfpipe.errors import RecipeError
+from hfpipe.files import whole_folder, write_json, write_text
+from hfpipe.folders import model_of, strength_of
+from hfpipe.recipe import Push, Recipe
+from hfpipe.recipe.push import pushed_stage
+from hfpipe.report.card import Artefact, hub_id, is_on_hub, lineage, model_card
+from hfpipe.report.facts import stage_costs
+from hfpipe.scores import read_scorecard
+from hfpipe.secrets import without_secrets
+
+ADAPTER_CONFIG = "adapter_config.json"
+PUSHED = {".safetensors", ".json", ".jinja", ".txt", ".model"}  # weights, configurations, tokenizers; never a pickle
+NOT_PUSHED = {"trainer_state.json"}
+DIAL = ("dial.json", "dial.svg", "dial.png")  # the sweep over the adapter's strength, where there is one
+
+
+def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[str, str] | None = None) -> Path:
+    """Builds the folder that is uploaded: weights, tokenizer, card, recipe and scorecard, in one piece.
+
+    Args:
+        run_dir: The run folder.
+        push: What to push, one artefact, and where.
+        recipe: The recipe of the run.
+        parent: Hub id and commit of the earlier stage that an adapter of a chain is loaded on.
+
+    Returns:
+        `<run_dir>/push/<what>`, and for a parent `<run_dir>/push/<what>-<stage>`. Weights are hard links to the run's
+        own where the file system has them.
+
+    Raises:
+        RecipeError: The stage did not make what `push.what` asks for, or others could not load it.
+    """
+    stage = pushed_stage(recipe, push)
+    made = find_made(run_dir, push.what, stage, recipe)
+    environment = _read_json(run_dir / "environment.json")
+    known_base = environment.get("base") or {}
+    base, revision = recipe.model.id, known_base.get("revision")
+    adapter = _read_json(made / ADAPTER_CONFIG) if push.what == "adapter" else {}
+    if adapter:
+        base, revision = parent or _base_of(adapter, known_base, stage)
+        adapter |= {"base_model_name_or_path": base, "revision": revision}
+    elif base and not is_on_hub(base):
+        base = revision = None
+    artefact = Artefact(
+        repo_id=push.repo_id,
+        what=push.what,
+        stage=stage,
+        revision=push.revision,
+        base=base,
+        base_revision=revision,
+        quantized="quantization_config" in _read_json(made / "config.json"),
+        license=push.license,
+        strength=strength_of(run_dir / "stages" / stage),
+        base_facts=card_facts(run_dir, "model", recipe.model.id or ""),
+        data_facts={
+            id: card_facts(run_dir, "dataset", id)
+            for one in lineage(recipe, stage)
+            for source in one.data
+            if (id := hub_id(source))
+        },
+        plots=tuple(file.name for file in (run_dir / "stages" / stage).glob("dial.*") if file.name in DIAL),
+    )
+    scorecard = run_dir / "scorecard.json"
+    scores = read_scorecard(scorecard) if scorecard.is_file() else []
+    name = push.what if stage == pushed_stage(recipe, recipe.push or push) else f"{push.what}-{stage}"
+    target = run_dir / "push" / name
+    with whole_folder(target) as folder:
+        for file in sorted(made.rglob("*")):
+            if file.is_file() and file.suffix in PUSHED and file.name not in NOT_PUSHED:
+                _link(file, folder / file.relative_to(made))
+        for plot in artefact.plots:
+            _link(run_dir / "stages" / stage / plot, folder / plot)
+        if adapter:
+            write_json(folder / ADAPTER_CONFIG, adapter)
+        for file in (run_dir / "recipe.yaml", run_dir / "scorecard.json"):
+            if file.is_file():
+                write_text(folder / file.name, without_secrets(file.read_text()))
+        card = model_card(artefact, recipe, scores, environment, stage_costs(run_dir, recipe))
+        write_text(folder / "README.md", without_secrets(card))
+    return target
+
+
+def _base_of(adapter: dict[str, Any], known: dict[str, Any], stage: str) -> tuple[str, str | None]:
+    """Hub id and commit of the model that an adapter is loaded on."""
+    base = adapter.get("base_model_name_or_path")
+    if not base or not is_on_hub(base):
+        raise RecipeError(
+            f"push.what: adapter, but the adapter of stage {stage!r} belongs to the local model {base!r}, which "
+            "nobody else has. Push the merged model instead (`push: {what: merged}`, or --what merged)."
+        )
+    return base, adapter.get("revision") or (known.get("revision") if base == known.get("id") else None)
+
+
+def parent_in_run(run_dir: Path, stage: str, recipe: Recipe) -> tuple[str, str] | None:
+    """The stage of this run that a stage's adapter was trained on, and whether on its `model` or its `merged` one.
+
+    None when the adapter belongs to a model from elsewhere.
+    """
+    config = _read_json(model_of(run_dir / "stages" / stage) / ADAPTER_CONFIG)
+    parts = Path(config.get("base_model_name_or_path") or "").parts[-3:]  # the run folder may have been moved
+    if len(parts) == 3 and parts[0] == "stages" and parts[1] in [s.name for s in recipe.stages]:
+        return parts[1], "merged" if parts[2] == "merged" else "model"
+    return None
+
+
+def find_made(run_dir: Path, what: str, stage: str, recipe: Recipe) -> Path:
+    """The folder of the stage that holds what is asked for.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    names = [s.name for s in recipe.stages]
+    if stage not in names:
+        raise RecipeError(f"push.stage: there is no stage {stage!r} in {run_dir}. Its stages are: {', '.join(names)}.")
+    place = run_dir / "stages" / stage
+    folder = place / "merged" if what == "merged" else model_of(place)
+    if not folder.is_dir():
+        remedy = (
+            f"Merge it: hfpipe merge {shlex.quote(str(run_dir))} (or `merge: true` in the recipe)."
+            if what == "merged"
+            else "Run the recipe to its end: hfpipe run RECIPE continues where it stopped."
+        )
+        raise RecipeError(f"push.what: {what}, but {folder} does not exist. {remedy}")
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if is_adapter != (what == "adapter"):
+        found, allowed = (
+            ("an adapter", "`what: adapter`, or `what: merged` once it is merged")
+            if is_adapter
+            else ("a whole model", "`what: model`")
+        )
+        raise RecipeError(f"push.what: {what}, but stage {stage!r} made {found} ({folder}). Allowed here: {allowed}.")
+    return folder
+
+
+def card_facts(run_dir: Path, kind: str, id: str) -> dict[str, Any]:
+    """Licence and languages of a model or data set as its card gave them when the run began, see pins.py."""
+    every = _read_json(run_dir / "hub.json")
+    return next((facts for key, facts in every.items() if key.startswith(f"{kind} {id}@")), {})
+
+
+def _link(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, place)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(file, place)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,112 @@
+"""What a run takes from the Hub, by commit: found at the first start, kept in hub.json for the life of the run.
+
+So a data set that moves on does not change a run under way, and the run folder's recipe.yaml repeats the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
+
+from hfpipe import ranks
+from hfpipe.files import write_json
+from hfpipe.recipe import Recipe, Source
+from hfpipe.report.card import hub_id, is_on_hub
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HF_URL = re.compile(r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/")
+SECONDS = 10.0  # for one question
+FACTS = ("license", "license_name", "license_link", "language")
+
+
+def pin_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a commit wherever it names a data set or a tokenizer of the Hub.
+
+    What cannot be asked now stays as it is written, for the life of the run: it may come from a cache.
+
+    Args:
+        recipe: As the user wrote it.
+        folder: The run folder. hub.json there says commit, licence and languages of everything; it is made once.
+    """
+    known = _read(folder)
+    wanted = {_key(*one): one for one in _named(recipe)}
+    asked = {key: one for key, one in wanted.items() if key not in known}
+    if asked:
+        found = ranks.on_main(lambda: {key: _facts(*one) for key, one in asked.items()})
+        known |= found
+        if ranks.is_main():
+            write_json(folder / "hub.json", known)
+    commits = {key: facts["revision"] for key, facts in known.items() if facts["revision"]}
+    stages = [
+        stage.model_copy(update={"data": [_pinned(source, commits) for source in stage.data]})
+        for stage in recipe.stages
+    ]
+    suites = {
+        name: suite.model_copy(update={"data": _pinned(suite.data, commits)}) for name, suite in recipe.evaluate.items()
+    }
+    model, tokenizer = recipe.model, recipe.model.tokenizer
+    if tokenizer is not None and (commit := commits.get(_key("model", tokenizer.id or "", tokenizer.revision))):
+        model = model.model_copy(update={"tokenizer": tokenizer.model_copy(update={"revision": commit})})
+    return recipe.model_copy(update={"stages": stages, "evaluate": suites, "model": model})
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Kind, id and revision of everything on the Hub that the recipe names."""
+    if recipe.model.id and is_on_hub(recipe.model.id):
+        yield "model", recipe.model.id, recipe.model.revision
+    tokenizer = recipe.model.tokenizer
+    if tokenizer is not None and tokenizer.id and is_on_hub(tokenizer.id):
+        yield "model", tokenizer.id, tokenizer.revision
+    sources = [source for stage in recipe.stages for source in stage.data]
+    for source in [*sources, *(suite.data for suite in recipe.evaluate.values())]:
+        if (id := hub_id(source)) and is_on_hub(id):
+            yield "dataset", id, source.passed_through.get("revision") or "main"
+        for url in HF_URL.finditer(json.dumps(source.passed_through.get("data_files"))):
+            yield "dataset", url["id"], url["revision"] or "main"
+
+
+def _key(kind: str, id: str, revision: str) -> str:
+    return f"{kind} {id}@{revision}"
+
+
+def _facts(kind: str, id: str, revision: str) -> dict[str, Any]:
+    """Commit, licence and languages; None for what cannot be asked: loading says what is wrong, if anything is."""
+    facts: dict[str, Any] = dict.fromkeys(("revision", *FACTS))
+    if constants.is_offline_mode():
+        return facts
+    try:
+        ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+        facts["revision"] = ask(id, revision=revision, timeout=SECONDS).sha
+        card = hf_hub_download(id, "README.md", repo_type=kind, revision=facts["revision"], etag_timeout=SECONDS)
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
+        facts |= {name: data.get(name) for name in FACTS}
+    except Exception:  # no card, no access, no Hub: nothing of it stops a run
+        pass
+    return facts
+
+
+def _pinned(source: Source, commits: dict[str, str]) -> Source:
+    changes: dict[str, Any] = {}
+    given = source.passed_through
+    revision = given.get("revision") or "main"
+    if commit := commits.get(_key("dataset", source.path, revision)):
+        changes["revision"] = commit
+    if files := given.get("data_files"):
+        text = HF_URL.sub(lambda url: _pinned_url(url, commits), json.dumps(files))
+        changes |= {"data_files": json.loads(text)} if json.loads(text) != files else {}
+    return source.model_copy(update=changes) if changes else source
+
+
+def _pinned_url(url: re.Match[str], commits: dict[str, str]) -> str:
+    commit = commits.get(_key("dataset", url["id"], url["revision"] or "main"))
+    return f"hf://datasets/{url['id']}@{commit}/" if commit else url[0]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "hub.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,75 @@
+"""What a recipe pushes, and where: known before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hfpipe.recipe.adapters import adapter_of
+from hfpipe.recipe.faults import Fault, did_you_mean, listed
+from hfpipe.recipe.raw import RawStage, mapping, text_of
+from hfpipe.recipe.words import Push, Recipe
+
+NEEDS_AN_ADAPTER = ("adapter", "merged", "both")
+
+
+def check_push(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields what cannot be pushed so."""
+    push = mapping(data.get("push"))
+    if not push:
+        return
+    names = [stage.name for stage in every if stage.name]
+    adapters = [stage.name for stage in every if adapter_of(stage) is not None]
+    pushed, what = text_of(push.get("stage")), push.get("what", "adapter")
+    if pushed is not None and pushed not in names:
+        text = f"'{pushed}' is not a stage; allowed: {listed(names)}.{did_you_mean(pushed, names)}"
+        yield Fault(("push", "stage"), text)
+    elif what in NEEDS_AN_ADAPTER and not (adapters if pushed is None else pushed in adapters):
+        lacking = f"the stage '{pushed}' has no `lora:` block" if adapters else "no stage has a `lora:` block"
+        yield Fault(("push", "what"), f"'{what}' needs an adapter, and {lacking}. Write `what: model`.")
+    for key in ("revision", "tag") if push.get("create_pr") is True else ():
+        if push.get(key) is not None:
+            text = "a pull request has a branch of its own, and no tag before it is merged. Remove it, or `create_pr`."
+            yield Fault(("push", key), text)
+    places = {str(push.get("repo_id")): "repo_id"}
+    for key in ("merged_repo_id", "parent_repo_id"):
+        if (place := text_of(push.get(key))) is None:
+            continue
+        if (other := places.setdefault(place, key)) != key:
+            yield Fault(("push", key), f"'{place}' is `{other}` too, and a repository holds one model. Take another.")
+
+
+def pushed_stage(recipe: Recipe, push: Push) -> str:
+    """The stage whose work is pushed: the one that is named, else the last with an adapter where one is asked for."""
+    adapters = [stage.name for stage in recipe.stages if stage.adapter is not None]
+    if push.stage is None and push.what in NEEDS_AN_ADAPTER and adapters:
+        return adapters[-1]
+    return push.stage or recipe.stages[-1].name
+
+
+def parent_push(push: Push, what: str, stage: str) -> Push:
+    """The push of the earlier stage that an adapter of a chain is loaded on."""
+    repo_id = push.parent_repo_id or f"{push.repo_id}-base"
+    return push.model_copy(update={"repo_id": repo_id, "what": what, "stage": stage})
+
+
+def pushes_of(recipe: Recipe, push: Push) -> list[Push]:
+    """One push for each repository that `push:` fills, of one artefact each; without the parent of an adapter."""
+    stage = pushed_stage(recipe, push)
+    if push.what != "both":
+        return [push.model_copy(update={"stage": stage})]
+    merged = {"repo_id": push.merged_repo_id or f"{push.repo_id}-merged", "what": "merged"}
+    return [push.model_copy(update={"stage": stage, **place}) for place in ({"what": "adapter"}, merged)]
+
+
+def planned_pushes(recipe: Recipe, push: Push) -> list[Push]:
+    """As `pushes_of`, and first the parent that the adapter of a chain will have, as the recipe lets foresee."""
+    pushes = pushes_of(recipe, push)
+    by_name = {stage.name: stage for stage in recipe.stages}
+    trained = by_name[str(pushes[0].stage)]
+    while trained.parent_adapter == "continue":  # the adapter lies on what its first stage started from
+        trained = by_name[recipe.parent_of(trained.name)]
+    before = by_name.get(recipe.parent_of(trained.name))
+    if pushes[0].what != "adapter" or before is None:
+        return pushes
+    return [parent_push(push, "model" if before.adapter is None else "merged", before.name), *pushes]

@@ -1,0 +1,35 @@
+"""Keeps tokens and passwords out of everything that is printed, written or pushed. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]+:)[^/\s:@]+(?=@)")
+SHORTEST = 8  # characters of a token of this machine: a shorter text would be found in harmless words
+
+
+def own_tokens() -> list[str]:
+    """The tokens that this machine is logged in to the Hub with."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    file = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
+    try:
+        stored = file.read_text()
+    except (OSError, UnicodeDecodeError):
+        stored = ""
+    found = (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"), stored)
+    return [token.strip() for token in found if token and len(token.strip()) >= SHORTEST]
+
+
+def has_secret(text: str) -> bool:
+    """Whether a text holds a token of Hugging Face, one of this machine's, or a URL with a password."""
+    return text != without_secrets(text)
+
+
+def without_secrets(text: str) -> str:
+    """The text with every such token and password made unreadable."""
+    for token in own_tokens():
+        text = text.replace(token, "hf_***")
+    return PASSWORD_IN_URL.sub(r"\1***", TOKEN.sub("hf_***", text))

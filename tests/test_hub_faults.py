@@ -1,0 +1,82 @@
+"""A push cannot lose work: every trouble with the Hub ends in one commit, or in one paragraph and one command."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hub_server import HubServer
+from pushing import COMMIT, PLANTED, Plant, at_once, pushes
+
+LFS, XET = {"xet": False}, {"xet": True}
+STORE = {"lfs": "PUT /lfs/", "xet": "POST /v1/xorbs"}  # where the weights go in each of the two pipelines
+
+
+def test_a_passing_trouble_is_overcome_by_one_commit(tmp_path: Path) -> None:
+    cases: dict[str, tuple[Plant, dict[str, Any], dict[str, Any]]] = {
+        "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="2"), LFS, {}),
+        "412": (lambda hub: hub.fail(COMMIT, 412), LFS, {}),
+        "500-on-create": (lambda hub: hub.fail("POST /api/repos/create", 500), LFS, {}),
+        "create-lost": (lambda hub: hub.lose_reply("POST /api/repos/create"), XET, {}),
+    }
+    for pipeline, options in (("lfs", LFS), ("xet", XET)):
+        store = STORE[pipeline]
+        cases |= {
+            f"503-{pipeline}": (lambda hub: hub.fail(COMMIT, 503), options, {}),
+            f"dropped-{pipeline}": (lambda hub: hub.drop(COMMIT), options, {}),
+            f"reply-lost-{pipeline}": (lambda hub: hub.lose_reply(COMMIT), options, {}),
+            f"store-502-{pipeline}": (lambda hub, store=store: hub.fail(store, 502), options, {}),
+            f"store-dropped-{pipeline}": (lambda hub, store=store: hub.drop(store), options, {}),
+        }
+    for name, pusher, done in at_once(tmp_path, cases):
+        assert done.returncode == 0, (name, done)
+        assert "has it now" in done.stdout, name
+        assert pushes(pusher.hub) == 1, name
+
+
+def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finishes_it(tmp_path: Path) -> None:
+    cases: dict[str, tuple[Plant, dict[str, Any], str]] = {
+        "dropped": (lambda hub: hub.drop(COMMIT, times=4), XET, "disconnected"),
+        "409": (lambda hub: hub.fail(COMMIT, 409, times=4), XET, "changed by somebody else"),
+        "503": (lambda hub: hub.fail(COMMIT, 503, times=3), LFS, "answered 503"),
+        "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="3600"), XET, "(429). Wait 3600 seconds."),
+        "no-token": (lambda hub: None, {"token": None}, "hf auth login"),
+        "read-only": (lambda hub: None, {"token": HubServer.read_token}, "may only read"),
+        "unknown-token": (lambda hub: None, {"token": PLANTED}, "does not accept the token (401)"),
+        "401": (lambda hub: hub.fail(COMMIT, 401), LFS, "does not accept the token (401)"),
+        "403": (lambda hub: hub.fail("/preupload/", 403), LFS, "may not write to me/toy (403)"),
+        "403-from-xet": (lambda hub: hub.fail("xet-write-token", 403), XET, "may not write to me/toy (403)"),
+        "404": (lambda hub: hub.fail(COMMIT, 404), XET, "does not find me/toy"),
+    }
+    with_arguments = {name: (plant, options, {}) for name, (plant, options, _) in cases.items()}
+    for name, pusher, failed in at_once(tmp_path, with_arguments):
+        assert failed.returncode == 4, (name, failed)
+        message = failed.stdout.partition("ERROR ")[2]
+        assert cases[name][2] in message, name
+        assert "whole in run/push/adapter" in message, name
+        assert message.strip().endswith("hfpipe push run"), name
+        assert (pusher.folder / "run/push/adapter/adapter_model.safetensors").is_file(), name
+        assert "Traceback" not in failed.stderr, name
+        if name in ("401", "409"):  # the command that the message gives finishes it, and sends no weights again
+            pusher.hub.faults.clear()
+            sent = len(pusher.hub.requests)
+            assert pusher().returncode == 0, name
+            assert pushes(pusher.hub) == 1, name
+            assert not [line for line in pusher.hub.requests[sent:] if any(place in line for place in STORE.values())]
+
+
+def test_a_stalled_hub_meets_the_deadline(tmp_path: Path) -> None:
+    arguments = {"deadline_seconds": 4.0, "what": "adapter"}
+    cases = {
+        "commit": (lambda hub: hub.stall(COMMIT, times=99), {}, arguments),
+        "lfs": (lambda hub: hub.stall("PUT /lfs/", times=99), LFS, arguments),
+        "xet": (lambda hub: hub.stall("/v1/xorbs", times=99), XET, arguments),
+    }
+    started = time.monotonic()
+    for name, pusher, failed in at_once(tmp_path, cases):
+        assert failed.returncode == 4, (name, failed)
+        assert "not done after 4 seconds" in failed.stdout, name
+        assert failed.stdout.strip().endswith("hfpipe push run --what adapter"), name
+        assert pushes(pusher.hub) == 0, name
+    assert time.monotonic() - started < 20
