@@ -22,9 +22,10 @@ from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
-from hfpipe.model.base import require_unquantized, texts_for_tokenizer
+from hfpipe.model.base import texts_for_tokenizer
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import clear_errors, is_encoder, load_tokenizer
+from hfpipe.model.loadable import require_loadable
 from hfpipe.model.tokens import prepare_tokenizer, template_warning
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
@@ -42,7 +43,7 @@ def preflight(recipe: Recipe) -> None:
         UserError: Something that would stop the run.
     """
     quiet_libraries()
-    require_unquantized(recipe)
+    require_loadable(recipe)
     tokenizer = run_tokenizer(recipe)
     parameters, embedding = _parameters(recipe, tokenizer)
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")

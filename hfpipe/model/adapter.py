@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
@@ -45,7 +45,9 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
     set_seed(seed)
     try:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
-        return _with_head_bias(get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model)))
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
+        PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
+        return _with_head_bias(adapted)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.") from error
 

@@ -19,6 +19,7 @@ from hfpipe.errors import DataError, RecipeError
 from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, clear_errors, is_encoder, load_tokenizer, task_of
+from hfpipe.model.loadable import require_loadable
 from hfpipe.model.tokens import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 
@@ -52,7 +53,7 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
     Raises:
         UserError: The model or tokenizer cannot be had.
     """
-    require_unquantized(recipe)
+    require_loadable(recipe)
     options = recipe.model
     done = folder / "done.json"
     unpinned = options.model_copy(update={"revision": "main"})
@@ -134,32 +135,6 @@ def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
     if tokenizer.backend_tokenizer.get_vocab_size() == 0:
         raise DataError(f"the tokenizer of {ref.path} has no tokens.")
     return tokenizer
-
-
-def require_unquantized(recipe: Recipe) -> None:
-    """Refuses to train or quantize weights that are quantized already, by the config, before there are any weights.
-
-    Raises:
-        RecipeError: The base is quantized and a stage trains all weights or quantizes them again.
-    """
-    options = recipe.model
-    if options.id is None:
-        return
-    with clear_errors("model", options.id):
-        config = AutoConfig.from_pretrained(
-            options.id, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
-    block = getattr(config, "quantization_config", None)
-    for stage in recipe.stages if block is not None else ():
-        if stage.adapter is not None and stage.quantized is None:
-            continue
-        method = block.get("quant_method", "") if isinstance(block, dict) else getattr(block, "quant_method", "")
-        found = "quantizes it again" if stage.quantized else "trains all of its weights, which cannot be trained"
-        remedy = "Remove `quantization`" if stage.quantized else "Add `lora: {r: 16}`"
-        raise RecipeError(
-            f"stages.{stage.name}: the base {options.id!r} is quantized already ({method}), and this stage {found}. "
-            f"{remedy}, or start from the model in full precision."
-        )
 
 
 def require_task(recipe: Recipe, base: ModelRef) -> None:

@@ -137,11 +137,26 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
             ) from error
         if isinstance(cause, RepositoryNotFoundError) or "is not a valid model identifier" in str(error):
             raise RecipeError(_not_found(what, path)) from error
+        if "model.safetensors" in str(error):
+            raise RecipeError(pickles_only(path)) from error
         first_line = str(error).strip().split("\n")[0]
         raise MachineError(
             f"{what} {path!r} cannot be loaded: {first_line} Check the name, the network and the disk; "
             "a model that is in the cache loads without a network."
         ) from error
+    except ValueError as error:
+        adapter = "It is an adapter and not a whole model: name its base, or merge it. "
+        hint = adapter if (Path(path) / ADAPTER_CONFIG).is_file() else ""
+        raise RecipeError(f"{what} {path!r} cannot be loaded. {hint}transformers says: {str(error)[:300]}") from error
+
+
+def pickles_only(path: str) -> str:
+    """What to say of a model without weights as safetensors."""
+    return (
+        f"model {path!r} has no weights as safetensors, and hfpipe reads nothing else: a pickle can run any code. Look "
+        "on its page for a converted branch (a pull request of SFconvertbot) and name it: `revision: refs/pr/NUMBER`. "
+        "Or convert it where you trust it, by transformers' from_pretrained and save_pretrained, and name that folder."
+    )
 
 
 def _not_found(what: str, path: str) -> str:
@@ -219,6 +234,8 @@ def load_model(
     """
     if ref.is_adapter:
         config = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
+        if not (Path(ref.path) / "adapter_model.safetensors").is_file():
+            raise RecipeError(pickles_only(ref.path))
         head = read_head(Path(ref.path)) if config.get("task_type") == "SEQ_CLS" else None
         loaded = load_model(ref.base, head=head)
         if dequantize:

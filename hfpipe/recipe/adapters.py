@@ -72,6 +72,9 @@ def _check_type(stage: RawStage, block: Block) -> Iterator[Fault]:
         yield Fault(steps, f"'{kind}' is not trained by a stage: {_NOT_TRAINED[kind]}. The types are {listed(types)}.")
     elif kind not in types:
         yield Fault(steps, f"found {found(kind)}; the types are {listed(types)}.{did_you_mean(kind, types)}")
+    elif kind == "trainable_tokens" and not block.data.get("token_indices"):
+        text = "missing; the ids of the tokens to train. Those of `model.tokenizer.add_tokens` are trained by `lora:`."
+        yield Fault((*block.steps, "token_indices"), text)
     elif stage.kind != "sft" and is_prompt_learning(kind):
         text = f"'{kind}' learns tokens before a prompt, and a {stage.kind} stage has no prompts."
         yield Fault(steps, f"{text} Take `kind: sft`, or an adapter of the weights, such as `lora`.")
