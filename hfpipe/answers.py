@@ -5,18 +5,20 @@ Each function gives one answer a row of this rank's share, in its order; None fo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hfpipe import ranks
 from hfpipe.data.choices import choice_form, common_choices, split_last_word
-from hfpipe.data.continuations import encode_continuations
+from hfpipe.data.continuations import Pair, encode_continuations, encode_whole, in_common
 from hfpipe.data.encode import encode, prompt_and_completion
+from hfpipe.data.swaps import families, taken_back
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.metrics.matches import names_of
 from hfpipe.model.classifier import classify
 from hfpipe.model.load import ModelRef, task_of
-from hfpipe.model.masked import fill_masks
-from hfpipe.model.scoring import context_of, generate, likelihoods, within_positions
+from hfpipe.model.masked import fill_masks, is_masked, pseudo_bits
+from hfpipe.model.scoring import bits_of, context_of, generate, likelihoods, within_positions
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_names import MASKED_METRICS
@@ -31,10 +33,13 @@ def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
 
     A head does not exist before its stage, so a classifier's suite has no score on the base.
     """
-    asked = "classification" if "sentence" in rows[0] else "causal"
     if MASKED_METRICS.intersection(suite.metrics):
-        asked = "masked"
-    return task_of(ref) == asked
+        asked = ["masked"]
+    elif "sentence" in rows[0]:
+        asked = ["classification"]
+    else:
+        asked = ["causal", *(["masked"] if {"choices", "good", "more"} & set(rows[0]) else [])]
+    return task_of(ref) in asked
 
 
 def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
@@ -71,13 +76,11 @@ def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) ->
     common = None if "choices" in rows[0] or "good" in rows[0] else common_choices(suite, rows)
     forms = [choice_form(row, suite, common) for row in mine]
     pairs = [pair for form in forms for pair in form.pairs]
-    limit = suite.max_length or context_of(model)
-    encoded = encode_continuations(pairs, tokenizer, limit)
-    found = likelihoods(model, encoded, tokenizer.pad_token_id, suite.batch_size * 4)
+    found = [bits for bits, _ in _spent(pairs, suite, model, tokenizer)]
     answers: Answers = []
     start = 0
-    for form in forms:
-        spent = [one.bits for one in found[start : start + len(form.choices)]]
+    for row, form in zip(mine, forms, strict=True):
+        spent = found[start : start + len(form.choices)]
         start += len(form.choices)
         texts = [text.strip() for text in form.choices]
         names = [text if form.choices.count(text) == 1 else f"{n}. {text}" for n, text in enumerate(form.choices, 1)]
@@ -91,7 +94,8 @@ def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) ->
         )
         right = names[form.answer]
         answers.append(
-            {
+            _of_bbq(row, names.index(best), int(best == right))
+            | {
                 "prediction": best,
                 "prediction_norm": per_character,
                 "prediction_bytes": per_byte,
@@ -101,6 +105,49 @@ def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) ->
             }
         )
     return answers
+
+
+def _of_bbq(row: dict[str, Any], place: int, right: int) -> dict[str, Any]:
+    """Of BBQ's rows: whether the answer is right, biased, and not `unknown`; and the kind of context."""
+    if "bbq" not in row:
+        return {}
+    facts = row["bbq"]
+    return {"bbq": [right, int(facts["biased"][place]), int(facts["named"][place])], "context": facts["context"]}
+
+
+def _stereotype_pair(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """Log-likelihoods of the more and the less stereotypical sentence, in nats; an encoder's of what both share."""
+    pairs = [("", row[role]) for row in mine for role in ("more", "less")]
+    nats = [-bits * math.log(2) for bits, _ in _spent(pairs, suite, model, tokenizer, shared=True)]
+    return [{"more": more, "less": less} for more, less in zip(nats[::2], nats[1::2], strict=True)]
+
+
+def _stereotypes(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """Log-likelihoods per token, as StereoSet has them, of the stereotype, the anti-stereotype and the unrelated."""
+    pairs = [("", row[role]) for row in mine for role in ("stereotype", "anti_stereotype", "unrelated")]
+    found = [-bits * math.log(2) / max(tokens, 1) for bits, tokens in _spent(pairs, suite, model, tokenizer)]
+    return [
+        {"scores": found[3 * place : 3 * place + 3], "term": str(row.get("term", ""))} for place, row in enumerate(mine)
+    ]
+
+
+def _spent(
+    pairs: list[Pair], suite: Suite, model: Any, tokenizer: Any, shared: bool = False
+) -> list[tuple[float, int]]:
+    """Bits that a model spends on each continuation, and its tokens; an encoder's by pseudo-likelihood.
+
+    With `shared`, an encoder is asked for the tokens alone that a text has in common with its neighbour.
+    """
+    size = suite.batch_size * 4
+    if is_masked(model):
+        encoded = encode_whole(pairs, tokenizer, within_positions(model, suite.max_length or TEXT_LENGTH))
+        if shared:
+            encoded = [one for two in zip(encoded[::2], encoded[1::2], strict=True) for one in in_common(*two)]
+        spent = pseudo_bits(model, encoded, tokenizer, size)
+    else:
+        encoded = encode_continuations(pairs, tokenizer, suite.max_length or context_of(model))
+        spent = bits_of(model, encoded, tokenizer.pad_token_id, size)
+    return [(bits, int(row.scored.sum())) for bits, row in zip(spent, encoded, strict=True)]
 
 
 def _classes(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
@@ -127,8 +174,9 @@ def _generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any
         raise RecipeError("a metric on generated answers needs rows with `prompt` and `completion`, or `messages`.")
     chat = "messages" in rows[0]
     prompts = [prompt_and_completion(row, tokenizer)[0] for row in mine]
-    everyone = [row["messages"][-1]["content"] if chat else row["completion"] for row in rows]
-    right = everyone[ranks.rank() :: ranks.ranks()]
+    right, everyone = (
+        [row["messages"][-1]["content"] if chat else row["completion"] for row in some] for some in (mine, rows)
+    )
     options = dict(suite.generation)
     if "max_new_tokens" not in options and "max_length" not in options:
         # Of all rows, not of this rank's: what is generated must not depend on the number of ranks.
@@ -147,12 +195,40 @@ def _masked(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) ->
     return fill_masks(model, texts, numbers, tokenizer, suite.max_length or TEXT_LENGTH, suite.batch_size)
 
 
+def _swap(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """To how many of a row's counterfactuals the answer is another one, and how many there are.
+
+    The answer is a class, a choice where the suite or its rows have some, and else what is generated.
+    """
+    assert suite.swap is not None  # a rule of recipes
+    made = [families(row, suite.swap) for row in mine]
+    asked = [row for of_row in made for family in of_row for row in family]
+    answer = _generation
+    if "sentence" in rows[0]:
+        answer = _classes
+    elif "choices" in rows[0] or suite.choices:
+        answer = _choice
+    said = iter(answer(suite, asked, rows, model, tokenizer) if asked else [])
+    answers: Answers = []
+    for of_row in made:
+        flips, variants = 0, []
+        for family in of_row:
+            first, *others = [taken_back((next(said) or {})["prediction"], row["swapped"]) for row in family]
+            flips += sum(other != first for other in others)
+            variants += others
+        answers.append({"flips": flips, "variants": len(variants), "said": variants} if variants else None)
+    return answers
+
+
 ANSWERS = {
     "likelihood": _likelihood,
     "choice": _choice,
     "number": _classes,
     "generation": _generation,
     "masked": _masked,
+    "stereotype_pair": _stereotype_pair,
+    "stereotypes": _stereotypes,
+    "swap": _swap,
 }
 
 
@@ -169,7 +245,7 @@ def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) 
     Returns:
         One answer a row, on every rank; None for a row that cannot be scored.
     """
-    answer = _classes if "sentence" in rows[0] else ANSWERS[need]
+    answer = _classes if "sentence" in rows[0] and need != "swap" else ANSWERS[need]
     mine = rows[ranks.rank() :: ranks.ranks()]
     answers: Answers = [None] * len(rows)
     for rank, share in enumerate(ranks.gather(answer(suite, mine, rows, model, tokenizer))):

@@ -14,6 +14,7 @@ from hfpipe.data.choices import plain_choices
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
+from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
 from hfpipe.metrics import higher_is_better, load_metric, needs_of
 from hfpipe.metrics.rows import RowMetric, paired_stderr
@@ -33,7 +34,11 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     if "sentence" in (opened.column_names or []):
         opened, _ = plain_labels(opened, suite.data.path)
     rows = [row for row in readable(opened, suite.data) if _has_content(row)]
-    if rows and "answer" in rows[0]:
+    if rows and "answer_info" in rows[0]:
+        rows = bbq_rows(rows)
+    elif rows and "sentences" in rows[0]:
+        rows = stereoset_rows(rows)
+    elif rows and "answer" in rows[0]:
         rows = plain_choices(rows, suite)
     if not rows:
         raise DataError(f"the suite on {suite.data.path} has no row with content (and a right answer, where it asks).")
@@ -53,27 +58,40 @@ def _require_metrics_for(suite: Suite, row: dict[str, Any]) -> None:
         kind = "numbers"
     needs, fitting = _ALLOWED[kind]
     for name, metric in suite_metrics(suite).items():
-        if (need := needs_of(metric)) not in needs:
+        need, rows = needs_of(metric), getattr(metric, "rows", None)
+        if need not in needs or (rows and rows not in row):
             raise RecipeError(
-                f"the suite on {suite.data.path}: {name} scores {_SCORED[need]}, and its rows hold {kind}. Take "
-                f"{fitting}, or name other columns."
+                f"the suite on {suite.data.path}: {name} scores {_SCORED[rows or need]}, and its rows hold {kind}. "
+                f"Take {fitting}, or name other columns."
             )
 
 
-_KINDS = {"sentence": "class names", "answer": "choices", "good": "pairs of sentences"}
+_KINDS = {
+    "sentence": "class names",
+    "answer": "choices",
+    "good": "a good and a bad sentence",
+    "more": "pairs of stereotypes",
+    "unrelated": "StereoSet's sentences",
+}
 _ALLOWED = {
-    "class names": (("choice",), "accuracy, f1 or f1_micro"),
+    "class names": (("choice", "swap"), "accuracy, f1 or f1_micro"),
     "numbers": (("number",), "mse, mae, pearsonr or spearmanr"),
-    "choices": (("choice",), "accuracy or accuracy_norm"),
-    "pairs of sentences": (("choice",), "accuracy"),
-    "text": (("likelihood", "choice", "generation", "masked"), "bits_per_byte, accuracy or exact_match"),
+    "choices": (("choice", "swap"), "accuracy or accuracy_norm"),
+    "a good and a bad sentence": (("choice",), "accuracy"),
+    "pairs of stereotypes": (("stereotype_pair",), "stereotype_score or likelihood_difference"),
+    "StereoSet's sentences": (("stereotypes",), "lms, ss or icat"),
+    "text": (("likelihood", "choice", "generation", "masked", "swap"), "bits_per_byte, accuracy or exact_match"),
 }
 _SCORED = {
     "likelihood": "text",
-    "choice": "classes",
+    "choice": "classes or choices",
     "number": "numbers",
     "generation": "generated text",
     "masked": "masked tokens of `text`",
+    "stereotype_pair": "pairs of stereotypes (`more` and `less`)",
+    "stereotypes": "StereoSet's sentences",
+    "bbq": "BBQ's rows",
+    "swap": "answers to rows with swapped words",
 }
 
 
@@ -133,7 +151,8 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
         predictions, references = _pairs(metric, taken)
         result = _compute(metric_name, metric, predictions, references, suite.metric_options.get(metric_name))
         better = higher_is_better(metric_name, metric)
-        scores.append(Score(stage, name, metric_name, n=len(taken), higher_is_better=better, **result))
+        ideal = getattr(metric, "ideal", None)
+        scores.append(Score(stage, name, metric_name, higher_is_better=better, ideal=ideal, **result))
         if getattr(metric, "by_row", False):
             values = metric.value(metric.statistics(predictions, references))
             for record, value in zip(taken, values.tolist(), strict=True):
@@ -175,7 +194,7 @@ def _compute(
     """Value, standard error and 95 % interval; those of a metric that is not ours by the bootstrap over rows."""
     if isinstance(metric, RowMetric):
         result = metric.compute(predictions=predictions, references=references)
-        found = {key: result[key] for key in ("stderr", "low", "high")}
+        found = {key: result[key] for key in ("stderr", "low", "high", "n")}
         return {"value": result[name], **found, "signature": metric.signature}
     extra = options or {}
     try:
@@ -194,6 +213,7 @@ def _compute(
         values.append(_value(name, metric.compute(predictions=chosen[0], references=chosen[1], **extra)))
     cuts = statistics.quantiles(values, n=40)  # of 2.5 % each
     return {
+        "n": len(references),
         "value": value,
         "stderr": statistics.stdev(values),
         "low": min(value, cuts[0]),

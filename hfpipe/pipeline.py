@@ -129,7 +129,7 @@ def _check_budgets(recipe: Recipe, scores: list[Score], stage: str) -> None:
         for change in over_budget(of_lineage(scores, recipe.lineage(stage)), stage, name, suite.budget):
             dialled = "It does so at every strength that was tried. " if suite.budget_action == "dial" else ""
             raise BudgetExceeded(
-                f"stage {stage} lost {-change.relative:.1%} of {name} {change.after.metric} "
+                f"stage {stage} lost {change.loss} {name} {change.after.metric} "
                 f"({change.before.value:.4f} after {change.before.stage}, {change.after.value:.4f} now), more than the "
                 f"budget of {suite.budget:.1%}. {dialled}Nothing was merged or pushed; the model stays in the run "
                 "folder. Replay earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, "

@@ -34,6 +34,7 @@ class Score:
         high: Upper end.
         paired: Earlier stage to the standard error of the difference to its score, from a paired bootstrap over the
             rows that both were scored on (Koehn 2004, aclanthology.org/W04-3250).
+        ideal: The best value of a score that can be too high and too low (a share of preferences); None of any other.
         signature: How exactly the metric counts, in its library's own words (sacrebleu); empty where it has none.
     """
 
@@ -48,10 +49,32 @@ class Score:
     high: float | None = None
     paired: dict[str, float] = field(default_factory=dict)
     signature: str = ""
+    ideal: float | None = None
 
     @property
     def key(self) -> tuple[str, str]:
         return self.suite, self.metric
+
+    @property
+    def merit(self) -> float:
+        """How good the score is, whatever its direction: more is better."""
+        if self.ideal is not None:
+            return -abs(self.value - self.ideal)
+        return self.value if self.higher_is_better else -self.value
+
+    @property
+    def arrow(self) -> str:
+        """The direction in which the score becomes better: `↑`, `↓`, or `→ 0.5`."""
+        if self.ideal is not None:
+            return f"→ {self.ideal:g}"
+        return "↑" if self.higher_is_better else "↓"
+
+    @property
+    def way(self) -> str:
+        """The same in words."""
+        if self.ideal is not None:
+            return f"{self.ideal:g} is ideal"
+        return "more is better" if self.higher_is_better else "less is better"
 
 
 def how_counted(scores: Iterable[Score]) -> str:
@@ -77,7 +100,7 @@ class Change:
 
     @property
     def gain(self) -> float:
-        return self.difference if self.after.higher_is_better else -self.difference
+        return self.after.merit - self.before.merit
 
     @property
     def stderr(self) -> float:
@@ -91,6 +114,13 @@ class Change:
         if self.gain == 0:
             return 0.0
         return self.gain / abs(self.before.value) if self.before.value else math.copysign(math.inf, self.gain)
+
+    @property
+    def loss(self) -> str:
+        """What was lost, in words: `3.1% of`, or `0.04 of nearness to 0.5 in` where the score has an ideal."""
+        if self.after.ideal is not None:
+            return f"{-self.gain:.3g} of nearness to {self.after.ideal:g} in"
+        return f"{-self.relative:.1%} of" if self.relative > -100 else "more than a hundred times of"
 
     @property
     def beyond_noise(self) -> bool:
@@ -152,18 +182,21 @@ def forgetting(scores: Sequence[Score], stage: str, key: tuple[str, str]) -> Cha
     earlier = [by_stage[name] for name in order[: order.index(stage)] if name in by_stage]
     if not earlier or stage not in by_stage:
         return None
-    best = max(earlier, key=lambda score: score.value if score.higher_is_better else -score.value)
+    best = max(earlier, key=lambda score: score.merit)
     return Change(best, by_stage[stage])
 
 
 def over_budget(scores: Sequence[Score], stage: str, suite: str, budget: float) -> list[Change]:
-    """The changes of a suite whose relative loss is above `budget` (a share), beyond the noise."""
+    """The changes of a suite whose loss is above `budget`, beyond the noise.
+
+    The budget is a share of the score before; of a score with an ideal it is how much further from that it may be.
+    """
     found = []
     for key in dict.fromkeys(score.key for score in scores if score.suite == suite and score.stage == stage):
         change = forgetting(scores, stage, key)
         if change is None:
             continue
-        allowed = budget * abs(change.before.value)
+        allowed = budget if change.after.ideal is not None else budget * abs(change.before.value)
         if change.beyond_noise and -change.gain - 1.96 * change.stderr > allowed:
             found.append(change)
     return found

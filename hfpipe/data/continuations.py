@@ -9,6 +9,8 @@ what is too long loses its beginning.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,32 @@ def encode_continuations(pairs: Sequence[Pair], tokenizer: Any, max_length: int 
         scored[:1] = False
         encoded.append(Encoded(ids, scored, len(continuation.encode("utf-8", "surrogatepass"))))
     return encoded
+
+
+def encode_whole(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> list[Encoded]:
+    """The same for an encoder: both special ends stand round the text, and what is too long loses its beginning."""
+    before, behind = special_ends(tokenizer)
+    room = max_length - len(before) - len(behind)
+    encoded = []
+    for context, continuation in pairs:
+        ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+        given = len(tokenizer(context, add_special_tokens=False)["input_ids"]) if context else 0
+        scored = np.arange(len(ids)) >= min(given, len(ids) - 1)
+        ends = np.zeros(len(before), bool), np.zeros(len(behind), bool)
+        encoded.append(Encoded([*before, *ids[-room:], *behind], np.concatenate([ends[0], scored[-room:], ends[1]]), 0))
+    return encoded
+
+
+def in_common(one: Encoded, other: Encoded) -> tuple[Encoded, Encoded]:
+    """Two texts with the tokens as targets that both have, in order: those that CrowS-Pairs scores."""
+    blocks = SequenceMatcher(None, one.input_ids, other.input_ids, autojunk=False).get_matching_blocks()
+    both = []
+    for side, row in enumerate((one, other)):
+        held = np.zeros(len(row.input_ids), bool)
+        for block in blocks:
+            held[block[side] : block[side] + block.size] = True
+        both.append(replace(row, scored=row.scored & held))
+    return both[0], both[1]
 
 
 def beginning(tokenizer: Any) -> list[int]:

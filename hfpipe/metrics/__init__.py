@@ -13,8 +13,12 @@ from hfpipe.recipe.faults import did_you_mean, listed
 
 OURS = {
     "accuracy": "matches.Accuracy",
+    "accuracy_ambiguous": "bias.Bbq",
     "accuracy_bytes": "matches.AccuracyPerByte",
+    "accuracy_disambiguated": "bias.Bbq",
     "accuracy_norm": "matches.AccuracyPerCharacter",
+    "bias_ambiguous": "bias.Bbq",
+    "bias_disambiguated": "bias.Bbq",
     "bits_per_byte": "likelihood.BitsPerByte",
     "bleu": "translation.SacreBleu",
     "calibration_error": "calibration.CalibrationError",
@@ -22,7 +26,11 @@ OURS = {
     "exact_match": "matches.ExactMatch",
     "f1": "classes.FScore",
     "f1_micro": "classes.FScore",
+    "flip_rate": "bias.FlipRate",
     "greedy_match": "likelihood.GreedyMatch",
+    "icat": "bias.StereoSet",
+    "likelihood_difference": "bias.LikelihoodDifference",
+    "lms": "bias.StereoSet",
     "mae": "numbers.MeanError",
     "masked_accuracy": "masked.MaskedAccuracy",
     "masked_perplexity": "masked.MaskedPerplexity",
@@ -41,6 +49,8 @@ OURS = {
     "spearmanr": "numbers.Correlation",
     "squad_em": "matches.SquadExactMatch",
     "squad_f1": "matches.SquadF1",
+    "ss": "bias.StereoSet",
+    "stereotype_score": "bias.StereotypeScore",
     "ter": "translation.SacreBleu",
     "word_perplexity": "likelihood.WordPerplexity",
 }

@@ -35,6 +35,8 @@ class RowMetric(evaluate.Metric):
     types: tuple[str, str] = ("string", "string")
     several = False  # whether predictions and references may be lists of names: several classes at once
     higher_is_better = True
+    ideal: float | None = None  # the best value of a score that can be too high and too low
+    rows: str | None = None  # what the rows must have, beside what the model gives
     by_row = True  # whether a row alone has a score
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -63,6 +65,10 @@ class RowMetric(evaluate.Metric):
         low, high = np.percentile(draws, [2.5, 97.5])
         return _spread(draws), min(float(low), value), max(float(high), value)
 
+    def size(self, statistics: np.ndarray) -> int:
+        """How many of the rows the score is about."""
+        return len(statistics)
+
     def whole(self, predictions: Sequence[Any], references: Sequence[Any], statistics: np.ndarray) -> float:
         """The score of all rows."""
         return float(self.value(statistics.sum(0)))
@@ -78,7 +84,7 @@ class RowMetric(evaluate.Metric):
         statistics = self.statistics(predictions, references)
         value = self.whole(predictions, references, statistics)
         stderr, low, high = self.interval(value, statistics, self.value(resampled_sums(statistics)))
-        return {self.key: value, "stderr": stderr, "low": low, "high": high}
+        return {self.key: value, "stderr": stderr, "low": low, "high": high, "n": self.size(statistics)}
 
 
 class Ratio(RowMetric):

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from hfpipe.data.encode import IGNORED
+from hfpipe.data.encode import IGNORED, Encoded
 from hfpipe.data.loader import collate
 from hfpipe.data.masking import Masking
-from hfpipe.model.scoring import by_length, within_positions
+from hfpipe.model.scoring import by_length, require_finite, within_positions
 
 OPTIONS = {"mlm_probability": 0.15, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
 
@@ -45,6 +46,7 @@ def fill_masks(
         where = labels != IGNORED
         logits = model(**batch).logits[where].float()
         losses = torch.nn.functional.cross_entropy(logits, labels[where], reduction="none").double()
+        require_finite(losses)
         hits = logits.argmax(-1) == labels[where]
         place = where.nonzero()[:, 0]
         for row, index in enumerate(indices):
@@ -53,3 +55,38 @@ def fill_masks(
                 bits = float(losses[own].sum()) / math.log(2)
                 answers[index] = {"bits": bits, "hits": int(hits[own].sum()), "tokens": int(own.sum())}
     return answers
+
+
+def is_masked(model: Any) -> bool:
+    """Whether a model, or the one below an adapter, fills in masks."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__.endswith("ForMaskedLM")
+
+
+@torch.no_grad()
+def pseudo_bits(model: Any, rows: Sequence[Encoded], tokenizer: Any, batch_size: int) -> list[float]:
+    """Bits of the pseudo-likelihood of the targets of each row: each is masked in turn (Salazar et al. 2020).
+
+    Args:
+        model: A masked language model in evaluation mode.
+        rows: Encoded rows.
+        tokenizer: The model's tokenizer.
+        batch_size: Texts of a forward pass; a row gives one for each of its targets.
+    """
+    places = [(number, int(place)) for number, row in enumerate(rows) for place in np.flatnonzero(row.scored)]
+    bits = [0.0] * len(rows)
+    for indices in by_length([len(rows[number].input_ids) for number, _ in places], batch_size):
+        batch = []
+        for number, place in (places[index] for index in indices):
+            ids, labels = list(rows[number].input_ids), [IGNORED] * len(rows[number].input_ids)
+            ids[place], labels[place] = tokenizer.mask_token_id, ids[place]
+            batch.append({"input_ids": ids, "labels": labels})
+        padded = {key: value.to(model.device) for key, value in collate(batch, tokenizer.pad_token_id).items()}
+        labels_of = padded.pop("labels")
+        where = labels_of != IGNORED
+        logits = model(**padded).logits[where].float()
+        losses = torch.nn.functional.cross_entropy(logits, labels_of[where], reduction="none").double()
+        require_finite(losses)
+        for index, loss in zip(indices, losses.tolist(), strict=True):
+            bits[places[index][0]] += loss / math.log(2)
+    return bits

@@ -52,6 +52,19 @@ def within_positions(model: Any, max_length: int) -> int:
     return min(max_length, learned_positions(model) or max_length)
 
 
+def require_finite(losses: torch.Tensor) -> None:
+    """Refuses to score a model that gives no numbers.
+
+    Raises:
+        RecipeError: A loss is infinite or NaN.
+    """
+    if not torch.isfinite(losses).all():
+        raise RecipeError(
+            "the model's likelihoods are not finite numbers, so nothing can be scored: its training has diverged, or "
+            "its weights overflow in their dtype. Lower learning_rate, or set `model.dtype` to float32 or bfloat16."
+        )
+
+
 def bits_of(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: int) -> list[float]:
     """Bits that the model spends on the targets of each row; arguments as those of `likelihoods`."""
     return [found.bits for found in likelihoods(model, rows, pad_token_id, batch_size)]
@@ -91,12 +104,7 @@ def likelihoods(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_si
         # Only the targets' rows of the logits go to float32: the whole of them would be the largest tensor by far.
         chosen = logits[where].float()
         losses = torch.nn.functional.cross_entropy(chosen, targets[where], reduction="none")
-        if not torch.isfinite(losses).all():
-            raise RecipeError(
-                "the model's likelihoods are not finite numbers, so nothing can be scored: its training has diverged, "
-                "or its weights overflow in their dtype. Lower learning_rate, or set `model.dtype` to float32 or "
-                "bfloat16."
-            )
+        require_finite(losses)
         row_of = where.nonzero()[:, 0]
         totals = torch.zeros(len(indices), dtype=torch.float64, device=losses.device)
         totals.index_add_(0, row_of, losses.double())

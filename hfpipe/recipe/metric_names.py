@@ -17,8 +17,12 @@ _ROUGE = ("tokenize", "use_stemmer")
 # Each of ours, and the options that `metric_options` may give it.
 OUR_METRICS: dict[str, tuple[str, ...]] = {
     "accuracy": (),
+    "accuracy_ambiguous": (),
     "accuracy_bytes": (),
+    "accuracy_disambiguated": (),
     "accuracy_norm": (),
+    "bias_ambiguous": (),
+    "bias_disambiguated": (),
     "bits_per_byte": (),
     "bleu": _BLEU,
     "calibration_error": (),
@@ -26,7 +30,11 @@ OUR_METRICS: dict[str, tuple[str, ...]] = {
     "exact_match": (),
     "f1": (),
     "f1_micro": (),
+    "flip_rate": (),
     "greedy_match": (),
+    "icat": (),
+    "likelihood_difference": (),
+    "lms": (),
     "mae": (),
     "masked_accuracy": (),
     "masked_perplexity": (),
@@ -45,6 +53,8 @@ OUR_METRICS: dict[str, tuple[str, ...]] = {
     "spearmanr": (),
     "squad_em": (),
     "squad_f1": (),
+    "ss": (),
+    "stereotype_score": (),
     "ter": ("normalized", "no_punct", "asian_support", "case_sensitive"),
     "word_perplexity": (),
 }

@@ -68,6 +68,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
     for suite in suites(data):
         yield from _check_source(suite.source, FORMS + SUITE_FORMS)
         yield from _check_metrics(suite)
+        yield from _check_swap(suite)
         if suite.source.data.get("weight") is not None:
             yield Fault(
                 (*suite.source.steps, "weight"),
@@ -273,6 +274,22 @@ def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
                 allowed = f"they are {listed(takes)}" if takes else "it has none"
                 text = f"unknown option of {name}; {allowed}.{did_you_mean(option, takes)}"
                 yield Fault((*steps, option), text)
+
+
+def _check_swap(suite: RawSuite) -> Iterator[Fault]:
+    swap, steps = suite.data.get("swap"), (*suite.steps, "swap")
+    asked = "flip_rate" in sequence(suite.data.get("metrics"))
+    if asked and swap is None:
+        text = "missing; flip_rate needs the words to swap: [[he, she], [his, her]], or {name: {women: [Anna], ...}}."
+        yield Fault(steps, text)
+    elif swap is not None and not asked:
+        yield Fault(steps, "has an effect on the metric flip_rate only. Add it to `metrics`, or remove `swap`.")
+    if isinstance(swap, list) and not all(len(sequence(words)) > 1 for words in swap):
+        yield Fault(steps, "each list needs two words or more, which take each other's place: [[he, she], [his, her]].")
+    groups = [mapping(words) for words in mapping(swap).values()]
+    if any(len(words) < 2 or list(words) != list(groups[0]) or not all(words.values()) for words in groups):
+        text = "each mark needs the same two groups or more, each with words: {name: {women: [Anna], men: [Ali]}}."
+        yield Fault(steps, text)
 
 
 def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[Fault]:

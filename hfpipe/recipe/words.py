@@ -304,6 +304,17 @@ class Suite(Words):
         None, min_length=1, description="a mark in the prompt where the choices are set: what follows it is scored"
     )
     target: Literal["last_word"] | None = Field(None, description="`last_word`: only a text's last word is scored")
+    swap: (
+        Annotated[
+            Annotated[dict[str, dict[str, list[str]]], Tag(BLOCK)] | Annotated[list[list[str]], Tag(LIST)],
+            Discriminator(_list_or_block),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="for flip_rate: lists of words that take each other's place, e.g. [[he, she]], or words by group "
+        "for marks in the text, e.g. {name: {women: [Anna], men: [Ali]}}",
+    )
     max_length: int | None = Field(
         None, gt=1, description="tokens of context when a row is scored; 1024 of a text, the model's own for choices"
     )

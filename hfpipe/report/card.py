@@ -250,9 +250,8 @@ def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:
     for key in dict.fromkeys(score.key for score in scores):
         cells = [_cell(by_place.get((key, stage))) for stage in order]
         some = next(score for score in scores if score.key == key)
-        arrow = "↑" if some.higher_is_better else "↓"
-        lines.append(f"| {some.suite} | {some.metric} {arrow} | {some.n} | " + " | ".join(cells) + " |")
-    note = "↑ higher is better, ↓ lower is better; ± is one standard error."
+        lines.append(f"| {some.suite} | {some.metric} {some.arrow} | {some.n} | " + " | ".join(cells) + " |")
+    note = "↑ higher is better, ↓ lower is better, → nearest is best; ± is one standard error."
     table = "\n".join(lines) + f"\n\n{note}{how_counted(scores)}"
     if artefact.stage not in order:
         return f"{table}\n\nStage `{artefact.stage}`, which made this artefact, was not scored."

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hfpipe.metrics.limits import limits_of
 from hfpipe.recipe import Recipe
 from hfpipe.report.confusion import confusion_sections
 from hfpipe.report.section import Section
@@ -18,7 +19,8 @@ def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
     cost = cost_section(stage_costs(folder, recipe))
     data = data_section(folder, recipe)
     found = (overlap_section(folder), shift_section(folder), merge_section(folder, recipe), cost)
-    sections = [data, selection_section(folder, recipe), *confusion_sections(folder, recipe), *found]
+    sections = [data, selection_section(folder, recipe), *confusion_sections(folder, recipe)]
+    sections += [limits_section(recipe), *found]
     return [section for section in sections if section]
 
 
@@ -62,6 +64,15 @@ def selection_section(folder: Path, recipe: Recipe) -> Section | None:
         "Read the quality of the model off another suite."
     )
     return Section("Choice of the checkpoint", rows, [note]) if len(rows) > 1 else None
+
+
+def limits_section(recipe: Recipe) -> Section | None:
+    """What the suites that measure bias cannot tell."""
+    rows = [["suite", "metrics", "benchmark and its limits"]]
+    for name, suite in recipe.evaluate.items():
+        for limits in dict.fromkeys(filter(None, map(limits_of, suite.metrics))):
+            rows.append([name, ", ".join(m for m in suite.metrics if limits_of(m) == limits), limits])
+    return Section("What the bias scores cannot tell", rows) if len(rows) > 1 else None
 
 
 def overlap_section(folder: Path) -> Section | None:

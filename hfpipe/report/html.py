@@ -109,8 +109,7 @@ def _scores(recipe: Recipe, scores: list[Score]) -> str:
     rows = [["suite", "metric", "#n", *(f"#{stage}" for stage in stages)]]
     for line in _by_key(scores):
         by_stage = {score.stage: score for score in line}
-        way = "more is better" if line[0].higher_is_better else "less is better"
-        metric = f'{escape(line[0].metric)}<span class="interval">{way}</span>'
+        metric = f'{escape(line[0].metric)}<span class="interval">{line[0].way}</span>'
         cells = [_score(recipe, scores, by_stage.get(stage)) for stage in stages]
         rows.append([escape(line[0].suite), metric, f"#{line[0].n:,}", *(f"#{cell}" for cell in cells)])
     note = (

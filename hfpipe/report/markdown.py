@@ -27,7 +27,7 @@ from hfpipe.scores import (
 
 # Shares, printed in percent and compared in points.
 PERCENT_METRICS = {
-    *("accuracy", "exact_match", "squad_em", "squad_f1"),
+    *("accuracy", "accuracy_norm", "accuracy_bytes", "greedy_match", "exact_match", "squad_em", "squad_f1"),
     *("f1", "f1_micro", "precision", "precision_micro", "recall", "recall_micro"),
 }
 
@@ -57,8 +57,9 @@ def write_report(folder: Path) -> Path:
 def number(score: Score) -> str:
     """A score as it is printed everywhere: shares in percent, the rest with four digits."""
     scale, digits = (100, 1) if score.metric in PERCENT_METRICS else (1, 4)
-    error = "" if score.stderr is None else f" ± {score.stderr * scale:.{digits}f}"
-    return f"{score.value * scale:.{digits}f}{error}{' %' if scale == 100 else ''}"
+    form = f".{digits}f" if abs(score.value) < 1e6 else ".3g"  # the perplexity of a ruined model
+    error = "" if score.stderr is None else f" ± {score.stderr * scale:{form}}"
+    return f"{score.value * scale:{form}}{error}{' %' if scale == 100 else ''}"
 
 
 def describe(change: Change) -> str:
@@ -66,7 +67,11 @@ def describe(change: Change) -> str:
     before, after = change.before, change.after
     way = "better" if change.gain > 0 else "worse"
     if change.gain == 0:
-        size = "unchanged"
+        size = "unchanged" if change.difference == 0 else f"as far from {after.ideal:g}"
+    elif after.ideal is not None:
+        size = f"{abs(change.gain):.3g} {'nearer to' if change.gain > 0 else 'further from'} {after.ideal:g}"
+    elif abs(change.relative) >= 100:
+        size = f"{way}, by a factor above 100"
     elif after.metric in PERCENT_METRICS:
         size = f"{abs(change.gain) * 100:.1f} points {way}"
     else:
@@ -142,10 +147,9 @@ def _table(scores: list[Score]) -> str:
     for key in dict.fromkeys(score.key for score in scores):
         row = [by_place.get((key, stage)) for stage in stages]
         first = next(score for score in row if score)
-        arrow = "↑" if first.higher_is_better else "↓"
         cells = " | ".join(number(score) if score else "" for score in row)
-        lines.append(f"| {key[0]} | {key[1]} {arrow} | {first.n} | {cells} |")
-    note = "± is one standard error; ↑ more is better, ↓ less is better."
+        lines.append(f"| {key[0]} | {key[1]} {first.arrow} | {first.n} | {cells} |")
+    note = "± is one standard error; ↑ more is better, ↓ less is better, → nearest is best."
     return "\n".join(lines) + f"\n\n{note}{how_counted(scores)}"
 
 

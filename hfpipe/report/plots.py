@@ -70,8 +70,7 @@ def score_by_stage(scores: Sequence[Score]) -> str:
         axes.errorbar(places, [score.value for score in scores], errors, color=ORANGE, marker="o", capsize=4)
         axes.set_xticks(list(places), [score.stage for score in scores])
         axes.set_xlim(-0.4, len(scores) - 0.6)
-        way = "more is better" if first.higher_is_better else "less is better"
-        axes.set(ylabel=first.metric, title=f"{first.suite} ({way})")
+        axes.set(ylabel=first.metric, title=f"{first.suite} ({first.way})")
         axes.grid(axis="y")
         values = ", ".join(f"{score.stage} {score.value:.4f}" for score in scores)
         return _svg(figure, f"{first.suite} {first.metric} by stage: {values}")

@@ -1,0 +1,98 @@
+"""Counterfactual rows: the same text with other names or groups in it, and what a swap did taken back in the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Words = dict[str, str]  # a word and what takes its place
+ASKED = ("prompt", "sentence", "text")  # the roles that are put to the model; what is right stays as it is
+
+
+def families(row: Row, swap: Sequence[Sequence[str]] | Mapping[str, Mapping[str, Sequence[str]]]) -> list[list[Row]]:
+    """Rows that differ in the swapped words only; the first of each family is the one that the rest is compared with.
+
+    Args:
+        row: A row with `prompt`, `sentence` or `messages`.
+        swap: Lists of words that take each other's place, each the next one's, all lists at once: `[[he, she], [his,
+            her]]`; or, for each mark such as `{name}` in the text, groups with words of the same number:
+            `{name: {women: [Anna], men: [Ali]}}`. One family is made of the first words of all groups, one of the
+            second.
+
+    Returns:
+        One family for lists; none where the row has none of the words. `swapped` of a row says what became of them.
+    """
+    if isinstance(swap, Mapping):
+        return _filled(row, swap)
+    longest = max(map(len, swap))
+    family = [{**row, "swapped": {}}]
+    for step in range(1, longest):
+        words = {one: words[(place + step) % len(words)] for words in swap for place, one in enumerate(words)}
+        other = _with(row, lambda text, words=words: replaced(text, words))
+        if other != row:
+            family.append({**other, "swapped": words})
+    return [family] if len(family) > 1 else []
+
+
+def _filled(row: Row, swap: Mapping[str, Mapping[str, Sequence[str]]]) -> list[list[Row]]:
+    marks = [mark for mark in swap if any(f"{{{mark}}}" in text for text in _texts(row))]
+    if not marks:
+        return []
+    found = []
+    groups = list(swap[marks[0]])
+    for place in range(max(len(words) for mark in marks for words in swap[mark].values())):
+        family = []
+        for group in groups:
+            filling = {f"{{{mark}}}": _at(swap[mark][group], place) for mark in marks}
+            first = {_at(swap[mark][groups[0]], place): _at(swap[mark][group], place) for mark in marks}
+            other = _with(row, lambda text, filling=filling: _fill(text, filling))
+            family.append({**other, "swapped": first if group != groups[0] else {}})
+        found.append(family)
+    return found
+
+
+def _at(words: Sequence[str], place: int) -> str:
+    return words[place % len(words)]
+
+
+def _fill(text: str, filling: Words) -> str:
+    for mark, word in filling.items():
+        text = text.replace(mark, word)
+    return text
+
+
+def replaced(text: str, words: Words) -> str:
+    """A text with whole words replaced, all at once; a capital at the beginning, or of all letters, is kept."""
+    known = {word.casefold(): other for word, other in words.items()}
+
+    def other(match: re.Match[str]) -> str:
+        found = match[0]
+        new = words.get(found) or known[found.casefold()]
+        if found.isupper() and len(found) > 1:
+            return new.upper()
+        return new[:1].upper() + new[1:] if found[:1].isupper() else new
+
+    either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.sub(rf"(?<!\w)(?:{either})(?!\w)", other, text, flags=re.IGNORECASE)
+
+
+def taken_back(answer: Any, swapped: Words) -> Any:
+    """An answer to a swapped row with the swap undone, so that a name that is repeated is no other answer."""
+    if isinstance(answer, str) and swapped:
+        return replaced(answer, {new: old for old, new in swapped.items()})
+    return answer
+
+
+def _texts(row: Row) -> list[str]:
+    return [turn["content"] for turn in row.get("messages") or ()] + [row[role] for role in ASKED if role in row]
+
+
+def _with(row: Row, change: Any) -> Row:
+    """The row with the texts that are put to the model changed; of a conversation all but the last message."""
+    new = {role: change(value) if role in ASKED else value for role, value in row.items()}
+    if "messages" in row:
+        *asked, last = row["messages"]
+        new["messages"] = [*({**turn, "content": change(turn["content"])} for turn in asked), last]
+    return new
