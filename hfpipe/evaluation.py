@@ -11,6 +11,7 @@ from typing import Any
 
 from hfpipe.answers import ANSWERS, answers_of
 from hfpipe.data.choices import plain_choices
+from hfpipe.data.dirt import BESIDE_MESSAGES
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
@@ -48,7 +49,8 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
 
 def _has_content(row: dict[str, Any]) -> bool:
     """Whether no text of a row is empty; what is right may be a 0, and only what is missing is empty."""
-    return all(value is not None if key in ("label", "answer") else value for key, value in row.items() if key != "id")
+    texts = {key: value for key, value in row.items() if key not in ("id", *BESIDE_MESSAGES)}
+    return all(value is not None if key in ("label", "answer") else value for key, value in texts.items())
 
 
 def _require_metrics_for(suite: Suite, row: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ LISTED = 20  # ids of rows that the report names
 
 CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\f\r"})
 SURROGATES = re.compile(f"[\ud800-\udfff{LONE}]")
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # TRL's columns, which a chat template is given too
 MISSING, NOT_TEXT, NOT_UTF8, EMPTY = "missing", "not a text", "not UTF-8", "empty"
 CUT, CONTROLS, HALVES = "cut for length", "control characters removed", "lone surrogates replaced"
 
@@ -73,12 +74,12 @@ def tidy_row(row: Mapping[str, Any], limit: int = ROW_CHARACTERS) -> tuple[dict[
     A prompt may be empty, and so may the content of a turn that calls a tool.
 
     Args:
-        row: A row with the columns of a role; `id` and `label` are not looked at.
+        row: A row with the columns of a role; `id`, `label` and what stands beside messages are not looked at.
         limit: Characters of each text that are kept.
     """
     new, done = dict(row), dict[str, None]()
     for column, value in row.items():
-        if column in ("id", "label"):
+        if column in ("id", "label", *BESIDE_MESSAGES):
             continue
         if column == "messages":
             new[column], found = _tidy_turns(value, limit)

@@ -6,6 +6,7 @@ tokenized, as a model will meet them; offsets tell which tokens belong to the co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,20 +43,54 @@ def prompt_and_completion(row: dict[str, Any], tokenizer: Any) -> tuple[str, str
     A plain text has an empty prompt. The last message of a conversation is the completion.
     """
     if "messages" in row:
-        *earlier, last = row["messages"]
+        messages, options = conversation(row)
+        *earlier, last = messages
         if last["role"] != "assistant" or not earlier:
             raise DataError(
                 f"a conversation must end with an assistant's message after another one, and this one ends with "
                 f"{last['role']!r} (row {row.get('id', 'without an id')})."
             )
-        prompt = chat_text(tokenizer, earlier, add_generation_prompt=True)
-        whole = chat_text(tokenizer, row["messages"])
+        prompt = chat_text(tokenizer, earlier, add_generation_prompt=True, **options)
+        whole = chat_text(tokenizer, messages, **options)
         if whole.startswith(prompt):
             return prompt, whole[len(prompt) :]
         return prompt, last["content"]  # a template that rewrites earlier turns
     if "prompt" in row:
         return row["prompt"], row["completion"]
     return "", row["text"]
+
+
+def conversation(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The turns of a row, and what its chat template is given beside them.
+
+    As in TRL these are the columns `tools`, JSON schemas as a list or as JSON text, and `chat_template_kwargs`. The
+    tools and calls of a table have the keys of all others, and None where they have none of their own: those are taken
+    out, or a template would write them.
+
+    Raises:
+        DataError: `tools` is a text and not JSON.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            name = row.get("id", "without an id")
+            raise DataError(f"`tools` of the row {name} is a text and not JSON: {error}.") from error
+    else:
+        tools = _without_gaps(tools)
+    turns = [
+        {key: _without_gaps(value) for key, value in turn.items() if value is not None or key == "content"}
+        for turn in row["messages"]
+    ]
+    return turns, {"tools": tools or None, **_without_gaps(row.get("chat_template_kwargs") or {})}
+
+
+def _without_gaps(value: Any) -> Any:
+    """A value without the keys, at any depth, that hold None."""
+    if isinstance(value, dict):
+        return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
+    return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
 
 
 def chat_text(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> str:
@@ -146,23 +181,22 @@ def encode_for_training(
         `{"input_ids": [L], "labels": [L]}` for each row that has a token to train on.
     """
     if rows and "messages" in rows[0]:
-        encoded = [_encode_chat(row["messages"], tokenizer, max_length, assistant_only) for row in rows]
+        encoded = [_encode_chat(row, tokenizer, max_length, assistant_only) for row in rows]
     else:
         encoded = encode(rows, tokenizer, max_length=max_length, append_eos=True, score_prompt=completion_only is False)
     return [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded if row.scored.any()]
 
 
-def _encode_chat(
-    messages: Sequence[dict[str, Any]], tokenizer: Any, max_length: int | None, assistant_only: bool
-) -> Encoded:
+def _encode_chat(row: dict[str, Any], tokenizer: Any, max_length: int | None, assistant_only: bool) -> Encoded:
+    messages, options = conversation(row)
     if not assistant_only:
-        chat_text(tokenizer, messages)  # complains where there is no template
-        ids = tokenizer.apply_chat_template(list(messages), return_dict=True)["input_ids"][:max_length]
+        chat_text(tokenizer, messages, **options)  # complains where there is no template
+        ids = tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"][:max_length]
         scored = np.arange(len(ids)) > 0
         return Encoded(ids, scored, 0)
     template = generation_marked_template(tokenizer)
     both = tokenizer.apply_chat_template(
-        list(messages), chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True, **options
     )
     ids = both["input_ids"][:max_length]
     scored = np.asarray(both["assistant_masks"][:max_length], dtype=bool)

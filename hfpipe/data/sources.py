@@ -17,6 +17,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi
 
 from hfpipe.data.builtin import builtin
+from hfpipe.data.dirt import BESIDE_MESSAGES
 from hfpipe.data.lenient import reading_arguments
 from hfpipe.data.ranges import stream_range
 from hfpipe.data.row_groups import by_row_group
@@ -59,8 +60,12 @@ ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
         *("answer_info", "additional_metadata", "context_condition", "question_polarity"),
     ),
 }
-MAY_HAVE: dict[Kind, tuple[str, ...]] = {"stereotypes": ("term",), "bbq": ("prompt",)}  # roles beside these
-NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata")
+MAY_HAVE: dict[Kind, tuple[str, ...]] = {  # roles beside these
+    "messages": BESIDE_MESSAGES,
+    "stereotypes": ("term",),
+    "bbq": ("prompt",),
+}
+NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata", *BESIDE_MESSAGES)
 TEXT_KINDS: tuple[Kind, ...] = ("messages", "prompt_completion", "text")  # what a language model is trained on
 
 __all__ = ["fingerprint", "friendly", "load_rows", "roles_of"]

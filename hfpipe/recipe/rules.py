@@ -21,7 +21,7 @@ BASE = "base"
 FORMS = (  # the roles that a row may have together
     ("text",),
     ("prompt", "completion"),
-    ("messages",),
+    ("messages", "tools", "chat_template_kwargs"),
     ("sentence", "label"),
 )
 SUITE_FORMS = (  # and what only a suite's may

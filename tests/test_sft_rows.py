@@ -1,0 +1,138 @@
+"""Rows of `kind: sft` beside those that TRL's SFTTrainer makes of the same data, token by token."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import trl
+from datasets import Dataset, load_dataset
+from trl import SFTConfig, SFTTrainer
+
+from hfpipe.cli import main
+from hfpipe.data.encode import encode_for_training
+from hfpipe.data.sources import load_rows
+from hfpipe.model.create import create_model, train_tokenizer
+from hfpipe.recipe import Source
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Says {name}.",
+            "parameters": {"type": "object", "properties": {key: {"type": "number"}}, "required": [key]},
+        },
+    }
+    for name, key in (("times", "a"), ("plus", "b"))
+]
+CALL = {"type": "function", "function": {"name": "times", "arguments": {"a": 2}}}
+TURNS = [
+    {"role": "system", "content": "You are brief."},
+    {"role": "user", "content": "What does the fox say?"},
+    {"role": "assistant", "content": "Yelp."},
+    {"role": "user", "content": "And the cow? 牛呢"},
+    {"role": "assistant", "content": "Moo."},
+]
+WITH_TOOLS = [
+    *TURNS[:2],
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "times", "content": "4"},
+    {"role": "assistant", "content": "It is 4."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    made = train_tokenizer(["The fox said yelp, and the cow said moo. Grüße! 牛呢"] * 5, 400, 512)
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    fields = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return create_model({"model_type": "llama", **fields}, tokenizer, seed=0)
+
+
+CASES: dict[str, tuple[list[dict], dict]] = {
+    "text": ([{"text": "The fox said yelp."}, {"text": "Grüße 牛"}], {}),
+    "prompt and completion": ([{"prompt": "The fox said", "completion": " yelp."}] * 2, {}),
+    "a completion without a space": ([{"prompt": "The fo", "completion": "x said yelp"}] * 2, {}),
+    "all of prompt and completion": ([{"prompt": "The", "completion": " cow"}], {"completion_only_loss": False}),
+    "messages": ([{"messages": TURNS}], {}),
+    "the assistant only": ([{"messages": TURNS}, {"messages": TURNS[1:3]}], {"assistant_only_loss": True}),
+    "tools": ([{"messages": WITH_TOOLS, "tools": json.dumps(TOOLS)}], {}),
+    "tools and the assistant only": (
+        [{"messages": WITH_TOOLS, "tools": json.dumps(TOOLS)}],
+        {"assistant_only_loss": True},
+    ),
+    "template options": ([{"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}}], {}),
+    "cut": ([{"messages": TURNS}], {"max_length": 20}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_trls_own(tokenizer: Any, model: Any, tmp_path: Path, case: str) -> None:
+    rows, training = CASES[case]
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = SFTTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+    batches = [trainer.data_collator([trainer.train_dataset[number]]) for number in range(len(rows))]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_rows(Source.model_validate({"path": "json", "data_files": str(file)}))
+    made = encode_for_training(
+        list(read),
+        tokenizer,
+        max_length=training.get("max_length", 1024),
+        completion_only=training.get("completion_only_loss"),
+        assistant_only=training.get("assistant_only_loss", False),
+    )
+    assert len(made) == len(rows)
+    for ours, theirs in zip(made, batches, strict=True):
+        assert ours["input_ids"] == theirs["input_ids"][0].tolist()
+        assert ours["labels"][1:] == theirs["labels"][0].tolist()[1:]  # the first is never a target of the shifted loss
+        assert any(label >= 0 for label in ours["labels"])
+
+
+def test_tools_of_a_table_are_written_without_the_keys_of_other_rows(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": WITH_TOOLS, "tools": TOOLS}, {"messages": TURNS, "tools": TOOLS[:1]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")  # Arrow gives every tool the keys of all
+    raw = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train")
+    assert raw[0]["tools"][0]["function"]["parameters"]["properties"] == {"a": {"type": "number"}, "b": None}
+    read = load_rows(Source.model_validate({"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}))
+    made = encode_for_training(list(read), tokenizer, max_length=None, completion_only=None, assistant_only=False)
+    for ours, row in zip(made, rows, strict=True):
+        said = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
+        assert tokenizer.decode(ours["input_ids"]) == said
+        assert "null" not in said
+
+
+def test_a_template_without_marks_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": TURNS[1:]}) + "\n" for _ in range(8)))
+    content = tiny.recipe(tmp_path, merge=False, evaluate={})
+    content["model"]["tokenizer"]["chat_template"] = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    source = {"path": "json", "data_files": str(tmp_path / "chat.jsonl")}
+    content["stages"] = [{**content["stages"][1], "data": [source]}]
+    content["stages"][0]["training"]["assistant_only_loss"] = True
+    path = tiny.write(tmp_path, content)
+    for command in ("check", "run"):
+        assert main([command, str(path)]) in (2, 5)
+        message = capsys.readouterr().err
+        assert "{% generation %}" in message
+        assert "model.tokenizer.chat_template" in message
+        assert "Traceback" not in message
+    assert not (tmp_path / "run/stages/sounds/model").exists()
