@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +39,7 @@ class Lane:
     Args:
         readers: One for each source.
         weights: Share of the tokens that each source gives.
-        tokenize: Texts to lists of tokens, each with its EOS.
+        tokenize: Texts to their tokens one after the other, each with its EOS, and of each how many.
         length: Tokens of a row.
         window_documents: Documents of a window.
         pad: The token that fills a lane's last row.
@@ -53,7 +52,7 @@ class Lane:
         self,
         readers: list[Reader],
         weights: list[float],
-        tokenize: Callable[[list[str]], list[list[int]]],
+        tokenize: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
         length: int,
         window_documents: int,
         pad: int,
@@ -111,12 +110,11 @@ class Lane:
                 break
             order = np.random.default_rng([*self.seed, self.window, drawn]).permutation(len(texts))
             drawn += len(texts)
-            documents = self.tokenize([texts[place] for place in order])
-            lengths = np.array([len(document) for document in documents])
+            documents, lengths = self.tokenize([texts[place] for place in order])
             np.add.at(given := np.array(self.tokens), np.array(origins)[order], lengths)
             self.tokens = given.tolist()
-            tokens.append(np.fromiter(chain.from_iterable(documents), np.int32, lengths.sum()))
-            starts.append(np.zeros(lengths.sum(), dtype=bool))
+            tokens.append(documents)
+            starts.append(np.zeros(len(documents), dtype=bool))
             starts[-1][np.cumsum(lengths) - lengths] = True
         self.window += 1
         flat, flat_starts = np.concatenate(tokens), np.concatenate(starts)
@@ -136,9 +134,13 @@ class Lane:
         Before a document is tokenized its tokens are estimated from its characters; the window's true counts replace
         the estimates, so the shares are held over a run whatever the length of the documents.
         """
+        if len(self.readers) == 1:  # nothing to weigh
+            texts = self.readers[0].take(self.window_documents)
+            self.characters[0] += sum(map(len, texts))
+            self.documents[0] += len(texts)
+            return texts, [0] * len(texts)
         estimates: list[float] = [float(tokens) for tokens in self.tokens]
-        texts: list[str] = []
-        origins: list[int] = []
+        texts, origins = [], []
         while len(texts) < self.window_documents:
             going = [source for source in self._own if not self.readers[source].ended]
             if not going:
@@ -146,17 +148,15 @@ class Lane:
             if self._replayed and self._lag(self._replayed, estimates) < self._lag(self._own, estimates):
                 going = self._replayed
             source = min(going, key=lambda source: self._lag([source], estimates))
-            text = self.readers[source].next()
-            if text is None:
-                continue
-            if self.documents[source] < MEASURED:
-                estimates[source] += len(self.tokenize([text])[0])
-            else:
-                estimates[source] += len(text) * estimates[source] / self.characters[source]
-            self.characters[source] += len(text)
-            self.documents[source] += 1
-            texts.append(text)
-            origins.append(source)
+            for text in self.readers[source].take(1):
+                if self.documents[source] < MEASURED:
+                    estimates[source] += len(self.tokenize([text])[0])
+                else:
+                    estimates[source] += len(text) * estimates[source] / self.characters[source]
+                self.characters[source] += len(text)
+                self.documents[source] += 1
+                texts.append(text)
+                origins.append(source)
         return texts, origins
 
     def _lag(self, sources: list[int], estimates: list[float]) -> float:

@@ -6,7 +6,7 @@ between them, across which a model may look. Positions do not keep documents apa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,17 +67,19 @@ def frame_of(tokenizer: Any, *, words: bool = False) -> Frame:
     return Frame(before, after, words)
 
 
-def tokens_of(texts: Sequence[str], backend: Any, words: bool) -> list[list[int]]:
-    """The tokens of texts without their frame, in one call of the Rust tokenizer.
+def tokens_of(texts: Sequence[str], backend: Any, words: bool) -> Iterator[list[int]]:
+    """Yields the tokens of each text without its frame; one call of the Rust tokenizer.
 
     Args:
         texts: Texts.
         backend: The Rust tokenizer.
         words: Whether tokens that begin a word of the tokenizer carry the bit `WORD`, which takes longer.
     """
-    if not words:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return [_marked_words(encoding) for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+    if words:
+        yield from map(_marked_words, backend.encode_batch(texts, add_special_tokens=False))
+    else:
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            yield encoding.ids
 
 
 def _marked_words(encoding: Any) -> list[int]:

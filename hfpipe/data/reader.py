@@ -60,14 +60,15 @@ class Reader:
         self._block_read = 0  # rows read since
         self._rows: Iterator[Row] | None = None
 
-    def next(self) -> str | None:
-        """The next document that is not dirty; None at the end of what is read once.
+    def take(self, count: int) -> list[str]:
+        """The next documents that are not dirty: `count` of them, or fewer at the end of what is read so often.
 
         Raises:
             DataError: No share has one.
             MachineError: The network was away for too long.
         """
-        while not self.ended:
+        texts: list[str] = []
+        while len(texts) < count and not self.ended:
             if self._rows is None:
                 self._begin()
             assert self._rows is not None
@@ -83,8 +84,8 @@ class Reader:
                 (self.dirty if text is None else self.mended).add(found, self._name(row[1]))
             if text is not None:
                 self._usable += 1
-                return text
-        return None
+                texts.append(text)
+        return texts
 
     def _name(self, name: Any) -> str:
         """The id of the row read last, or its place in the source."""

@@ -168,10 +168,13 @@ class TokenStream:
             opened.load(start)
         return opened
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """One call of the Rust tokenizer, on all cores."""
+    def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of documents, one after the other, and of each how many: one call of the Rust tokenizer."""
         words = self.frame is not None and self.frame.words
-        return [[*self._bos, *ids, *self._eos] for ids in tokens_of(texts, self._backend, words)]
+        bos, eos = np.array(self._bos, dtype=np.int32), np.array(self._eos, dtype=np.int32)
+        bodies = [np.fromiter(ids, np.int32, len(ids)) for ids in tokens_of(texts, self._backend, words)]
+        lengths = np.array([len(bos) + len(body) + len(eos) for body in bodies])
+        return np.concatenate([piece for body in bodies for piece in (bos, body, eos)]), lengths
 
     def batches(self, rows: int) -> Iterator[list[dict[str, Any]]]:
         """Yields lists of `rows` rows from this rank's position on: `input_ids`, `position_ids`, `labels`, (L,) each.
