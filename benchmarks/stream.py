@@ -1,123 +1,222 @@
-"""The stream against its limit: tokens per second from Parquet to packed rows, beside the bare Rust tokenizer's.
+"""The stream against its limit, and against what else prepares and resumes the same data.
 
-    python benchmarks/stream.py [--tokenizer FOLDER_OR_ID] [--rounds 5]
+    python benchmarks/stream.py [--tokenizer FOLDER_OR_ID] [--rounds 5] [--copies 4] [--only speed|memory|resume|wait]
 
-The documents are the built-in corpus, written four times over to Parquet in a temporary folder, so that what the
-stream builds ahead at its end weighs little; "short" are its documents cut to 600 characters. The third figure is
-SFTTrainer's own preparation (tokenize and pack) of a quarter of the same documents. All read nothing but memory-cached
-files, and are measured in turns in one process, so that a busy machine slows them alike. The last lines are the
-seconds to the first batch of a stream resumed after 100, 1,000 and 10,000 batches.
+The documents are the built-in corpus, written to Parquet in a temporary folder; "short" are its documents cut to 600
+characters. Printed are, with the ratio that is wanted:
+
+- speed: tokens per second from Parquet to packed tensors, beside those of the bare Rust tokenizer on the same documents
+  (in calls of 500, as the stream makes them) and beside SFTTrainer's own preparation (tokenize and pack). All read each
+  document once, in turns in one process, so that a busy machine slows them alike; medians of the rounds, by the clock
+  and by processor time. With it the share of the tokens that come out.
+- memory: the peak of the process over a quarter of the corpus and over ten times as much.
+- resume: seconds to the first batch at 100, 1,000 and 10,000 batches of one row, beside Trainer's own way, which reads
+  the stream again up to there (`accelerate.skip_first_batches`).
+- wait: the share of the time that a model which takes twice as long as the stream waits for data.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
+import torch
+from accelerate import skip_first_batches
 from datasets import Dataset, load_dataset
+from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
 from hfpipe.data.builtin import builtin
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.encode import IGNORED
+from hfpipe.data.loader import BatchLoader
+from hfpipe.data.sources import load_rows
+from hfpipe.data.stream import WINDOW_DOCUMENTS, TokenStream
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import load_tokenizer
+from hfpipe.recipe import Source
 
 MAX_LENGTH = 1024
-COPIES = 4  # of the corpus
+ROWS = 8  # of a batch
+POSITIONS = (100, 1_000, 10_000)
 
 
-def parquet(texts: list[str], folder: Path, files: int = 8) -> str:
-    for number in range(files):
-        Dataset.from_dict({"text": texts[number::files]}).to_parquet(folder / f"{number}.parquet")
+def parquet(texts: Iterable[str], folder: Path, files: int = 8, copies: int = 1) -> str:
+    """Writes the documents, each copy of them to files of its own, and gives their pattern."""
+    texts = list(texts)
+    for copy in range(copies):
+        for number in range(files):
+            Dataset.from_dict({"text": texts[number::files]}).to_parquet(folder / f"{copy}.{number}.parquet")
     return str(folder / "*.parquet")
 
 
-def bare_seconds(texts: list[str], tokenizer) -> float:
-    """Seconds of the tokenizer alone, in calls of 500 documents as the stream makes them."""
-    begin = time.perf_counter()
-    for start in range(0, len(texts), 500):
-        tokenizer.backend_tokenizer.encode_batch_fast(texts[start : start + 500], add_special_tokens=False)
-    return time.perf_counter() - begin
+def opened(files: str, tokenizer: Any, **options: Any) -> TokenStream:
+    rows = load_rows(Source(path="parquet", data_files=files, streaming=True))
+    return TokenStream([rows], tokenizer, max_length=MAX_LENGTH, **options)
 
 
-def opened(files: str, tokenizer) -> TokenStream:
-    rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    return TokenStream([rows.select_columns(["text"])], tokenizer, max_length=MAX_LENGTH)
+def clock() -> np.ndarray:
+    """Seconds of the clock, and of the processor over all threads."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
-def stream_seconds(files: str, tokenizer, batches: int) -> float:
-    served = opened(files, tokenizer).batches(8)
-    begin = time.perf_counter()
-    for _ in range(batches):
-        next(served)
-    return time.perf_counter() - begin
+def bare(texts: list[str], tokenizer: Any) -> np.ndarray:
+    """What the tokenizer takes alone."""
+    begin = clock()
+    for start in range(0, len(texts), WINDOW_DOCUMENTS):
+        batch = texts[start : start + WINDOW_DOCUMENTS]
+        tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+    return clock() - begin
 
 
-def trainer_seconds(texts: list[str], tokenizer) -> float:
-    """Seconds in which SFTTrainer tokenizes and packs the documents; what it takes without any is taken off."""
+def streamed(files: str, tokenizer: Any) -> tuple[np.ndarray, int]:
+    """What the stream takes to read every document once, into tensors; and the tokens that came out."""
+    stream = opened(files, tokenizer, exhausted="stop")
+    begin = clock()
+    for _ in BatchLoader(stream, ROWS, tokenizer.eos_token_id):
+        pass
+    return clock() - begin, stream.report()["tokens"]
+
+
+def prepared(texts: list[str], tokenizer: Any) -> np.ndarray:
+    """What SFTTrainer takes to tokenize and pack the documents; what it takes without any is taken off."""
     architecture = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     model = create_model({**architecture, "num_attention_heads": 2, "max_position_embeddings": 1024}, tokenizer, 0)
 
-    def seconds(rows: list[str]) -> float:
+    def seconds(rows: list[str]) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
             Dataset.from_dict({"text": rows}).to_parquet(Path(folder) / "rows.parquet")
             data = load_dataset("parquet", data_dir=folder, split="train", cache_dir=f"{folder}/cache")
             options = {"packing": True, "packing_strategy": "wrapped", "max_length": MAX_LENGTH, "use_cpu": True}
             arguments = SFTConfig(output_dir=folder, bf16=False, report_to="none", **options)
-            begin = time.perf_counter()
+            begin = clock()
             SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
-            return time.perf_counter() - begin
+            return clock() - begin
 
     return seconds(texts) - seconds(texts[:1])
 
 
-def measure(name: str, texts: list[str], tokenizer, rounds: int) -> None:
-    every = texts * COPIES
+def measure_speed(name: str, texts: list[str], tokenizer: Any, rounds: int, copies: int, wanted: float) -> None:
+    once = sum(map(len, tokenizer(texts, return_attention_mask=False)["input_ids"])) + len(texts)
+    every, tokens = texts * copies, copies * once
     with tempfile.TemporaryDirectory() as folder:
-        files = parquet(every, Path(folder))
-        once = sum(map(len, tokenizer(texts, return_attention_mask=False)["input_ids"])) + len(texts)
-        tokens = COPIES * once
-        batches = tokens // (8 * MAX_LENGTH)
+        files = parquet(texts, Path(folder), copies=copies)
+        streamed(files, tokenizer)  # warm
         ratios, gains, speeds = [], [], []
         for _ in range(rounds):
-            bare = tokens / bare_seconds(every, tokenizer)
-            ours = batches * 8 * MAX_LENGTH / stream_seconds(files, tokenizer, batches)
-            trainer = once / trainer_seconds(texts, tokenizer)
-            ratios.append(ours / bare)
-            gains.append(ours / trainer)
-            speeds.append(ours)
-        print(
-            f"{name:6} {len(every):,} documents, {tokens:,} tokens: {statistics.median(speeds):,.0f} tokens/s, "
-            f"{statistics.median(ratios):.2f} of the bare tokenizer (of {rounds} rounds: {min(ratios):.2f} to "
-            f"{max(ratios):.2f}), {statistics.median(gains):.1f} times SFTTrainer's preparation"
-        )
+            alone = bare(every, tokenizer)
+            ours, kept = streamed(files, tokenizer)
+            ratios.append(alone / ours)
+            gains.append(prepared(texts, tokenizer) * copies / ours)
+            speeds.append(tokens / ours[0])
+    ratio, gain = (np.median(found, axis=0) for found in (ratios, gains))
+    low, high = np.min(ratios, axis=0), np.max(ratios, axis=0)
+    print(f"{name}: {len(every):,} documents, {tokens:,} tokens, {statistics.median(speeds):,.0f} tokens/s")
+    print(
+        f"  of the bare tokenizer (0.85):       {ratio[0]:.2f} by the clock ({low[0]:.2f} to {high[0]:.2f}), "
+        f"{ratio[1]:.2f} by processor time ({low[1]:.2f} to {high[1]:.2f})"
+    )
+    print(f"  times SFTTrainer's preparation ({wanted}): {gain[0]:.1f} by the clock, {gain[1]:.1f} by processor time")
+    print(f"  tokens kept (0.999):                {kept / tokens:.4f}", flush=True)
 
 
-def measure_resume(texts: list[str], tokenizer) -> None:
+def peak() -> float:
+    """Most megabytes that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_memory(texts: list[str], tokenizer: Any) -> None:
+    some = texts[: len(texts) // 4]
+    found = []
+    for copies in (1, 10):
+        with tempfile.TemporaryDirectory() as folder:
+            files = parquet(some, Path(folder), copies=copies)
+            before = peak()
+            for _ in opened(files, tokenizer, exhausted="stop", window_documents=100).batches(ROWS):
+                pass
+            found.append((before, peak()))
+    (start, one), (_, ten) = found
+    print(f"memory: {start:.0f} MB before, {one:.0f} over {len(some):,} documents, {ten:.0f} over ten times as many")
+    print(f"  over ten times the data (1.1):      {ten / one:.2f}", flush=True)
+
+
+def replayed(files: str, tokenizer: Any) -> Callable[[int], Iterator[Any]]:
+    """Trainer's way: the packed stream of `datasets`, skipped up to a batch."""
+
+    def packed(batch: dict[str, list[str]]) -> dict[str, Any]:
+        ids = tokenizer([text + tokenizer.eos_token for text in batch["text"]], return_attention_mask=False)
+        flat = [token for document in ids["input_ids"] for token in document]
+        return {"input_ids": [flat[at : at + MAX_LENGTH] for at in range(0, len(flat) - MAX_LENGTH + 1, MAX_LENGTH)]}
+
+    rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+    rows = rows.map(packed, batched=True, remove_columns=["text"]).with_format("torch")
+    return lambda done: iter(skip_first_batches(DataLoader(rows, batch_size=1), done))
+
+
+def measure_resume(texts: list[str], tokenizer: Any, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        files = parquet(texts, Path(folder), copies=4)
+        stream, theirs = opened(files, tokenizer), replayed(files, tokenizer)
+        served, done, seconds = stream.batches(1), 0, {}
+        for position in POSITIONS:
+            times = []
+            for place in range(position, position + 7 * rounds, 7):  # some places stand early in a window, some late
+                while done < place:
+                    next(served)
+                    done += 1
+                state = stream.state_dict()
+                resumed = opened(files, tokenizer)
+                begin = time.perf_counter()
+                resumed.load_state_dict(state)
+                batches = resumed.batches(1)
+                next(batches)
+                times.append(time.perf_counter() - begin)
+                batches.close()
+            seconds[position] = statistics.median(times)
+            begin = time.perf_counter()
+            next(theirs(position))
+            print(
+                f"resume at batch {position:6,}: {seconds[position]:.2f} s to the first batch; Trainer's replay "
+                f"{time.perf_counter() - begin:.2f} s",
+                flush=True,
+            )
+        served.close()
+        print(f"  at 10,000 against 100 (1.1):        {seconds[10_000] / seconds[100]:.2f}", flush=True)
+
+
+def measure_wait(texts: list[str], tokenizer: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = parquet(texts, Path(folder))
-        source = opened(files, tokenizer)
-        served = source.batches(1)
-        done = 0
-        for goal in (100, 1_000, 10_000):
-            while done < goal:
-                next(served)
-                done += 1
-            resumed = opened(files, tokenizer)
-            begin = time.perf_counter()
-            resumed.load_state_dict(source.state_dict())
-            next(resumed.batches(1))
-            print(f"resume after {goal:6,} batches: first batch in {time.perf_counter() - begin:.2f} s")
+        begin = time.perf_counter()
+        taken = sum(1 for _ in opened(files, tokenizer, exhausted="stop").batches(ROWS))
+        each = (time.perf_counter() - begin) / taken
+        loader = BatchLoader(opened(files, tokenizer), ROWS, tokenizer.eos_token_id)
+        batches = iter(loader)
+        next(batches)  # the first is waited for
+        loader.waited_seconds, begin = 0.0, time.perf_counter()
+        for _ in range(100):
+            batch = next(batches)
+            assert batch["labels"].dtype == torch.long
+            assert (batch["labels"] != IGNORED).any()
+            time.sleep(2 * each)
+        waited = loader.waited_seconds / (time.perf_counter() - begin)
+        batches.close()
+    print(f"wait: {waited:.2%} of the time of a model that takes {2 * each:.3f} s a batch, the stream {each:.3f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", help="a folder or Hub id; one of 16,000 tokens is trained when absent")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=4, help="of the corpus, for speed")
+    parser.add_argument("--only", choices=("speed", "memory", "resume", "wait"))
     options = parser.parse_args()
     datasets.disable_progress_bars()
     texts = list(builtin()["text"])
@@ -126,14 +225,20 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(texts[:5000], 16_000, MAX_LENGTH)
     tokenizer.model_max_length = 1 << 30
-    measure("long", texts, tokenizer, options.rounds)
-    measure(
-        "short",
-        [text[start : start + 600] for text in texts for start in range(0, len(text), 600)],
-        tokenizer,
-        options.rounds,
-    )
-    measure_resume(texts, tokenizer)
+    short = [text[start : start + 600] for text in texts for start in range(0, len(text), 600)]
+    measures = {
+        "memory": [lambda: measure_memory(texts, tokenizer)],  # first: a peak does not go down again
+        "speed": [
+            lambda: measure_speed("long", texts, tokenizer, options.rounds, options.copies, 1.4),
+            lambda: measure_speed("short", short, tokenizer, options.rounds, options.copies, 2.3),
+        ],
+        "resume": [lambda: measure_resume(texts, tokenizer, options.rounds)],
+        "wait": [lambda: measure_wait(texts, tokenizer)],
+    }
+    for name, runs in measures.items():
+        if options.only in (None, name):
+            for run in runs:
+                run()
 
 
 if __name__ == "__main__":
