@@ -33,7 +33,7 @@ from hfpipe.run import (
     with_paired,
 )
 from hfpipe.scores import BASE, Change, Score, of_lineage, over_budget
-from hfpipe.tradeoff import Estimate, Point, kept_suites, point, scales_of
+from hfpipe.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -159,8 +159,10 @@ def dial_stage(
     start = [dataclasses.replace(score, stage=sweep.parent) for score in points[0]["scores"]]
     end = points[-1]["scores"]
     line = of_lineage(earlier, run.recipe.lineage(name))
+    suites = run.recipe.evaluate
+    declared = kept_keys(suites, start, [end]) if kept_suites(suites) else set()
     for one in points:
-        where = point(run.recipe.evaluate, line, start, one["scores"], scales_of([*start, *end]))
+        where = point(suites, line, start, one["scores"], scales_of([*start, *end]), declared)
         one |= _facts(where)
     kept = [suite for suite in kept_suites(run.recipe.evaluate) if any(score.suite == suite for score in end)]
     if not kept:
@@ -334,9 +336,10 @@ class _Sweep:
         facts = {"stage": self.name, "strength": strength, "hash": self.run.hashes[self.name]}
         if ranks.from_main(read_json(folder / "strength.json")) == facts:
             return
+        dial = self.dial()  # on every rank, as a parent that is an adapter may have to be merged
         if ranks.is_main():
             with whole_folder(folder) as beside:
-                self.dial().save(beside, strength)
+                dial.save(beside, strength)
                 write_json(beside / "strength.json", facts)
         ranks.wait()
 

@@ -23,6 +23,7 @@ from hfpipe.recipe import Suite
 from hfpipe.scores import Score
 
 BOOTSTRAP_SAMPLES = 200
+ASKED = 1000  # characters of a question that are kept beside its answer
 
 
 def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
@@ -104,8 +105,8 @@ class Scored:
     Args:
         scores: One a metric.
         records: One for each row that was scored, in the order of the data: `row` (its place in the suite), `id` (where
-            the data has one), what the model gave by need (`likelihood`, `choice`, `number`, `generation`), and
-            `values`, the scores of the row alone of the metrics that have one.
+            the data has one), `asked` (the beginning of the question), what the model gave by need (`likelihood`,
+            `choice`, `number`, `generation`), and `values`, the scores of the row alone of the metrics that have one.
     """
 
     scores: list[Score]
@@ -137,7 +138,7 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
     """
     metrics = suite_metrics(suite)
     records: list[dict[str, Any]] = [
-        {"row": number, **({"id": str(row["id"])} if "id" in row else {}), "values": {}}
+        {"row": number, **({"id": str(row["id"])} if "id" in row else {}), **_asked(row), "values": {}}
         for number, row in enumerate(rows)
     ]
     for need in dict.fromkeys(needs_of(metric) for metric in metrics.values()):
@@ -160,6 +161,14 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
             for record, value in zip(taken, values.tolist(), strict=True):
                 record["values"][metric_name] = value
     return Scored(scores, [record for record in records if len(record.keys() & ANSWERS.keys())])
+
+
+def _asked(row: dict[str, Any]) -> dict[str, str]:
+    """What a row asks, cut to what a person reads in a report; nothing of a row that is text alone."""
+    text = row.get("prompt") or row.get("sentence") or row.get("source")
+    if "messages" in row:
+        text = next((said["content"] for said in reversed(row["messages"]) if said["role"] == "user"), None)
+    return {"asked": str(text)[:ASKED]} if text else {}
 
 
 def paired_errors(suite: Suite, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:

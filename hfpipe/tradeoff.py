@@ -1,16 +1,17 @@
 """Gain against forgetting: what a model gained and lost, each as one number with its noise.
 
-The suites with a budget are the ones to be kept; the gain is on the others. A metric's relative gain is its improvement
-as a share of the largest absolute score among the models that are compared, so that a score which starts at zero counts
-once and not infinitely; its forgetting is the loss against the best score before, as a share of it, which is what a
-budget limits. Metrics are averaged in their suite, and suites with one another.
+The suites with a budget are the ones to be kept; the gain is on the others (see `kept_keys`). A metric's relative gain
+is its improvement as a share of the largest absolute score among the models that are compared, so that a score which
+starts at zero counts once and not infinitely; its forgetting is the loss against the best score before, as a share of
+it, which is what a budget limits. A score with an ideal, such as one of bias, is nothing to gain on: it counts where it
+has a budget. Metrics are averaged in their suite, and suites with one another.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from hfpipe.recipe.words import Suite
@@ -39,8 +40,8 @@ class Point:
     """One model on the plane of gain and forgetting.
 
     Args:
-        gain: On the suites without a budget; None where there are none.
-        forgetting: On the suites with one, positive for a loss; None where there are none.
+        gain: On what is not to be kept; None where that is nothing.
+        forgetting: On what is to be kept, positive for a loss; None where that is nothing.
         over: The changes that exceed their budget.
     """
 
@@ -54,6 +55,31 @@ def kept_suites(suites: Mapping[str, Suite]) -> list[str]:
     return [name for name, suite in suites.items() if suite.budget is not None]
 
 
+def kept_keys(suites: Mapping[str, Suite], start: Sequence[Score], ends: Sequence[Sequence[Score]]) -> set[Key]:
+    """The metrics that count as forgetting, all others count as gain.
+
+    Those of the suites with a budget. Where no suite has one, the scores themselves say it: what became worse, on the
+    whole and beyond the noise of one model at least.
+
+    Args:
+        suites: The recipe's.
+        start: The scores that all of `ends` started from.
+        ends: Those of the models that are compared.
+    """
+    if kept := kept_suites(suites):
+        return {score.key for scores in (start, *ends) for score in scores if score.suite in kept}
+    before = {score.key: score for score in start}
+    found: dict[Key, list[Change]] = {}
+    for score in (score for end in ends for score in end if score.key in before and score.ideal is None):
+        found.setdefault(score.key, []).append(Change(before[score.key], score))
+    return {
+        key
+        for key, changes in found.items()
+        if sum(change.gain for change in changes) < 0
+        and any(change.gain < 0 and change.beyond_noise for change in changes)
+    }
+
+
 def scales_of(scores: Iterable[Score]) -> dict[Key, float]:
     """By suite and metric the largest absolute score among models that are compared."""
     scales: dict[Key, float] = {}
@@ -61,15 +87,6 @@ def scales_of(scores: Iterable[Score]) -> dict[Key, float]:
         if math.isfinite(score.value):
             scales[score.key] = max(scales.get(score.key, 0.0), abs(score.value))
     return scales
-
-
-def mean_gain(changes: Iterable[Change], scales: Mapping[Key, float]) -> Estimate | None:
-    """The mean relative gain of changes; None without one."""
-    return _mean(
-        (change.after.suite, change.gain / scale, change.stderr / scale)
-        for change in changes
-        if math.isfinite(change.gain) and (scale := scales.get(change.after.key) or 1.0)
-    )
 
 
 def _mean(found: Iterable[tuple[str, float, float]]) -> Estimate | None:
@@ -90,6 +107,7 @@ def point(
     start: Sequence[Score],
     end: Sequence[Score],
     scales: Mapping[Key, float],
+    kept: set[Key],
 ) -> Point:
     """Where a model stands.
 
@@ -99,17 +117,74 @@ def point(
         start: The scores that its gain is counted from.
         end: Its own.
         scales: See `scales_of`.
+        kept: See `kept_keys`.
     """
-    kept = kept_suites(suites)
     before = {score.key: score for score in start}
-    gains = [Change(before[score.key], score) for score in end if score.key in before and score.suite not in kept]
+    asked = [score for score in end if score.key in before and score.key not in kept and score.ideal is None]
+    gains = [Change(before[score.key], score) for score in asked]
     every = [*line, *end]
-    lost, over = [], []
-    for name in kept:
-        for score in end:
-            if score.suite == name and (change := forgetting(every, score.stage, score.key)):
-                size = abs(change.before.value) or abs(change.gain) or 1.0
-                lost.append((name, -change.gain / size, change.stderr / size))
-        if end:
-            over += over_budget(every, end[0].stage, name, suites[name].budget or 0.0)
-    return Point(mean_gain(gains, scales), _mean(lost), over)
+    lost = [change for score in end if score.key in kept and (change := forgetting(every, score.stage, score.key))]
+    over = []
+    for name in kept_suites(suites) if end else ():
+        over += over_budget(every, end[0].stage, name, suites[name].budget or 0.0)
+    return Point(_gain(gains, scales), _loss(lost), over)
+
+
+def _gain(changes: Iterable[Change], scales: Mapping[Key, float]) -> Estimate | None:
+    finite = [change for change in changes if math.isfinite(change.gain)]
+    shares = [(change, scales.get(change.after.key) or 1.0) for change in finite]
+    return _mean((change.after.suite, change.gain / scale, change.stderr / scale) for change, scale in shares)
+
+
+def _loss(changes: Iterable[Change], scales: Mapping[Key, float] | None = None) -> Estimate | None:
+    found = []
+    for change in (change for change in changes if math.isfinite(change.gain)):
+        size = (scales or {}).get(change.after.key) or abs(change.before.value) or abs(change.gain) or 1.0
+        size = 1.0 if change.after.ideal is not None else size  # a budget is how much further from the ideal it may be
+        found.append((change.after.suite, -change.gain / size, change.stderr / size))
+    return _mean(found)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models from one parent.
+
+    Args:
+        learned: How much more the second gained than the first, in shares; None where there is nothing to gain on.
+        forgot: How much more it forgot; None where there is nothing to be kept.
+    """
+
+    learned: Estimate | None
+    forgot: Estimate | None
+
+
+def compare(
+    start: Sequence[Score],
+    first: Sequence[Score],
+    second: Sequence[Score],
+    scales: Mapping[Key, float],
+    kept: set[Key],
+) -> Comparison:
+    """Compares two models that started from one parent with each other, row by row where both were scored on the same.
+
+    Args:
+        start: The parent's scores.
+        first: The scores of one.
+        second: Those of the other.
+        scales: See `scales_of`.
+        kept: See `kept_keys`.
+    """
+    before, other = ({score.key: score for score in scores} for scores in (start, first))
+    both = [_between(other[score.key], score) for score in second if score.key in other and score.key in before]
+    sizes = {key: abs(score.value) for key, score in before.items()}
+    return Comparison(
+        _gain([change for change in both if change.after.key not in kept and change.after.ideal is None], scales),
+        _loss([change for change in both if change.after.key in kept], sizes),
+    )
+
+
+def _between(first: Score, second: Score) -> Change:
+    """The change from one score to another, with its paired error whichever of the two was scored last."""
+    if first.stage not in second.paired and second.stage in first.paired:
+        second = replace(second, paired={**second.paired, first.stage: first.paired[second.stage]})
+    return Change(first, second)

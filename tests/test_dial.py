@@ -201,3 +201,30 @@ def test_what_cannot_be_dialled_is_refused_before_anything_is_loaded(
     content["evaluate"]["general"] |= change
     assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_quantized_base_and_a_classifier_are_dialled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    from test_classification import written
+
+    content = written(tmp_path, "one", lora={"r": 4})
+    usual = tiny.recipe(tmp_path)
+    short = {"max_steps": 4, "learning_rate": 0.05, "max_length": 64, "save_strategy": "no"}
+    quantized = {**usual["stages"][1], "name": "quantized", "parent": "base", "quantization": "nf4", "training": short}
+    content["stages"] = [quantized, content["stages"][0] | {"parent": "base", "training": short}]
+    content["evaluate"] |= {"sounds": usual["evaluate"]["sounds"] | {"metrics": ["bits_per_byte"]}}
+    content |= {"merge": False, "shift": False, "energy": False}
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    run = tmp_path / "run"
+    card = json.loads((run / "scorecard.json").read_text())
+    for name, suite in (("quantized", "sounds"), ("kinds", "kinds")):
+        capsys.readouterr()
+        assert main(["dial", str(run), "--stage", name, "--strengths", "0.5"]) == 0
+        assert "no suite has a budget" in capsys.readouterr().out
+        at = points(run, name)
+        assert {key[0] for one in at.values() for key in values(one["scores"])} == {suite}
+        assert values(at[1.0]["scores"]) == values([row for row in card if row["stage"] == name])
+        assert list(at) == [0.0, 0.5, 1.0]
+        assert all(len(one["scores"][0]["paired"]) for one in at.values() if one["strength"] > 0)
+    assert values(points(run, "quantized")[0.0]["scores"]) == values([row for row in card if row["stage"] == "base"])
+    assert json.loads((run / "stages" / "kinds" / "dial" / "config.json").read_text())["id2label"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ class AdapterDial:
             if file.is_file() and file.name != WEIGHTS:  # its config, the tokenizer, the classes of a head
                 shutil.copyfile(file, folder / file.name)
         save_file(self.tensors_at(strength), folder / WEIGHTS, metadata={"format": "pt"})
-        _verify(self.at(strength), ModelRef(str(folder), self.ref.options, quantization=self.ref.quantization), self)
+        _verify(self.at(strength), replace(self.ref, path=str(folder)), self)
 
 
 class WeightsDial:
@@ -187,6 +188,7 @@ class WeightsDial:
         del started
         whole = load_model(trained, frozen=False)
         self.trained = {name: tensor.cpu() for name, tensor in whole.state_dict().items() if name in self.parent}
+        del whole
         self.model = load_model(trained)
 
     @torch.no_grad()
@@ -204,7 +206,7 @@ class WeightsDial:
         """Writes the model at a strength into an empty folder, with its tokenizer, and loads it again."""
         self._set(load_model(self.ref, frozen=False), strength).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        _verify(self.at(strength), ModelRef(str(folder), self.ref.options), self)
+        _verify(self.at(strength), replace(self.ref, path=str(folder)), self)
 
 
 def _verify(model: Any, saved: ModelRef, dial: AdapterDial | WeightsDial) -> None:

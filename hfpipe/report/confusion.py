@@ -11,6 +11,7 @@ from hfpipe.recipe import Recipe
 from hfpipe.report.section import Section
 
 MOST_CLASSES = 30  # of a table that a person still reads
+LONGEST_NAME = 40
 
 
 def confusion_sections(folder: Path, recipe: Recipe) -> list[Section]:
@@ -35,9 +36,13 @@ def _pairs(file: Path) -> list[tuple[str, str]]:
 
 def _table(suite: str, stage: str, pairs: list[tuple[str, str]], names: list[str]) -> Section:
     counts = Counter(pairs)
-    rows = [["right \\ said", *(f"#{name}" for name in names), "#rows", "#found"]]
+    rows = [["right \\ said", *(f"#{_cut(name)}" for name in names), "#rows", "#found"]]
     for right in names:
         row = [counts[right, said] for said in names]
         found = f"{counts[right, right] / sum(row):.1%}" if sum(row) else ""
-        rows.append([right, *(f"#{count:,}" for count in row), f"#{sum(row):,}", f"#{found}"])
+        rows.append([_cut(right), *(f"#{count:,}" for count in row), f"#{sum(row):,}", f"#{found}"])
     return Section(f"Confusion: {suite} after {stage}", rows)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -11,41 +11,13 @@ from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored
+from hfpipe.report.page import PAGE
 from hfpipe.report.plots import loss_curve, score_by_stage
-from hfpipe.scores import Score, how_counted, last_change, of_lineage, over_budget, read_scorecard, stages_of
+from hfpipe.report.price import price_html, price_sentences
+from hfpipe.report.samples import samples_html, samples_of
+from hfpipe.scores import Change, Score, how_counted, last_change, of_lineage, over_budget, read_scorecard, stages_of
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f37; --bad: #c62f2f; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --good: #4fc26b; --bad: #ff7b72; }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }}
-h1 {{ margin: .5rem 0 0; }} h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
-.verdict {{ font-size: 1.15rem; padding: .8rem 1rem; background: var(--soft); border-left: 4px solid #3b76d6; }}
-.verdict.over {{ border-color: var(--bad); }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
-td:last-child:not(.number):not(:first-child) {{ min-width: 12rem; }}
-td.number, th.number {{ text-align: right; white-space: nowrap; }}
-.interval {{ display: block; opacity: .7; font-size: .8rem; }}
-.better {{ color: var(--good); }} .worse {{ color: var(--bad); }}
-.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }}
-svg {{ width: 100%; height: auto; max-width: 30rem; font-family: inherit; }}
-pre {{ overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .85rem; }}
-.note {{ opacity: .75; font-size: .9rem; }}
-@media print {{ body {{ max-width: none; }} h2, tr, svg {{ break-inside: avoid; }} pre {{ white-space: pre-wrap; }} }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+MOST_IN_A_VERDICT = 4  # changes that a person still reads in a sentence
 
 
 def write_html(folder: Path) -> Path:
@@ -57,12 +29,15 @@ def write_html(folder: Path) -> Path:
     recipe = load_recipe(folder / "recipe.yaml")
     scores = read_scorecard(folder / "scorecard.json")
     done = {stage.name: _read(folder / "stages" / stage.name / "done.json") for stage in recipe.stages}
+    parents = {stage.name: recipe.parent_of(stage.name) for stage in recipe.stages}
     parts = [
         f"<h1>{escape(recipe.name)}</h1>",
-        _verdict(recipe, scores),
+        _verdict(recipe, scores, price_sentences(folder, recipe, scores)),
         _scores(recipe, scores),
-        _plots("Scores by stage", [score_by_stage(line) for line in _by_key(scores) if len(line) > 1]),
+        _plots("Scores by stage", [score_by_stage(line, parents) for line in _by_key(scores) if len(line) > 1]),
         _changes(recipe, scores),
+        *price_html(folder, recipe, scores),
+        samples_html(samples_of(folder, recipe, scores)),
         _plots("Training loss", _losses(folder, recipe)),
         _training(recipe, done),
         *(section.html() for section in fact_sections(folder, recipe)),
@@ -74,13 +49,12 @@ def write_html(folder: Path) -> Path:
     return path
 
 
-def _verdict(recipe: Recipe, scores: list[Score]) -> str:
+def _verdict(recipe: Recipe, scores: list[Score], more: list[str]) -> str:
     """What was gained, what it cost, and whether that is inside the budget, in one sentence."""
     if not scores:
         return '<p class="verdict">The recipe has no suites, so nothing was measured.</p>'
     gained, lost = gains_and_losses(recipe, scores)
-    won = "; ".join(map(describe, gained)) or "nothing beyond the noise"
-    cost = "; ".join(map(describe, lost)) or "nothing beyond the noise"
+    won, cost = _in_short(gained), _in_short(lost)
     limits = {name: suite.budget for name, suite in recipe.evaluate.items() if suite.budget is not None}
     last = stages_of(scores)[-1]
     line = of_lineage(scores, recipe.lineage(last))
@@ -93,7 +67,15 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> str:
     first = "; ".join(map(describe_first, only_scored(recipe, scores)))
     first = f" Scored for the first time: {first}." if first else ""
     text = escape(f"After {last} the model gained {won} and forgot {cost}.{budget}{first}")
-    return f'<p class="verdict{" over" if over else ""}">{text}</p>'
+    text += "".join(f" {escape(sentence)}" for sentence in more)
+    return f'<p class="verdict{" over" if over else ""}">{_arrows(text)}</p>'
+
+
+def _in_short(changes: list[Change]) -> str:
+    """The first few changes in words, and how many more there are."""
+    told = "; ".join(map(describe, changes[:MOST_IN_A_VERDICT])) or "nothing beyond the noise"
+    more = len(changes) - MOST_IN_A_VERDICT
+    return f"{told}; and {more} more" if more > 0 else told
 
 
 def _by_key(scores: list[Score]) -> list[list[Score]]:
@@ -142,10 +124,15 @@ def _changes(recipe: Recipe, scores: list[Score]) -> str:
     for stage in stages_of(scores)[1:]:
         own = of_lineage(scores, recipe.lineage(stage))
         changes = [last_change(own, stage, line[0].key) for line in _by_key(scores)]
-        items = "".join(f"<li>{escape(describe(change))}</li>" for change in changes if change)
+        items = "".join(f"<li>{_arrows(escape(describe(change)))}</li>" for change in changes if change)
         if items:
             parts.append(f"<p><b>{escape(stage)}</b></p><ul>{items}</ul>")
     return "<h2>What each stage did</h2>" + "".join(parts) if parts else ""
+
+
+def _arrows(text: str) -> str:
+    """An arrow in one piece, which no line ends in the middle of."""
+    return text.replace("-&gt;", "→")
 
 
 def _losses(folder: Path, recipe: Recipe) -> list[str]:

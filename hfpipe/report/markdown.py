@@ -13,6 +13,8 @@ from hfpipe.files import write_text
 from hfpipe.folders import model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
+from hfpipe.report.price import price_markdown, price_sentences
+from hfpipe.report.samples import samples_markdown, samples_of
 from hfpipe.scores import (
     BASE,
     Change,
@@ -43,11 +45,15 @@ def write_report(folder: Path) -> Path:
     parts = [
         f"# {recipe.name}",
         _verdict(recipe, scores),
+        *price_sentences(folder, recipe, scores),
         _table(scores),
         _changes(recipe, scores),
+        *price_markdown(folder, recipe, scores),
+        samples_markdown(samples_of(folder, recipe, scores)),
         _stages(folder, recipe),
         *(section.markdown() for section in fact_sections(folder, recipe)),
         _facts(folder),
+        f"## Recipe\n\n```yaml\n{(folder / 'recipe.yaml').read_text().rstrip()}\n```",
     ]
     path = folder / "report.md"
     write_text(path, "\n\n".join(part for part in parts if part) + "\n")
@@ -56,10 +62,13 @@ def write_report(folder: Path) -> Path:
 
 def number(score: Score) -> str:
     """A score as it is printed everywhere: shares in percent, the rest with four digits."""
-    scale, digits = (100, 1) if score.metric in PERCENT_METRICS else (1, 4)
-    form = f".{digits}f" if abs(score.value) < 1e6 else ".3g"  # the perplexity of a ruined model
-    error = "" if score.stderr is None else f" ± {score.stderr * scale:{form}}"
-    return f"{score.value * scale:{form}}{error}{' %' if scale == 100 else ''}"
+    if score.metric in PERCENT_METRICS:
+        error = "" if score.stderr is None else f" ± {score.stderr * 100:.1f}"
+        return f"{score.value * 100:.1f}{error} %"
+    small_or_large = not 1e-3 <= abs(score.value) < 1e6 and score.value != 0
+    form, error_form = (".4g", ".2g") if small_or_large else (".4f", ".4f")
+    error = "" if score.stderr is None else f" ± {score.stderr:{error_form}}"
+    return f"{score.value:{form}}{error}"
 
 
 def describe(change: Change) -> str:
@@ -70,10 +79,12 @@ def describe(change: Change) -> str:
         size = "unchanged" if change.difference == 0 else f"as far from {after.ideal:g}"
     elif after.ideal is not None:
         size = f"{abs(change.gain):.3g} {'nearer to' if change.gain > 0 else 'further from'} {after.ideal:g}"
-    elif abs(change.relative) >= 100:
-        size = f"{way}, by a factor above 100"
     elif after.metric in PERCENT_METRICS:
         size = f"{abs(change.gain) * 100:.1f} points {way}"
+    elif 100 <= abs(change.relative) < math.inf:
+        size = f"{way}, by a factor above 100"
+    elif not math.isfinite(change.relative):  # from zero, or from a number that was too large
+        size = way
     else:
         size = f"{abs(change.relative):.1%} {way}"
     noise = "" if change.beyond_noise or change.gain == 0 else f", within the noise{_too_small(change)}"

@@ -1,0 +1,45 @@
+"""The page that report.html is: its style, and where title and body go."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --good: #1a7f37; --bad: #c62f2f; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --good: #4fc26b; --bad: #ff7b72; }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }}
+body {{ overflow-wrap: anywhere; }} .wide {{ overflow-wrap: normal; }}
+h1 {{ margin: .5rem 0 0; font-size: clamp(1.4rem, 5vw, 2rem); line-height: 1.2; }}
+h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
+.verdict {{ font-size: 1.15rem; padding: .8rem 1rem; background: var(--soft); border-left: 4px solid #3b76d6; }}
+.verdict.over {{ border-color: var(--bad); }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
+td:last-child:not(.number):not(:first-child) {{ min-width: 12rem; }}
+td.number, th.number {{ text-align: right; }} td.number {{ white-space: nowrap; }}
+th {{ vertical-align: bottom; max-width: 9rem; overflow-wrap: break-word; }}
+.interval {{ display: block; opacity: .7; font-size: .8rem; }}
+.better {{ color: var(--good); }} .worse {{ color: var(--bad); }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }}
+svg {{ width: 100%; height: auto; max-width: 30rem; font-family: inherit; }}
+pre {{ overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .85rem; }}
+.note {{ opacity: .75; font-size: .9rem; }}
+.sample {{ border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .6rem 0; }}
+.sample p {{ margin: 0 0 .4rem; }} .sample b {{ font-size: .85rem; }}
+.sides {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .6rem; }}
+.text {{ white-space: pre-wrap; background: var(--soft); padding: .4rem .6rem; border-radius: 4px; font-size: .95rem; }}
+.asked {{ margin-bottom: .6rem; }}
+@media print {{
+  body {{ max-width: none; }} pre {{ white-space: pre-wrap; }}
+  h2, tr, svg, .sample {{ break-inside: avoid; }} h2 {{ break-after: avoid; }}
+}}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
