@@ -13,6 +13,7 @@ from hfpipe.dial import settle
 from hfpipe.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.files import write_json
 from hfpipe.hub import check_access, push
+from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.overlap import require_no_overlap
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push import pushed_stage
@@ -98,6 +99,7 @@ def _train(run: Run, name: str, parent: str) -> None:
         start = start.base if continued is not None else merged(run, parent)
     how = f"{stage.quantized.type} {stage.method}" if stage.quantized else stage.method
     ranks.say(f"{name}: {stage.kind} ({how}) from {parent}{', its adapter trained further' if continued else ''}")
+    pushing = run.recipe.push is not None and run.recipe.push.checkpoints == "every_save"
     with CostMeter(folder, run.hashes[name], run.recipe.energy) as cost:
         facts = STAGES[stage.kind](
             StageRun(
@@ -112,6 +114,7 @@ def _train(run: Run, name: str, parent: str) -> None:
                 probe_texts=probe_texts(run),
                 rows=run.rows,
                 cost=cost,
+                callbacks=(PushCheckpoints(run.folder, run.recipe, stage, start),) if pushing else (),
             )
         )
     if ranks.is_main():

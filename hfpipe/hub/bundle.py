@@ -78,9 +78,9 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     with whole_folder(target) as folder:
         for file in sorted(made.rglob("*")):
             if file.is_file() and file.suffix in PUSHED and file.name not in NOT_PUSHED:
-                _link(file, folder / file.relative_to(made))
+                link(file, folder / file.relative_to(made))
         for plot in artefact.plots:
-            _link(run_dir / "stages" / stage / plot, folder / plot)
+            link(run_dir / "stages" / stage / plot, folder / plot)
         if adapter:
             write_json(folder / ADAPTER_CONFIG, adapter)
         for file in (run_dir / "recipe.yaml", run_dir / "scorecard.json"):
@@ -149,7 +149,7 @@ def card_facts(run_dir: Path, kind: str, id: str) -> dict[str, Any]:
     return next((facts for key, facts in every.items() if key.startswith(f"{kind} {id}@")), {})
 
 
-def _link(file: Path, place: Path) -> None:
+def link(file: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file, place)

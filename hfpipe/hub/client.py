@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -78,8 +79,9 @@ def is_passing(error: Exception) -> bool:
     """Whether trying again soon may help: the Hub is busy, a connection broke, somebody committed at the same time."""
     status = status_of(error)
     if status is None:
-        # A ConnectionError is Xet's, which has tried for minutes already; a ValueError will be one again.
-        return not isinstance(error, (ValueError, ConnectionError))
+        # A ConnectionError is Xet's, which has tried for minutes already; a ValueError will be one again, unless it is
+        # about an answer that is no JSON.
+        return isinstance(error, json.JSONDecodeError) or not isinstance(error, (ValueError, ConnectionError))
     return (status >= 500 or status in (408, 409, 412, 429)) and (asked_to_wait(error) or 0.0) <= LONGEST_WAIT
 
 

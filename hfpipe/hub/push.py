@@ -69,12 +69,17 @@ def _with_parent(run_dir: Path, recipe: Recipe, asked: Push) -> Iterator[Push]:
     yield from pushes
 
 
+def deadline_of(push: Push, size: int) -> float:
+    """Seconds that the upload of some bytes may take."""
+    return push.deadline_seconds or START + size / SLOWEST
+
+
 def _upload(folder: Path, push: Push, run: str, again: str) -> dict[str, Any]:
     task: dict[str, Any] = {"folder": str(folder), "message": push.commit_message or f"{push.what} of hfpipe run {run}"}
     task |= push.model_dump(include={"repo_id", "private", "revision", "tag", "create_pr"})
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     try:
-        done = _in_own_process(task, push.deadline_seconds or START + size / SLOWEST)
+        done = _in_own_process(task, deadline_of(push, size))
     except MachineError as error:
         raise MachineError(
             f"The push to {push.repo_id} failed: {error} Nothing is lost: the artefact is whole in {folder}. "

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -41,7 +43,8 @@ def upload(task: dict[str, Any]) -> dict[str, Any]:
     """Brings a folder to the Hub: as one commit, or none when it is there already.
 
     Args:
-        task: folder, repo_id, private, revision (a branch or None), tag (or None), create_pr, message.
+        task: folder, repo_id, private, revision (a branch or None), tag (or None), create_pr, message; and seconds,
+            after which the process ends, where nobody ends it from outside.
 
     Returns:
         url, repo_id and commit of what is there now, and whether it is `new`.
@@ -184,6 +187,8 @@ def main() -> int:
     """Reads a task from standard input and writes one line of JSON to standard output."""
     try:
         task = json.load(sys.stdin)
+        if "seconds" in task:  # nobody waits for this process, so it ends itself
+            signal.alarm(math.ceil(task["seconds"]))
         answer = {"lines": check(task["check"])} if "check" in task else upload(task)
         code = 0
     except MachineError as error:

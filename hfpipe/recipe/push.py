@@ -31,6 +31,9 @@ def check_push(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
         if push.get(key) is not None:
             text = "a pull request has a branch of its own, and no tag before it is merged. Remove it, or `create_pr`."
             yield Fault(("push", key), text)
+    if push.get("create_pr") is True and push.get("checkpoints") == "every_save":
+        text = "checkpoints go to branches, which a pull request does not need the right to make. Remove it."
+        yield Fault(("push", "checkpoints"), text)
     places = {str(push.get("repo_id")): "repo_id"}
     for key in ("merged_repo_id", "parent_repo_id"):
         if (place := text_of(push.get(key))) is None:

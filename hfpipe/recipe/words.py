@@ -360,6 +360,9 @@ class Push(Words):
     tag: str | None = Field(None, description="a name for the pushed commit, such as v1; never moved from another")
     create_pr: bool = Field(False, description="open a pull request, or add to the open one of the same title")
     commit_message: str | None = None
+    checkpoints: Literal["end", "every_save"] = Field(
+        "end", description="the trainer's hub_strategy: `every_save` also pushes every checkpoint, to a branch"
+    )
     license: str | None = Field(
         None, description="licence of what is pushed, as the Hub writes it; the base's if absent"
     )

@@ -151,7 +151,8 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     with CheckpointCallback(loader, run.hash, keep) as checkpoints:
         trainer.remove_callback(PrinterCallback)  # LogCallback prints
-        trainer.add_callback(checkpoints)
+        for callback in (checkpoints, *run.callbacks):
+            trainer.add_callback(callback)
         run.cost.tokens_per_step = tokens_per_step
         trainer.add_callback(run.cost)
         trainer.add_callback(LogCallback(loader, run.folder / "log.jsonl", tokens_per_step))

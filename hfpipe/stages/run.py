@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from hfpipe.cost import CostMeter
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
@@ -27,6 +29,7 @@ class StageRun:
         probe_texts: A few held-out texts on which the saved model is compared with the trained one.
         rows: The rows of every suite.
         cost: Measures the stage.
+        callbacks: More callbacks of the trainer; they come after the one that makes a checkpoint whole.
     """
 
     recipe: Recipe
@@ -40,3 +43,4 @@ class StageRun:
     probe_texts: list[str]
     rows: dict[str, list[dict[str, Any]]]
     cost: CostMeter
+    callbacks: tuple[TrainerCallback, ...] = ()

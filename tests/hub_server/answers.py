@@ -8,16 +8,14 @@ import json
 import re
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from hub_server.repos import Commit, File, Refused, Repo, is_large
+from hub_server.metadata import faults_of
+from hub_server.repos import DATE, File, Refused, Repo, entries, is_large
 
 if TYPE_CHECKING:
     from hub_server.server import HubServer
-
-DATE = "2026-01-01T00:00:00.000Z"
 
 ID = r"(?P<id>[^/]+/[^/]+|[^/]+)"
 API = rf"/api/(?P<kind>model|dataset|space)s/{ID}"
@@ -38,6 +36,7 @@ ROUTES = [  # method, path, name of the method of Handler that answers; groups o
     ("POST", rf"{API}/(?P<what>branch|tag)/(?P<name>[^/]+)", "create_ref"),
     ("DELETE", rf"{API}/(?:branch|tag)/(?P<name>[^/]+)", "delete_ref"),
     ("POST", rf"{API}/discussions", "create_pull_request"),
+    ("GET", rf"{API}/discussions", "list_pull_requests"),
     ("GET", rf"{API}/xet-(?P<access>read|write)-token/[^/]+", "xet_token"),
     ("GET", rf"{API}(?:/revision/(?P<revision>[^/]+))?", "repo_info"),
     ("GET", rf"{PAGE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
@@ -123,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
     def role(self) -> str | None:
         """`write`, `read`, or None for nobody."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        roles = {"": None, self.hub.token: "write", self.hub.read_token: "read"}
+        roles = {"": None, self.hub.token: "write", self.hub.read_token: "read", self.hub.team_token: "fineGrained"}
         if given not in roles:
             raise Refused(401, "Invalid credentials in Authorization header")
         return roles[given]
@@ -141,7 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         if role is None:
             raise Refused(401, "Invalid username or password.")
         owner = id.split("/")[0]
-        if role != "write" or owner not in (self.hub.user, self.hub.organisation):
+        allowed = {"write": (self.hub.user, self.hub.organisation), "fineGrained": (self.hub.organisation,)}
+        if owner not in allowed.get(role, ()):
             raise Refused(403, f'You don\'t have the rights to write under the namespace "{owner}"')
 
     def whoami(self) -> Any:
@@ -149,7 +149,11 @@ class Handler(BaseHTTPRequestHandler):
         if role is None:
             raise Refused(401, "Invalid username or password.")
         orgs = [{"type": "org", "name": self.hub.organisation, "roleInOrg": "write"}]
-        token = {"type": "access_token", "accessToken": {"displayName": "tests", "role": role}}
+        told: dict[str, Any] = {"displayName": "tests", "role": role}
+        if role == "fineGrained":
+            scope = {"entity": {"type": "org", "name": self.hub.organisation}, "permissions": ["repo.write"]}
+            told["fineGrained"] = {"global": [], "scoped": [scope]}
+        token = {"type": "access_token", "accessToken": told}
         return {"type": "user", "id": "1", "name": self.hub.user, "fullname": "Me", "orgs": orgs, "auth": token}
 
     def auth_check(self, kind: str, id: str, write: str | None) -> Any:
@@ -220,35 +224,26 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def create_pull_request(self, kind: str, id: str) -> Any:
-        repo = self.repo(kind, id)
-        number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
-        repo.refs[f"refs/pr/{number}"] = repo.at("main")
+        number = self.open_request(self.repo(kind, id), json.loads(self.body)["title"])
         return {"num": number, "url": f"{self.hub.url}/{id}/discussions/{number}"}
 
+    def open_request(self, repo: Repo, title: str) -> int:
+        number = 1 + len(repo.pull_requests)
+        repo.refs[f"refs/pr/{number}"] = repo.at("main")
+        repo.pull_requests.append({"num": number, "title": title, "status": "open", "isPullRequest": True})
+        return number
+
+    def list_pull_requests(self, kind: str, id: str) -> Any:
+        about = {"author": {"name": self.hub.user}, "createdAt": DATE, "repo": {"name": id, "type": kind}}
+        found = [request | about for request in self.repo(kind, id).pull_requests]
+        return {"discussions": found, "count": len(found), "start": 0}
+
     # Files
-
-    def entry(self, path: str, file: File, commit: Commit) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": path, "oid": file.blob_id, "size": len(file.content)}
-        if file.large:
-            entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 135}
-            if file.sha256 in self.hub.xet.hashes:
-                entry["xetHash"] = self.hub.xet.hashes[file.sha256]
-        return entry | {"lastCommit": {"id": commit.oid, "title": commit.title, "date": DATE}}
-
-    def entries(self, commit: Commit) -> dict[str, dict[str, Any]]:
-        """Every file and folder of a commit by its path."""
-        found = {path: self.entry(path, file, commit) for path, file in commit.files.items()}
-        last = {"id": commit.oid, "title": commit.title, "date": DATE}
-        for path in commit.files:
-            for parent in [str(p) for p in Path(path).parents if str(p) != "."]:
-                oid = hashlib.sha1(parent.encode()).hexdigest()
-                found[parent] = {"type": "directory", "path": parent, "oid": oid, "size": 0, "lastCommit": last}
-        return dict(sorted(found.items()))
 
     def tree(self, kind: str, id: str, revision: str, path: str | None) -> Any:
         commit, below = self.repo(kind, id).at(revision), f"{path}/" if path else ""
         recursive = self.query.get("recursive", "").lower() in ("true", "1")
-        listed = [entry for name, entry in self.entries(commit).items() if name.startswith(below)]
+        listed = [entry for name, entry in entries(commit, self.hub.xet.hashes).items() if name.startswith(below)]
         if below and not listed:
             raise Refused(404, f"{path} does not exist on {revision}", "EntryNotFound")
         if not recursive:
@@ -261,12 +256,12 @@ class Handler(BaseHTTPRequestHandler):
         return 200, listed[start:end], headers
 
     def paths_info(self, kind: str, id: str, revision: str) -> Any:
-        entries = self.entries(self.repo(kind, id).at(revision))
+        found = entries(self.repo(kind, id).at(revision), self.hub.xet.hashes)
         if self.headers.get("Content-Type", "").startswith("application/json"):
             paths = json.loads(self.body)["paths"]
         else:
             paths = parse_qs(self.body.decode()).get("paths", [])
-        return [entries[path] for path in paths if path in entries]
+        return [found[path] for path in paths if path in found]
 
     def resolve(self, kind: str | None, id: str, revision: str, path: str) -> Any:
         repo = self.repo(kind, id)
@@ -296,10 +291,9 @@ class Handler(BaseHTTPRequestHandler):
     # A commit: what goes where, the large files, then the commit itself
 
     def validate_yaml(self) -> Any:
-        """Without a YAML reader, only that there is a block of metadata."""
-        if re.match(r"---\n.*?\n---\n", json.loads(self.body)["content"], re.S):
-            return {"errors": [], "warnings": []}
-        return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+        errors, warnings = faults_of(json.loads(self.body)["content"])
+        found = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
+        return (400 if errors else 200), found, {}
 
     def preupload(self, kind: str, id: str, revision: str) -> Any:
         files, answer = self.repo(kind, id, write=True).at(revision).files, []
@@ -360,9 +354,13 @@ class Handler(BaseHTTPRequestHandler):
                 files = {name: file for name, file in files.items() if not name.startswith(path.rstrip("/") + "/")}
             else:
                 raise Refused(400, f"{key} {path}: the file does not exist")
-        commit = repo.commit(revision, header["value"]["summary"], files)
+        title, request = header["value"]["summary"], None
+        if self.query.get("create_pr"):
+            number = self.open_request(repo, title)
+            revision, request = f"refs/pr/{number}", f"{self.hub.url}/{id}/discussions/{number}"
+        commit = repo.commit(revision, title, files)
         url = f"{self.hub.url}/{quote(id)}/commit/{commit.oid}"
-        return {"commitUrl": url, "commitOid": commit.oid, "pullRequestUrl": None, "success": True}
+        return {"commitUrl": url, "commitOid": commit.oid, "pullRequestUrl": request, "success": True}
 
     # Xet: the same large files as chunks, see xet_server.py
 

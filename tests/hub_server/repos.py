@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+DATE = "2026-01-01T00:00:00.000Z"
 LARGE = re.compile(r"\.(safetensors|bin|pt|parquet|arrow|model|npy|png|gz|zip)$")  # what goes to LFS or Xet
 
 
@@ -61,6 +64,7 @@ class Repo:
     history: list[Commit] = field(default_factory=list)  # oldest first, of every branch
     refs: dict[str, Commit] = field(default_factory=dict)  # branches, tags and pull requests
     tags: set[str] = field(default_factory=set)
+    pull_requests: list[dict[str, Any]] = field(default_factory=list)
 
     def commit(self, ref: str, title: str, files: dict[str, File]) -> Commit:
         parent = self.refs[ref].oid if ref in self.refs else ""
@@ -74,6 +78,28 @@ class Repo:
         if found is None:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return found
+
+
+def entries(commit: Commit, xet_hashes: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Every file and folder of a commit by its path, as the Hub lists them.
+
+    Args:
+        commit: The commit.
+        xet_hashes: The Xet hash of a file by its SHA-256.
+    """
+    last = {"id": commit.oid, "title": commit.title, "date": DATE}
+    found: dict[str, dict[str, Any]] = {}
+    for path, file in commit.files.items():
+        entry = {"type": "file", "path": path, "oid": file.blob_id, "size": len(file.content), "lastCommit": last}
+        if file.large:
+            entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 135}
+            if file.sha256 in xet_hashes:
+                entry["xetHash"] = xet_hashes[file.sha256]
+        found[path] = entry
+        for parent in [str(p) for p in Path(path).parents if str(p) != "."]:
+            oid = hashlib.sha1(parent.encode()).hexdigest()
+            found[parent] = {"type": "directory", "path": parent, "oid": oid, "size": 0, "lastCommit": last}
+    return dict(sorted(found.items()))
 
 
 @dataclass

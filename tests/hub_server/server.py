@@ -21,6 +21,7 @@ class HubServer:
         url: what `HF_ENDPOINT` must be.
         token: may write in the namespaces `user` and `organisation`.
         read_token: may only read.
+        team_token: a fine-grained one, which may write in `organisation` alone.
         requests: every request so far, as `METHOD /path`, in order.
         tells_oids: whether a client is told, before it uploads, which files have not changed.
         page_size: entries in one page of a file listing.
@@ -29,6 +30,7 @@ class HubServer:
 
     user, organisation = "me", "team"
     token, read_token = "hf_TestTokenThatMayWrite0000", "hf_TestTokenThatMayRead00000"
+    team_token = "hf_TestTokenOfTheTeam0000000"
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
