@@ -64,11 +64,18 @@ def make_run(folder: Path, recipe: dict[str, Any] = RECIPE) -> Path:
 
 
 PROGRAM = """
+import json
 import sys
 from pathlib import Path
 from hfpipe import hub
 from hfpipe.errors import UserError
 from hfpipe.recipe import load_recipe
+
+def asked(name):
+    try:
+        return " ".join(hub.check_access(load_recipe(name)))
+    except UserError as error:
+        return str(error)
 
 try:
     print(CALL)
@@ -89,10 +96,12 @@ class Pusher:
     def __call__(self, **arguments: Any) -> subprocess.CompletedProcess[str]:
         return self.run(f"'URL', hub.push(Path('run'), **{arguments!r})")
 
-    def check(self, repo_id: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        recipe = json.dumps(RECIPE | {"push": {"repo_id": repo_id, **more}})
-        (self.folder / "asked.yaml").write_text(recipe)
-        return self.run("*hub.check_access(load_recipe('asked.yaml')), sep='\\n'")
+    def check(self, pushes: list[dict[str, Any]]) -> list[str]:
+        """What `check_access` says of recipes with these `push:` blocks, or its error."""
+        for number, push in enumerate(pushes):
+            (self.folder / f"asked{number}.yaml").write_text(json.dumps(RECIPE | {"push": push}))
+        done = self.run(f"json.dumps([asked(f'asked{{n}}.yaml') for n in range({len(pushes)})])")
+        return json.loads(done.stdout)
 
     def run(self, call: str) -> subprocess.CompletedProcess[str]:
         program = PROGRAM.replace("CALL", call)

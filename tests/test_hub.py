@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from pushing import COMMIT, PLANTED, Pusher, make_run, pushes
@@ -153,20 +154,77 @@ def test_the_card_says_that_the_base_s_own_code_ran(tmp_path: Path) -> None:
 def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("model", "team/there")
     hub.add_repo("model", "me/locked")
+    hub.add_repo("model", "me/taken", {"model.safetensors": b"of another"}, private=True)
+    hub.add_repo("model", "me/again", {"model.safetensors": b"of this run", "recipe.yaml": b"name: toy"})
+    hub.repos["model", "me/again"].refs["v1"] = hub.commits("me/again")[-1]
+    hub.repos["model", "me/again"].tags.add("v1")
     hub.fail("GET /api/models/me/locked/auth-check/write", 403)
-    answers = {
-        "toy": "may write to me/toy, which will be made",
-        "team/there": "may write to team/there, which exists",
-        "others/toy": "may not write under others. Allowed: me, team.",
-        "me/locked": "the token may not write to me/locked (403)",
-    }
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"repo_id": "toy"}, "may write to me/toy, which will be made, private"),
+        ({"repo_id": "team/there"}, "may write to team/there, which exists and is public"),
+        ({"repo_id": "others/toy"}, "may not write under others. Allowed: me, team."),
+        ({"repo_id": "me/locked"}, "the token may not write to me/locked (403)"),
+        ({"repo_id": "me/taken"}, "the name is taken: its main branch holds weights that this run did not make"),
+        ({"repo_id": "me/taken", "revision": "new"}, "may write to me/taken"),
+        ({"repo_id": "me/again"}, "may write to me/again"),
+        ({"repo_id": "me/again", "tag": "v1"}, "has a tag 'v1' already"),
+        ({"repo_id": "me/again", "private": True}, "is public, and the recipe says `private: true`"),
+        ({"repo_id": "me/absent", "create_pr": True}, "a pull request needs a repository that exists"),
+        ({"repo_id": "me/taken", "create_pr": True}, "may open a pull request on me/taken"),
+        ({"repo_id": "me/new", "what": "both", "merged_repo_id": "others/new"}, "may not write under others"),
+    ]
     before = set(hub.repos)
     pusher = Pusher(hub, tmp_path)
-    for repo_id, answer in answers.items():
-        assert answer in pusher.check(repo_id).stdout
+    answers = pusher.check([words for words, _ in cases])
+    assert [(case, answer) for case, answer in zip(cases, answers, strict=True) if case[1] not in answer] == []
+    pusher.options = {"token": HubServer.team_token}
+    ours, mine = pusher.check([{"repo_id": "team/new"}, {"repo_id": "me/new"}])
+    assert "which will be made" in ours
+    assert "is fine-grained and may not write to me/new-base. It may write to: team." in mine
     pusher.options = {"token": HubServer.read_token}
-    assert "may only read" in pusher.check("me/toy").stdout
+    assert "may only read" in pusher.check([{"repo_id": "me/toy"}])[0]
     assert set(hub.repos) == before
+
+
+def test_a_run_that_could_not_be_pushed_is_not_begun(hub: HubServer, tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    recipe = tiny.write(tmp_path, tiny.recipe(tmp_path, push={"repo_id": "others/toy", "what": "merged"}))
+    process = tiny.start("run", str(recipe), **hub.env(tmp_path / "home"))
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 4, output
+    assert "may not write under others" in output
+    assert not list((tmp_path / "run/stages").glob("prose*"))
+
+
+def test_a_pull_request_is_opened_once(pusher: Pusher, hub: HubServer) -> None:
+    hub.add_repo("model", "me/toy", {"config.json": b"{}"})
+    hub.lose_reply(COMMIT)
+    for _ in range(2):  # the second time it is there already
+        done = pusher(create_pr=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"URL {hub.url}/me/toy/discussions/1" in done.stdout
+    assert len(hub.repos["model", "me/toy"].pull_requests) == pushes(hub) == 1
+    (pusher.folder / "run/stages/chat/model/tokenizer.json").write_text("{}")
+    assert pusher(create_pr=True).returncode == 0
+    assert len(hub.repos["model", "me/toy"].pull_requests) == 1
+    assert hub.files("me/toy", "refs/pr/1")["tokenizer.json"] == b"{}"
+    assert "tokenizer.json" not in hub.files("me/toy")
+
+
+def test_an_adapter_of_a_chain_is_pushed_with_its_parent(pusher: Pusher, hub: HubServer) -> None:
+    config = pusher.folder / "run/stages/chat/model/adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "elsewhere/run/stages/law/model"}))
+    hub.fail("/api/models/me/toy-base/commit", 403)
+    failed = pusher(what="both", parent_repo_id="me/law", merged_repo_id="team/whole")
+    assert failed.returncode == 0, failed.stdout
+    assert {"me/law", "me/toy", "team/whole"} <= {id for _, id in hub.repos}
+    pushed = json.loads(hub.files("me/toy")["adapter_config.json"])
+    assert (pushed["base_model_name_or_path"], pushed["revision"]) == ("me/law", hub.commits("me/law")[-1].oid)
+    assert "model.safetensors" in hub.files("team/whole")
+    failed = pusher()  # without the names, the parent would go to me/toy-base
+    assert failed.returncode == 4
+    assert "The push to me/toy-base failed" in failed.stdout
+    assert pushes(hub) == 1
 
 
 def test_no_token_in_anything_that_a_push_leaves(pusher: Pusher, hub: HubServer) -> None:

@@ -1,8 +1,17 @@
-"""A run from the Hub to the Hub: base model and streamed FineWeb by their names, the adapter pushed with its card."""
+"""A chain from the Hub to the Hub: what it takes is pinned, what it pushes loads elsewhere, and no token is left."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 import tiny
 from datasets import Dataset, disable_progress_bars
 from hub_server import HubServer
@@ -47,31 +56,140 @@ def base_model(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "base").iterdir()}
 
 
-def test_from_the_hub_to_the_hub(hub: HubServer, tmp_path: Path) -> None:
-    tiny.write_data(tmp_path)
-    hub.add_repo("model", "someone/base", base_model(tmp_path))
-    hub.add_repo("dataset", "HuggingFaceFW/fineweb", fineweb(tmp_path))
-    content = tiny.recipe(tmp_path, model={"id": "someone/base"}, merge=False)
-    content["stages"][0]["data"] = [{"path": "HuggingFaceFW/fineweb", "name": "sample-10BT", "streaming": True}]
-    content["stages"][0]["lora"] = {"r": 4, "target_modules": "all-linear"}
-    del content["stages"][1]
-    content["push"] = {"repo_id": "me/adapter", "what": "adapter"}
-    path = tiny.write(tmp_path, content)
-    environment = {**hub.env(tmp_path / "home", token=hub.token), "HF_HUB_OFFLINE": "0"}
-    process = tiny.start("run", str(path), **environment)
-    output = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, output
-    commit = hub.commits("someone/base")[-1].oid
-    assert load_recipe(tmp_path / "run" / "recipe.yaml").model.revision == commit
-    files = hub.files("me/adapter")
-    adapter = json.loads(files["adapter_config.json"])
-    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("someone/base", commit)
-    assert "adapter_model.safetensors" in files
-    card = ModelCard(files["README.md"].decode())
-    shown = {result.metric_value for result in card.data.eval_results}
-    assert round(tiny.scores(tmp_path / "run")["prose", "general", "bits_per_byte"], 6) in shown
-    for left in [path for path in (tmp_path / "run").rglob("*") if path.is_file()]:
-        assert hub.token.encode() not in left.read_bytes(), f"{left} holds the token"
-    assert hub.token not in output
-    stream = json.loads((tmp_path / "run" / "stages" / "prose" / "done.json").read_text())["data"]
+class Finished(NamedTuple):
+    hub: HubServer
+    folder: Path
+    recipe: Path
+    environment: dict[str, str]
+    output: str
+    command_lines: set[bytes]  # of every process while it ran
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+
+def command_lines(process: subprocess.Popen, found: set[bytes]) -> None:
+    """Collects the command lines of all processes until one ends."""
+    while process.poll() is None:
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found.add(file.read_bytes())
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A chain, its base and its streamed FineWeb from the Hub, and checkpoints, adapter and merged model back to it."""
+    folder = tmp_path_factory.mktemp("chain")
+    with HubServer() as hub:
+        tiny.write_data(folder)
+        hub.add_repo("model", "someone/base", base_model(folder) | {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+        hub.add_repo("dataset", "HuggingFaceFW/fineweb", fineweb(folder))
+        push = {"repo_id": "me/chat", "what": "both", "checkpoints": "every_save"}
+        content = tiny.recipe(folder, model={"id": "someone/base"}, merge=False, push=push)
+        content["stages"][0]["data"] = [{"path": "HuggingFaceFW/fineweb", "name": "sample-10BT", "streaming": True}]
+        recipe = tiny.write(folder, content)
+        environment = {**hub.env(folder / "home", token=hub.token), "HF_HUB_OFFLINE": "0"}
+        process = tiny.start("run", str(recipe), **environment)
+        seen: set[bytes] = set()
+        watcher = threading.Thread(target=command_lines, args=(process, seen))
+        watcher.start()
+        output = process.communicate(timeout=300)[0]
+        watcher.join()
+        assert process.returncode == 0, output
+        yield Finished(hub, folder, recipe, environment, output, seen)
+
+
+def test_base_and_data_are_pinned_to_their_commits(finished: Finished) -> None:
+    recipe = load_recipe(finished.run / "recipe.yaml")
+    assert recipe.model.revision == finished.hub.commits("someone/base")[-1].oid
+    commit = finished.hub.commits("HuggingFaceFW/fineweb", "dataset")[0].oid
+    assert recipe.stages[0].data[0].passed_through["revision"] == commit
+    stream = json.loads((finished.run / "stages" / "prose" / "done.json").read_text())["data"]
     assert stream["tokens"] == 6 * 4 * 64
+
+
+def test_the_card_has_the_scores_the_data_and_the_licences(finished: Finished) -> None:
+    for repo, relation in (("me/chat", "adapter"), ("me/chat-merged", "finetune"), ("me/chat-base", "finetune")):
+        card = ModelCard(finished.hub.files(repo)["README.md"].decode())
+        base = "me/chat-base" if repo == "me/chat" else "someone/base"
+        assert (card.data.base_model, card.data.base_model_relation) == (base, relation)
+        assert (card.data.datasets, card.data.license) == (["HuggingFaceFW/fineweb"], "apache-2.0")
+        stage = "prose" if repo == "me/chat-base" else "sounds"
+        shown = {result.metric_value for result in card.data.eval_results}
+        assert round(tiny.scores(finished.run)[stage, "general", "bits_per_byte"], 6) in shown
+        assert "The licence of the data set HuggingFaceFW/fineweb is not known" in card.text
+        assert finished.hub.repos["model", repo].private
+
+
+PULL = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+run = sys.argv[1]
+ids = AutoTokenizer.from_pretrained("me/chat")("The cat sat by the hill and said", return_tensors="pt").input_ids
+parent = AutoModelForCausalLM.from_pretrained("me/chat-base")
+models = {
+    "adapter": AutoPeftModelForCausalLM.from_pretrained("me/chat"),
+    "merged": AutoModelForCausalLM.from_pretrained("me/chat-merged"),
+    "checkpoint": AutoModelForCausalLM.from_pretrained("me/chat", revision="checkpoints-prose"),
+    "on disk": AutoModelForCausalLM.from_pretrained(f"{run}/stages/prose/model"),
+}
+with torch.no_grad():
+    logits = {name: model.eval()(ids).logits for name, model in models.items()}
+    logits["parent"] = parent.eval()(ids).logits
+    logits["by hand"] = PeftModel.from_pretrained(parent, "me/chat").eval()(ids).logits
+    trained = PeftModel.from_pretrained(models["on disk"], f"{run}/stages/sounds/model").eval()(ids).logits
+torch.testing.assert_close(logits["parent"], logits["on disk"], atol=0, rtol=0)
+for name in ("adapter", "by hand", "merged"):
+    torch.testing.assert_close(logits[name], trained, atol=1e-5, rtol=0)
+    assert not torch.allclose(logits[name], logits["parent"], atol=1e-3), name
+assert logits["checkpoint"].shape == trained.shape
+assert not [name for name in sys.modules if name.startswith("hfpipe")]
+"""
+
+
+def test_plain_transformers_and_peft_get_the_logits_of_the_chain(finished: Finished, tmp_path: Path) -> None:
+    environment = {**os.environ, **finished.hub.env(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", PULL, str(finished.run)], env=environment, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads(finished.hub.files("me/chat")["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "me/chat-base"
+    assert config["revision"] == finished.hub.commits("me/chat-base")[-1].oid
+
+
+def test_checkpoints_are_on_a_branch_without_pickles_and_local_paths(finished: Finished) -> None:
+    for stage, weights in (("prose", "model.safetensors"), ("sounds", "adapter_model.safetensors")):
+        files = finished.hub.files("me/chat", f"checkpoints-{stage}")
+        assert weights in files
+        assert {Path(name).suffix for name in files} <= {"", ".safetensors", ".json", ".md", ".jinja"}
+        assert not [name for name, content in files.items() if str(finished.folder).encode() in content]
+
+
+def test_no_token_in_anything_that_a_run_leaves(finished: Finished) -> None:
+    token = finished.hub.token.encode()
+    pushed = [finished.hub.files(id) for kind, id in finished.hub.repos if kind == "model"]
+    left = {str(file): file.read_bytes() for file in finished.run.rglob("*") if file.is_file()}
+    assert [name for name, content in left.items() if token in content] == []
+    assert [name for files in pushed for name, content in files.items() if token in content] == []
+    assert token.decode() not in finished.output
+    assert any(b"hfpipe.hub.upload" in line for line in finished.command_lines)
+    assert [line for line in finished.command_lines if token in line] == []
+
+
+def test_data_that_moves_on_changes_nothing_and_a_second_run_sends_nothing(finished: Finished) -> None:
+    moved = finished.hub.repos["dataset", "HuggingFaceFW/fineweb"]
+    moved.commit("main", "moved on", {"README.md": moved.at("main").files["README.md"]})
+    before = {id: len(finished.hub.commits(id)) for kind, id in finished.hub.repos if kind == "model"}
+    process = tiny.start("run", str(finished.recipe), **finished.environment)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "prose: done before, skipped" in output
+    assert "sounds: done before, skipped" in output
+    assert output.count("nothing was sent") == 3
+    assert {id: len(finished.hub.commits(id)) for kind, id in finished.hub.repos if kind == "model"} == before

@@ -34,7 +34,8 @@ tags:
 - checkpoint
 ---
 
-A checkpoint of a training that goes on: step {step} of stage `"""
+A checkpoint of a training that goes on: step {step} of stage `{stage}` of the hfpipe recipe `{recipe}`.
+"""
 
 
 class PushCheckpoints(TrainerCallback):
@@ -115,8 +116,9 @@ class PushCheckpoints(TrainerCallback):
                 if not is_on_hub(base):
                     base, commit = self.push.parent_repo_id or f"{self.push.repo_id}-base", None
                 write_json(adapter, config | {"base_model_name_or_path": base, "revision": commit})
-            card = CARD.format(library="peft" if adapter.is_file() else "transformers", step=self.step)
-            write_text(folder / "README.md", card + f"{self.stage.name}` of the hfpipe recipe `{self.recipe.name}`.\n")
+            library = "peft" if adapter.is_file() else "transformers"
+            names = {"stage": self.stage.name, "recipe": self.recipe.name}
+            write_text(folder / "README.md", CARD.format(library=library, step=self.step, **names))
         return sum(file.stat().st_size for file in self.folder.iterdir())
 
     def _tell(self) -> None:

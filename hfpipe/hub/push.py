@@ -19,6 +19,7 @@ from hfpipe.folders import model_of
 from hfpipe.hub.bundle import ADAPTER_CONFIG, find_made, parent_in_run, prepare_artifact
 from hfpipe.recipe import Push, Recipe, load_recipe
 from hfpipe.recipe.push import parent_push, planned_pushes, pushed_stage, pushes_of
+from hfpipe.report.card import is_on_hub
 
 START, SLOWEST = 300.0, 500_000.0  # seconds and bytes per second: an upload may take START + size / SLOWEST
 CHECKING = 90.0  # seconds that all questions before training may take
@@ -39,7 +40,7 @@ def push(run_dir: Path, **given: Any) -> str:
         The page of the repository; of `both`, the merged model's.
 
     Raises:
-        RecipeError: The run does not hold what is to be pushed.
+        RecipeError: The run does not hold what is to be pushed, or others could not load it.
         MachineError: The Hub did not take it. The message says why, where the artefact lies, and how to finish.
     """
     if not (run_dir / "recipe.yaml").is_file():
@@ -97,12 +98,19 @@ def check_access(recipe: Recipe, *, deadline_seconds: float = CHECKING) -> list[
         One line for each repository, that it may; none without `push:`.
 
     Raises:
+        RecipeError: Others could not load what would be pushed.
         MachineError: It may not, or the Hub cannot be reached.
     """
     if recipe.push is None:
         return []
+    pushes = planned_pushes(recipe, recipe.push)
+    if pushes[0].what == "adapter" and not (recipe.model.id and is_on_hub(recipe.model.id)):
+        raise RecipeError(
+            f"push.what: '{recipe.push.what}', but the adapter's base is {recipe.model.id or 'made in this run'}, "
+            "which nobody else has. Write `what: merged`."
+        )
     words = {"repo_id", "private", "revision", "tag", "create_pr"}
-    asked = [one.model_dump(include=words) | {"run": recipe.name} for one in planned_pushes(recipe, recipe.push)]
+    asked = [one.model_dump(include=words) | {"run": recipe.name} for one in pushes]
     try:
         return list(_in_own_process({"check": asked}, deadline_seconds)["lines"])
     except MachineError as error:

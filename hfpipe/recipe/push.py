@@ -51,9 +51,9 @@ def pushed_stage(recipe: Recipe, push: Push) -> str:
 
 
 def parent_push(push: Push, what: str, stage: str) -> Push:
-    """The push of the earlier stage that an adapter of a chain is loaded on."""
+    """The push of the earlier stage that an adapter of a chain is loaded on: at once, not as a pull request."""
     repo_id = push.parent_repo_id or f"{push.repo_id}-base"
-    return push.model_copy(update={"repo_id": repo_id, "what": what, "stage": stage})
+    return push.model_copy(update={"repo_id": repo_id, "what": what, "stage": stage, "create_pr": False})
 
 
 def pushes_of(recipe: Recipe, push: Push) -> list[Push]:
