@@ -74,6 +74,8 @@ def _pairs(recipe: Recipe, suites: Mapping[str, Rows]) -> Iterable[dict[str, Any
     index = SuiteIndex([row for rows in suites.values() for row in rows])
     for stage in recipe.stages:
         for source in stage.data:
+            if source.decontaminate:  # what overlaps is removed before the stage trains, and counted there
+                continue
             found = index.look_in(_rows(source, recipe.seed))
             start = 0
             for name, rows in suites.items():

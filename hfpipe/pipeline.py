@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hfpipe import ranks
 from hfpipe.cost import CostMeter
+from hfpipe.data.cleaning import require_cleaning
 from hfpipe.dial import settle
 from hfpipe.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.files import write_json
@@ -39,6 +40,7 @@ def run_recipe(recipe: Recipe) -> Path:
         UserError: With the exit code of its family; what was finished stays, and the same command continues.
     """
     quiet_libraries()
+    require_cleaning(recipe)
     ranks.state()
     folder = output_folder(recipe)
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from hfpipe.data.cleaning import cleaning_of, require_cleaning
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED, encode_for_training
 from hfpipe.data.masking import Masking, frame_of, tokens_of
@@ -44,6 +45,7 @@ def preflight(recipe: Recipe) -> None:
     """
     quiet_libraries()
     require_loadable(recipe)
+    require_cleaning(recipe)
     tokenizer = run_tokenizer(recipe)
     parameters, embedding = _parameters(recipe, tokenizer)
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
@@ -108,6 +110,8 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
         rows_known += count or 0
         tokens_known += (count or 0) * facts["tokens"]
         print(f"data       {stage.name}: {source.path}: {known}; {facts['tokens']:.0f} tokens a row")
+        if source.cleaned:
+            print(f"           cleaned first, in one pass over it: {cleaning_of(source)}")
         if facts["untrained"]:
             print(f"           {facts['untrained']:.0%} of the sampled rows have no token to train on")
     replayed = [part for part in mixture(recipe, stage) if part.replayed]

@@ -11,6 +11,7 @@ from typing import Any
 
 from hfpipe import ranks
 from hfpipe.answers import can_score
+from hfpipe.data.mixture import mixture
 from hfpipe.environment import environment
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.files import write_json, write_jsonl, write_text
@@ -77,6 +78,8 @@ class Run:
             seen = [self.hashes[parent], self.recipe.seed, stage]
             if getattr(stage, "replay", None) is not None:
                 seen.append(self.hashes[stage.replay.stage])  # type: ignore[union-attr]
+            if any(part.source.decontaminate for part in mixture(self.recipe, stage)):
+                seen.append({name: suite.data for name, suite in self.recipe.evaluate.items()})
             if stage.early_stopping is not None:
                 seen.append(self.recipe.evaluate[stage.early_stopping.suite])
             if (strength := strength_of(self.stage_folder(parent))) is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from hfpipe.data.shift import text_of
 
@@ -43,14 +44,14 @@ class Overlap:
     looked_at: int = 0
 
 
-def _words(text: str) -> np.ndarray:
-    """(W,) one hash a word. Python's own hash differs between processes, and nothing outlives one here."""
-    return np.fromiter(map(hash, WORD.findall(text.lower())), np.int64).view(np.uint64)
+def words_of(text: str) -> np.ndarray:
+    """(W,) one hash a word, without case and punctuation; the same in every process."""
+    return np.fromiter(map(xxh3_64_intdigest, map(str.encode, WORD.findall(text.lower()))), np.uint64)
 
 
-def _grams(words: np.ndarray) -> np.ndarray:
-    """(W - 12,) hashes of all sequences; one of all the words where there are fewer."""
-    size = min(GRAM, len(words))
+def grams_of(words: np.ndarray, length: int = GRAM) -> np.ndarray:
+    """(W - length + 1,) hashes of all sequences; one of all the words where there are fewer."""
+    size = min(length, len(words))
     if not size:
         return words
     rolled = np.zeros(len(words) - size + 1, np.uint64)
@@ -61,7 +62,7 @@ def _grams(words: np.ndarray) -> np.ndarray:
 
 
 def _whole(words: np.ndarray) -> int:
-    return hash(words.tobytes())
+    return xxh3_64_intdigest(words.tobytes())
 
 
 class SuiteIndex:
@@ -72,13 +73,13 @@ class SuiteIndex:
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        words = [_words(text_of(row)) for row in rows]
+        words = [words_of(text_of(row)) for row in rows]
         self._whole: dict[int, list[int]] = {}
         for place, one in enumerate(words):
             if len(one):
                 self._whole.setdefault(_whole(one), []).append(place)
         self._lengths = set(map(len, words)) - {0}
-        grams = [np.unique(_grams(one)) if len(one) >= GRAM else np.zeros(0, np.uint64) for one in words]
+        grams = [np.unique(grams_of(one)) if len(one) >= GRAM else np.zeros(0, np.uint64) for one in words]
         joined = np.concatenate([np.zeros(0, np.uint64), *grams])
         self._known, places = np.unique(joined, return_inverse=True)  # (K,) sequences of all rows
         owners = np.repeat(np.arange(len(rows)), [len(one) for one in grams])
@@ -87,6 +88,21 @@ class SuiteIndex:
         self._first = np.searchsorted(self._place, np.arange(len(self._known) + 1))
         self._count = len(rows)
 
+    @property
+    def sequences(self) -> int:
+        """How many different sequences the rows have."""
+        return len(self._known)
+
+    def found_in(self, text: str) -> tuple[list[int], np.ndarray]:
+        """The rows that a text is as a whole, and which of the rows' sequences it holds, each once."""
+        words = words_of(text)
+        rows = self._whole.get(_whole(words), []) if len(words) in self._lengths else []
+        if len(words) < GRAM or not len(self._known):
+            return rows, np.zeros(0, np.int64)
+        grams = grams_of(words)
+        places = np.minimum(np.searchsorted(self._known, grams), len(self._known) - 1)
+        return rows, np.unique(places[self._known[places] == grams])
+
     def look_in(self, rows: Iterable[dict[str, Any]]) -> Overlap:
         """Looks for the suites' rows in rows that are trained on."""
         overlap, exact = Overlap(), set()
@@ -94,16 +110,11 @@ class SuiteIndex:
         hits: list[np.ndarray] = []  # of each training row that holds any, which
         for row in rows:
             overlap.looked_at += 1
-            words = _words(text_of(row))
-            if len(words) in self._lengths:
-                exact |= {*self._whole.get(_whole(words), ())}
-            if len(words) >= GRAM and len(self._known):
-                grams = _grams(words)
-                places = np.minimum(np.searchsorted(self._known, grams), len(self._known) - 1)
-                found = np.unique(places[self._known[places] == grams])
-                if len(found):
-                    seen[found] += 1
-                    hits.append(found.astype(np.int32))
+            whole, found = self.found_in(text_of(row))
+            exact |= {*whole}
+            if len(found):
+                seen[found] += 1
+                hits.append(found.astype(np.int32))
         telling = seen <= COMMON
         sizes = np.bincount(self._owner[telling[self._place]], minlength=self._count)  # telling sequences of each row
         partly, touched = set(), set()

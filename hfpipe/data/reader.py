@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from hfpipe.data.dirt import Tally, tidy
 from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
 from hfpipe.data.outage import Outage
+from hfpipe.data.sketch import REASONS
 from hfpipe.data.source_errors import friendly, readable
 from hfpipe.errors import DataError, Unreachable
 from hfpipe.recipe import Source
@@ -36,6 +38,7 @@ class Reader:
         source: What the rows were opened from, for messages.
         epochs: How many shares to read; None for no end.
         block: Rows of a stream fetched at a time.
+        removed: Why each row of each share is removed, 0 where it stays; see `cleaning.py`.
     """
 
     def __init__(
@@ -46,8 +49,11 @@ class Reader:
         source: Source,
         epochs: int | None = None,
         block: int = BLOCK,
+        removed: Sequence[np.ndarray] | None = None,
     ) -> None:
         self._all, self._lane, self._lanes, self.source, self._epochs = rows, lane, lanes, source, epochs
+        self._removed = removed
+        self.removed = Tally()
         self.epoch = 0  # epochs that are finished
         self.ended = False
         self.rows = 0  # read in all
@@ -78,6 +84,9 @@ class Reader:
                 continue
             self._read += 1
             self._block_read += 1
+            if self._removed is not None and (why := self._reason(self._removed[self._number])):
+                self.removed.add((why,), self._name(row[1]))
+                continue
             self.rows += 1
             text, found = tidy(row[0])
             if found:
@@ -86,6 +95,15 @@ class Reader:
                 self._usable += 1
                 texts.append(text)
         return texts
+
+    def _reason(self, reasons: np.ndarray) -> str | None:
+        """Why the row read last is removed."""
+        if self._read > len(reasons):
+            raise DataError(
+                f"source {self.source.path!r} has more rows than when it was cleaned. Data must stay as it is while a "
+                "stage trains; remove the stage's folder to begin it again."
+            )
+        return REASONS.get(int(reasons[self._read - 1]))
 
     def _name(self, name: Any) -> str:
         """The id of the row read last, or its place in the source."""
@@ -102,6 +120,7 @@ class Reader:
         self._fruitless = 0 if self._usable else self._fruitless + 1
         if self._fruitless == self._lanes and not self.ended:
             found = f"{self.rows} rows read, {self.dirty}" if self.rows else "no rows"
+            found += f", removed: {self.removed}" if self.removed else ""
             raise DataError(
                 f"source {self.source.path!r} has no document with text in it ({found}).{self.dirty.encoding_advice}"
             )
@@ -164,12 +183,14 @@ class Reader:
         }
 
     def tallies(self) -> dict[str, Any]:
-        """What was dirty and what was mended: reasons, and ids of the first rows."""
+        """What was dirty, mended or removed: reasons, and ids of the first rows."""
         return {
             "dirty": dict(self.dirty.counts),
             "dirty_ids": list(self.dirty.ids),
             "mended": dict(self.mended.counts),
             "mended_ids": list(self.mended.ids),
+            "removed": dict(self.removed.counts),
+            "removed_ids": list(self.removed.ids),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -179,6 +200,7 @@ class Reader:
         self.rows = state["rows"]
         self.dirty = Tally(state["dirty"], state["dirty_ids"])
         self.mended = Tally(state["mended"], state["mended_ids"])
+        self.removed = Tally(state["removed"], state["removed_ids"])
         self._block, self._block_state, self._block_read = state["block"], state["block_state"], state["block_read"]
 
 

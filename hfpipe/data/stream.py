@@ -25,6 +25,7 @@ from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
 from hfpipe.data.masking import Frame, tokens_of
 from hfpipe.data.reader import BLOCK, Reader
+from hfpipe.data.sketch import counts_of
 from hfpipe.data.source_errors import friendly
 from hfpipe.errors import RecipeError
 from hfpipe.ranks import gather
@@ -77,6 +78,7 @@ class TokenStream:
         max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once a
             rank has read `JUDGED_ROWS` different rows of the source, or all of its share.
         prefetch: Whether windows are built ahead in background threads.
+        cleaned: Judges the rows of a stream before it is read, see `Cleaner.shares`.
         frame: Of rows for a masked model, which carry their number and no positions; None for the next token.
 
     Raises:
@@ -101,11 +103,13 @@ class TokenStream:
         epochs: int = 1,
         max_dirty_share: float = 1.0,
         prefetch: bool = True,
+        cleaned: Callable[[IterableDataset, int, Source], list[np.ndarray] | None] | None = None,
         frame: Frame | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None and frame is None:
             raise RecipeError("the tokenizer has no EOS token, which ends each document of a stream; give it one.")
-        self.frame = frame
+        self.frame, self._cleaned = frame, cleaned
+        self._removed: list[list[np.ndarray] | None] = [None] * len(sources)
         self.sources, self.max_length = list(sources), max_length - (frame.size if frame else 0)  # without the frame
         self.weights = list(weights or [1.0] * len(self.sources))
         self.origins = list(
@@ -152,8 +156,8 @@ class TokenStream:
         each_epochs = [None if other else self.epochs for other in self.replayed]
         opened = Lane(
             [
-                Reader(rows, lane, self.lanes, origin, epochs, min(BLOCK, self.window_documents))
-                for rows, origin, epochs in zip(shards, self.origins, each_epochs, strict=True)
+                Reader(rows, lane, self.lanes, origin, epochs, min(BLOCK, self.window_documents), removed)
+                for rows, origin, epochs, removed in zip(shards, self.origins, each_epochs, self._removed, strict=True)
             ],
             self.weights,
             self._tokenize,
@@ -187,6 +191,11 @@ class TokenStream:
         if self._finished:
             return
         shards = self._shards()
+        if self._cleaned is not None:
+            self._removed = [
+                self._cleaned(rows, self.lanes, origin) if isinstance(rows, IterableDataset) else None
+                for rows, origin in zip(shards, self.origins, strict=True)
+            ]
         build = {lane: self._lane(lane, shards).build for lane in self._in_order()}
         windows: dict[int, Window] = {}
         ahead = Ahead(build) if self.prefetch else None
@@ -302,7 +311,7 @@ class TokenStream:
             `rows`, `tokens` without padding, `documents` that began, those that were `cut` to go on in another row,
             `continued_rows` that begin in the middle of one, `cut_share`, `padding_share`, `lanes`; and of each of the
             `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `replayed`, `dirty` and
-            `mended` rows by reason (see `dirt.py`), `dirty_ids`, `mended_ids`.
+            `mended` rows by reason (see `dirt.py`), those `removed` by cleaning, and the ids of some of each.
         """
         positions = [position for part in gather(list(self._positions.values())) for position in part]
         total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
@@ -317,9 +326,11 @@ class TokenStream:
                 "rows": sum(facts["rows"] for facts in lanes),
                 "replayed": self.replayed[number],
             }
-            for kind in ("dirty", "mended"):
+            for kind in ("dirty", "mended", "removed"):
                 found = merged([Tally(facts[kind], facts[f"{kind}_ids"]) for facts in lanes])
                 sources[f"{number}: {origin.path}"] |= {kind: found.counts, f"{kind}_ids": found.ids}
+            if (removed := self._removed[number]) is not None:  # of all rows, and not of those that were met
+                sources[f"{number}: {origin.path}"]["removed"] = counts_of(np.concatenate(removed))
         return {
             **total,
             "cut_share": round(total["cut"] / max(total["documents"], 1), 4),

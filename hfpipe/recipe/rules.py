@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfpipe.recipe.adapters import adapter_of, check_adapter, check_added_tokens, check_dial, check_merges
+from hfpipe.recipe.cleaning import check_cleaning
 from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
@@ -81,6 +82,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
     yield from _check_outcome(data)
     yield from check_dial(data)
     yield from check_overlap(data)
+    yield from check_cleaning(data)
     yield from check_country(data)
     yield from check_repeats(data)
     yield from check_secrets(data)

@@ -84,6 +84,12 @@ class Fold(Words):
     leave: int | None = Field(None, ge=1, description="the one fold whose rows are left out")
 
 
+class Deduplicate(Words):
+    """How alike documents must be to be one."""
+
+    near: Share = Field(0.8, ge=0.5, lt=1, description="least Jaccard similarity of their word 5-grams")
+
+
 class Source(Words):
     """One `load_dataset` call, and what its columns mean.
 
@@ -109,6 +115,25 @@ class Source(Words):
     template: dict[str, _Text] | None = Field(
         None, description='builds roles from columns, e.g. {prompt: "Q: {question}\\nA:", completion: " {answer}"}'
     )
+    deduplicate: (
+        Annotated[
+            Annotated[Literal["exact", "near"], Tag(WORD)] | Annotated[Deduplicate, Tag(BLOCK)],
+            Discriminator(_word_or_block),
+        ]
+        | None
+    ) = Field(None, description="rows that say the same (exact), or nearly the same (near), are trained on once")
+    decontaminate: bool = Field(False, description="leave out rows that overlap a suite by 13-word sequences")
+
+    @property
+    def near(self) -> float | None:
+        """The similarity from which documents are near duplicates; None where none are looked for."""
+        block = Deduplicate.model_validate({}) if self.deduplicate == "near" else self.deduplicate
+        return block.near if isinstance(block, Deduplicate) else None
+
+    @property
+    def cleaned(self) -> bool:
+        """Whether rows are removed before training."""
+        return self.deduplicate is not None or self.decontaminate
 
     @property
     def passed_through(self) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
 
 def data_section(folder: Path, recipe: Recipe) -> Section | None:
     """What each stage read of its sources: rows, epochs, shares, what was left out or mended, and packing."""
-    rows = [["stage", "source", "#rows read", "#epochs", "#share of the tokens", "left out", "cut or mended"]]
+    rows = [
+        ["stage", "source", "#rows read", "#epochs", "#share of the tokens", "left out", "cut or mended", "removed"]
+    ]
     waste = []
     for stage in recipe.stages:
         done = folder / "stages" / stage.name / "done.json"
@@ -35,7 +37,7 @@ def data_section(folder: Path, recipe: Recipe) -> Section | None:
             path = name.partition(": ")[2] + (" (replayed)" if facts.get("replayed") else "")
             cells = [stage.name, path, f"#{facts['rows']:,}", f"#{facts.get('epochs', '')}"]
             cells.append(f"#{facts['token_share']:.1%}" if "token_share" in facts else "#")
-            rows.append([*cells, *(_tallied(facts, kind) for kind in ("dirty", "mended"))])
+            rows.append([*cells, *(_tallied(facts, kind) for kind in ("dirty", "mended", "removed"))])
         if "cut_share" in data:
             cut, padding = data["cut_share"], data["padding_share"]
             waste.append(f"{stage.name}: {cut:.1%} of the documents go on in another row, {padding:.1%} padding")

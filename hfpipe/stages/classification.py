@@ -117,12 +117,13 @@ def _labelled_rows(
         rows, names = plain_labels(load_rows(source, seed=run.recipe.seed, kinds=("classification",)), source.path)
         declared += [name for name in names if name not in declared]
         read = Read()
+        rows, removed = run.cleaner.rows(rows, source)
         for row in tidy_rows(rows, source, read):
             if row["label"] is not None:
                 texts.append(row["sentence"])
                 labels.append(row["label"])
         refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
-        facts[f"{len(facts)}: {source.path}"] = read.facts()
+        facts[f"{len(facts)}: {source.path}"] = read.facts() | removed
     if not texts:
         raise DataError(f"stages.{stage.name}: no row has a sentence and a label.")
     return texts, labels, declared, facts

@@ -43,8 +43,9 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     max_length = _max_length(run, model)
     per_device, accumulation = divide_batch(stage)
     parts = mixture(run.recipe, stage)
+    tables = [run.cleaner.tables(documents_of(part, run.tokenizer, run.recipe.seed), part.source) for part in parts]
     stream = TokenStream(
-        [documents_of(part, run.tokenizer, run.recipe.seed) for part in parts],
+        [rows for rows, _ in tables],
         run.tokenizer,
         max_length=max_length,
         weights=[part.share for part in parts],
@@ -56,6 +57,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         seed=run.recipe.seed,
         rank=ranks.rank(),
         ranks=ranks.ranks(),
+        cleaned=run.cleaner.shares,
         frame=frame,
     )
     global_batch = per_device * accumulation * ranks.ranks()
@@ -70,7 +72,10 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     loader = BatchLoader(
         stream, per_device, run.tokenizer.pad_token_id, collated=masking.collate if masking else collate
     )
-    return train(run, trainer, loader, tokens_per_step=global_batch * max_length)
+    facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length)
+    for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
+        source |= removed
+    return facts
 
 
 def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -112,7 +117,7 @@ def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
     tokens, own = 0, sum(part.share for part in mixture(run.recipe, run.stage) if not part.replayed)
     special = run.stage.task == "causal"  # a row's, and not a document's, with a masked model
     for source in run.stage.data:
-        rows = load_rows(source, seed=run.recipe.seed, kinds=("text",))
+        rows, _ = run.cleaner.tables(load_rows(source, seed=run.recipe.seed, kinds=("text",)), source)
         if not hasattr(rows, "num_rows"):
             raise RecipeError(
                 f"stages.{run.stage.name}.training: a streamed source has no known end, so epochs cannot be counted; "

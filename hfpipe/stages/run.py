@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hfpipe.cost import CostMeter
+from hfpipe.data.cleaning import Cleaner
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
 
@@ -44,3 +45,8 @@ class StageRun:
     rows: dict[str, list[dict[str, Any]]]
     cost: CostMeter
     callbacks: tuple[TrainerCallback, ...] = ()
+
+    @property
+    def cleaner(self) -> Cleaner:
+        """Cleans the sources of the stage."""
+        return Cleaner(self.folder / "cleaning", self.hash, self.rows)

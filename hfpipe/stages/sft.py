@@ -100,8 +100,8 @@ def _weighted(parts: list[Dataset], weights: list[float]) -> list[Dataset]:
 def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> tuple[Dataset, dict[str, Any]]:
     """Reads and tokenizes a source in batches, on every rank alike; and what was read of it."""
     training, read = run.stage.training, Read()
-    rows = tidy_rows(load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS), source, read)
-    clean = islice(rows, at_most)
+    rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS), source)
+    clean = islice(tidy_rows(rows, source, read), at_most)
     tokenized: list[dict[str, list[int]]] = []
     while chunk := [*islice(clean, 1000)]:
         tokenized += encode_for_training(
@@ -120,4 +120,4 @@ def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> tupl
         )
     if left > len(tokenized):
         ranks.say(f"  {source.path}: {left - len(tokenized)} of {left} rows have no token to train on and are left out")
-    return Dataset.from_list(tokenized), read.facts()
+    return Dataset.from_list(tokenized), read.facts() | removed

@@ -1,0 +1,156 @@
+"""Cleaning of a source: duplicates, near duplicates and what overlaps the suites are removed before a stage trains.
+
+One pass over the source, after `skip`, `take` and `where`, judges every row among all others, whichever file or lane
+they are in. What it finds is kept in the stage's folder, so that a resumed run does not look again. The ranks share the
+pass; the main process judges, and what it finds does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from hfpipe import ranks
+from hfpipe.data.dirt import LISTED, Read, tidy_rows
+from hfpipe.data.overlap import SuiteIndex
+from hfpipe.data.reader import Reader
+from hfpipe.data.shift import text_of
+from hfpipe.data.sketch import counts_of, judge, remove_sketch, write_sketch
+from hfpipe.errors import MachineError
+from hfpipe.recipe import Recipe, Source, hash_of
+
+PIECES = 8  # of a table, for the ranks to share
+Texts = Callable[[], Iterator[str | None]]
+
+
+def require_cleaning(recipe: Recipe) -> None:
+    """Raises a MachineError when near duplicates are to be found and datasketch is not installed."""
+    asked = any(source.near is not None for stage in recipe.stages for source in stage.data)
+    if asked and find_spec("datasketch") is None:
+        raise MachineError(
+            "`deduplicate: near` needs datasketch, which is not installed here. Install it with "
+            "`pip install 'hfpipe[cleaning]'`, or write `deduplicate: exact`, which needs nothing."
+        )
+
+
+def cleaning_of(source: Source) -> str:
+    """What is removed of a source, in words."""
+    near = None if source.near is None else f"near duplicates from a similarity of {source.near:g}"
+    what = [near, "duplicates" if source.deduplicate == "exact" else None]
+    return ", ".join(filter(None, [*what, "what overlaps a suite" if source.decontaminate else None]))
+
+
+class Cleaner:
+    """Cleans the sources of a stage.
+
+    Args:
+        folder: Where what was found is kept, seen by every rank.
+        key: Hash of the stage.
+        suites: The rows of every suite.
+    """
+
+    def __init__(self, folder: Path, key: str, suites: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        self._folder, self._key, self._suites = folder, key, suites
+
+    def tables(
+        self, rows: Dataset | IterableDataset, source: Source
+    ) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
+        """As `rows` does for a table; a stream is left to `shares`."""
+        return self.rows(rows, source) if isinstance(rows, Dataset) else (rows, {})
+
+    def rows(self, rows: Dataset | IterableDataset, source: Source) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
+        """The rows of a source that stay, and facts for the report. Every rank has to call this."""
+        if not source.cleaned:
+            return rows, {}
+        if isinstance(rows, Dataset):
+            ends = [len(rows) * piece // PIECES for piece in range(PIECES + 1)]
+            parts = [rows.select(range(*ends[piece : piece + 2])) for piece in range(PIECES)]
+            found = self._judged(source, [_texts_of(part, source) for part in parts], len(rows))
+        else:
+            found = self._judged(source, [_texts_of(rows, source)], None)
+        reasons = np.concatenate(found)
+        facts: dict[str, Any] = {"removed": counts_of(reasons), "removed_ids": []}
+        if isinstance(rows, IterableDataset):
+            return rows.filter(lambda _, place: not reasons[place], with_indices=True), facts
+        gone = np.flatnonzero(reasons)
+        first = rows.select(gone[:LISTED]) if len(gone) else []
+        facts["removed_ids"] = [str(row.get("id", f"row {place}")) for row, place in zip(first, gone, strict=False)]
+        return rows.select(np.flatnonzero(reasons == 0)), facts
+
+    def shares(self, rows: IterableDataset, lanes: int, source: Source) -> list[np.ndarray] | None:
+        """Why each row of each lane's share is removed; 0 where it stays. Every rank has to call this.
+
+        Args:
+            rows: A stream with a column `text`, and shards enough for the lanes.
+            lanes: Number of shares.
+            source: What the rows were opened from.
+        """
+        if not source.cleaned:
+            return None
+        return self._judged(source, [_texts_of_share(rows, lane, lanes, source) for lane in range(lanes)], None)
+
+    def _judged(self, source: Source, pieces: Sequence[Texts], size: int | None) -> list[np.ndarray]:
+        """The reasons of each piece, looked up or worked out."""
+        seen = list(self._suites.values()) if source.decontaminate else None
+        digest = hash_of([self._key, source, len(pieces), size, seen])[:16]
+        path = self._folder / f"{digest}.npz"
+        if not ranks.from_main(path.exists()):
+            self._look(source, pieces, path, digest)
+        saved = np.load(path)
+        return np.split(saved["reasons"], np.cumsum(saved["sizes"])[:-1])
+
+    def _look(self, source: Source, pieces: Sequence[Texts], path: Path, digest: str) -> None:
+        begin = time.perf_counter()
+        index = SuiteIndex([row for rows in self._suites.values() for row in rows]) if source.decontaminate else None
+        sketches = [self._folder / f"{digest}-{number}" for number in range(len(pieces))]
+        for number in range(ranks.rank(), len(pieces), ranks.ranks()):
+            write_sketch(pieces[number](), sketches[number], near=source.near is not None, index=index)
+        ranks.wait()
+        if ranks.is_main():
+            reasons, sizes = judge(
+                sketches, exact=source.deduplicate == "exact", near=source.near, suites=source.decontaminate
+            )
+            beside = path.with_name(f".{path.name}")
+            with beside.open("wb") as file:
+                np.savez_compressed(file, reasons=reasons, sizes=sizes)
+            beside.replace(path)
+            for sketch in sketches:
+                remove_sketch(sketch)
+            found = ", ".join(f"{count:,} {why}" for why, count in counts_of(reasons).items()) or "nothing"
+            seconds = time.perf_counter() - begin
+            ranks.say(f"  {source.path}: {len(reasons):,} rows cleaned in {seconds:.0f} s, removed: {found}")
+        ranks.wait()
+
+
+def _texts_of(rows: Dataset | IterableDataset, source: Source) -> Texts:
+    """What rows say, each in its place; None for the dirty ones."""
+
+    def texts() -> Iterator[str | None]:
+        read, given = Read(), 0
+        for row in tidy_rows(rows, source, read):
+            yield from [None] * (read.rows - 1 - given)
+            yield text_of(row)
+            given = read.rows
+        yield from [None] * (read.rows - given)
+
+    return texts
+
+
+def _texts_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source) -> Texts:
+    """What the documents of a lane's first share say, each in its place; None for the dirty ones."""
+
+    def texts() -> Iterator[str | None]:
+        reader, given = Reader(rows, lane, lanes, source, epochs=1), 0
+        while (text := reader.next()) is not None:
+            yield from [None] * (reader.rows - 1 - given)
+            yield text
+            given = reader.rows
+        yield from [None] * (reader.rows - given)
+
+    return texts

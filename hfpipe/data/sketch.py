@@ -1,0 +1,165 @@
+"""What cleaning remembers of a row: eight bytes, a MinHash signature on disk, and which sequences of suites it holds.
+
+Near duplicates are found by MinHash (Broder 1997, "On the resemblance and containment of documents") over word 5-grams,
+as Lee et al. 2022 (arXiv:2107.06499) and FineWeb (Penedo et al. 2024, arXiv:2406.17557) do.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from hfpipe.data.overlap import COMMON, MULTIPLIER, SuiteIndex, grams_of, words_of
+
+NGRAM = 5
+PERMUTATIONS = 128  # the standard error of an estimated similarity of 0.8 is 0.035
+AT_ONCE = 10_000  # rows, or sequences of one row, that are held in memory as numbers
+NEIGHBOURS = 16  # earlier rows of a bucket that a row is compared with
+KEPT, DUPLICATE, NEAR, SUITE = range(4)
+REASONS = {DUPLICATE: "duplicate", NEAR: "near duplicate", SUITE: "overlaps a suite"}
+
+
+def write_sketch(texts: Iterable[str | None], path: Path, *, near: bool, index: SuiteIndex | None) -> None:
+    """Sketches rows into `path`.npz and `path`.signatures.
+
+    Args:
+        texts: The rows in order; None for one that is dirty.
+        path: Where to, without the suffix.
+        near: Whether signatures are wanted.
+        index: The rows of the suites, where overlap with them is wanted.
+    """
+    hashes, exact, holders, held = array("Q"), array("Q"), array("Q"), array("Q")
+    sketcher = _MinHash() if near else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".signatures").open("wb") as file:
+        for row, text in enumerate(texts):
+            hashes.append(0 if text is None else xxh3_64_intdigest(text.encode()) or 1)
+            if sketcher is not None:
+                file.write(sketcher.signature(text or "").tobytes())
+            if index is not None and text is not None:
+                whole, sequences = index.found_in(text)
+                if whole:
+                    exact.append(row)
+                holders.extend([row] * len(sequences))
+                held.extend(sequences.tolist())
+    columns = {"hashes": hashes, "exact": exact, "holders": holders, "held": held}
+    np.savez(path, **{name: np.asarray(values, np.uint64) for name, values in columns.items()})  # type: ignore[arg-type]
+
+
+class _MinHash:
+    """datasketch's MinHash, filled anew for each row."""
+
+    def __init__(self) -> None:
+        from datasketch import MinHash
+
+        self._minhash = MinHash(num_perm=PERMUTATIONS, hashfunc=lambda value: value)
+
+    def signature(self, text: str) -> np.ndarray:
+        """(PERMUTATIONS,) uint32. A text without words is like itself alone."""
+        grams = np.unique(grams_of(words_of(text), NGRAM) >> np.uint64(32)) if text else np.zeros(0, np.uint64)
+        if not len(grams):
+            grams = np.array([xxh3_64_intdigest(text.encode()) >> 32], np.uint64)
+        self._minhash.clear()
+        for start in range(0, len(grams), AT_ONCE):
+            self._minhash.update_batch(grams[start : start + AT_ONCE].tolist())
+        return np.asarray(self._minhash.hashvalues, np.uint32)
+
+
+def judge(paths: list[Path], *, exact: bool, near: float | None, suites: bool) -> tuple[np.ndarray, list[int]]:
+    """Which rows are removed, and why.
+
+    Rows that overlap a suite go first: they hold a sequence of it that no more than ten rows hold (one in more is a
+    phrase; Brown et al. 2020, arXiv:2005.14165, appendix C), or are a whole row of it. Of what is left, the first of
+    its like stays.
+
+    Args:
+        paths: The sketches, in the order of the source.
+        exact: Whether equal texts are looked for.
+        near: Least similarity of near duplicates; None to look for none.
+        suites: Whether overlap is looked at.
+
+    Returns:
+        (N,) reasons, and the number of rows of each sketch.
+    """
+    sketches = [dict(np.load(path.with_suffix(".npz"))) for path in paths]
+    sizes = [len(sketch["hashes"]) for sketch in sketches]
+    begins = np.cumsum([0, *sizes[:-1]]).astype(np.uint64)
+    hashes = np.concatenate([sketch["hashes"] for sketch in sketches])
+    reasons = np.zeros(len(hashes), np.uint8)
+    if suites:
+        pairs = list(zip(sketches, begins, strict=True))
+        held = np.concatenate([sketch["held"] for sketch in sketches]).astype(np.int64)
+        holders = np.concatenate([sketch["holders"] + begin for sketch, begin in pairs])
+        reasons[holders[np.bincount(held)[held] <= COMMON]] = SUITE
+        reasons[np.concatenate([sketch["exact"] + begin for sketch, begin in pairs])] = SUITE
+    left = np.flatnonzero((hashes != 0) & (reasons == KEPT))
+    if exact:
+        _, first = np.unique(hashes[left], return_index=True)
+        reasons[np.delete(left, first)] = DUPLICATE
+    elif near is not None:
+        whole = paths[0].with_name("signatures")
+        with whole.open("wb") as file:
+            for path in paths:
+                with path.with_suffix(".signatures").open("rb") as part:
+                    while block := part.read(1 << 24):
+                        file.write(block)
+        if len(left):
+            signatures = np.memmap(whole, np.uint32, mode="r").reshape(-1, PERMUTATIONS)
+            reasons[left[_near_duplicates(signatures, left, near)]] = NEAR
+        whole.unlink()
+    return reasons, sizes
+
+
+def _near_duplicates(signatures: np.ndarray, rows: np.ndarray, threshold: float) -> np.ndarray:
+    """(R,) True where a row is like one that comes before it.
+
+    Signatures are cut into bands; rows that agree in one are compared whole, each with those before it in its bucket.
+    """
+    from datasketch import MinHashLSH
+
+    # A missed pair is ten times as bad as a comparison for nothing, since whatever meets is compared.
+    plan = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+    later = np.zeros(len(rows), bool)
+    for band in range(plan.b):
+        columns = slice(band * plan.r, (band + 1) * plan.r)
+        keys = np.concatenate([_keys(signatures[part, columns]) for part in _parts(rows)])
+        order = np.argsort(keys, kind="stable")
+        for lag in range(1, NEIGHBOURS + 1):
+            first, second = order[:-lag], order[lag:]
+            meet = np.flatnonzero((keys[first] == keys[second]) & ~later[second])
+            if not len(meet):
+                break
+            for part in _parts(meet):
+                one, other = rows[first[part]], rows[second[part]]
+                alike = (signatures[one] == signatures[other]).mean(axis=1) >= threshold
+                later[second[part[alike]]] = True
+    return later
+
+
+def _parts(values: np.ndarray) -> list[np.ndarray]:
+    return [values[start : start + AT_ONCE] for start in range(0, len(values), AT_ONCE)]
+
+
+def _keys(bands: np.ndarray) -> np.ndarray:
+    """(R,) one hash of each row of (R, columns) numbers."""
+    keys = np.zeros(len(bands), np.uint64)
+    for column in bands.T.astype(np.uint64):
+        keys = (keys ^ (column * MULTIPLIER)) * MULTIPLIER
+        keys ^= keys >> np.uint64(29)
+    return keys
+
+
+def remove_sketch(path: Path) -> None:
+    """Deletes what `write_sketch` wrote."""
+    for suffix in (".npz", ".signatures"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def counts_of(reasons: np.ndarray) -> dict[str, Any]:
+    """Rows removed by reason."""
+    return {name: int(count) for why, name in REASONS.items() if (count := (reasons == why).sum())}
