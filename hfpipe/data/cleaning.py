@@ -147,9 +147,9 @@ def _texts_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source
 
     def texts() -> Iterator[str | None]:
         reader, given = Reader(rows, lane, lanes, source, epochs=1), 0
-        while (text := reader.next()) is not None:
+        while document := reader.take(1):
             yield from [None] * (reader.rows - 1 - given)
-            yield text
+            yield from document
             given = reader.rows
         yield from [None] * (reader.rows - given)
 
