@@ -17,6 +17,7 @@ from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
+from hfpipe.harness import harness_rows, score_harness
 from hfpipe.metrics import higher_is_better, load_metric, needs_of
 from hfpipe.metrics.rows import RowMetric, paired_stderr
 from hfpipe.recipe import Suite
@@ -32,6 +33,8 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     Raises:
         DataError: There is none.
     """
+    if suite.lm_eval is not None:
+        return harness_rows(suite)
     opened = load_rows(suite.data, default_split="test", seed=seed)
     if "sentence" in (opened.column_names or []):
         opened, _ = plain_labels(opened, suite.data.path)
@@ -136,6 +139,8 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
     Returns:
         The scores and records, on every rank; each row was scored on one of them, once.
     """
+    if suite.lm_eval is not None:
+        return Scored(score_harness(name, suite, model, tokenizer, stage), [])
     metrics = suite_metrics(suite)
     records: list[dict[str, Any]] = [
         {"row": number, **({"id": str(row["id"])} if "id" in row else {}), **_asked(row), "values": {}}

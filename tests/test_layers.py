@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "hfpipe"
 LAYERS = [
     {"errors", "files", "folders", "recipe", "scores", "secrets", "shipped", "tradeoff"},
     {"ranks", "data", "model", "metrics"},
-    {"answers", "checkpoints", "cost", "environment", "evaluation", "overlap", "shift", "stages"},
+    {"answers", "checkpoints", "cost", "environment", "evaluation", "harness", "overlap", "shift", "stages"},
     {"hub", "report"},
     {"dial", "pipeline", "run"},
     {"artifacts", "preflight", "repeats"},

@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
 from plain import Plain, make_model, scored
 
 from hfpipe.cli import main
@@ -129,6 +131,50 @@ def test_last_words_are_the_plain_scripts(model: Path, tmp_path: Path) -> None:
     assert found["greedy_match"] == sum(result[1] for result in results) / len(rows)
     assert found["word_perplexity"] == pytest.approx(math.exp(nats / len(rows)), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / sum(result[2] for result in results)), rel=1e-5)
+
+
+def test_a_task_of_lm_eval_gives_its_scores_and_they_are_those_of_the_same_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    model = make_model(tmp_path / "model", llama=True)
+    rows = [{"question": q.strip(), "choices": c, "answer": a} for q, c, a in QUESTIONS]
+    task = {
+        "task": "tiny_questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm", "acc_bytes")],
+    }
+    suite = {
+        "data": {"template": {"prompt": "Question: {question}\nAnswer:"}},
+        "metrics": ["accuracy", "accuracy_norm", "accuracy_bytes"],
+    }
+    ours = scored(tmp_path, model, rows, suite)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(yaml.safe_dump(task))
+    content = tiny.recipe(tmp_path)
+    content["evaluate"] = {"it": {"lm_eval": "tiny_questions", "include_path": str(tmp_path / "tasks")}}
+    path, output = str(tiny.write(tmp_path, content)), tmp_path / "scores.json"
+    assert main(["check", "--fast", path]) == 0
+    assert main(["evaluate", str(model), path, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert [score["metric"] for score in found] == ["acc", "acc_norm", "acc_bytes"]
+    assert [score["value"] for score in found] == list(ours.values())
+    for score in found:
+        value, n = score["value"], len(rows)
+        assert (score["n"], score["higher_is_better"]) == (n, True)
+        assert score["stderr"] == pytest.approx((value * (1 - value) / (n - 1)) ** 0.5)
+    content["evaluate"]["it"]["lm_eval"] = "tiny_question"
+    assert main(["evaluate", str(model), str(tiny.write(tmp_path, content))]) == 2
+    assert "Did you mean tiny_questions?" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["evaluate", str(model), str(tiny.write(tmp_path, content))]) == 4
+    assert 'pip install "hfpipe[lm-eval]"' in capsys.readouterr().err
 
 
 def test_an_answer_that_is_no_choice_is_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

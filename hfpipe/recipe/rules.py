@@ -74,6 +74,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_source(suite.source, FORMS + SUITE_FORMS)
         yield from _check_metrics(suite)
         yield from _check_swap(suite)
+        yield from _check_harness(suite)
         if suite.source.data.get("weight") is not None:
             yield Fault(
                 (*suite.source.steps, "weight"),
@@ -280,6 +281,26 @@ def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
                 allowed = f"they are {listed(takes)}" if takes else "it has none"
                 text = f"unknown option of {name}; {allowed}.{did_you_mean(option, takes)}"
                 yield Fault((*steps, option), text)
+
+
+def _check_harness(suite: RawSuite) -> Iterator[Fault]:
+    """A suite has data and metrics, or a task of lm-eval, which brings its own."""
+    own, its = ("data", "metrics"), ("limit", "num_fewshot", "include_path")
+    if suite.data.get("lm_eval") is not None:
+        for key in (*own, "swap", "target", "choices", "generation"):
+            if suite.data.get(key):
+                yield Fault((*suite.steps, key), "a task of lm-eval brings its own. Remove it, or `lm_eval`.")
+        return
+    for key in own:
+        if key not in suite.data:
+            about = "the held-out data, a source" if key == "data" else "a list of what is measured"
+            yield Fault((*suite.steps, key), f"missing; {about} (or `lm_eval: TASK` instead of data and metrics).")
+    if suite.data.get("metrics") == []:
+        yield Fault((*suite.steps, "metrics"), "found an empty list; allowed is a list with at least one item.")
+    for key in its:
+        if suite.data.get(key) is not None:
+            instead = " Use `take` of the source." if key == "limit" else ""
+            yield Fault((*suite.steps, key), f"has an effect with `lm_eval` only.{instead}")
 
 
 def _check_swap(suite: RawSuite) -> Iterator[Fault]:

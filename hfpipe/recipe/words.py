@@ -309,11 +309,22 @@ def _parts(name: Any) -> tuple[Any, ...]:
     return FAMILIES.get(name, (name,)) if isinstance(name, str) else (name,)
 
 
+HARNESS = "lm_eval"  # the path of the source that stands for the data of lm-eval's tasks
+
+
 class Suite(Words):
     """A held-out data set with its metrics, scored on the base and after every stage."""
 
-    data: Source
-    metrics: list[str] = Field(min_length=1)
+    data: Source = Field(
+        Source.model_validate({"path": HARNESS}), description="the held-out data; lm-eval's tasks bring their own"
+    )
+    metrics: list[str] = Field([], description="what is measured; lm-eval's tasks bring their own")
+    lm_eval: str | None = Field(
+        None, description="a task of the Language Model Evaluation Harness, e.g. arc_easy, instead of data and metrics"
+    )
+    limit: int | None = Field(None, gt=0, description="rows of each of lm-eval's tasks; all when absent")
+    num_fewshot: int | None = Field(None, ge=0, description="examples in the prompts of lm-eval's task")
+    include_path: str | None = Field(None, description="a folder with task files for lm-eval")
     metric_options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="options by metric, e.g. {bleu: {tokenize: zh}}"
     )

@@ -22,7 +22,20 @@ from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, st
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # `load_dataset` takes these for its own builders, and `builtin` is ours: none of them is a data set on the Hub.
-BUILDERS = {"builtin", "json", "csv", "parquet", "arrow", "text", "xml", "sql", "pandas", "webdataset", "generator"}
+BUILDERS = {
+    "builtin",
+    "lm_eval",
+    "json",
+    "csv",
+    "parquet",
+    "arrow",
+    "text",
+    "xml",
+    "sql",
+    "pandas",
+    "webdataset",
+    "generator",
+}
 # By the task of the stage that made it: the Hub's name of the task, and the class that loads it.
 TASKS = {
     "causal": ("text-generation", "AutoModelForCausalLM"),
