@@ -17,9 +17,10 @@ from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_r
 from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
 from hfpipe.hub.pins import pin_recipe
-from hfpipe.model.adapter import merge_adapter
+from hfpipe.metrics import needs_of
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
+from hfpipe.model.merge import merge_adapter
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.scores import BASE, Score, stages_of
 
@@ -176,7 +177,30 @@ def merged(run: Run, name: str) -> ModelRef:
                 chosen = " (chosen)" if base == found.base else ""
                 ranks.say(f"  into the base {base}: {cost:.2g} nats per token lost{chosen}")
         ranks.wait()
+        _score_merged(run, name, ModelRef(str(folder), run.recipe.model))
     return ModelRef(str(folder), run.recipe.model)
+
+
+def _score_merged(run: Run, name: str, merged: ModelRef) -> None:
+    """Adds to merge.json what the merge cost on every suite that is scored by likelihood, which small changes move."""
+    known = read_json(run.stage_folder(name) / "scores.json")
+    if strength_of(run.stage_folder(name)) is not None:  # what was merged is not what was scored
+        return
+    model, found = None, []
+    for suite_name, suite in run.recipe.evaluate.items():
+        names = [metric for metric, one in suite_metrics(suite).items() if needs_of(one) == "likelihood"]
+        before = {row["metric"]: row["value"] for row in known.get(suite_name, {}).get("scores", [])}
+        if not names or not before.keys() >= set(names):
+            continue
+        model = model or load_model(merged)
+        part = suite.model_copy(update={"metrics": names})
+        for score in score_suite(suite_name, part, run.rows[suite_name], model, run.base.tokenizer, name).scores:
+            row = {"suite": suite_name, "metric": score.metric, "adapter": before[score.metric], "merged": score.value}
+            found.append(row)
+            ranks.say(f"  {suite_name} {score.metric}: {row['adapter']:.4f} by the adapter, {score.value:.4f} merged")
+    if ranks.is_main():
+        path = run.stage_folder(name) / "merge.json"
+        write_json(path, read_json(path) | {"suites": found})
 
 
 def probe_texts(run: Run, each: int = PROBE_TEXTS) -> list[str]:

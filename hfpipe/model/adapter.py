@@ -1,9 +1,8 @@
-"""Adapters: making, verifying by loading again, and merging."""
+"""Adapters: making, and verifying by loading again."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,12 @@ from safetensors.torch import save_file
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hfpipe.errors import BudgetExceeded, RecipeError
-from hfpipe.files import whole_folder
+from hfpipe.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import ModelRef, is_encoder, load_model
+from hfpipe.model.load import is_encoder
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-FULL, DEQUANTIZED = "in full precision", "made whole from its quantized weights"  # what an adapter is merged into
 CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
 
 
@@ -191,66 +188,3 @@ def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
         return float((before - after).abs().mean())
     p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """What a merge came to.
-
-    Args:
-        base: What the adapter was merged into: `FULL` or `DEQUANTIZED`.
-        costs: What each of these would lose against the adapter on its own base, in nats per token.
-        difference: Largest difference of log-probabilities to the same adapter before the merge, in nats.
-    """
-
-    base: str
-    costs: dict[str, float]
-    difference: float
-
-
-def merge_adapter(adapter: ModelRef, tokenizer: Any, folder: Path, texts: list[str], max_loss: float) -> Merged:
-    """Merges an adapter into the base that changes it least and verifies the result by loading it again.
-
-    An adapter of a quantized base has learned to work on rounded weights, so it is compared, as it was trained, with
-    itself on the base in full precision and on the rounded weights made whole again. Merging back into 4 bits is not
-    tried: it rounds the adapter away.
-
-    Args:
-        adapter: The adapter's folder.
-        tokenizer: Goes beside the weights, with its chat template.
-        folder: Where the merged model is written, in one piece.
-        texts: Held-out texts for the comparison.
-        max_loss: Nats per token that may be lost.
-
-    Raises:
-        BudgetExceeded: The best merge loses more than `max_loss`.
-        RecipeError: PEFT cannot merge this kind of adapter.
-        RuntimeError: The merged model is not the adapter's.
-    """
-    full = dataclasses.replace(adapter, quantization=None)
-    costs, base = {}, FULL
-    if adapter.quantization is not None:
-        trained = probe(load_model(adapter), tokenizer, texts)
-        for name, ref in ((FULL, full), (DEQUANTIZED, adapter)):
-            costs[name] = divergence(trained, probe(load_model(ref, dequantize=ref is adapter), tokenizer, texts))
-        base = min(costs, key=costs.__getitem__)
-        if not costs[base] <= max_loss:
-            told = ", ".join(f"{cost:.3g} into the base {name}" for name, cost in costs.items())
-            raise BudgetExceeded(
-                f"the merge of {adapter.path} would lose more than merge.max_loss, {max_loss:g} nats per token on "
-                f"held-out texts: {told}. Nothing was written, and the adapter stays. Use the adapter on its quantized "
-                "base, train without `quantization`, or raise merge.max_loss."
-            )
-    model = load_model(full) if base == FULL else load_model(adapter, dequantize=True)
-    before = probe(model, tokenizer, texts)
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise RecipeError(f"peft cannot merge the adapter in {adapter.path}: {error}") from error
-    with whole_folder(folder) as beside:
-        merged.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        del model, merged
-        again = load_model(dataclasses.replace(full, path=str(beside)))
-        found = require_equal(before, probe(again, tokenizer, texts), again.dtype, "the merged model")
-    return Merged(base, costs, found)

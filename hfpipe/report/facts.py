@@ -120,18 +120,25 @@ def shift_section(folder: Path) -> Section | None:
 
 
 def merge_section(folder: Path, recipe: Recipe) -> Section | None:
-    """What the merge of each adapter of a quantized base cost."""
+    """What the merge of each adapter cost."""
     rows = [["stage", "merged into the base", "#nats per token lost", "taken"]]
+    notes = [
+        "Mean Kullback-Leibler divergence of the merged model from the adapter on the base that it was trained on, on "
+        "held-out texts of the suites."
+    ]
     for stage in recipe.stages:
         path = folder / "stages" / stage.name / "merge.json"
-        merge = json.loads(path.read_text()) if path.exists() else {"costs": {}}
-        for base, cost in merge["costs"].items():
+        if not path.exists():
+            continue
+        merge = json.loads(path.read_text())
+        for base, cost in (merge["costs"] or {merge["base"]: merge["loss"]}).items():
             rows.append([stage.name, base, f"#{cost:.3g}", "yes" if base == merge["base"] else "no"])
-    note = (
-        "Mean Kullback-Leibler divergence of the merged model from the adapter on the quantized base that it was "
-        "trained on, on held-out texts."
-    )
-    return Section("What merging cost", rows, [note]) if len(rows) > 1 else None
+        notes += [
+            f"{stage.name}, {one['suite']} {one['metric']}: {one['adapter']:.4f} by the adapter, {one['merged']:.4f} "
+            "merged."
+            for one in merge.get("suites", [])
+        ]
+    return Section("What merging cost", rows, notes) if len(rows) > 1 else None
 
 
 def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
