@@ -48,7 +48,7 @@ def require_no_overlap(recipe: Recipe, suites: Mapping[str, Rows], folder: Path 
         more = f" So do rows of {len(found) - 1} more pairs of suite and source." if len(found) > 1 else ""
         raise DataError(
             f"{found[0]}.{more} A score on rows that were trained on says nothing. Leave them out of the source "
-            "(`where`, `skip`, another split) or out of the suite, or write `overlap: report` in the recipe to go on "
+            "(`decontaminate: true`, `where`, another split) or out of the suite, or write `overlap: report` to go on "
             "and have it in the report."
         )
     return pairs
