@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -221,12 +222,19 @@ def _compute(
         ) from error
     except ImportError as error:
         raise MachineError(f"metric {name!r}: {error}") from error
+    if not math.isfinite(value):  # JSON has no such number, and no budget could be held against it
+        raise RecipeError(
+            f"metric {name!r} gives {value} for these answers, which is no number to compare. Leave it out."
+        )
     generator = random.Random(0)
     values = []
     for _ in range(BOOTSTRAP_SAMPLES):
         drawn = generator.choices(range(len(references)), k=len(references))
         chosen = [predictions[i] for i in drawn], [references[i] for i in drawn]
         values.append(_value(name, metric.compute(predictions=chosen[0], references=chosen[1], **extra)))
+    values = [one for one in values if math.isfinite(one)]
+    if len(values) < 2:
+        return {"n": len(references), "value": value, "stderr": None}
     cuts = statistics.quantiles(values, n=40)  # of 2.5 % each
     return {
         "n": len(references),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -84,8 +85,10 @@ def _scores(name: str, suite: Suite, result: dict[str, Any], stage: str) -> Iter
             metric, _, of = key.partition(",")
             if not of or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
+            if not math.isfinite(value):  # lm-eval's own word for a score that these rows do not have
+                continue
             error = table.get(f"{metric}_stderr,{of}")
-            error = float(error) if isinstance(error, int | float) else None
+            error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
             yield Score(
                 stage,
                 name,

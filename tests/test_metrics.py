@@ -159,6 +159,55 @@ def test_intervals_cover_and_are_those_of_the_field() -> None:
     assert 178 <= covered <= 199
 
 
+EDGES = {
+    "binary": [("1", "1"), ("0", "1"), ("0", "0"), ("1", "0"), ("1", "1")],
+    "one class is never said": [("a", "a"), ("a", "b"), ("c", "c"), ("a", "b")],
+    "one class is never right": [("a", "a"), ("b", "a"), ("c", "c"), ("b", "c")],
+    "nothing is right": [("a", "b"), ("b", "a"), ("a", "c")],
+    "one class": [("a", "a"), ("a", "a")],
+    "always the same answer": [("a", "a"), ("a", "b"), ("a", "b")],
+}
+
+
+@pytest.mark.parametrize("pairs", EDGES.values(), ids=EDGES)
+@pytest.mark.parametrize("name", ["f1", "f1_micro", "precision", "recall", "matthews_correlation"])
+def test_class_scores_at_the_edges_are_scikit_learns(name: str, pairs: list) -> None:
+    said, right = map(list, zip(*pairs, strict=True))
+    found = computed(name, pairs)
+    assert found[name] == plainly(name, said, right)
+    assert found["low"] <= found[name] <= found["high"]
+    metric = load_metric(name)
+    assert float(metric.value(metric.statistics(said, right).sum(0))) == pytest.approx(found[name], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["f1", "matthews_correlation"])
+def test_intervals_of_class_scores_cover_on_thirty_rows(name: str) -> None:
+    chance = np.random.default_rng(7)
+
+    def drawn(rows: int) -> tuple[list[str], list[str]]:
+        right = chance.choice(3, size=rows, p=[0.7, 0.2, 0.1])
+        said = np.where(chance.random(rows) < 0.95, right, (right + chance.integers(1, 3, size=rows)) % 3)
+        return said.astype(str).tolist(), right.astype(str).tolist()
+
+    metric = load_metric(name)
+    many = drawn(100_000)
+    true = metric.whole(*many, metric.statistics(*many))
+    covered = 0
+    for _ in range(60):
+        said, right = drawn(30)
+        found = metric.compute(predictions=said, references=right)
+        covered += found["low"] <= true <= found["high"]
+    assert covered >= 54  # the plain percentiles cover 45 to 49
+    assert computed(name, [("a", "a"), ("b", "b")] * 15)["low"] < 0.95
+
+
+def test_a_ruined_model_has_a_finite_perplexity() -> None:
+    for name in ("perplexity", "word_perplexity"):
+        found = computed(name, [(1e9, 3), (2e9, 4)])
+        assert all(np.isfinite(value) for value in found.values())
+        json.dumps(found, allow_nan=False)
+
+
 def test_two_models_on_the_same_rows_are_told_apart_by_less_than_two_apart() -> None:
     chance = np.random.default_rng(6)
     size = chance.integers(50, 500, size=100)

@@ -13,7 +13,7 @@ from sklearn import metrics as sklearn_metrics
 
 from hfpipe.errors import RecipeError
 from hfpipe.metrics.matches import names_of
-from hfpipe.metrics.rows import RowMetric
+from hfpipe.metrics.rows import RowMetric, wilson
 
 Answers = Sequence[str] | Sequence[list[str]]  # one class a row, or several
 
@@ -24,6 +24,18 @@ class ClassMetric(RowMetric):
     needs = "choice"
     several = True
     by_row = False
+    lowest = 0.0  # of all values; the highest is 1
+
+    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
+        """The bootstrap's, or Wilson's of a share like the value where that is wider.
+
+        Of few rows the bootstrap knows too little: where all are right, every resample is.
+        """
+        stderr, low, high = super().interval(value, statistics, draws)
+        size = 1 - self.lowest
+        ends = wilson((value - self.lowest) / size, len(statistics))
+        wide_low, wide_high = (self.lowest + size * end for end in ends)
+        return stderr, min(low, wide_low), max(high, wide_high)
 
     def statistics(self, predictions: Answers, references: Answers) -> np.ndarray:
         names = sorted(set().union(*map(names_of, [*references, *predictions])))
@@ -55,6 +67,8 @@ class FScore(ClassMetric):
 
 class MatthewsCorrelation(ClassMetric):
     """Correlation between what was said and what is right, for two or more classes (Gorodkin 2004); 0 is chance."""
+
+    lowest = -1.0
 
     def whole(self, predictions: Answers, references: Answers, statistics: np.ndarray) -> float:
         if not all(isinstance(answer, str) for answer in references):

@@ -111,10 +111,14 @@ class Share(Ratio):
         raise NotImplementedError
 
     def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
-        stderr, n = super().interval(value, statistics, draws)[0], len(statistics)
-        middle = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
-        half = Z / (1 + Z**2 / n) * float(np.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2)))
-        return stderr, max(0.0, middle - half), min(1.0, middle + half)
+        return super().interval(value, statistics, draws)[0], *wilson(value, len(statistics))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) of a share of n rows."""
+    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * float(np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def resampled_sums(statistics: np.ndarray, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
