@@ -44,6 +44,8 @@ def preflight(recipe: Recipe) -> None:
         UserError: Something that would stop the run.
     """
     quiet_libraries()
+    for line in check_access(recipe):  # first: it takes seconds, and what follows may take minutes
+        print(f"hub        {line}")
     require_loadable(recipe)
     require_cleaning(recipe)
     tokenizer = run_tokenizer(recipe)
@@ -61,8 +63,6 @@ def preflight(recipe: Recipe) -> None:
     for line in overlap_lines(require_no_overlap(recipe, suites)):
         print(f"overlap    {line}")
     _check_disk(recipe, parameters)
-    for line in check_access(recipe):
-        print(f"hub        {line}")
 
 
 def run_tokenizer(recipe: Recipe) -> Any:

@@ -6,7 +6,11 @@ import os
 import re
 from pathlib import Path
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+# Tokens of Hugging Face, what calls itself one (hf_my_token_1, not hf_tokenizer), and keys of GitHub and AWS.
+TOKEN = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|\bhf_(?=\w{10})\w*(?:[Tt]oken|TOKEN|[Ss]ecret|SECRET)(?![A-Za-z])\w*"
+    r"|\bgh[pousr]_[A-Za-z0-9]{36}|\bAKIA[0-9A-Z]{16}\b"
+)
 PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]+:)[^/\s:@]+(?=@)")
 SHORTEST = 8  # characters of a token of this machine: a shorter text would be found in harmless words
 
@@ -31,5 +35,5 @@ def has_secret(text: str) -> bool:
 def without_secrets(text: str) -> str:
     """The text with every such token and password made unreadable."""
     for token in own_tokens():
-        text = text.replace(token, "hf_***")
-    return PASSWORD_IN_URL.sub(r"\1***", TOKEN.sub("hf_***", text))
+        text = text.replace(token, "***")
+    return PASSWORD_IN_URL.sub(r"\1***", TOKEN.sub("***", text))

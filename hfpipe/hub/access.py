@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +12,17 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from hfpipe.errors import MachineError, UserError
-from hfpipe.hub.client import access_token, explain, full_name, logged_in, status_of, who_may_write
+from hfpipe.hub.client import (
+    access_token,
+    explain,
+    full_name,
+    is_passing,
+    logged_in,
+    status_of,
+    who_may_write,
+)
 
+WAITS = (1.0, 3.0)  # seconds between the tries
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
@@ -32,11 +42,16 @@ def check(asked: list[dict[str, Any]]) -> list[str]:
     api = logged_in()
     lines = []
     for one in asked:
-        try:
-            lines.append(_check(api, one))
-        except (UserError, Exception) as error:  # the clients raise a dozen unrelated types
-            reason = str(error) if isinstance(error, UserError) else explain(error, one["repo_id"])
-            raise MachineError(f"push.repo_id: nothing could be pushed to {one['repo_id']}: {reason}") from error
+        for wait in (*WAITS, None):
+            try:
+                lines.append(_check(api, one))
+                break
+            except (UserError, Exception) as error:  # the clients raise a dozen unrelated types
+                if wait is None or isinstance(error, UserError) or not is_passing(error):
+                    reason = str(error) if isinstance(error, UserError) else explain(error, one["repo_id"])
+                    where = f"push.repo_id: nothing could be pushed to {one['repo_id']}"
+                    raise MachineError(f"{where}: {reason}") from error
+                time.sleep(wait)
     return lines
 
 

@@ -37,7 +37,7 @@ def who_may_write(api: HfApi) -> dict[str, Any]:
     Raises:
         MachineError: The token may only read.
     """
-    me = api.whoami()
+    me = api.whoami(cache=True)  # the Hub answers it a few times an hour only
     if access_token(me).get("role") == "read":
         raise MachineError(
             "the token of this machine may only read. Make one that may write at https://huggingface.co/settings/tokens"
