@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from transformers import AutoConfig
+
 from hfpipe import ranks
 from hfpipe.data.choices import choice_form, common_choices, split_last_word
 from hfpipe.data.continuations import Pair, encode_continuations, encode_whole, in_common
 from hfpipe.data.encode import encode, prompt_and_completion
+from hfpipe.data.labels import known_names
 from hfpipe.data.swaps import families, taken_back
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.metrics.matches import names_of
@@ -39,7 +42,17 @@ def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
         asked = ["classification"]
     else:
         asked = ["causal", *(["masked"] if {"choices", "good", "more"} & set(rows[0]) else [])]
-    return task_of(ref) in asked
+    return task_of(ref) in asked and ("sentence" not in rows[0] or _tells_apart(rows, ref))
+
+
+def _tells_apart(rows: Rows, ref: ModelRef) -> bool:
+    """Whether a classifier has any of the classes of a suite; the stages of a run may have different ones."""
+    config = AutoConfig.from_pretrained(
+        ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
+    )
+    if config.problem_type == "regression" or isinstance(rows[0]["label"], float):
+        return config.problem_type == "regression" and isinstance(rows[0]["label"], float)
+    return bool(known_names([row["label"] for row in rows], list(config.id2label.values())))
 
 
 def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
@@ -155,17 +168,38 @@ def _classes(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -
     said = classify(
         model, [row["sentence"] for row in mine], tokenizer, suite.max_length or TEXT_LENGTH, suite.batch_size
     )
+    right: list[Any] = [row["label"] for row in mine]
     if model.config.problem_type != "regression":
-        known = [str(name) for name in model.config.id2label.values()]
-        right = {name for row in rows for name in names_of(row["label"])}
-        if strange := sorted(right.difference(known)):
-            raise DataError(
-                f"the right answers {listed(strange)} are not among the classes of the model, {listed(known)}."
-            )
+        require_known_classes(rows, list(model.config.id2label.values()))
+        named = known_names(right, list(model.config.id2label.values()))
+        right = [[named[name] for name in one] if isinstance(one, list) else named[one] for one in right]
     return [
-        {"prediction": answer, "reference": row["label"], "confidence": sure, "correct": int(answer == row["label"])}
-        for (answer, sure), row in zip(said, mine, strict=True)
+        {
+            "prediction": answer,
+            "reference": label,
+            "confidence": sure,
+            "correct": int(answer == label if isinstance(answer, float) else names_of(answer) == names_of(label)),
+        }
+        for (answer, sure), label in zip(said, right, strict=True)
     ]
+
+
+def require_known_classes(rows: Rows, known: list[str]) -> None:
+    """Refuses right answers that a classifier has no class for.
+
+    Raises:
+        DataError: There are some.
+    """
+    if isinstance(rows[0]["label"], float):
+        raise DataError(
+            f"the right answers are numbers with a point, and the model tells classes apart: {listed(known)}."
+        )
+    names = {name for row in rows for name in names_of(row["label"])}
+    if strange := sorted(names - known_names(names, known).keys()):
+        raise DataError(
+            f"the right answers {listed(strange)} are not among the classes of the model, {listed(known)}. Name all "
+            "classes in `labels` of the stage, also those that its data lacks, or leave the rows out by `where`."
+        )
 
 
 def _generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:

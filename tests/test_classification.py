@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import PeftModel
 from scipy import stats
 from sklearn import metrics
@@ -16,6 +17,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from hfpipe.cli import main
+from hfpipe.data.labels import known_names, plain_labels
 
 ENCODER = {
     "model_type": "bert",
@@ -169,6 +171,54 @@ def test_balanced_weights_help_the_rare_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "feature", "classes", "said"),
+    [
+        ([0, 1, None, -1], ClassLabel(names=["bad", "good"]), None, ["bad", "good", None, None]),
+        ([3, 10], Value("int64"), None, ["3", "10"]),
+        ([0, 1], Value("int64"), ["schlecht", "gut"], ["schlecht", "gut"]),
+        ([True, False], Value("bool"), None, ["True", "False"]),
+        ([0.0, None, 1.0], Value("float64"), None, ["0", None, "1"]),  # how a CSV with a missing label is read
+        ([0.0, 1.0], Value("float64"), ["a", "b"], ["a", "b"]),
+        ([0.0, 1.0], Value("float64"), None, [0.0, 1.0]),
+        ([[0, 1, 1], [0, 0, 0]], List(Value("int64")), None, [["1", "2"], []]),  # a place for each class
+        ([[0.0, 1.0], [1.0, 1.0]], List(Value("float32")), ["a", "b"], [["b"], ["a", "b"]]),
+        ([[0, 2], [1]], List(Value("int64")), None, [["0", "2"], ["1"]]),
+        ([["b", "a"], []], List(Value("string")), None, [["b", "a"], []]),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_labels_are_names_however_they_are_written(
+    values: list, feature: Any, classes: list | None, said: list, streamed: bool
+) -> None:
+    rows: Any = Dataset.from_dict({"label": values}, features=Features({"label": feature}))
+    rows, _ = plain_labels(rows.to_iterable_dataset() if streamed else rows, "x", classes)
+    assert [row["label"] for row in rows] == said
+
+
+def test_names_of_the_data_are_found_among_those_of_a_model() -> None:
+    known = ["negative", "positive"]
+    assert known_names(["NEGATIVE", "1", "positive"], known) == {
+        "NEGATIVE": "negative",
+        "1": "positive",
+        "positive": "positive",
+    }
+    assert known_names([["0", "neutral", "2"]], known) == {"0": "negative"}
+    assert known_names(["1"], ["0", "1", "one"]) == {"1": "1"}
+    assert known_names(["A"], ["a", "A"]) == {"A": "A"}
+
+
+def test_long_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path) -> None:
+    content = written(tmp_path, "one", training={"max_steps": 2, "max_length": None})
+    content["model"]["architecture"] = {**ENCODER, "model_type": "roberta", "max_position_embeddings": 40}
+    for name in ("train", "test"):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        rows = [{**row, "text": row["text"] * 20} for row in map(json.loads, lines[:40])]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    del content["stages"][0]["training"]["max_length"]
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+
+
+@pytest.mark.parametrize(
     ("change", "code", "words"),
     [
         ({"labels": ["mew", "bark"]}, 5, ["the labels cluck, hoot, moo, yelp", "mew, bark", "leave it out"]),
@@ -177,6 +227,9 @@ def test_balanced_weights_help_the_rare_classes(tmp_path: Path) -> None:
         ({"metrics": ["bits_per_byte"]}, 2, ["bits_per_byte scores text", "class names", "accuracy"]),
         ({"metrics": ["mse"]}, 2, ["mse scores numbers", "class names"]),
         ({"columns": {"text": "text"}}, 5, ["`sentence` with `label`", "columns: {sentence:"]),
+        ({"right": {"label": "roar"}}, 5, ["suite kinds", "roar are not among the classes", "`labels` of the stage"]),
+        ({"right": {"label": "MEW"}, "training": {"max_length": 500}}, 2, ["max_length is 500", "positions for 128"]),
+        ({"learned": {"label": None}}, 5, ["12 of 252 rows", "12 without a label", "max_dirty_share"]),
         ({"after": "sft"}, 2, ["'kinds' leaves a classifier", "parent: base"]),
     ],
 )
@@ -189,6 +242,12 @@ def test_a_mistake_gets_one_paragraph(
         content["evaluate"]["kinds"]["metrics"] = change.pop("metrics")
     if "columns" in change:
         stage["data"][0]["columns"] = change.pop("columns")
+    if "learned" in change or "right" in change:
+        count, file = (12, "train") if "learned" in change else (1, "test")
+        more = {"text": "a cat", "also": "", **(change.pop("learned", None) or change.pop("right"))}
+        with (tmp_path / f"{file}.jsonl").open("a") as lines:
+            lines.write("".join(json.dumps({"id": f"m{n}", **more}) + "\n" for n in range(count)))
+        content["model"]["architecture"] = ENCODER
     if change.pop("after", None):
         content["stages"].append(tiny.recipe(tmp_path)["stages"][1])
     assert (

@@ -257,3 +257,19 @@ def test_a_mistake_gets_one_paragraph(
     for word in words:
         assert word in message
     assert "Traceback" not in message
+
+
+def test_the_small_recipe_runs_to_a_score(tmp_path: Path) -> None:
+    changes = {
+        "output_dir": tmp_path / "run",
+        "model.tokenizer.train.take": 300,
+        "stages.prose.training.max_steps": 12,
+        "stages.packages.training.max_steps": 3,
+        "evaluate.general.data.take": 40,
+        "evaluate.packages.data.take": 20,
+    }
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    assert main(["run", "recipes/masked-quickstart.yaml", *options]) == 0
+    found = tiny.scores(tmp_path / "run")
+    assert found["prose", "general", "masked_perplexity"] < found["base", "general", "masked_perplexity"]
+    assert 0 <= found["packages", "packages", "accuracy"] <= 1

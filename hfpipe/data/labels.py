@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,17 +17,20 @@ from hfpipe.errors import DataError
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
-def plain_labels(rows: Any, path: str) -> tuple[Any, list[str]]:
+def plain_labels(rows: Any, path: str, classes: Sequence[str] | None = None) -> tuple[Any, list[str]]:
     """Labels as names: numbers of a ClassLabel become its names, other whole numbers and true or false their text.
 
     Args:
         rows: Rows with a column `label`.
         path: Of their source, for the message.
+        classes: Names that the recipe gives to the classes 0, 1, 2... of data that has none.
 
     Returns:
         The rows with `label` as text (one class), a list of texts (several) or a number with a point (regression), and
         the names in the order that the data set gives them; none where it gives none. A label outside of a ClassLabel
-        (-1 on the hidden test sets of GLUE) becomes None.
+        (-1 on the hidden test sets of GLUE) becomes None. Lists of one length of nothing but 0 and 1 have a place for
+        each class. Whole numbers written with a point are classes where the recipe names them, or where some are
+        missing: that is how a CSV is read.
 
     Raises:
         DataError: The column holds something else.
@@ -34,29 +38,89 @@ def plain_labels(rows: Any, path: str) -> tuple[Any, list[str]]:
     feature = (rows.features or {}).get("label")
     several = isinstance(feature, ListOf)
     inner = feature.feature if isinstance(feature, ListOf) else feature
-    if isinstance(inner, ClassLabel):
-        names = list(inner.names)
-    elif isinstance(inner, Value) and inner.dtype.startswith("float") and not several:
+    dtype = inner.dtype if isinstance(inner, Value) else ""
+    is_float, is_number = dtype.startswith("float"), "int" in dtype or dtype.startswith("float") or dtype == "bool"
+    flags = several and is_number and _are_flags(_first_labels(rows))
+    if is_float and not several and not _are_classes(rows, classes):
         return rows, []
-    elif isinstance(inner, Value) and (inner.dtype in ("bool", "string", "large_string") or "int" in inner.dtype):
-        names = []
-    else:
+    if not isinstance(inner, ClassLabel) and not (is_number or dtype in ("string", "large_string")):
+        is_float = several = True  # nothing that can be read
+    if is_float and several and not flags:
         raise DataError(
             f"source {path!r}: `label` holds {feature}; allowed are class names or numbers, lists of them (several "
             "classes at once), and numbers with a point (regression). Name another column: `columns: {label: ...}`."
         )
+    names = list(inner.names) if isinstance(inner, ClassLabel) else []
+    given = list(classes or []) if is_number and not any(map(_is_whole, classes or [])) else []
 
     def name(value: Any) -> str | None:
-        if value is None or (names and not 0 <= value < len(names)):
+        if value is None or value != value or (names and not 0 <= value < len(names)):
             return None
-        return names[value] if names else str(value)
+        if names:
+            return names[value]
+        value = int(value) if is_float else value
+        return given[value] if given and 0 <= value < len(given) else str(value)
 
     def named(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         values = batch["label"]
-        return {"label": [[name(v) for v in value] if several else name(value) for value in values]}
+        if flags:
+            values = [None if value is None else [i for i, flag in enumerate(value) if flag] for value in values]
+        if several:
+            return {"label": [None if value is None else [name(v) for v in value] for value in values]}
+        return {"label": [name(value) for value in values]}
 
     kind = ListOf(Value("string")) if several else Value("string")
     return rows.map(named, batched=True, features=Features({**rows.features, "label": kind})), names
+
+
+LOOKED_AT = 1_000  # labels of a source, to tell what their numbers mean
+
+
+def _first_labels(rows: Any) -> list[Any]:
+    return [row["label"] for row in rows.select_columns(["label"]).take(LOOKED_AT)]
+
+
+def _are_flags(labels: Sequence[Any]) -> bool:
+    """Whether lists of numbers have a place for each class: one length, and nothing but 0 and 1."""
+    lists = [label for label in labels if label is not None]
+    lengths = {len(label) for label in lists}
+    return len(lengths) == 1 and lengths != {0} and lengths != {1} and all(v in (0, 1) for one in lists for v in one)
+
+
+def _are_classes(rows: Any, classes: Sequence[str] | None) -> bool:
+    """Whether numbers with a point are the numbers of classes."""
+    labels = _first_labels(rows)
+    present = [label for label in labels if label is not None and label == label]
+    whole = bool(present) and all(label == int(label) for label in present if abs(label) < math.inf)
+    return whole and (bool(classes) or len(present) < len(labels))
+
+
+def _is_whole(name: str) -> bool:
+    return name.removeprefix("-").isdigit()
+
+
+def known_names(labels: Iterable[str | list[str]], known: Sequence[str]) -> dict[str, str]:
+    """What the names in the data are called by a model.
+
+    A name is a class of the same name, of the same name in other capitals (NEGATIVE), or a number in place of a name.
+
+    Args:
+        labels: Names of one class or of several.
+        known: The classes of the model, in order.
+
+    Returns:
+        The model's name of each; none of a name that it has no class for.
+    """
+    folded = {name.casefold(): name for name in known}
+    numbered = {} if any(map(_is_whole, known)) else {str(number): name for number, name in enumerate(known)}
+    exact = dict(zip(known, known, strict=True))
+    found = {}
+    for name in {name for label in labels for name in (label if isinstance(label, list) else [label])}:
+        if match := exact.get(name) or (folded.get(name.casefold()) if len(folded) == len(known) else None):
+            found[name] = match
+        elif name in numbered:
+            found[name] = numbered[name]
+    return found
 
 
 def problem_of(labels: Sequence[Any]) -> Problem:
@@ -69,8 +133,7 @@ def problem_of(labels: Sequence[Any]) -> Problem:
 def classes_of(labels: Sequence[Any]) -> list[str]:
     """The names that occur, numbers in the order of numbers."""
     names = {name for label in labels for name in (label if isinstance(label, list) else [label])}
-    numbers = all(name.removeprefix("-").isdigit() for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
+    return sorted(names, key=int) if all(map(_is_whole, names)) else sorted(names)
 
 
 def balanced_weights(labels: Sequence[str], names: Sequence[str]) -> list[float]:

@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hfpipe.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import is_encoder
+from hfpipe.model.scoring import within_positions
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -156,8 +157,9 @@ def verify_tensors(folder: Path, trained: dict[str, torch.Tensor] | None) -> Non
 def probe(model: Any, tokenizer: Any, texts: list[str], max_length: int = 64) -> torch.Tensor:
     """Log-probabilities of the model over its vocabulary after each token of a few short texts, (N, V) in float32."""
     rows = []
+    limit = within_positions(model, max_length)
     for text in texts:
-        ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")["input_ids"].to(model.device)
+        ids = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")["input_ids"].to(model.device)
         if not ids.numel():
             continue
         if is_classifier(model):  # (1, C), compared as they are: of one class the log-probability is always 0

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hfpipe import ranks
+from hfpipe.answers import require_known_classes
 from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.labels import balanced_weights, classes_of, collate_labelled, label_ids, plain_labels, problem_of
@@ -25,7 +26,7 @@ from hfpipe.errors import DataError, RecipeError
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, read_head
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, with_adapter
+from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
 
 def run_classification(run: StageRun) -> dict[str, Any]:
@@ -35,8 +36,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     texts, labels, declared, sources = _labelled_rows(run, stage)
     names = _class_names(run, stage, labels, declared)
     problem = problem_of(labels)
-    rows = _tokenized(run, texts, labels, names)
-    lengths = [len(row["input_ids"]) for row in rows]
+    _require_fitting_suites(run, problem, names)
     weights = None
     if stage.class_weights == "balanced":
         if problem != "single_label_classification":
@@ -44,19 +44,9 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         weights = torch.tensor(balanced_weights(labels, names))
     per_device, accumulation = divide_batch(stage)
     global_batch = per_device * accumulation * ranks.ranks()
-    total = round(len(rows) * stage.training.get("num_train_epochs", 1))
+    total = round(len(texts) * stage.training.get("num_train_epochs", 1))
     if stage.training.get("max_steps", -1) > 0:
         total = stage.training["max_steps"] * global_batch
-    source = ShuffledRows(
-        rows,
-        lengths,
-        total=total,
-        per_device=per_device,
-        accumulation=accumulation,
-        seed=run.recipe.seed,
-        rank=ranks.rank(),
-        ranks=ranks.ranks(),
-    )
     arguments = trainer_arguments(
         TrainingArguments, run, math.ceil(total / global_batch), per_device, accumulation, label_names=["labels"]
     )
@@ -68,6 +58,19 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         frozen=stage.adapter is not None,
         head=head,
         with_new_modules=True,
+    )
+    limit = row_length(run, model, min(run.tokenizer.model_max_length, DEFAULT_MAX_LENGTH))
+    rows = _tokenized(run, texts, labels, names, limit)
+    lengths = [len(row["input_ids"]) for row in rows]
+    source = ShuffledRows(
+        rows,
+        lengths,
+        total=total,
+        per_device=per_device,
+        accumulation=accumulation,
+        seed=run.recipe.seed,
+        rank=ranks.rank(),
+        ranks=ranks.ranks(),
     )
     if stage.adapter is not None:  # the new modules of the head are trained in full beside it
         saved = sorted({*new, *(stage.adapter.get("modules_to_save") or [])})
@@ -114,12 +117,15 @@ def _labelled_rows(
     labels: list[Any] = []
     declared: list[str] = []
     for source in stage.data:
-        rows, names = plain_labels(load_rows(source, seed=run.recipe.seed, kinds=("classification",)), source.path)
+        opened = load_rows(source, seed=run.recipe.seed, kinds=("classification",))
+        rows, names = plain_labels(opened, source.path, stage.labels)
         declared += [name for name in names if name not in declared]
         read = Read()
         rows, removed = run.cleaner.rows(rows, source)
         for row in tidy_rows(rows, source, read):
-            if row["label"] is not None:
+            if row["label"] is None:
+                read.dirty.add(["without a label"], str(row.get("id", f"row {read.rows - 1}")))
+            else:
                 texts.append(row["sentence"])
                 labels.append(row["label"])
         refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
@@ -150,6 +156,25 @@ def _class_names(run: StageRun, stage: Classification, labels: list[Any], declar
     return names
 
 
+def _require_fitting_suites(run: StageRun, problem: str, names: list[str]) -> None:
+    """Refuses right answers that the stage's classifier could never give, before it is trained."""
+    if sum(stage.kind == "classification" for stage in run.recipe.stages) > 1:
+        return  # which suite is whose shows when they are scored
+    for name, rows in run.rows.items():
+        if "sentence" not in rows[0]:
+            continue
+        if problem == "regression" and not isinstance(rows[0]["label"], float):
+            raise DataError(
+                f"stages.{run.stage.name}: the labels are numbers with a point, which makes a regression, and the "
+                f"suite {name} has classes. Name the classes in `labels` of the stage, or give both the same labels."
+            )
+        if problem != "regression":
+            try:
+                require_known_classes(rows, names)
+            except DataError as error:
+                raise DataError(f"suite {name}: {error}") from error
+
+
 def _require_same_head(run: StageRun, head: dict[str, Any]) -> None:
     """Refuses rows of another problem, or other classes, than an adapter that is trained further was made for."""
     earlier = read_head(Path(run.continued.path)) if run.continued is not None else head
@@ -161,8 +186,9 @@ def _require_same_head(run: StageRun, head: dict[str, Any]) -> None:
         )
 
 
-def _tokenized(run: StageRun, texts: list[str], labels: list[Any], names: list[str]) -> list[dict[str, Any]]:
-    limit = run.stage.training.get("max_length") or min(run.tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
+def _tokenized(
+    run: StageRun, texts: list[str], labels: list[Any], names: list[str], limit: int
+) -> list[dict[str, Any]]:
     ids = run.tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
     return [
         {"input_ids": row or [run.tokenizer.pad_token_id], "labels": label_ids(label, names)}

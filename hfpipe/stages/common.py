@@ -28,6 +28,7 @@ from hfpipe.model.adapter import (
 )
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import compute_dtype, load_model
+from hfpipe.model.scoring import learned_positions
 from hfpipe.model.tokens import train_rows
 from hfpipe.recipe import Stage
 from hfpipe.stages.run import StageRun
@@ -65,6 +66,21 @@ def divide_batch(stage: Stage) -> tuple[int, int]:
 
 def _list(numbers: list[int]) -> str:
     return " or ".join(map(str, numbers)) if len(numbers) < 3 else ", ".join(map(str, numbers))
+
+
+def row_length(run: StageRun, model: Any, default: int) -> int:
+    """Tokens of a row: the recipe's `max_length`, or the default, or what the model has positions for.
+
+    Raises:
+        RecipeError: The recipe asks for more than the model has positions for.
+    """
+    most, asked = learned_positions(model), run.stage.training.get("max_length")
+    if most is not None and asked is not None and asked > most:
+        raise RecipeError(
+            f"stages.{run.stage.name}.training.max_length is {asked}, and this model has positions for {most} tokens. "
+            f"Write at most {most}, or leave it out."
+        )
+    return asked or min(default, most or default)
 
 
 def trainer_arguments(

@@ -22,10 +22,9 @@ from hfpipe.data.stream import TokenStream
 from hfpipe.errors import RecipeError
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
-from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Pretrain
 from hfpipe.recipe.faults import listed
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, with_adapter
+from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -40,7 +39,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     model, new = load_model(run.parent, frozen=stage.adapter is not None, with_new_modules=True)
     if new:
         ranks.say(f"  the base has no weights for {listed(new)}, which begin fresh")
-    max_length = _max_length(run, model)
+    max_length = row_length(run, model, min(model.config.max_position_embeddings, DEFAULT_MAX_LENGTH))
     per_device, accumulation = divide_batch(stage)
     parts = mixture(run.recipe, stage)
     tables = [run.cleaner.tables(documents_of(part, run.tokenizer, run.recipe.seed), part.source) for part in parts]
@@ -87,18 +86,6 @@ def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = No
     count = where.sum() if num_items_in_batch is None else num_items_in_batch
     logits = outputs["logits"][where].float()  # only these: the logits of all tokens are the largest tensor by far
     return functional.cross_entropy(logits, labels[where], reduction="sum") / count
-
-
-def _max_length(run: StageRun, model: Any) -> int:
-    """Tokens of a row: the recipe's, or what the model can take, up to `DEFAULT_MAX_LENGTH`."""
-    most = learned_positions(model)
-    asked = run.stage.training.get("max_length")
-    if most is not None and asked is not None and asked > most:
-        raise RecipeError(
-            f"stages.{run.stage.name}.training.max_length is {asked}, and this model has positions for {most} tokens. "
-            f"Write at most {most}, or leave it out."
-        )
-    return asked or min(most or model.config.max_position_embeddings, DEFAULT_MAX_LENGTH)
 
 
 def _require_isolation(model: Any) -> None:
