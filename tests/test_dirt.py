@@ -1,5 +1,6 @@
 """Dirty rows: left out, cut or mended by rule, and reported with their ids; files that are not UTF-8 to the end."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -54,9 +55,12 @@ def test_the_rules_of_rows_with_several_texts() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_row_of_a_dirty_file_is_accounted_for(tmp_path: Path, streaming: bool) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(LINES))
-    source = Source(path="json", data_files=str(tmp_path / "rows.jsonl"), streaming=streaming)
+@pytest.mark.parametrize("form", ["file", "gzip", "folder"])
+def test_every_row_of_a_dirty_file_is_accounted_for(tmp_path: Path, form: str, streaming: bool) -> None:
+    file = tmp_path / ("rows.jsonl.gz" if form == "gzip" else "rows.jsonl")
+    file.write_bytes(gzip.compress(b"\n".join(LINES)) if form == "gzip" else b"\n".join(LINES))
+    words = {"path": str(tmp_path)} if form == "folder" else {"path": "json", "data_files": str(file)}
+    source = Source(**words, streaming=streaming)
     read = Read()
     texts = [row["text"] for row in tidy_rows(load_rows(source), source, read)]
     half = "half of \ufffd here, all of \U0001f600 there, and \\ud83d is no escape"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, Value
+from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -32,12 +34,19 @@ def reading_arguments(path: str, arguments: dict[str, object]) -> dict[str, obje
     """What `load_dataset` is told in addition, so that a builder of text files marks what it cannot decode.
 
     Args:
-        path: The builder.
+        path: The builder, or a folder here.
         arguments: What the recipe says; where it names an encoding itself, nothing is added.
     """
-    if path not in ("json", "csv", "text") or {"encoding", "encoding_errors"} & arguments.keys():
+    builders = _builders_in(Path(path)) if Path(path).is_dir() else {path}
+    if not builders or not builders <= {"json", "csv", "text"} or {"encoding", "encoding_errors"} & arguments.keys():
         return {}
-    return {"encoding": JSON_ENCODING} if path == "json" else {"encoding_errors": HANDLER}
+    return {"encoding": JSON_ENCODING} if builders == {"json"} else {"encoding_errors": HANDLER}
+
+
+def _builders_in(folder: Path) -> set[str]:
+    """The builders of `datasets` for the files of a folder."""
+    suffixes = {suffix for file in folder.rglob("*") for suffix in file.suffixes if file.is_file()}
+    return {_EXTENSION_TO_MODULE[suffix][0] for suffix in suffixes if suffix in _EXTENSION_TO_MODULE}
 
 
 def table_blocks(rows: Dataset, size: int, begin: int = 0) -> Iterator[dict[str, list[Any]]]:
