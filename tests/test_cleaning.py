@@ -58,7 +58,9 @@ def cleaned_stream(rows, tokenizer, folder: Path, suites: dict | None = None, **
     options = {"lanes": 4, "window_documents": 9, "exhausted": "stop", "origins": [source], "max_length": 64}
     if isinstance(rows, Dataset):
         rows, _ = cleaner.tables(rows, source)
-    return TokenStream([rows], tokenizer, cleaned=cleaner.shares, **options)
+    return TokenStream(
+        [rows], tokenizer, cleaned=lambda number, rows, lanes: cleaner.shares(rows, lanes, source), **options
+    )
 
 
 @pytest.mark.parametrize("files", [1, 3, 9])
@@ -128,6 +130,23 @@ def test_what_overlaps_a_suite_goes_and_a_phrase_of_many_rows_stays(tmp_path: Pa
     stream = cleaned_stream(rows, tokenizer, tmp_path, {"general": suite}, decontaminate=True)
     assert served(stream, tokenizer) == Counter([*licensed, "short row of another kind"])
     assert next(iter(stream.report()["sources"].values()))["removed"] == {"overlaps a suite": 7}
+
+
+def test_a_stream_is_looked_at_as_far_as_it_will_be_read_and_no_further(tmp_path: Path, tokenizer) -> None:
+    rows = shards(tmp_path, [f"{n} {WORDS[n % 30]}" for n in range(9000)], 4)
+    source = Source(path="parquet", deduplicate="exact")
+    cleaner = Cleaner(tmp_path / "cleaning", "key", {})
+    assert [len(share) for share in cleaner.shares(rows, 2, source, tokens=10)] == [2000, 2000]
+    more = cleaner.shares(rows, 2, source, tokens=2000)
+    assert all(2500 < len(share) < 4000 for share in more)
+    assert sum(map(len, cleaner.shares(rows, 2, source))) == 9000
+    stream = TokenStream([rows], tokenizer, max_length=64, lanes=2, origins=[source], cleaned=lambda *_: more)
+    for step, _ in enumerate(stream.batches(8)):
+        if step == 200:
+            break
+    facts = next(iter(stream.report()["sources"].values()))
+    assert facts["epochs"] >= 1, "the part that was looked at begins anew"
+    assert facts["removed"] == {}
 
 
 def cleaning_recipe(folder: Path) -> dict:

@@ -26,6 +26,8 @@ from hfpipe.errors import MachineError
 from hfpipe.recipe import Recipe, Source, hash_of
 
 PIECES = 8  # of a table, for the ranks to share
+CHARACTERS = 12  # that are looked at for each token of a stream that will be read: three times those of English
+LEAST_ROWS = 2_000  # of each lane, which reads windows of hundreds ahead
 Texts = Callable[[], Iterator[str | None]]
 
 
@@ -83,17 +85,23 @@ class Cleaner:
         facts["removed_ids"] = [str(row.get("id", f"row {place}")) for row, place in zip(first, gone, strict=False)]
         return rows.select(np.flatnonzero(reasons == 0)), facts
 
-    def shares(self, rows: IterableDataset, lanes: int, source: Source) -> list[np.ndarray] | None:
+    def shares(
+        self, rows: IterableDataset, lanes: int, source: Source, tokens: int | None = None
+    ) -> list[np.ndarray] | None:
         """Why each row of each lane's share is removed; 0 where it stays. Every rank has to call this.
 
         Args:
             rows: A stream with a column `text`, and shards enough for the lanes.
             lanes: Number of shares.
             source: What the rows were opened from.
+            tokens: What each lane will read, so that a stream may be longer than anyone can look at; None for all. Far
+                more is looked at, and a lane that comes to the end of that begins its share anew.
         """
         if not source.cleaned:
             return None
-        return self._judged(source, [_texts_of_share(rows, lane, lanes, source) for lane in range(lanes)], None)
+        characters = None if tokens is None else tokens * CHARACTERS
+        texts = [_texts_of_share(rows, lane, lanes, source, characters) for lane in range(lanes)]
+        return self._judged(source, texts, characters)
 
     def _judged(self, source: Source, pieces: Sequence[Texts], size: int | None) -> list[np.ndarray]:
         """The reasons of each piece, looked up or worked out."""
@@ -142,15 +150,18 @@ def _texts_of(rows: Dataset | IterableDataset, source: Source) -> Texts:
     return texts
 
 
-def _texts_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source) -> Texts:
-    """What the documents of a lane's first share say, each in its place; None for the dirty ones."""
+def _texts_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source, most: int | None) -> Texts:
+    """What the documents of a lane's first share say, each in its place, up to so many characters; None for dirt."""
 
     def texts() -> Iterator[str | None]:
-        reader, given = Reader(rows, lane, lanes, source, epochs=1), 0
+        reader, given, characters = Reader(rows, lane, lanes, source, epochs=1), 0, 0
         while document := reader.take(1):
             yield from [None] * (reader.rows - 1 - given)
             yield from document
             given = reader.rows
+            characters += len(document[0])
+            if most is not None and given >= LEAST_ROWS and characters >= most:
+                return
         yield from [None] * (reader.rows - given)
 
     return texts

@@ -38,7 +38,8 @@ class Reader:
         source: What the rows were opened from, for messages.
         epochs: How many shares to read; None for no end.
         block: Rows of a stream fetched at a time.
-        removed: Why each row of each share is removed, 0 where it stays; see `cleaning.py`.
+        removed: Why each row of each share is removed, 0 where it stays; see `cleaning.py`. A share ends where nobody
+            looked further.
     """
 
     def __init__(
@@ -78,14 +79,15 @@ class Reader:
             if self._rows is None:
                 self._begin()
             assert self._rows is not None
-            row = next(self._rows, None)
+            judged = None if self._removed is None else self._removed[self._number]
+            row = None if judged is not None and self._read == len(judged) else next(self._rows, None)
             if row is None:
                 self._end_epoch()
                 continue
             self._read += 1
             self._block_read += 1
-            if self._removed is not None and (why := self._reason(self._removed[self._number])):
-                self.removed.add((why,), self._name(row[1]))
+            if judged is not None and judged[self._read - 1]:
+                self.removed.add((REASONS[int(judged[self._read - 1])],), self._name(row[1]))
                 continue
             self.rows += 1
             text, found = tidy(row[0])
@@ -95,15 +97,6 @@ class Reader:
                 self._usable += 1
                 texts.append(text)
         return texts
-
-    def _reason(self, reasons: np.ndarray) -> str | None:
-        """Why the row read last is removed."""
-        if self._read > len(reasons):
-            raise DataError(
-                f"source {self.source.path!r} has more rows than when it was cleaned. Data must stay as it is while a "
-                "stage trains; remove the stage's folder to begin it again."
-            )
-        return REASONS.get(int(reasons[self._read - 1]))
 
     def _name(self, name: Any) -> str:
         """The id of the row read last, or its place in the source."""

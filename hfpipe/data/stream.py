@@ -78,7 +78,7 @@ class TokenStream:
         max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once a
             rank has read `JUDGED_ROWS` different rows of the source, or all of its share.
         prefetch: Whether windows are built ahead in background threads.
-        cleaned: Judges the rows of a stream before it is read, see `Cleaner.shares`.
+        cleaned: Judges the rows of a source, given by its number, before it is read in lanes; see `Cleaner.shares`.
         frame: Of rows for a masked model, which carry their number and no positions; None for the next token.
 
     Raises:
@@ -103,7 +103,7 @@ class TokenStream:
         epochs: int = 1,
         max_dirty_share: float = 1.0,
         prefetch: bool = True,
-        cleaned: Callable[[IterableDataset, int, Source], list[np.ndarray] | None] | None = None,
+        cleaned: Callable[[int, IterableDataset, int], list[np.ndarray] | None] | None = None,
         frame: Frame | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None and frame is None:
@@ -193,8 +193,8 @@ class TokenStream:
         shards = self._shards()
         if self._cleaned is not None:
             self._removed = [
-                self._cleaned(rows, self.lanes, origin) if isinstance(rows, IterableDataset) else None
-                for rows, origin in zip(shards, self.origins, strict=True)
+                self._cleaned(number, rows, self.lanes) if isinstance(rows, IterableDataset) else None
+                for number, rows in enumerate(shards)
             ]
         build = {lane: self._lane(lane, shards).build for lane in self._in_order()}
         windows: dict[int, Window] = {}

@@ -6,7 +6,9 @@ import math
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import IterableDataset
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
@@ -43,6 +45,12 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     per_device, accumulation = divide_batch(stage)
     parts = mixture(run.recipe, stage)
     tables = [run.cleaner.tables(documents_of(part, run.tokenizer, run.recipe.seed), part.source) for part in parts]
+
+    def cleaned(number: int, rows: IterableDataset, lanes: int) -> list[np.ndarray] | None:
+        """Why rows of a stream are removed; looked at no further than the stage will come, unless it reads them all."""
+        needed = math.ceil(max_steps * global_batch * max_length / lanes * parts[number].share)
+        return run.cleaner.shares(rows, lanes, parts[number].source, needed if stage.exhausted == "repeat" else None)
+
     stream = TokenStream(
         [rows for rows, _ in tables],
         run.tokenizer,
@@ -56,7 +64,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         seed=run.recipe.seed,
         rank=ranks.rank(),
         ranks=ranks.ranks(),
-        cleaned=run.cleaner.shares,
+        cleaned=cleaned,
         frame=frame,
     )
     global_batch = per_device * accumulation * ranks.ranks()
