@@ -66,12 +66,15 @@ def dial_run(folder: Path, stage: str | None, strengths: Sequence[float]) -> Non
         earlier += score_handed_on(run, one, earlier)
     own = with_paired(run, earlier, run.stage_folder(name) / "predictions", score_stage(run, name))
     found = dial_stage(run, earlier, name, own, strengths)
+    if strength_of(run.stage_folder(name)) is not None:  # what the run goes on with is what lies in `dial/`
+        _hand_on(run, name, found["best"], exceeded(run, earlier, name, own))
     if ranks.is_main():
         for line in lines_of(found):
             ranks.say(line)
         if found["best"] is not None:
             ranks.say(f"written to {run.stage_folder(name) / DIAL}")
-        write_reports(folder)
+        if (folder / "scorecard.json").exists():  # not in a run that stopped in its first stage
+            write_reports(folder)
     ranks.wait()
 
 
@@ -299,10 +302,7 @@ class _Sweep:
                 if ranks.is_main():
                     write_jsonl(folder / f"{suite}.jsonl", found.records)
                 ranks.wait()
-                # A suite that the parent could not be scored on is compared with strength 0.
-                knows = any(score.suite == suite and score.stage == self.parent for score in self.earlier)
-                start = {} if knows else {self.parent: predictions_at(run.stage_folder(self.name), 0)}
-                ready = with_paired(run, self.earlier, folder, found.scores, **start)
+                ready = with_paired(run, self.earlier, folder, found.scores, **self._instead_of_the_parent(suite))
                 ranks.say(f"  {self.name} at {strength:g}: {suite} " + ", ".join(map(_short, ready)))
                 self._keep(strength, suite, keys[suite], ready)
             scores += ready
@@ -311,7 +311,11 @@ class _Sweep:
     def _at_the_ends(self, strength: float, suite: str) -> list[Score]:
         """The scores of the parent at 0 and of the stage at 1, which are known."""
         if strength == 1:
-            return [score for score in self.own if score.suite == suite]
+            own = [score for score in self.own if score.suite == suite]
+            if own and (other := self._instead_of_the_parent(suite)):
+                folder = self.run.stage_folder(self.name) / "predictions"
+                own = with_paired(self.run, self.earlier, folder, own, **other)
+            return own
         if strength == 0:
             start = [score for score in self.earlier if score.suite == suite and score.stage == self.parent]
             return [
@@ -319,6 +323,12 @@ class _Sweep:
                 for score in start
             ]
         return []
+
+    def _instead_of_the_parent(self, suite: str) -> dict[str, Path]:
+        """What strength 0 gave, under the parent's name, for a suite that the parent could not be scored on."""
+        if any(score.suite == suite and score.stage == self.parent for score in self.earlier):
+            return {}
+        return {self.parent: predictions_at(self.run.stage_folder(self.name), 0)}
 
     def _keep(self, strength: float, suite: str, key: str, scores: list[Score]) -> None:
         """Writes what is known so far, so that a dial that is interrupted goes on where it was."""

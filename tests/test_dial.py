@@ -163,6 +163,27 @@ def test_what_is_scored_is_not_scored_again(dialled: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.count("done before, skipped") == 3
 
 
+def test_a_dial_that_was_interrupted_ends_as_one_that_was_not(dialled: Path, tmp_path: Path) -> None:
+    shutil.copytree(dialled, tmp_path / "run")
+    stage = tmp_path / "run" / "stages" / "sounds"
+    dial, done = (json.loads((stage / name).read_text()) for name in ("dial.json", "done.json"))
+    first = dial["points"][1]  # at 0.1; killed before its second suite, and nothing was handed on yet
+    first["scores"], first["keys"] = first["scores"][:1], {"general": first["keys"]["general"]}
+    (stage / "dial.json").write_text(json.dumps({"hash": dial["hash"], "points": [first]}))
+    shutil.rmtree(stage / "strengths" / "0.5")
+    shutil.rmtree(stage / "dial")
+    del done["dialled"]
+    (stage / "done.json").write_text(json.dumps(done))
+    assert main(["run", str(dialled.parent / "tiny.yaml"), "--set", f"output_dir={tmp_path / 'run'}"]) == 0
+    for name in ("dial.json", "done.json", "strengths/0.5/general.jsonl"):
+        assert (stage / name).read_text() == (dialled / "stages" / "sounds" / name).read_text(), name
+    assert tiny.scores(tmp_path / "run") == tiny.scores(dialled)
+    one, other = (
+        load_file(folder / "dial" / "adapter_model.safetensors") for folder in (stage, dialled / "stages/sounds")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def test_the_budget_decides_anew_without_a_score_anew(
     dialled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
@@ -80,10 +80,15 @@ class AdapterDial:
         head = read_head(Path(trained.path)) if task_of(trained) == "classification" else None
         loaded, new = load_model(trained.base, head=head, with_new_modules=True)
         self.tensors = load_file(Path(trained.path) / WEIGHTS)
-        before = probe(loaded, tokenizer, texts) if not new else None
         self.parents = self._parents(loaded.state_dict(), new)
         self.model = PeftModel.from_pretrained(loaded, trained.path).eval()
-        if before is not None:  # of a variant of LoRA that is not linear, nobody would notice otherwise
+        # The model's own tensors, which `at` writes to. PEFT's way of loading a state goes over all modules, at which
+        # bitsandbytes packs its 4-bit weights anew: on a CPU the model is not the same afterwards.
+        self.inside = get_peft_model_state_dict(self.model)
+        if not new and self.config.get("bias", "none") == "none":  # else nothing takes the whole adapter away
+            with self.model.disable_adapter():
+                before = probe(self.model, tokenizer, texts)
+            # A variant of LoRA that is not linear would be noticed by nobody otherwise.
             require_equal(before, probe(self.at(0.0), tokenizer, texts), loaded.dtype, f"{trained.path} at strength 0")
 
     def _parents(self, base: dict[str, torch.Tensor], new: list[str]) -> dict[str, torch.Tensor]:
@@ -159,7 +164,9 @@ class AdapterDial:
 
     def at(self, strength: float) -> Any:
         """The model at a strength, until the next call."""
-        set_peft_model_state_dict(self.model, self.tensors_at(strength))
+        with torch.no_grad():
+            for name, tensor in self.tensors_at(strength).items():
+                self.inside[name].copy_(tensor)
         return self.model
 
     def save(self, folder: Path, strength: float) -> None:

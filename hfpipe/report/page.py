@@ -33,7 +33,9 @@ pre {{ overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .85
 .text {{ white-space: pre-wrap; background: var(--soft); padding: .4rem .6rem; border-radius: 4px; font-size: .95rem; }}
 .asked {{ margin-bottom: .6rem; }}
 @media print {{
-  body {{ max-width: none; }} pre {{ white-space: pre-wrap; }}
+  @page {{ size: landscape; margin: 12mm; }}
+  html, body {{ font-size: 11px; }} body {{ max-width: none; padding: 0; }} pre {{ white-space: pre-wrap; }}
+  .wide {{ overflow: visible; }} th, td {{ padding: .2rem .4rem; }} td.number {{ white-space: normal; }}
   h2, tr, svg, .sample {{ break-inside: avoid; }} h2 {{ break-after: avoid; }}
 }}
 </style>

@@ -103,7 +103,8 @@ def tradeoff_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> S
         over = ", ".join(f"{change.after.suite} {change.after.metric}" for change in one.where.over)
         state = f"over: {over}" if over else "inside" if kept_suites(recipe.evaluate) else "none"
         strength = strength_of(folder / "stages" / one.stage)
-        method = one.method if strength is None else f"{one.method}, dialled to {strength:g}"
+        method = "all weights" if one.method == "full" else one.method
+        method += "" if strength is None else f", dialled to {strength:g}"
         rows.append([one.stage, method, one.parent, f"#{percent(one.where.gain)}", f"#{percent(one.where.forgetting)}"])
         rows[-1].append(state)
     if len(rows) == 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hfpipe.folders import predictions_of
 from hfpipe.recipe import Recipe
-from hfpipe.scores import Score
+from hfpipe.scores import BASE, Score
 
 EACH = 2  # rows of each sort and suite
 SHOWN = 500  # characters of a text
@@ -130,6 +130,10 @@ def _words(answer: Any) -> str:
     return ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
 
 
+def _name(stage: str) -> str:
+    return stage if stage == BASE else f"after {stage}"
+
+
 def shortened(text: str) -> str:
     """A text as it is shown: its beginning, and how much there is of it."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text):,} characters)"
@@ -143,7 +147,7 @@ def samples_html(samples: Sequence[Sample]) -> str:
     for sample in samples:
         title = f"{escape(sample.suite)}, row {escape(sample.row)}: {sample.sort}"
         value = f"{escape(sample.metric)} {sample.values[0]:.4g} → {sample.values[1]:.4g}"
-        sides = [(f"after {stage}", answer) for stage, answer in zip(sample.stages, sample.answers, strict=True)]
+        sides = [(_name(stage), answer) for stage, answer in zip(sample.stages, sample.answers, strict=True)]
         sides = [("right", sample.right), *sides]
         asked = f'<div class="asked">{_text(sample.asked)}</div>' if sample.asked else ""
         answers = "".join(f"<div><b>{escape(name)}</b>{_text(text)}</div>" for name, text in sides)
@@ -167,7 +171,7 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
     for sample in samples:
         values = f"{sample.metric} {sample.values[0]:.4g} -> {sample.values[1]:.4g}"
         texts = [("asked", sample.asked), ("right", sample.right)]
-        texts += [(f"after {stage}", answer) for stage, answer in zip(sample.stages, sample.answers, strict=True)]
+        texts += [(_name(stage), answer) for stage, answer in zip(sample.stages, sample.answers, strict=True)]
         body = "\n".join(f"{name}: {shortened(text)}" for name, text in texts if text or name != "asked")
         fence = "```"
         while fence in body:
