@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, active_count, get_ident
 from time import sleep
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpipe.data.encode import IGNORED
+from hfpipe.data.loader import collate
 from hfpipe.data.packing import isolation_leak, pack
 from hfpipe.data.ranges import stream_range
 from hfpipe.data.sources import load_rows
@@ -421,24 +423,52 @@ def test_packing_counts_documents_that_begin_and_that_are_cut() -> None:
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt_neox", "gpt2"])
-def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
+def small_model(model_type: str, attention: str) -> Any:
     torch.manual_seed(0)
     fields = {"intermediate_size": 64, "max_position_embeddings": 128, **SMALL}
     if model_type == "gpt2":
         fields = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}
     if model_type in ("llama", "qwen2"):
         fields["num_key_value_heads"] = 1
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+    config = AutoConfig.for_model(model_type, **fields, bos_token_id=0, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.config.use_cache = False
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)  # fresh weights attend to nothing much: a leak would not show
-    assert isolation_leak(model) < 1e-4
-    leaky = type(model).forward
+    return model
 
-    def with_mask(self, *args, **kwargs):
-        shape = kwargs["input_ids"].shape
-        return leaky(self, *args, attention_mask=torch.ones(shape, dtype=torch.long), **kwargs)
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt_neox", "gpt2"])
+def test_packed_documents_do_not_see_each_other_and_a_leak_is_noticed(model_type: str, attention: str) -> None:
+    model = small_model(model_type, attention)
+    assert isolation_leak(model) < 1e-4
+    model.config.use_cache = True
+    assert isolation_leak(model) > 1e-3
+    model.config.use_cache = False
+    plain = type(model).forward
+
+    def with_mask(self, *args, position_ids=None, **kwargs):
+        ones = torch.ones(kwargs["input_ids"].shape, dtype=torch.long)
+        return plain(self, *args, position_ids=position_ids, attention_mask=ones, **kwargs)
 
     model.forward = with_mask.__get__(model)
     assert isolation_leak(model) > 1e-3
+
+
+def test_the_self_test_sees_what_the_trainer_feeds(tokenizer) -> None:
+    model, fed = small_model("llama", "sdpa"), []
+    plain = type(model).forward
+
+    def recorded(self, *args, input_ids=None, position_ids=None, **kwargs):
+        fed.append((args, input_ids.shape, position_ids is not None, set(kwargs) - {"labels", "return_dict"}))
+        return plain(self, *args, input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    model.forward = recorded.__get__(model)
+    isolation_leak(model)
+    served = stream([Dataset.from_list(documents(40))], tokenizer).batches(2)
+    model(**collate([row | {"input_ids": row["input_ids"] % 64} for row in next(served)], 0) | {"labels": None})
+    packed, trained = fed[0], fed[-1]
+    assert packed == trained, "the same arguments, [B, L] with B = 2, positions, no mask, no word on a cache"
+    assert packed[1] == (2, LENGTH)

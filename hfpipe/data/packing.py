@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hfpipe.data.encode import IGNORED
+from hfpipe.data.loader import collate
 
 
 class Packed(NamedTuple):
@@ -57,21 +60,43 @@ def pack(tokens: np.ndarray, starts: np.ndarray, length: int) -> Packed:
 
 @torch.no_grad()
 def isolation_leak(model: Any, length: int = 32) -> float:
-    """How far a packed row is from its documents run alone on this model: the largest difference of log-probabilities.
+    """How far packed rows are from their documents run alone on this model: the largest difference of log-probabilities.
 
     Position ids keep packed documents apart only without an attention mask and without a cache, and not in every
-    architecture; where they do not, nothing fails and the model is just worse. So it is measured.
+    architecture; where they do not, nothing fails and the model is just worse. So it is measured, on a batch as the
+    trainer gives it to the model: two rows of two documents each, through `collate`.
 
     Args:
-        model: A causal language model.
-        length: Tokens of each of the two documents.
+        model: A causal language model, set up as it will be trained.
+        length: L, tokens of a row.
+
+    Returns:
+        Nats; infinite where the model takes no `position_ids` at all.
     """
+    if not _takes_position_ids(model):
+        return float("inf")
     was_training = model.training
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    positions = torch.arange(length, device=model.device).repeat(2)[None]
-    packed = model(input_ids=ids.reshape(1, -1), position_ids=positions, use_cache=False).logits[0]
-    alone = model(input_ids=ids, use_cache=False).logits.reshape(2 * length, -1)
+    tokens = torch.randint(0, vocabulary, (2 * length,), generator=torch.Generator().manual_seed(0)).numpy()
+    starts = np.zeros(2 * length, dtype=bool)
+    begins = [0, length * 5 // 8, length, length * 5 // 4]
+    starts[begins] = True
+    packed = pack(tokens, starts, length)
+    rows = [
+        {"input_ids": ids, "position_ids": positions, "labels": labels}
+        for ids, positions, labels in zip(packed.input_ids, packed.position_ids, packed.labels, strict=True)
+    ]
+    batch = {key: value.to(model.device) for key, value in collate(rows, 0).items() if key != "labels"}
+    together = model(**batch).logits.flatten(0, 1).float().log_softmax(-1)  # (2 L, V)
+    leak = 0.0
+    for begin, end in pairwise([*begins, 2 * length]):
+        alone = model(input_ids=batch["input_ids"].flatten()[None, begin:end]).logits[0].float().log_softmax(-1)
+        leak = max(leak, float((together[begin:end] - alone).abs().max()))
     model.train(was_training)
-    return float((packed.float().log_softmax(-1) - alone.float().log_softmax(-1)).abs().max())
+    return leak
+
+
+def _takes_position_ids(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    return "position_ids" in signature(inner.forward).parameters
