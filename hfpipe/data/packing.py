@@ -60,7 +60,7 @@ def pack(tokens: np.ndarray, starts: np.ndarray, length: int) -> Packed:
 
 @torch.no_grad()
 def isolation_leak(model: Any, length: int = 32) -> float:
-    """How far packed rows are from their documents run alone on this model: the largest difference of log-probabilities.
+    """How far packed rows are from their documents run alone on this model, by the largest log-probability difference.
 
     Position ids keep packed documents apart only without an attention mask and without a cache, and not in every
     architecture; where they do not, nothing fails and the model is just worse. So it is measured, on a batch as the
@@ -99,4 +99,5 @@ def isolation_leak(model: Any, length: int = 32) -> float:
 
 def _takes_position_ids(model: Any) -> bool:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
-    return "position_ids" in signature(inner.forward).parameters
+    words = signature(inner.forward).parameters
+    return "position_ids" in words or any(word.kind is word.VAR_KEYWORD for word in words.values())

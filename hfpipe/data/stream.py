@@ -212,6 +212,48 @@ class TokenStream:
             if ahead:
                 ahead.close()
 
+    def length(self) -> int:
+        """Rows of the run until every source was read for `epochs`, with those that stand in for an ended lane.
+
+        It takes one reading and tokenization of each share. Every rank has to call this.
+        """
+        shards = self._shards()
+        parts = gather({share: self._tokens_of(shards, share) for share in self._positions})
+        tokens = {share: count for part in parts for share, count in part.items()}
+        rows = 0
+        for lane in range(self.lanes):
+            given = sum(tokens[(lane + epoch) % self.lanes] for epoch in range(self.epochs or 1))
+            if given:
+                rows = max(rows, (-(-given // self.max_length) - 1) * self.lanes + lane + 1)
+        return rows
+
+    def _tokens_of(self, shards: Sequence[Dataset | IterableDataset], share: int) -> int:
+        """Tokens of a share of every source."""
+        count = 0
+        for rows, origin in zip(shards, self.origins, strict=True):
+            reader = Reader(rows, share, self.lanes, origin, epochs=1)
+            while texts := reader.take(self.window_documents):
+                count += len(self._tokenize(texts)[0])
+        return count
+
+    def notes(self) -> list[str]:
+        """How the sources divide over the lanes, where that is worth a line of the log."""
+        lines = []
+        for source, origin in zip(self._shards(), self.origins, strict=True):
+            table = isinstance(source, Dataset)
+            count, what = (len(source), "documents") if isinstance(source, Dataset) else (source.num_shards, "shards")
+            if count < self.lanes and not table:
+                lines.append(
+                    f"source {origin.path!r}: {count} {what} for {self.lanes} lanes: every lane reads all, and keeps "
+                    "its own rows; more files would be quicker"
+                )
+            elif count % self.lanes:
+                lines.append(
+                    f"source {origin.path!r}: {count:,} {what} do not divide by {self.lanes} lanes, which take the "
+                    "shares in turn: each document is read as often"
+                )
+        return lines
+
     def _ended(self, windows: dict[int, Window]) -> bool:
         """Whether this rank's lanes have given their last row."""
         return all(

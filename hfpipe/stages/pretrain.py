@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import islice
 from typing import Any
@@ -22,6 +23,7 @@ from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import RecipeError
+from hfpipe.files import write_json
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain
@@ -43,6 +45,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks.say(f"  the base has no weights for {listed(new)}, which begin fresh")
     max_length = row_length(run, model, min(model.config.max_position_embeddings, DEFAULT_MAX_LENGTH))
     per_device, accumulation = divide_batch(stage)
+    epochs = _whole_epochs(stage)
     parts = mixture(run.recipe, stage)
     tables = [run.cleaner.tables(documents_of(part, run.tokenizer, run.recipe.seed), part.source) for part in parts]
 
@@ -59,7 +62,8 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         origins=[part.source for part in parts],
         replayed=[part.replayed for part in parts],
         lanes=stage.lanes,
-        exhausted=stage.exhausted,
+        exhausted="stop" if epochs else stage.exhausted,
+        epochs=epochs or 1,
         max_dirty_share=stage.max_dirty_share,
         seed=run.recipe.seed,
         rank=ranks.rank(),
@@ -67,8 +71,10 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         cleaned=cleaned,
         frame=frame,
     )
+    for line in stream.notes():
+        ranks.say(f"  {line}")
     global_batch = per_device * accumulation * ranks.ranks()
-    max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, global_batch * stream.max_length)
+    max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, stream, global_batch)
     arguments = trainer_arguments(TrainingArguments, run, max_steps, per_device, accumulation)
     model = with_adapter(run, model)
     if not masked:
@@ -82,7 +88,23 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length)
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
         source |= removed
+    tokens, documents, padding, cut = (
+        facts["data"][key] for key in ("tokens", "documents", "padding_share", "cut_share")
+    )
+    ranks.say(f"  {tokens:,} tokens, {documents:,} documents; padding {padding:.2%}, documents cut {cut:.1%}")
     return facts
+
+
+def _whole_epochs(stage: Pretrain) -> int | None:
+    """How often every document is read, where that is what ends the training.
+
+    Not with several sources that repeat: their weights say how much each gives. Nor with a part of an epoch.
+    """
+    epochs = stage.training.get("num_train_epochs", 1)
+    one = len(stage.data) == 1 or stage.exhausted == "stop"
+    if stage.training.get("max_steps") or stage.replay is not None or not one or epochs != int(epochs):
+        return None
+    return int(epochs)
 
 
 def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -107,8 +129,24 @@ def _require_isolation(model: Any) -> None:
         )
 
 
-def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
-    """Steps of `num_train_epochs` of the stage's own data, which is tokenized once: the schedule must know its end."""
+def _steps_of_epochs(run: StageRun, stream: TokenStream, global_batch: int) -> int:
+    """Steps of `num_train_epochs`, for which the data is tokenized once: the schedule has to know where it ends.
+
+    The count is kept in the stage's folder, so that a resume does not repeat it.
+    """
+    assert isinstance(run.stage, Pretrain)
+    path = run.folder / "length.json"
+    key = {"hash": run.hash, "lanes": stream.lanes}
+    kept = ranks.from_main(json.loads(path.read_text()) if path.exists() else {})
+    if {name: kept.get(name) for name in key} != key:
+        kept = key | {"rows": stream.length() if _whole_epochs(run.stage) else _rows_of_epochs(run, stream.max_length)}
+        if ranks.is_main():
+            write_json(path, kept)
+    return max(1, math.ceil(kept["rows"] / global_batch))
+
+
+def _rows_of_epochs(run: StageRun, length: int) -> float:
+    """Rows that hold as many tokens as `num_train_epochs` of the stage's own data."""
     tokens, own = 0, sum(part.share for part in mixture(run.recipe, run.stage) if not part.replayed)
     special = run.stage.task == "causal"  # a row's, and not a document's, with a masked model
     for source in run.stage.data:
@@ -122,4 +160,4 @@ def _steps_of_epochs(run: StageRun, tokens_per_step: int) -> int:
         while texts := [row["text"] for row in islice(documents, 1000)]:
             ids = run.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
             tokens += sum(map(len, ids)) + len(texts)
-    return max(1, math.ceil(tokens / own * run.stage.training.get("num_train_epochs", 1) / tokens_per_step))
+    return tokens / own * run.stage.training.get("num_train_epochs", 1) / length
