@@ -67,6 +67,20 @@ def test_the_card_says_what_it_is_and_what_it_cost(tmp_path: Path) -> None:
     assert card.content == ModelCard.load(prepare_again(run) / "README.md").content
 
 
+def test_the_card_shows_the_dial(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    about = {"gain_stderr": 0.01, "forgetting_stderr": 0.01, "over": [], "inside": True, "scores": []}
+    points = [{"strength": at, "gain": at / 2, "forgetting": at / 10, **about} for at in (0.0, 0.5, 1.0)]
+    dial = {"stage": "chat", "parent": "law", "method": "adapter", "best": 0.5, "verdict": "Half is best."}
+    (run / "stages/chat/dial.json").write_text(json.dumps(dial | {"points": points}))
+    folder = prepare_again(run)
+    text = (folder / "README.md").read_text()
+    assert "Half is best." in text
+    assert "![Strengths of chat](dial-1.svg) ![Strengths of chat](dial-2.svg)" in text
+    assert (folder / "dial-1.svg").read_text().startswith("<svg")
+    assert text == (prepare_again(run) / "README.md").read_text()
+
+
 def prepare_again(run: Path) -> Path:
     return prepare_artifact(run, Push(repo_id="me/toy"), load_recipe(run / "recipe.yaml"))
 

@@ -16,13 +16,13 @@ from hfpipe.recipe import Push, Recipe
 from hfpipe.recipe.push import pushed_stage
 from hfpipe.report.card import Artefact, hub_id, is_on_hub, lineage, model_card
 from hfpipe.report.facts import stage_costs
+from hfpipe.report.price import dial_section, dials_of
 from hfpipe.scores import read_scorecard
 from hfpipe.secrets import without_secrets
 
 ADAPTER_CONFIG = "adapter_config.json"
 PUSHED = {".safetensors", ".json", ".jinja", ".txt", ".model"}  # weights, configurations, tokenizers; never a pickle
 NOT_PUSHED = {"trainer_state.json"}
-DIAL = ("dial.json", "dial.svg", "dial.png")  # the sweep over the adapter's strength, where there is one
 
 
 def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[str, str] | None = None) -> Path:
@@ -52,6 +52,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         adapter |= {"base_model_name_or_path": base, "revision": revision}
     elif base and not is_on_hub(base):
         base = revision = None
+    dial, plots = _dial_of(run_dir, stage, recipe)
     artefact = Artefact(
         repo_id=push.repo_id,
         what=push.what,
@@ -69,7 +70,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
             for source in one.data
             if (id := hub_id(source))
         },
-        plots=tuple(file.name for file in (run_dir / "stages" / stage).glob("dial.*") if file.name in DIAL),
+        dial=dial,
     )
     scorecard = run_dir / "scorecard.json"
     scores = read_scorecard(scorecard) if scorecard.is_file() else []
@@ -79,8 +80,8 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         for file in sorted(made.rglob("*")):
             if file.is_file() and file.suffix in PUSHED and file.name not in NOT_PUSHED:
                 link(file, folder / file.relative_to(made))
-        for plot in artefact.plots:
-            link(run_dir / "stages" / stage / plot, folder / plot)
+        for name, plot in plots.items():
+            write_text(folder / name, plot)
         if adapter:
             write_json(folder / ADAPTER_CONFIG, adapter)
         for file in (run_dir / "recipe.yaml", run_dir / "scorecard.json"):
@@ -141,6 +142,18 @@ def find_made(run_dir: Path, what: str, stage: str, recipe: Recipe) -> Path:
         )
         raise RecipeError(f"push.what: {what}, but stage {stage!r} made {found} ({folder}). Allowed here: {allowed}.")
     return folder
+
+
+def _dial_of(run_dir: Path, stage: str, recipe: Recipe) -> tuple[str, dict[str, str]]:
+    """The card's section on the stage's dial, and its plots by their file names; nothing where there is no dial."""
+    dial = next((dial for dial in dials_of(run_dir, recipe) if dial["stage"] == stage), None)
+    if dial is None:
+        return "", {}
+    from hfpipe.report.price_plots import dial_plots  # it takes matplotlib a second to come
+
+    plots = {f"dial-{number}.svg": plot for number, plot in enumerate(dial_plots(dial), start=1)}
+    images = " ".join(f"![Strengths of {stage}]({name})" for name in plots)
+    return f"{dial_section(dial).markdown()}\n\n{images}", plots
 
 
 def card_facts(run_dir: Path, kind: str, id: str) -> dict[str, Any]:

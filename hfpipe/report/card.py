@@ -61,7 +61,7 @@ class Artefact:
         license: Licence that the recipe states; None for the base's.
         base_facts: What the base's card says on the Hub: license, license_name, license_link, language.
         data_facts: The same of the data sets it was trained on, by Hub id.
-        plots: Files of the dial, which lie beside the card.
+        dial: The section on its stage's dial; empty where there is none.
         strength: What the stage was dialled to so as to stay inside the budgets; None at full strength.
     """
 
@@ -76,7 +76,7 @@ class Artefact:
     strength: float | None = None
     base_facts: Mapping[str, Any] = field(default_factory=dict)
     data_facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    plots: tuple[str, ...] = ()
+    dial: str = ""
 
 
 def model_card(
@@ -107,6 +107,7 @@ def model_card(
         _what_it_is(artefact, recipe),
         "## How to load it\n\n" + _how_to_load(artefact, recipe),
         "## Scores\n\n" + _scores(artefact, scores),
+        *([artefact.dial] if artefact.dial else []),
         "## Training\n\n" + _training(artefact, recipe),
         *([cost.markdown()] if cost else []),
         "## Environment\n\n" + _environment(environment),
@@ -268,9 +269,7 @@ def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:
     table = "\n".join(lines) + f"\n\n{note}{how_counted(scores)}"
     if artefact.stage not in order:
         return f"{table}\n\nStage `{artefact.stage}`, which made this artefact, was not scored."
-    images = [plot for plot in artefact.plots if not plot.endswith(".json")]
-    dial = "".join(f"\n\n![Gain against forgetting by adapter strength]({plot})" for plot in images)
-    return f"{table}\n\n{_gain_and_forgetting(artefact.stage, scores)}{dial}"
+    return f"{table}\n\n{_gain_and_forgetting(artefact.stage, scores)}"
 
 
 def _cell(score: Score | None) -> str:
