@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import ranks
+from hfpipe.answers import can_score
 from hfpipe.errors import RecipeError
 from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.files import write_json
 from hfpipe.folders import model_of
-from hfpipe.model.load import ModelRef, load_model, load_tokenizer
+from hfpipe.model.load import ModelRef, load_model, load_tokenizer, task_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.markdown import describe, number
 from hfpipe.run import merged, open_run, quiet_libraries
@@ -48,12 +49,13 @@ def evaluate_model(
     found = _evaluate(name, labels[name], recipe, rows, stage)
     scores = [score for scored in other.values() for score in scored.scores]
     for suite, scored in found.items():
-        errors = paired_errors(recipe.evaluate[suite], other[suite].records, scored.records) if against else {}
+        compared = against is not None and suite in other
+        errors = paired_errors(recipe.evaluate[suite], other[suite].records, scored.records) if compared else {}
         for number_of, score in enumerate(scored.scores):
             if against is not None and score.metric in errors:
                 score = replace(score, paired={labels[against]: errors[score.metric]})
             scores.append(score)
-            if against is not None:
+            if compared:
                 change = Change(other[suite].scores[number_of], score)
                 low, high = (change.difference + side * 1.96 * change.stderr for side in (-1, 1))
                 ranks.say(f"difference {describe(change)}; 95 % interval {low:+.4g} to {high:+.4g}")
@@ -70,9 +72,14 @@ def _evaluate(
     model = load_model(replace(ref, vocabulary=len(tokenizer)))
     found = {}
     for suite_name, suite in recipe.evaluate.items():
+        if not can_score(suite, rows[suite_name], ref):
+            ranks.say(f"{label:16} {suite_name:16} not scored: its answers need another head than this model has")
+            continue
         found[suite_name] = score_suite(suite_name, suite, rows[suite_name], model, tokenizer, label)
         for score in found[suite_name].scores:
             ranks.say(f"{label:16} {suite_name:16} {score.metric:16} {number(score)}  (n={score.n})")
+    if not found:
+        raise RecipeError(f"no suite of the recipe asks what {name} can answer: it is a {task_of(ref)} model.")
     return found
 
 

@@ -24,7 +24,7 @@ from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
 from hfpipe.model.base import texts_for_tokenizer
-from hfpipe.model.create import train_tokenizer
+from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import clear_errors, is_encoder, load_tokenizer
 from hfpipe.model.loadable import require_loadable
 from hfpipe.model.tokens import prepare_tokenizer, template_warning
@@ -83,17 +83,16 @@ def run_tokenizer(recipe: Recipe) -> Any:
 def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:
     """Parameters of the model and of its embeddings, without its weights."""
     options = recipe.model
-    if options.architecture is not None:
-        fields = {"vocab_size": len(tokenizer), **options.architecture}
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    else:
-        with clear_errors("model", options.id or ""):
-            config = AutoConfig.from_pretrained(
-                options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
-            )
-    auto = AutoModelForMaskedLM if is_encoder(config.model_type) else AutoModelForCausalLM
     with torch.device("meta"):  # shapes without memory, and tied weights stay one
-        model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
+        if options.architecture is not None:
+            model = create_model(options.architecture, tokenizer, recipe.seed)
+        else:
+            with clear_errors("model", options.id or ""):
+                config = AutoConfig.from_pretrained(
+                    options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
+                )
+            auto = AutoModelForMaskedLM if is_encoder(config.model_type) else AutoModelForCausalLM
+            model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
     return model.num_parameters(), model.get_input_embeddings().weight.numel()
 
 
@@ -114,6 +113,9 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
             print(f"           cleaned first, in one pass over it: {cleaning_of(source)}")
         if facts["untrained"]:
             print(f"           {facts['untrained']:.0%} of the sampled rows have no token to train on")
+        if stage.kind == "sft":
+            for line in _marks(rows, stage, tokenizer, max_length, source):
+                print(f"           {line}")
     replayed = [part for part in mixture(recipe, stage) if part.replayed]
     for part in replayed:
         unit = "tokens" if stage.kind == "pretrain" else "rows"
@@ -160,6 +162,21 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, seed=0)
     tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
+
+
+def _marks(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
+    """What is wrong with the beginnings and ends of the first rows of a source, in plain words."""
+    sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
+    ids = [row["input_ids"] for row in _encode(sample, stage, tokenizer, None, seed=0)]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    found = {
+        f"begin with two BOS tokens ({tokenizer.bos_token}): the data or the chat template has one, and the tokenizer "
+        "adds another": sum(row[:2] == [bos, bos] for row in ids),
+        f"do not end with the EOS token ({tokenizer.eos_token}), so the model does not learn to stop there: the chat "
+        "template ends its turns otherwise": sum(eos not in row[-3:] for row in ids),  # a line feed may follow it
+        f"are longer than max_length ({max_length}) and lose their end": sum(len(row) > max_length for row in ids),
+    }
+    return [f"{count / len(ids):.0%} of the sampled rows {what}" for what, count in found.items() if count]
 
 
 def _kinds(stage: Stage) -> tuple[Kind, ...]:

@@ -273,3 +273,17 @@ def test_the_small_recipe_runs_to_a_score(tmp_path: Path) -> None:
     found = tiny.scores(tmp_path / "run")
     assert found["prose", "general", "masked_perplexity"] < found["base", "general", "masked_perplexity"]
     assert 0 <= found["packages", "packages", "accuracy"] <= 1
+
+
+def test_what_a_model_cannot_answer_is_not_asked_of_it(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(chain / "tiny.yaml")
+    assert main(["evaluate", str(chain / "run/stages/prose/model"), path]) == 0
+    said = capsys.readouterr().out
+    assert "masked_accuracy" in said
+    assert "not scored" in said
+    text = tiny.write(chain, tiny.recipe(chain), "text.yaml")
+    assert main(["evaluate", str(chain / "run/stages/prose/model"), str(text)]) == 2
+    assert "it is a masked model" in capsys.readouterr().err
+    assert main(["check", path]) == 0
+    assert main(["preview", path, "--rows", "1"]) == 0
+    assert "[MASK]" in capsys.readouterr().out

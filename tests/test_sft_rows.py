@@ -136,3 +136,25 @@ def test_a_template_without_marks_is_refused_before_training(
         assert "model.tokenizer.chat_template" in message
         assert "Traceback" not in message
     assert not (tmp_path / "run/stages/sounds/model").exists()
+
+
+def test_check_tells_of_ends_that_teach_no_stop_and_of_rows_that_are_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": TURNS[1:]}) + "\n" for _ in range(8)))
+    content = tiny.recipe(tmp_path, merge=False, evaluate={})
+    turn = "{{ turn.role }}: {{ turn.content }}"
+    templates = {"no stop": f"{{% for turn in messages %}}{turn}\n{{% endfor %}}"}
+    templates["stop"] = templates["no stop"].replace("\n", "<|endoftext|>\n")
+    source = {"path": "json", "data_files": str(tmp_path / "chat.jsonl")}
+    content["stages"] = [{**content["stages"][1], "data": [source]}]
+    content["stages"][0]["training"]["max_length"] = 30
+    said = {}
+    for name, template in templates.items():
+        content["model"]["tokenizer"]["chat_template"] = template
+        assert main(["check", str(tiny.write(tmp_path, content))]) == 0
+        said[name] = capsys.readouterr().out
+        assert "100% of the sampled rows are longer than max_length (30)" in said[name]
+    assert "100% of the sampled rows do not end with the EOS token (<|endoftext|>)" in said["no stop"]
+    assert "EOS" not in said["stop"]

@@ -120,6 +120,7 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
         rows = load_rows(source, seed=recipe.seed)
         for row in islice(tidy_rows(rows, source, Read()), training.take):
             text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
+            text = text or "\n".join(str(turn.get("content") or "") for turn in row.get("messages") or ())
             if text:
                 yield text
 
