@@ -131,14 +131,14 @@ def summary(found: dict[str, list[Score]], shared: float) -> dict[str, Any]:
     for stage, suite, metric in places:
         place = stage, suite, metric
         here = {name: scores[place] for name, scores in by_place.items() if place in scores}
-        better = next(iter(here.values())).higher_is_better
+        some = next(iter(here.values()))
         before = {name: by_place[name].get((BASE, suite, metric)) for name in here}
-        gains = [score.value - old.value for name, score in here.items() if (old := before[name]) and stage != BASE]
-        row = {"stage": stage, "suite": suite, "metric": metric, "higher_is_better": better}
+        gains = [score.merit - old.merit for name, score in here.items() if (old := before[name]) and stage != BASE]
+        row: dict[str, Any] = {"stage": stage, "suite": suite, "metric": metric, "arrow": some.arrow}
         row |= {"n": sum(score.n for score in here.values()), **_spread([s.value for s in here.values()], shared)}
         row["values"] = {name: score.value for name, score in here.items()}
         if gains:
-            row["gain"] = _spread(gains if better else [-gain for gain in gains], shared)
+            row["gain"] = _spread(gains, shared)
         rows.append(row)
     return {"repeats": list(found), "scores": rows}
 

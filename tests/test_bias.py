@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from hfpipe.cli import main
 from hfpipe.data.swaps import replaced
-from hfpipe.metrics import load_metric
+from hfpipe.metrics import OURS, load_metric
 from hfpipe.metrics.limits import limits_of
+from hfpipe.recipe.metric_names import WITH_IDEAL
 from hfpipe.scores import Change, Score, over_budget
 
 
@@ -260,3 +261,15 @@ def test_swaps_are_checked_by_the_file_alone(tmp_path: Path, capsys: pytest.Capt
         suite["metrics"], suite["swap"] = ["flip_rate"], swap
         assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_what_can_be_too_high_and_too_low_chooses_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {name for name in OURS if load_metric(name).ideal is not None} == WITH_IDEAL
+    content = tiny.recipe(tmp_path)
+    source = {"path": "json", "data_files": "pairs.jsonl"}
+    content["evaluate"]["crows"] = {"data": source, "metrics": ["stereotype_score"]}
+    content["stages"][1]["early_stopping"] = {"suite": "crows"}
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
+    assert "can be too high and too low" in capsys.readouterr().err

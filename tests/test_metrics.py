@@ -299,7 +299,14 @@ def test_an_uneven_suite_on_two_ranks_scores_each_row_once(tmp_path: Path) -> No
     content = tiny.recipe(tmp_path, merge=False)
     content["stages"] = content["stages"][:1]
     content["evaluate"]["sounds"]["data"]["take"] = 29
-    content["evaluate"]["sounds"]["metrics"] = ["accuracy", "exact_match", "perplexity", "calibration_error"]
+    # chrf sees every generated letter: one answer that stood beside another row's would move it.
+    content["evaluate"]["sounds"]["metrics"] = ["accuracy", "exact_match", "chrf", "perplexity", "calibration_error"]
+    pairs = [{"more": f"{n}. The {one}.", "less": f"The {one}. {n}"} for n, one in enumerate(tiny.ANIMALS * 2)][:11]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = {"path": "json", "data_files": str(tmp_path / "pairs.jsonl")}
+    content["evaluate"]["pairs"] = {"data": source, "metrics": ["stereotype_score", "likelihood_difference"]}
+    flips = {**content["evaluate"]["sounds"], "metrics": ["flip_rate"], "swap": [["cat", "dog"]]}
+    content["evaluate"]["flips"] = flips
     one = str(tiny.write(tmp_path, content))
     assert main(["run", one]) == 0
     config = Path(__file__).parent.parent / "recipes" / "accelerate" / "cpu.yaml"
@@ -315,3 +322,6 @@ def test_an_uneven_suite_on_two_ranks_scores_each_row_once(tmp_path: Path) -> No
             [row[key] for key in ("value", "low", "high")], rel=1e-4
         )
     assert {row["n"] for row in rows if row["suite"] == "sounds"} == {29}
+    found = {(row["suite"], row["metric"]): row for row in rows}
+    assert found["sounds", "chrf"]["value"] > 0
+    assert (found["pairs", "likelihood_difference"]["n"], found["flips", "flip_rate"]["n"]) == (11, 9)

@@ -65,6 +65,9 @@ FAMILIES = {
     "squad": ("squad_em", "squad_f1"),
 }
 
+# Metrics that can be too high and too low: no value is better for being larger, or smaller.
+WITH_IDEAL = frozenset({"bias_ambiguous", "bias_disambiguated", "ss", "stereotype_score"})
+
 MASKED_METRICS = frozenset({"masked_accuracy", "masked_perplexity"})  # of an encoder's masked tokens
 
 # Metrics of the Hub's `evaluate-metric` that take a generated text and a right one. Any other is named with its owner
@@ -73,6 +76,11 @@ HUB_METRICS = (
     *("bertscore", "bleurt", "cer", "character", "charcut_mt", "comet", "frugalscore", "google_bleu"),
     *("mauve", "meteor", "nist_mt", "sacrebleu", "sari", "wer"),
 )
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The metrics that a name stands for, most often itself."""
+    return FAMILIES.get(name, (name,))
 
 
 def is_elsewhere(name: str) -> bool:

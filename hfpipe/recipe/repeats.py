@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
-from hfpipe.recipe.metric_names import OUR_METRICS, is_elsewhere
+from hfpipe.recipe.metric_names import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 
 
@@ -41,10 +41,19 @@ def _check_early_stopping(stage: RawStage, by_name: dict[str, RawSuite]) -> Iter
         text = f"'{name}' is not a suite; allowed: {listed(by_name)}." if by_name else "the recipe has no suite."
         yield Fault((*block.steps, "suite"), text + did_you_mean(name, by_name))
     elif name is not None and metric is not None:
-        metrics = [other for other in sequence(by_name[name].data.get("metrics")) if isinstance(other, str)]
+        named = [other for other in sequence(by_name[name].data.get("metrics")) if isinstance(other, str)]
+        metrics = [part for other in named for part in parts_of(other)]
         if metric not in metrics:
             text = f"'{metric}' is not a metric of {name}; allowed: {listed(metrics)}.{did_you_mean(metric, metrics)}"
             yield Fault((*block.steps, "metric"), text)
+    suite = by_name[name].data if name in by_name else {}
+    if suite.get("lm_eval") is not None:
+        yield Fault(
+            (*block.steps, "suite"), f"'{name}' is a task of lm-eval, which chooses no checkpoint. Take another."
+        )
+    elif (metric or next(iter(sequence(suite.get("metrics"))), None)) in WITH_IDEAL:
+        text = "can be too high and too low, so it chooses no checkpoint. Take another metric."
+        yield Fault((*block.steps, "metric"), text)
     for key in ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end", "metric_for_best_model"):
         if key in training.data:
             text = "follows from `early_stopping`: a checkpoint is saved and scored every `eval_steps`. Remove it."

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
-from hfpipe.recipe.metric_names import FAMILIES
+from hfpipe.recipe.metric_names import parts_of
 
 BASE = "base"  # the model before any training, where the name of a stage may stand
 
@@ -305,10 +305,6 @@ KINDS: dict[str, type[StageBase]] = {"pretrain": Pretrain, "sft": Sft, "classifi
 Stage = Annotated[Pretrain | Sft | Classification, Field(discriminator="kind")]
 
 
-def _parts(name: Any) -> tuple[Any, ...]:
-    return FAMILIES.get(name, (name,)) if isinstance(name, str) else (name,)
-
-
 HARNESS = "lm_eval"  # the path of the source that stands for the data of lm-eval's tasks
 
 
@@ -363,10 +359,10 @@ class Suite(Words):
         """`squad` and `rouge` are written out as the metrics that they stand for."""
         if not isinstance(data, dict) or not isinstance(data.get("metrics"), list):
             return data
-        parts = [part for name in data["metrics"] for part in _parts(name)]
+        parts = [part for name in data["metrics"] for part in (parts_of(name) if isinstance(name, str) else (name,))]
         options = data.get("metric_options")
         if isinstance(options, dict):
-            options = {part: value for name, value in options.items() for part in _parts(name)}
+            options = {part: value for name, value in options.items() for part in parts_of(str(name))}
         return {
             **data,
             "metrics": list(dict.fromkeys(parts)),

@@ -69,10 +69,9 @@ def _sections(recipe: Recipe, found: Mapping[str, Any]) -> list[Section]:
     rows = [[*head, *(f"#{name}" for name in found["repeats"])]]
     for row in found["scores"]:
         interval = "" if row["std"] is None else f"{_value(row, 'low')} to {_value(row, 'high')}"
-        arrow = "↑" if row["higher_is_better"] else "↓"
         cells = [_value(row, "mean"), _value(row, "std"), interval, f"{row['n']:,}"]
         cells += [_value({**row, **row["values"]}, name) if name in row["values"] else "" for name in found["repeats"]]
-        rows.append([row["stage"], row["suite"], f"{row['metric']} {arrow}", *(f"#{cell}" for cell in cells)])
+        rows.append([row["stage"], row["suite"], f"{row['metric']} {row['arrow']}", *(f"#{cell}" for cell in cells)])
     return [Section("Scores over the repeats", rows, [_note(recipe)])]
 
 
