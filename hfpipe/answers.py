@@ -22,6 +22,7 @@ from hfpipe.model.classifier import classify
 from hfpipe.model.load import ModelRef, task_of
 from hfpipe.model.masked import fill_masks, is_masked, pseudo_bits
 from hfpipe.model.scoring import bits_of, context_of, generate, likelihoods, within_positions
+from hfpipe.pair_answers import likelihoods_of, pair_generation, pair_likelihood
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_names import MASKED_METRICS
@@ -40,6 +41,8 @@ def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
         asked = ["masked"]
     elif "sentence" in rows[0]:
         asked = ["classification"]
+    elif "source" in rows[0]:
+        asked = ["seq2seq"]
     else:
         asked = ["causal", *(["masked"] if {"choices", "good", "more"} & set(rows[0]) else [])]
     return task_of(ref) in asked and ("sentence" not in rows[0] or _tells_apart(rows, ref))
@@ -86,10 +89,16 @@ def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) ->
     `prediction` is the likeliest, `prediction_norm` and `prediction_bytes` the likeliest per character and per byte of
     the choice (lm-eval's `acc_norm` and `acc_bytes`); of several that are alike, the first.
     """
+    reads_pairs = "source" in rows[0]
+    if reads_pairs:
+        mine, rows = ([{"prompt": row["source"], "completion": row["target"]} for row in some] for some in (mine, rows))
     common = None if "choices" in rows[0] or "good" in rows[0] else common_choices(suite, rows)
     forms = [choice_form(row, suite, common) for row in mine]
     pairs = [pair for form in forms for pair in form.pairs]
-    found = [bits for bits, _ in _spent(pairs, suite, model, tokenizer)]
+    if reads_pairs:
+        found = [one.bits for one in likelihoods_of(suite, pairs, model, tokenizer, suite.batch_size * 4)[1]]
+    else:
+        found = [bits for bits, _ in _spent(pairs, suite, model, tokenizer)]
     answers: Answers = []
     start = 0
     for row, form in zip(mine, forms, strict=True):
@@ -280,6 +289,8 @@ def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) 
         One answer a row, on every rank; None for a row that cannot be scored.
     """
     answer = _classes if "sentence" in rows[0] and need != "swap" else ANSWERS[need]
+    if "source" in rows[0]:  # what an encoder-decoder model reads
+        answer = {**ANSWERS, "likelihood": pair_likelihood, "generation": pair_generation}[need]
     mine = rows[ranks.rank() :: ranks.ranks()]
     answers: Answers = [None] * len(rows)
     for rank, share in enumerate(ranks.gather(answer(suite, mine, rows, model, tokenizer))):

@@ -68,7 +68,7 @@ def _evaluate(
 ) -> dict[str, Scored]:
     """Scores one model on all suites and prints the scores."""
     ref = _model_of(name, recipe, stage)
-    tokenizer = load_tokenizer(ref.path, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(ref.path, trust_remote_code=recipe.model.trust_remote_code, task=task_of(ref))
     model = load_model(replace(ref, vocabulary=len(tokenizer)))
     found = {}
     for suite_name, suite in recipe.evaluate.items():

@@ -6,13 +6,13 @@ import math
 import shutil
 import sys
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig
 
 from hfpipe.data.cleaning import cleaning_of, require_cleaning
 from hfpipe.data.dirt import Read, tidy_rows
@@ -25,8 +25,9 @@ from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
 from hfpipe.model.base import texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
-from hfpipe.model.load import clear_errors, is_encoder, load_tokenizer
+from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable
+from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.model.tokens import prepare_tokenizer, template_warning
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
@@ -67,16 +68,20 @@ def preflight(recipe: Recipe) -> None:
 
 def run_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer that a run of this recipe would use; a small one is trained where the recipe trains its own."""
-    block = recipe.model.tokenizer
+    block, options = recipe.model.tokenizer, recipe.model
+    if options.architecture is not None:
+        task = task_of_type(str(options.architecture.get("model_type")))
+    else:
+        task = task_of(ModelRef(options.id or "", options, revision=options.revision))
     if block is not None and block.train is not None:
         sample = block.train.model_copy(update={"take": 2000})
-        encoder = is_encoder(str((recipe.model.architecture or {}).get("model_type")))
-        tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, sample), block.train.vocab_size, 1024, encoder)
+        tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, sample), block.train.vocab_size, 1024, task)
     elif block is not None and block.id is not None:
-        tokenizer = load_tokenizer(block.id, revision=block.revision)
+        tokenizer = load_tokenizer(block.id, revision=block.revision, task=task)
     else:
-        trust = recipe.model.trust_remote_code
-        tokenizer = load_tokenizer(recipe.model.id or "", revision=recipe.model.revision, trust_remote_code=trust)
+        tokenizer = load_tokenizer(
+            options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code, task=task
+        )
     return prepare_tokenizer(tokenizer, block)
 
 
@@ -91,7 +96,7 @@ def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:
                 config = AutoConfig.from_pretrained(
                     options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
                 )
-            auto = AutoModelForMaskedLM if is_encoder(config.model_type) else AutoModelForCausalLM
+            auto = AUTO_CLASSES[task_of_type(config.model_type)]
             model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
     return model.num_parameters(), model.get_input_embeddings().weight.numel()
 
@@ -159,7 +164,7 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
     if not sample:
         raise DataError(f"stages.{stage.name}: {source.path} has no row with content among its first {SAMPLE_ROWS}.")
-    encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, seed=0)
+    encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
     tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
 
@@ -167,7 +172,7 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
 def _marks(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
     """What is wrong with the beginnings and ends of the first rows of a source, in plain words."""
     sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
-    ids = [row["input_ids"] for row in _encode(sample, stage, tokenizer, None, seed=0)]
+    ids = [row["input_ids"] for row in _encode(sample, stage, tokenizer, None, 0, source)]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = {
         f"begin with two BOS tokens ({tokenizer.bos_token}): the data or the chat template has one, and the tokenizer "
@@ -180,13 +185,22 @@ def _marks(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Sou
 
 
 def _kinds(stage: Stage) -> tuple[Kind, ...]:
-    kinds: dict[str, tuple[Kind, ...]] = {"classification": ("classification",), "pretrain": ("text",)}
-    return kinds.get(stage.kind, TEXT_KINDS)
+    kinds: dict[str, tuple[Kind, ...]] = {"pretrain": ("text",), "sft": TEXT_KINDS}
+    return kinds.get(stage.kind) or (cast(Kind, stage.kind),)
 
 
 def _encode(
-    rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None, seed: int
+    rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None, seed: int, source: Source
 ) -> list[dict[str, Any]]:
+    if stage.kind == "translation":  # a source, and its target behind it
+        set_languages(tokenizer, source)
+        limits = max_length or sys.maxsize, stage.training.get("max_target_length") or max_length or sys.maxsize
+        sources, targets = ([row[side] or "" for row in rows] for side in ("source", "target"))
+        pairs = encode_pairs(tokenizer, sources, targets, *limits)
+        return [
+            {"input_ids": pair.input_ids + pair.labels, "labels": [IGNORED] * len(pair.input_ids) + pair.labels}
+            for pair in pairs
+        ]
     if stage.kind == "classification":  # a sentence, and its label behind it
         ids = tokenizer([row["sentence"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
         return [{"input_ids": row, "labels": row} for row in ids]
@@ -231,7 +245,7 @@ def preview(recipe: Recipe, count: int) -> None:
             opened = load_rows(source, seed=recipe.seed, kinds=_kinds(stage))
             rows = list(islice(tidy_rows(opened, source, Read()), count))
             limit = stage.training.get("max_length") or 1024
-            for number, row in enumerate(_encode(rows, stage, tokenizer, limit, recipe.seed)):
+            for number, row in enumerate(_encode(rows, stage, tokenizer, limit, recipe.seed, source)):
                 trained = sum(label != IGNORED for label in row["labels"])
                 print(f"{stage.name}, {source.path}, row {number}: {len(row['input_ids'])} tokens, {trained} trained")
                 print(_painted(row, tokenizer, coloured))

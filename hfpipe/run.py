@@ -18,6 +18,7 @@ from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
 from hfpipe.hub.pins import pin_recipe
 from hfpipe.metrics import needs_of
+from hfpipe.model.adapter import ProbeText
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.model.merge import merge_adapter
@@ -203,15 +204,18 @@ def _score_merged(run: Run, name: str, merged: ModelRef) -> None:
         write_json(path, read_json(path) | {"suites": found})
 
 
-def probe_texts(run: Run, each: int = PROBE_TEXTS) -> list[str]:
-    """A few texts of the suites, on which two forms of one model are compared."""
-    texts = []
+def probe_texts(run: Run, each: int = PROBE_TEXTS) -> list[ProbeText]:
+    """A few texts of the suites, or pairs of source and target, on which two forms of one model are compared."""
+    texts: list[ProbeText] = []
     for rows in run.rows.values():
         for row in rows[:each]:
-            texts.append(
-                row.get("text") or row.get("sentence") or str(row.get("prompt", "")) + str(row.get("completion", ""))
-            )
-    return [text[:400] for text in texts if text][: 2 * each] or ["The quick brown fox jumps."]
+            if "source" in row:
+                texts.append((row["source"][:400], row["target"][:400]))
+                continue
+            text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
+            if text:
+                texts.append(text[:400])
+    return texts[: 2 * each] or ["The quick brown fox jumps."]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "hfpipe"
 LAYERS = [
     {"errors", "files", "folders", "recipe", "scores", "secrets", "shipped", "tradeoff"},
     {"ranks", "data", "model", "metrics"},
-    {"answers", "checkpoints", "cost", "environment", "evaluation", "harness", "overlap", "shift", "stages"},
+    {"answers", "pair_answers", "harness", "evaluation", "checkpoints", "cost", "environment"}
+    | {"overlap", "shift", "stages"},
     {"hub", "report"},
     {"dial", "pipeline", "run"},
     {"artifacts", "preflight", "repeats"},

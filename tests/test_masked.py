@@ -155,7 +155,7 @@ def test_interrupted_is_uninterrupted_and_two_ranks_are_one(
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     texts = ["The quick brown foxes jumped over unbelievably lazy dogs, twice.", "Schöne Grüße", "今天天气很好"] * 9
-    return train_tokenizer(texts, 300, 128, encoder=True)
+    return train_tokenizer(texts, 300, 128, task="masked")
 
 
 def test_rows_are_hidden_alike_wherever_they_are_and_by_the_shares_of_the_paper(tokenizer: Any) -> None:

@@ -89,6 +89,24 @@ def test_messages_come_before_pairs_and_pairs_before_text(folder: Path, streamin
     assert list(load(data_files="two.jsonl", columns={"text": "text"}, streaming=streaming)) == [{"text": "t"}]
 
 
+@streamed
+def test_a_column_inside_of_another_is_named_with_a_dot(folder: Path, streaming: bool) -> None:
+    pairs = [{"translation": {"en": "A hill.", "de": "Ein Huegel."}, "id": "t0"}, {"translation": None, "id": "t1"}]
+    write("pairs.jsonl", pairs)
+    words = {"data_files": "pairs.jsonl", "streaming": streaming}
+    rows = load(columns={"source": "translation.en", "target": "translation.de"}, **words)
+    assert roles_of(rows) == "translation"
+    assert next(iter(rows)) == {"source": "A hill.", "target": "Ein Huegel.", "id": "t0"}
+    template = {"source": "translate English to German: {translation.en}", "target": "{translation.de}"}
+    found = list(load(template=template, **words))
+    assert found[0]["source"] == "translate English to German: A hill."
+    assert found[1] == {"source": None, "target": None, "id": "t1"}
+    with pytest.raises(DataError, match=r"'translation.fr'.*Did you mean translation"):
+        load(columns={"source": "translation.en", "target": "translation.fr"}, **words)
+    with pytest.raises(DataError, match=r"`columns: {source: translation.\w\w, target: translation.\w\w}` renames"):
+        load_rows(Source(path="json", **words), kinds=("translation",))
+
+
 def test_a_stream_that_does_not_know_its_columns_is_treated_like_one_that_does(folder: Path) -> None:
     Path("t.csv").write_text("content,n\na,1\nb,2\n")
     words = {"path": "csv", "data_files": "t.csv", "streaming": True}

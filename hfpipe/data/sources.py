@@ -1,7 +1,7 @@
 """Sources: one `load_dataset` call of a recipe, to rows whose columns are roles.
 
-The roles are `text`, `prompt` + `completion`, or `messages`; `id` comes along where there is one. Streams stay streams,
-and tables stay on disk.
+The roles are `text`, `prompt` + `completion`, `messages`, `sentence` + `label`, or `source` + `target`; `id` comes
+along where there is one. Streams stay streams, and tables stay on disk.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from hfpipe.recipe.faults import did_you_mean, listed
 
 Rows: TypeAlias = Dataset | IterableDataset
 Template: TypeAlias = str | list[str]
-COLUMN = r"[^.\[\]]+(\[\w+\])*"  # in a template
+COLUMN = r"[^\[\]]+(\[\w+\])*"  # in a template
 Kind = Literal[
     "text",
     "prompt_completion",
     "messages",
     "classification",
+    "translation",
     "choices",
     "answer",
     "minimal_pair",
@@ -48,6 +49,7 @@ ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
     "classification": ("sentence", "label"),
+    "translation": ("source", "target"),
     # What only suites have: see choices.py and stereotypes.py.
     "choices": ("prompt", "choices", "answer"),
     "answer": ("prompt", "answer"),
@@ -197,10 +199,11 @@ def _require(column: str, columns: Iterable[str], key: str, source: Source) -> N
 
 def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[Kind, ...]) -> Rows:
     """Only the columns of one role, as they are, renamed or built."""
-    columns = list(features)
     named_columns = dict(source.columns) if isinstance(source.columns, dict) else {}
     renamed = {role: column for role, column in named_columns.items() if isinstance(column, str)}
     templates = dict(source.template or {})
+    rows, features = _with_inner_columns(rows, features, source)
+    columns = list(features)
     for role, listed_columns in named_columns.items():
         for column in [listed_columns] if isinstance(listed_columns, str) else listed_columns:
             _require(column, columns, f"columns.{role}", source)
@@ -224,7 +227,9 @@ def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[K
     if not kinds:
         wanted = " nor ".join(" with ".join(f"`{role}`" for role in ROLES[kind]) for kind in allowed[:4])
         first = ROLES[allowed[:4][-1]]
-        example = ", ".join(f"{role}: {place}_COLUMN" for role, place in zip(first, ("SOME", "OTHER"), strict=False))
+        inner = [name for name in features.flatten() if name not in features]
+        places = (inner[0], inner[-1]) if inner else ("SOME_COLUMN", "OTHER_COLUMN")
+        example = ", ".join(f"{role}: {place}" for role, place in zip(first, places, strict=False))
         raise DataError(
             f"source {source.path!r} has the columns {listed(columns)}: neither {wanted}. Say what they mean: "
             f"`columns: {{{example}}}` renames, "
@@ -246,6 +251,32 @@ def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[K
     return _with_features(rows, roles)
 
 
+def _with_inner_columns(rows: Rows, features: Features, source: Source) -> tuple[Rows, Features]:
+    """Columns inside of columns as columns of their own, where the recipe names one: `translation.en`."""
+    given = source.columns.values() if isinstance(source.columns, dict) else ()
+    named = [name for names in given for name in ([names] if isinstance(names, str) else names)]
+    for template in (source.template or {}).values():
+        named += re.findall(r"{([^{}\[\]]+)", template if isinstance(template, str) else "".join(template))
+    if all(name in features or name.partition(".")[0] not in features for name in named):
+        return rows, features
+    flat = features.flatten()
+    if isinstance(rows, Dataset):
+        return rows.flatten(), flat
+    arguments = {"columns": list(flat)}
+    return rows.map(_take_out, batched=True, remove_columns=list(features), features=flat, fn_kwargs=arguments), flat
+
+
+def _take_out(batch: dict[str, list[Any]], columns: list[str]) -> dict[str, list[Any]]:
+    taken = {}
+    for column in columns:
+        outer, *inner = [column] if column in batch else column.split(".")
+        values = batch[outer]
+        for key in inner:
+            values = [None if value is None else value[key] for value in values]
+        taken[column] = values
+    return taken
+
+
 def _fields(text: str, role: str, source: Source) -> list[str]:
     """The columns that a template names."""
     try:
@@ -259,11 +290,11 @@ def _fields(text: str, role: str, source: Source) -> list[str]:
     for _, field, form, conversion in parsed:
         if field is None:
             continue
-        if form or conversion or not re.fullmatch(COLUMN, field):
+        if form or conversion or ".__" in field or not re.fullmatch(COLUMN, field):
             raise RecipeError(
                 f"source {source.path!r}: template.{role}: {field!r} is not the plain name of a column. A column is "
-                "written {column}, and a part of a list {column[0]}, without attribute or format; braces of the text "
-                "are doubled: {{ and }}."
+                "written {column}, one inside of another {column.inner}, and a part of a list {column[0]}, without "
+                "format; braces of the text are doubled: {{ and }}."
             )
         fields.append(_column(field))
     return fields
@@ -331,15 +362,30 @@ def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, T
 
 
 def _filled(batch: dict[str, list[Any]], template: str) -> list[str | None]:
-    fields = {_column(field) for _, field, _, _ in string.Formatter().parse(template) if field}
+    """A template with each row's values in it."""
+    parts = [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
+    fields = {_column(field) for _, field in parts if field}
     rows = zip(*(batch[field] for field in fields), strict=True) if fields else ((),) * len(next(iter(batch.values())))
     try:
         return [
-            None if any(value is None for value in row) else template.format_map(dict(zip(fields, row, strict=True)))
+            None if any(value is None for value in row) else _text_of(parts, dict(zip(fields, row, strict=True)))
             for row in rows
         ]
     except (IndexError, KeyError, TypeError) as error:
         raise DataError(f"the template {template!r} names a part that a row does not have: {error}.") from error
+
+
+def _text_of(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
+    """The text of one row; `str.format` would take the dot of `translation.en` for an attribute."""
+    said = []
+    for text, field in parts:
+        said.append(text)
+        if field:
+            value = row[_column(field)]
+            for part in re.findall(r"\[(\w+)\]", field):
+                value = value[int(part) if part.isdigit() else part]
+            said.append(str(value))
+    return "".join(said)
 
 
 def _with_features(rows: Rows, roles: list[str]) -> Rows:

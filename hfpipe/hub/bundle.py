@@ -21,7 +21,8 @@ from hfpipe.scores import read_scorecard
 from hfpipe.secrets import without_secrets
 
 ADAPTER_CONFIG = "adapter_config.json"
-PUSHED = {".safetensors", ".json", ".jinja", ".txt", ".model"}  # weights, configurations, tokenizers; never a pickle
+# Weights, configurations, tokenizers; never a pickle.
+PUSHED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm"}
 NOT_PUSHED = {"trainer_state.json"}
 
 

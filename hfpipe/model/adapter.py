@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfpipe.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import is_encoder
+from hfpipe.model.load import task_of_type
 from hfpipe.model.scoring import within_positions
+from hfpipe.model.seq2seq import decoder_input
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
+ProbeText = str | tuple[str, str]  # or a source and its target
 
 
 def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
@@ -36,7 +39,7 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
     Raises:
         RecipeError: PEFT refuses the values, or they do not fit this model.
     """
-    fields = {"task_type": None if is_encoder(model.config.model_type) else "CAUSAL_LM", **block}
+    fields = {"task_type": None if task_of_type(model.config.model_type) == "masked" else "CAUSAL_LM", **block}
     kind = fields.pop("type")
     if kind == "lora":
         fields.setdefault("target_modules", "all-linear")
@@ -154,18 +157,27 @@ def verify_tensors(folder: Path, trained: dict[str, torch.Tensor] | None) -> Non
 
 
 @torch.no_grad()
-def probe(model: Any, tokenizer: Any, texts: list[str], max_length: int = 64) -> torch.Tensor:
-    """Log-probabilities of the model over its vocabulary after each token of a few short texts, (N, V) in float32."""
+def probe(model: Any, tokenizer: Any, texts: Sequence[ProbeText], max_length: int = 64) -> torch.Tensor:
+    """Log-probabilities of the model over its vocabulary after each token of a few short texts, (N, V) in float32.
+
+    An encoder-decoder model reads the source of a pair and says the target; of a lone text, both are the same.
+    """
     rows = []
     limit = within_positions(model, max_length)
-    for text in texts:
+    for both in texts:
+        text, said = (both, both) if isinstance(both, str) else both
         ids = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")["input_ids"].to(model.device)
         if not ids.numel():
             continue
         if is_classifier(model):  # (1, C), compared as they are: of one class the log-probability is always 0
             rows.append(model(input_ids=ids).logits.float().cpu())
+        elif model.config.is_encoder_decoder:
+            labels = tokenizer(text_target=said, truncation=True, max_length=limit, return_tensors="pt")
+            shifted = decoder_input(model, labels["input_ids"].to(model.device))
+            logits = model(input_ids=ids, decoder_input_ids=shifted, use_cache=False).logits
+            rows.append(logits[0].float().log_softmax(-1).cpu())
         else:
-            options = {} if is_encoder(model.config.model_type) else {"use_cache": False}
+            options = {} if task_of_type(model.config.model_type) == "masked" else {"use_cache": False}
             rows.append(model(input_ids=ids, **options).logits[0].float().log_softmax(-1).cpu())
     return torch.cat(rows)
 

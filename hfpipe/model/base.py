@@ -18,7 +18,7 @@ from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
-from hfpipe.model.load import ModelRef, clear_errors, is_encoder, load_tokenizer, task_of
+from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable
 from hfpipe.model.tokens import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
@@ -98,14 +98,13 @@ def _create(recipe: Recipe, folder: Path) -> None:
     """Trains the tokenizer where the recipe asks for it, and writes a model with fresh weights."""
     block, architecture = recipe.model.tokenizer, recipe.model.architecture or {}
     assert block is not None  # the recipe's check requires it with an architecture
+    task = task_of_type(str(architecture.get("model_type")))
     if block.train is not None:
         context = architecture.get("max_position_embeddings", 1024)
         texts = texts_for_tokenizer(recipe, block.train)
-        tokenizer: Any = train_tokenizer(
-            texts, block.train.vocab_size, context, is_encoder(str(architecture.get("model_type")))
-        )
+        tokenizer: Any = train_tokenizer(texts, block.train.vocab_size, context, task)
     else:
-        tokenizer = load_tokenizer(block.id or "", revision=block.revision)
+        tokenizer = load_tokenizer(block.id or "", revision=block.revision, task=task)
     prepare_tokenizer(tokenizer, block)
     model = create_model(architecture, tokenizer, recipe.seed)
     with whole_folder(folder) as beside:
@@ -121,19 +120,18 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
         for row in islice(tidy_rows(rows, source, Read()), training.take):
             text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
             text = text or "\n".join(str(turn.get("content") or "") for turn in row.get("messages") or ())
-            if text:
-                yield text
+            yield from filter(None, [text, row.get("source"), row.get("target")])
 
 
 def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
-    block = recipe.model.tokenizer
+    block, task = recipe.model.tokenizer, task_of(ref)
     trust = recipe.model.trust_remote_code
     if block is not None and block.id is not None:
-        tokenizer = load_tokenizer(block.id, revision=block.revision, trust_remote_code=trust)
+        tokenizer = load_tokenizer(block.id, revision=block.revision, trust_remote_code=trust, task=task)
     else:
-        tokenizer = load_tokenizer(ref.path, revision=ref.revision, trust_remote_code=trust)
+        tokenizer = load_tokenizer(ref.path, revision=ref.revision, trust_remote_code=trust, task=task)
     prepare_tokenizer(tokenizer, block)
-    if tokenizer.backend_tokenizer.get_vocab_size() == 0:
+    if len(tokenizer) == 0:
         raise DataError(f"the tokenizer of {ref.path} has no tokens.")
     return tokenizer
 
@@ -142,19 +140,21 @@ def require_task(recipe: Recipe, base: ModelRef) -> None:
     """Refuses a stage that trains the base for something that it is not made for; a classifier's head fits any.
 
     Raises:
-        RecipeError: A stage of next tokens starts from an encoder, or a masked one from a decoder.
+        RecipeError: A stage of next tokens starts from an encoder, a masked one from a decoder, and the like.
     """
     task = task_of(base)
     remedies = {
         "masked": "It is an encoder: train it by `objective: masked` (kind: pretrain), or by kind: classification.",
         "causal": "It says the next token: train it by `objective: causal` (kind: pretrain), or by kind: sft.",
+        "seq2seq": "It is an encoder-decoder model, which reads a source and says a target: take kind: translation.",
     }
     for number, stage in enumerate(recipe.stages):
         from_base = stage.parent == "base" or (stage.parent is None and number == 0)
         if from_base and stage.task not in ("classification", task):
             raise RecipeError(
-                f"stages.{stage.name} trains a {stage.task} language model, and the base {base.path!r} is made for "
-                f"another task, {task}. {remedies.get(task, 'Take the model that it was made from.')}"
+                f"stages.{stage.name} (kind: {stage.kind}) trains a {stage.task} language model, and the base "
+                f"{base.path!r} is made for another task, {task}. "
+                + remedies.get(task, "Take the model that it was made from.")
             )
 
 

@@ -7,30 +7,38 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 from hfpipe.errors import RecipeError
-from hfpipe.model.load import is_encoder
+from hfpipe.model.load import AUTO_CLASSES, task_of_type
 
 END_OF_TEXT = "<|endoftext|>"
 BEGIN, END, PAD, MASK = "[CLS]", "[SEP]", "[PAD]", "[MASK]"
+T5_PAD, T5_END = "<pad>", "</s>"
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, max_length: int, encoder: bool = False
+    texts: Iterable[str], vocab_size: int, max_length: int, task: str = "causal"
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer (GPT-2's scheme), which knows no unknown character.
 
     A decoder's has one special token, that ends and pads; an encoder's has ModernBERT's: a text stands between [CLS]
-    and [SEP], and there are [PAD] and [MASK].
+    and [SEP], and there are [PAD] and [MASK]; an encoder-decoder's has T5's: </s> behind each text, and <pad>.
 
     Args:
         texts: Documents to learn the merges from.
         vocab_size: Tokens in all, the 256 bytes and the special tokens included.
         max_length: The model's context in tokens, recorded in the tokenizer.
-        encoder: Whether it is for an encoder.
+        task: What its model is for: `causal`, `masked` or `seq2seq`.
     """
-    special = [PAD, BEGIN, END, AddedToken(MASK, lstrip=True, special=True)] if encoder else [END_OF_TEXT]
+    special: list[Any] = [END_OF_TEXT]
+    named = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    if task == "masked":
+        special = [PAD, BEGIN, END, AddedToken(MASK, lstrip=True, special=True)]
+        named = {"cls_token": BEGIN, "sep_token": END, "pad_token": PAD, "mask_token": MASK}
+    elif task == "seq2seq":
+        special = [T5_PAD, T5_END]
+        named = {"eos_token": T5_END, "pad_token": T5_PAD}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -41,13 +49,17 @@ def train_tokenizer(
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    named = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-    if encoder:
-        named = {"cls_token": BEGIN, "sep_token": END, "pad_token": PAD, "mask_token": MASK}
+    if task == "masked":
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{BEGIN} $A {END}",
             pair=f"{BEGIN} $A {END} $B:1 {END}:1",
             special_tokens=[(token, bpe.token_to_id(token)) for token in (BEGIN, END)],
+        )
+    elif task == "seq2seq":
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"$A {T5_END}",
+            pair=f"$A {T5_END} $B {T5_END}",
+            special_tokens=[(T5_END, bpe.token_to_id(T5_END))],
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -58,7 +70,7 @@ def train_tokenizer(
 
 
 def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
-    """Builds a language model with fresh float32 weights: a masked one where the architecture is an encoder.
+    """Builds a language model with fresh float32 weights, for the task that transformers has models of that type for.
 
     Args:
         architecture: Fields of the transformers config named by `model_type`; the vocabulary and the special tokens are
@@ -82,13 +94,17 @@ def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if is_encoder(model_type):
+    task = task_of_type(model_type)
+    if task == "masked":
         fields |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
+    if task == "seq2seq":  # T5's and Marian's way: the decoder begins with the padding token
+        fields.setdefault("decoder_start_token_id", tokenizer.pad_token_id)
     set_seed(seed)
     try:
         config = AutoConfig.for_model(model_type, **fields)
-        cls = AutoModelForMaskedLM if is_encoder(model_type) else AutoModelForCausalLM
-        return cls.from_config(config, dtype=torch.float32)
+        if getattr(config, "forced_eos_token_id", None) is not None:  # BART's default is that of BART's vocabulary
+            config.forced_eos_token_id = tokenizer.eos_token_id
+        return AUTO_CLASSES[task].from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         message = str(error).strip().split("\n")[0]
         raise RecipeError(f"model.architecture cannot be built as a {model_type} language model: {message}") from error

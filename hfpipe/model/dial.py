@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 
 from hfpipe.errors import RecipeError
-from hfpipe.model.adapter import probe, require_equal
+from hfpipe.model.adapter import ProbeText, probe, require_equal
 from hfpipe.model.classifier import read_head
 from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, load_model, task_of
 
@@ -45,7 +46,9 @@ MULTIPLIED = {"ia3": ("ia3_l",)}
 MAGNITUDE, TOKENS = "lora_magnitude_vector", "trainable_tokens_delta"
 
 
-def open_dial(trained: ModelRef, parent: ModelRef, tokenizer: Any, texts: list[str]) -> AdapterDial | WeightsDial:
+def open_dial(
+    trained: ModelRef, parent: ModelRef, tokenizer: Any, texts: Sequence[ProbeText]
+) -> AdapterDial | WeightsDial:
     """Loads a trained stage so that its strength can be set.
 
     Args:
@@ -67,7 +70,7 @@ class AdapterDial:
 
     how = "the adapter's own tensors, scaled"
 
-    def __init__(self, trained: ModelRef, tokenizer: Any, texts: list[str]) -> None:
+    def __init__(self, trained: ModelRef, tokenizer: Any, texts: Sequence[ProbeText]) -> None:
         self.ref, self.tokenizer, self.texts = trained, tokenizer, texts
         self.config = json.loads((Path(trained.path) / ADAPTER_CONFIG).read_text())
         self.kind = self.config["peft_type"].lower()
@@ -183,7 +186,7 @@ class WeightsDial:
 
     how = "all weights, on the line from the parent to the trained model"
 
-    def __init__(self, trained: ModelRef, parent: ModelRef, tokenizer: Any, texts: list[str]) -> None:
+    def __init__(self, trained: ModelRef, parent: ModelRef, tokenizer: Any, texts: Sequence[ProbeText]) -> None:
         self.ref, self.tokenizer, self.texts = trained, tokenizer, texts
         head = read_head(Path(trained.path)) if task_of(trained) == "classification" else None
         started, new = load_model(parent, frozen=False, head=head, with_new_modules=True)

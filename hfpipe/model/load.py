@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -38,9 +39,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 AUTO_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
     "classification": AutoModelForSequenceClassification,
 }
-ADAPTER_TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification"}  # PEFT's words; it has none for masked models
+# PEFT's words; it has none for masked models.
+ADAPTER_TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,16 @@ def _not_found(what: str, path: str) -> str:
     )
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Loads a fast tokenizer and makes sure that it has an EOS and a padding token.
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, task: str = "causal"
+) -> Any:
+    """Loads a tokenizer and makes sure that it has an EOS and a padding token.
+
+    Args:
+        path: A Hub id or a folder.
+        revision: Commit or branch of a Hub id.
+        trust_remote_code: Whether code of its repository may run.
+        task: What its model is for. That of an encoder-decoder model need not be fast: Marian's is not.
 
     Raises:
         RecipeError: It does not exist, is not a fast tokenizer, or has no EOS token.
@@ -177,7 +188,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast and task != "seq2seq":
         raise RecipeError(f"tokenizer {path!r} has no fast (Rust) form, which hfpipe needs for offsets and speed.")
     if closing is None:
         raise RecipeError(f"tokenizer {path!r} has no EOS token; set one in its tokenizer_config.json.")
@@ -186,12 +197,11 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     return tokenizer
 
 
-def is_encoder(model_type: str) -> bool:
-    """Whether transformers knows models of a type as encoders that fill masked tokens (BART is more than that)."""
-    return (
-        model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        and model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    )
+def task_of_type(model_type: str) -> str:
+    """What models of a type are for, as they are pretrained: a key of `AUTO_CLASSES`. BART is in both tables."""
+    if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "seq2seq"
+    return "masked" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
 def task_of(ref: ModelRef) -> str:
@@ -209,7 +219,8 @@ def task_of(ref: ModelRef) -> str:
         return "classification"
     if any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in names):
         return "causal"
-    return "masked" if is_encoder(config.model_type) else "causal"
+    task = task_of_type(config.model_type)
+    return "causal" if task == "seq2seq" and not config.is_encoder_decoder else task  # a decoder that hears sound
 
 
 def load_model(

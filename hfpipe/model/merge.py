@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 
 from hfpipe.errors import BudgetExceeded, RecipeError
 from hfpipe.files import whole_folder
-from hfpipe.model.adapter import TOLERANCE, divergence, probe, require_equal
+from hfpipe.model.adapter import TOLERANCE, ProbeText, divergence, probe, require_equal
 from hfpipe.model.load import ModelRef, clear_errors, load_model
 
 FULL, DEQUANTIZED = "in full precision", "made whole from its quantized weights"  # what an adapter is merged into
@@ -39,7 +40,9 @@ class Merged:
     dtype: str
 
 
-def merge_adapter(adapter: ModelRef, tokenizer: Any, folder: Path, texts: list[str], max_loss: float) -> Merged:
+def merge_adapter(
+    adapter: ModelRef, tokenizer: Any, folder: Path, texts: Sequence[ProbeText], max_loss: float
+) -> Merged:
     """Merges an adapter into the base that changes it least and verifies the result by loading it again.
 
     An adapter of a quantized base has learned to work on rounded weights, so it is compared, as it was trained, with

@@ -24,6 +24,7 @@ from hfpipe.recipe.words import (
     Suite,
     Tokenizer,
     TokenizerTraining,
+    Translation,
 )
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Suite",
     "Tokenizer",
     "TokenizerTraining",
+    "Translation",
     "dump_recipe",
     "hash_of",
     "json_schema",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hfpipe.recipe.faults import Fault, did_you_mean, found_and_allowed
@@ -24,7 +25,12 @@ from hfpipe.recipe.signatures import (
 )
 from hfpipe.recipe.words import Source
 
-ARGUMENTS_CLASS = {"pretrain": "TrainingArguments", "sft": "SFTConfig", "classification": "TrainingArguments"}
+ARGUMENTS_CLASS = {
+    "pretrain": "TrainingArguments",
+    "sft": "SFTConfig",
+    "classification": "TrainingArguments",
+    "translation": "Seq2SeqTrainingArguments",
+}
 
 
 def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
@@ -78,10 +84,13 @@ def check_block(
 
 
 def stage_fields(kind: str) -> Fields | None:
-    """What `training` of a stage takes: its arguments class, and hfpipe's `max_length` where that class has none."""
+    """What `training` of a stage takes: its arguments class, and hfpipe's lengths where that class has none."""
     fields = training_fields(kind)
-    own = Field("max_length", ast.Constant("int"), help="tokens of a row")
-    return None if fields is None else {own.name: own} | fields
+    own = {"max_length": Field("max_length", ast.Constant("int"), help="tokens of a row")}
+    if kind == "translation":
+        own["max_length"] = replace(own["max_length"], help="tokens of a source")
+        own["max_target_length"] = Field("max_target_length", ast.Constant("int"), help="tokens of a target")
+    return None if fields is None else own | fields
 
 
 def _training_of(stage: RawStage) -> Callable[[], Fields | None]:

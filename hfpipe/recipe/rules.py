@@ -12,11 +12,12 @@ from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
 from hfpipe.recipe.metric_names import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
+from hfpipe.recipe.pairs import check_pairs
 from hfpipe.recipe.push import check_push
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 from hfpipe.recipe.repeats import check_repeats
 from hfpipe.recipe.secret_values import check_secrets
-from hfpipe.recipe.signatures import encoder_types, model_types
+from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
 
 BASE = "base"
 FORMS = (  # the roles that a row may have together
@@ -24,7 +25,9 @@ FORMS = (  # the roles that a row may have together
     ("prompt", "completion"),
     ("messages", "tools", "chat_template_kwargs"),
     ("sentence", "label"),
+    ("source", "target"),
 )
+TOGETHER = (("prompt", "completion"), ("source", "target"))
 SUITE_FORMS = (  # and what only a suite's may
     ("prompt", "choices", "answer"),
     ("good", "bad"),
@@ -82,6 +85,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
             )
     yield from _check_outcome(data)
     yield from check_dial(data)
+    yield from check_pairs(data)
     yield from check_overlap(data)
     yield from check_cleaning(data)
     yield from check_country(data)
@@ -188,7 +192,7 @@ def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault
     names = [other.name for other in earlier if other.name]
     parent, replayed = text_of(stage.data.get("parent")), stage.at("replay")
     before = [other for other in earlier if other.name == parent] if parent else earlier[-1:]
-    if before and parent != BASE and stage.kind in ("pretrain", "sft") and _task(before[0]) != _task(stage):
+    if before and parent != BASE and stage.kind in _TRAINED_FOR and _task(before[0]) != _task(stage):
         left, wanted = _LEFT[_task(before[0])], _LEFT[_task(stage)]
         text = f"'{before[0].name}' leaves {left}, and this stage trains {wanted}. Write `parent: base` or another"
         yield Fault((*stage.steps, "parent"), f"{text} earlier stage.")
@@ -201,36 +205,46 @@ def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault
         yield Fault((*replayed.steps, "stage"), text)
 
 
+_TRAINED_FOR = ("pretrain", "sft", "translation")  # a task that the model has; a classifier's head fits any
 _LEFT = {
     "classification": "a classifier, which says no text",
     "masked": "an encoder, which fills masked tokens",
     "causal": "a model of next tokens",
+    "seq2seq": "an encoder-decoder model",
 }
 
 
 def _task(stage: RawStage) -> str:
     """What the model that a stage leaves is for; `words.StageBase.task` of a stage as plain data."""
-    if stage.kind == "classification":
-        return stage.kind
+    if stage.kind in ("classification", "translation"):
+        return "seq2seq" if stage.kind == "translation" else "classification"
     return "masked" if stage.kind == "pretrain" and stage.data.get("objective") == "masked" else "causal"
 
 
 def _check_architecture(data: dict[str, Any]) -> Iterator[Fault]:
-    """A model from nothing is an encoder or a decoder, and the stages that start from it train what it is."""
+    """A model from nothing is an encoder, a decoder or both, and the stages that start from it train what it is."""
     model_type = text_of(Block((), data).at("model").at("architecture").data.get("model_type"))
     if model_type is None or model_type not in model_types():
         return
-    task = "masked" if model_type in encoder_types() else "causal"
+    task = "masked" if model_type in encoder_types() else "seq2seq" if model_type in seq2seq_types() else "causal"
     for number, stage in enumerate(stages(data)):
         from_base = stage.data.get("parent") == BASE or (number == 0 and "parent" not in stage.data)
-        if not from_base or stage.kind not in ("pretrain", "sft") or _task(stage) == task:
+        if not from_base or stage.kind not in _TRAINED_FOR or _task(stage) == task:
             continue
-        key, instead = ("objective", f"Write `objective: {task}`") if stage.kind == "pretrain" else ("kind", "")
-        instead = instead or "Take `kind: pretrain` with `objective: masked`, or `kind: classification`"
+        key, instead = "kind", _INSTEAD[task]
+        if stage.kind == "pretrain" and task != "seq2seq":
+            key, instead = "objective", f"Write `objective: {task}`"
         text = (
             f"the architecture {model_type} is {_LEFT[task]}, and this stage trains {_LEFT[_task(stage)]}. {instead}."
         )
         yield Fault((*stage.steps, key), text)
+
+
+_INSTEAD = {
+    "masked": "Take `kind: pretrain` with `objective: masked`, or `kind: classification`",
+    "causal": "Take `kind: sft`, or another architecture such as t5",
+    "seq2seq": "Take `kind: translation`, or another architecture such as llama",
+}
 
 
 def _not_among(what: str, name: str, names: list[str]) -> str:
@@ -336,8 +350,8 @@ def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[
             elif isinstance(column, list) and role != "choices":
                 yield Fault(steps, "is one text, not a list; a row has several `choices` only.")
             given[role] = key
-    for role, other in (("prompt", "completion"), ("completion", "prompt")):
-        is_choice = role == "prompt" and forms != FORMS  # its choices and answer may be columns as they stand
+    for role, other in (*TOGETHER, *(pair[::-1] for pair in TOGETHER)):
+        is_choice = role in ("prompt", "target") and forms != FORMS  # the rest may be columns as they stand
         if role in given and other not in given and not is_choice:
             text = f"`{role}` is given without `{other}`, and the two go together. Add it: `{other}: <column>`."
             yield Fault((*source.steps, given[role], role), text)

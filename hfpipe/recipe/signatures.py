@@ -69,11 +69,12 @@ _CONSTRUCTION = ("__init__", "__post_init__")  # methods that take keyword argum
 
 @cache
 def training_fields(kind: str) -> Fields | None:
-    """Fields of the trainer's arguments: SFTConfig for sft, TrainingArguments for the others."""
+    """Fields of the trainer's arguments, of the class that trains a kind of stage."""
     where = {
         "pretrain": ("transformers.training_args", "TrainingArguments"),
         "sft": ("trl.trainer.sft_config", "SFTConfig"),
         "classification": ("transformers.training_args", "TrainingArguments"),
+        "translation": ("transformers.training_args_seq2seq", "Seq2SeqTrainingArguments"),
     }
     return _fields(*where[kind])
 
@@ -171,17 +172,19 @@ def model_types() -> tuple[str, ...]:
 
 @cache
 def encoder_types() -> tuple[str, ...]:
-    """Every `model_type` whose models fill masked tokens and write no text; `model.load.is_encoder` without imports."""
-    body = parsed("transformers.models.auto.modeling_auto").body
-    masked, seq2seq = (
-        _table(body, f"MODEL_FOR_{name}_MAPPING_NAMES") for name in ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-    )
-    return tuple(name for name in masked if name not in seq2seq)
+    """Every `model_type` whose models fill masked tokens, as `model.load.task_of_type` has it, without imports."""
+    return tuple(name for name in _table("MASKED_LM") if name not in seq2seq_types())
 
 
-def _table(body: list[ast.stmt], name: str) -> list[str]:
-    """The keys of an `OrderedDict([...])` that a module assigns."""
-    value = assigned(body, name)
+@cache
+def seq2seq_types() -> tuple[str, ...]:
+    """Every `model_type` whose models read a source and say a target."""
+    return tuple(_table("SEQ_TO_SEQ_CAUSAL_LM"))
+
+
+def _table(task: str) -> list[str]:
+    """The model types of transformers' table for a task, an `OrderedDict([...])`."""
+    value = assigned(parsed("transformers.models.auto.modeling_auto").body, f"MODEL_FOR_{task}_MAPPING_NAMES")
     pairs = literal(value.args[0]) if isinstance(value, ast.Call) and value.args else []
     return [str(pair[0]) for pair in pairs] if isinstance(pairs, list) else []
 

@@ -115,6 +115,8 @@ class Source(Words):
     template: dict[str, _Text] | None = Field(
         None, description='builds roles from columns, e.g. {prompt: "Q: {question}\\nA:", completion: " {answer}"}'
     )
+    src_lang: str | None = Field(None, description="language code of `source`, of tokenizers that have them (NLLB)")
+    tgt_lang: str | None = Field(None, description="language code of `target`, of tokenizers that have them")
     deduplicate: (
         Annotated[
             Annotated[Literal["exact", "near"], Tag(WORD)] | Annotated[Deduplicate, Tag(BLOCK)],
@@ -301,8 +303,23 @@ class Classification(StageBase):
         return "classification"
 
 
-KINDS: dict[str, type[StageBase]] = {"pretrain": Pretrain, "sft": Sft, "classification": Classification}
-Stage = Annotated[Pretrain | Sft | Classification, Field(discriminator="kind")]
+class Translation(StageBase):
+    """An encoder-decoder model on source + target: translation, summarization and the like."""
+
+    kind: Literal["translation"]
+
+    @property
+    def task(self) -> str:
+        return "seq2seq"
+
+
+KINDS: dict[str, type[StageBase]] = {
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "classification": Classification,
+    "translation": Translation,
+}
+Stage = Annotated[Pretrain | Sft | Classification | Translation, Field(discriminator="kind")]
 
 
 HARNESS = "lm_eval"  # the path of the source that stands for the data of lm-eval's tasks

@@ -41,7 +41,9 @@ TASKS = {
     "causal": ("text-generation", "AutoModelForCausalLM"),
     "masked": ("fill-mask", "AutoModelForMaskedLM"),
     "classification": ("text-classification", "AutoModelForSequenceClassification"),
+    "seq2seq": ("translation", "AutoModelForSeq2SeqLM"),
 }
+TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is of a summary
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes
 LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
 
@@ -138,7 +140,7 @@ def _metadata(
 ) -> ModelCardData:
     adapter = artefact.what == "adapter"
     stages = lineage(recipe, artefact.stage)
-    task, _ = TASKS[stages[-1].task]
+    task = _hub_task(recipe, stages[-1])
     used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
     here = [score for score in scores if score.stage == artefact.stage]
     tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *([stages[-1].method.lower()] if adapter else [])]
@@ -168,6 +170,14 @@ def _languages(artefact: Artefact) -> list[str]:
         told = facts.get("language") or []
         found += [told] if isinstance(told, str) else list(told)
     return [name for name in dict.fromkeys(map(str, found)) if LANGUAGE.fullmatch(name)]
+
+
+def _hub_task(recipe: Recipe, stage: Stage) -> str:
+    """The Hub's name of what the model is for; an encoder-decoder that is measured by ROUGE alone summarizes."""
+    metrics = {name for suite in recipe.evaluate.values() for name in suite.metrics}
+    if stage.task == "seq2seq" and not metrics & TRANSLATED and any(name.startswith("rouge") for name in metrics):
+        return "summarization"
+    return TASKS[stage.task][0]
 
 
 def _emissions(spent: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -230,6 +240,8 @@ def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
     generates = last.task == "causal"  # what vLLM serves
     head = f"from transformers import {auto}, AutoTokenizer"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch})'
+    if last.task == "seq2seq":
+        tokenizer = _how_to_translate(last.data[0], tokenizer)
     if artefact.what != "adapter":
         load = f'model = {auto}.from_pretrained("{artefact.repo_id}"{branch})'
         at = f" --revision {artefact.revision}" if artefact.revision else ""
@@ -253,6 +265,20 @@ def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
     name = artefact.repo_id.split("/")[-1]
     vllm = f"vllm serve {artefact.base}{at} --enable-lora --lora-modules {name}={artefact.repo_id}"
     return f"{code}\n\nvLLM: `{vllm}`"
+
+
+def _how_to_translate(source: Source, tokenizer: str) -> str:
+    """The lines that load the tokenizer and say a target."""
+    begin = ""
+    if source.src_lang and source.tgt_lang:
+        tokenizer = f'{tokenizer[:-1]}, src_lang="{source.src_lang}", tgt_lang="{source.tgt_lang}")'
+        begin = ', forced_bos_token_id=tokenizer(text_target="").input_ids[0]'
+    text = (source.template or {}).get("source") or "..."
+    return (
+        f'{tokenizer}\n\ninputs = tokenizer({text!r}, return_tensors="pt")\n'
+        f"output = model.generate(**inputs{begin}, max_new_tokens=200)\n"
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))"
+    )
 
 
 def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:

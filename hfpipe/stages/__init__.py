@@ -6,7 +6,13 @@ from hfpipe.stages.classification import run_classification
 from hfpipe.stages.common import StageRun
 from hfpipe.stages.pretrain import run_pretrain
 from hfpipe.stages.sft import run_sft
+from hfpipe.stages.translation import run_translation
 
-STAGES = {"pretrain": run_pretrain, "sft": run_sft, "classification": run_classification}
+STAGES = {
+    "pretrain": run_pretrain,
+    "sft": run_sft,
+    "classification": run_classification,
+    "translation": run_translation,
+}
 
 __all__ = ["STAGES", "StageRun"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hfpipe import ranks
@@ -35,6 +36,12 @@ from hfpipe.stages.run import StageRun
 from hfpipe.stages.selection import Selection
 
 DEFAULT_PER_DEVICE = 8
+
+
+def weighted(parts: list[Dataset], weights: list[float]) -> list[Dataset]:
+    """The largest numbers of rows that stand in the proportion of the weights and repeat none."""
+    unit = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    return [part.select(range(max(1, int(unit * weight)))) for part, weight in zip(parts, weights, strict=True)]
 
 
 def divide_batch(stage: Stage) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from hfpipe.cost import CostMeter
 from hfpipe.data.cleaning import Cleaner
+from hfpipe.model.adapter import ProbeText
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
 
@@ -41,7 +42,7 @@ class StageRun:
     added_tokens: tuple[int, ...]
     folder: Path
     hash: str
-    probe_texts: list[str]
+    probe_texts: list[ProbeText]
     rows: dict[str, list[dict[str, Any]]]
     cost: CostMeter
     callbacks: tuple[TrainerCallback, ...] = ()

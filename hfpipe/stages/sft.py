@@ -19,7 +19,7 @@ from hfpipe.data.sources import TEXT_KINDS, load_rows
 from hfpipe.errors import DataError
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft, Source
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, with_adapter
+from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, weighted, with_adapter
 
 
 def run_sft(run: StageRun) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _tokenized_rows(run: StageRun, stage: Sft) -> tuple[Dataset, dict[str, dict[
     read = [_tokenize(run, source) for source in stage.data]
     parts, facts = [part for part, _ in read], [found for _, found in read]
     if any(source.weight is not None for source in stage.data):
-        parts = _weighted(parts, [source.weight or 1.0 for source in stage.data])
+        parts = weighted(parts, [source.weight or 1.0 for source in stage.data])
     sources = list(stage.data)
     replayed = [part for part in mixture(run.recipe, stage) if part.replayed]
     if replayed:
@@ -89,12 +89,6 @@ def _tokenized_rows(run: StageRun, stage: Sft) -> tuple[Dataset, dict[str, dict[
         found["token_share"] = round(given / sum(tokens), 4)
     names = [f"{number}: {source.path}" for number, source in enumerate(sources)]
     return concatenate_datasets(parts), dict(zip(names, facts, strict=True))
-
-
-def _weighted(parts: list[Dataset], weights: list[float]) -> list[Dataset]:
-    """The largest numbers of rows that stand in the proportion of the weights and repeat none."""
-    unit = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-    return [part.select(range(max(1, int(unit * weight)))) for part, weight in zip(parts, weights, strict=True)]
 
 
 def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> tuple[Dataset, dict[str, Any]]:

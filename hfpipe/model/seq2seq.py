@@ -1,0 +1,218 @@
+"""Encoder-decoder models: a source is read and a target is said. Tokens of pairs, likelihood of targets, generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfpipe.data.encode import IGNORED
+from hfpipe.errors import RecipeError
+from hfpipe.model.scoring import Likelihood, by_length
+from hfpipe.recipe import Source
+from hfpipe.recipe.faults import did_you_mean
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row as an encoder-decoder model sees it.
+
+    Args:
+        input_ids: Tokens of the source.
+        labels: Tokens of the target, with the marks that the tokenizer puts around it.
+        scored: (L,) True where a label stands for text of the target, and is no mark.
+        cut: Whether the source or the target was too long.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    scored: np.ndarray
+    cut: bool
+
+
+def set_languages(tokenizer: Any, source: Source) -> None:
+    """Tells a tokenizer of many languages (NLLB, mBART, M2M100) which of them the rows of a source are in.
+
+    Raises:
+        RecipeError: The tokenizer needs languages and the source names none, or names one that is not known.
+    """
+    given = {"src_lang": source.src_lang, "tgt_lang": source.tgt_lang}
+    named, place = type(tokenizer).__name__, f"source {source.path!r}"
+    if not hasattr(tokenizer, "src_lang"):
+        if any(given.values()):
+            raise RecipeError(
+                f"{place}: `src_lang` and `tgt_lang` are for tokenizers with language codes, and {named} has none. "
+                "Remove them; a T5 is told the task in words before the source (`template:`), and a Marian model of "
+                "several languages by a mark such as >>deu<<."
+            )
+        return
+    marks = getattr(tokenizer, "lang_code_to_id", None) or tokenizer.added_tokens_encoder  # M2M100, and the others
+    codes = [str(mark) for mark in marks if "_" in str(mark) or marks is not tokenizer.added_tokens_encoder]
+    for key, code in given.items():
+        if code is None:
+            raise RecipeError(
+                f"{place}: `{key}` is missing; {named} marks every text with its language. Write `src_lang:` and "
+                f"`tgt_lang:` into the source, such as {codes[0] if codes else 'eng_Latn'}."
+            )
+        if code not in codes:
+            raise RecipeError(
+                f"{place}: `{key}` is {code!r}, which is none of the {len(codes)} languages of {named}."
+                f"{did_you_mean(code, codes)}"
+            )
+        setattr(tokenizer, key, code)
+
+
+def target_marks(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and behind a target: a language code, EOS. It ends in EOS at least."""
+    ids, end = tokenizer(text_target="")["input_ids"], end_token(tokenizer)
+    if end not in ids:
+        return ids, [end]
+    return ids[: ids.index(end)], ids[ids.index(end) :]
+
+
+def end_token(tokenizer: Any) -> int:
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def encode_pairs(
+    tokenizer: Any, sources: Sequence[str], targets: Sequence[str], max_length: int, max_target_length: int
+) -> list[Pair]:
+    """Tokenizes pairs by the tokenizer's own words for source and target, cut to length before the closing marks.
+
+    Args:
+        tokenizer: Fast or not; its languages are set, see `set_languages`.
+        sources: Texts to read.
+        targets: Texts to say.
+        max_length: Tokens to keep of a source, its marks included.
+        max_target_length: Tokens to keep of a target, its marks included.
+    """
+    before, behind = target_marks(tokenizer)
+    inputs, cut = _encode(tokenizer, "text", sources, max_length)
+    labels, target_cut = _encode(tokenizer, "text_target", targets, max_target_length)
+    pairs = []
+    for ids, said, too_long, target_too_long in zip(inputs, labels, cut, target_cut, strict=True):
+        if behind[0] not in said:  # a tokenizer that does not end a text
+            said = [*said[: max_target_length - 1], behind[0]]
+        scored = np.arange(len(said)) >= len(before)
+        scored[len(said) - len(behind) :] = False
+        pairs.append(Pair(ids or [behind[0]], said, scored, too_long or target_too_long))
+    return pairs
+
+
+def _encode(tokenizer: Any, word: str, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
+    """Tokens of texts, and which of them were cut; only those are tokenized again, to have their marks."""
+    ids = tokenizer(**{word: list(texts)}, return_attention_mask=False)["input_ids"]
+    too_long = [len(row) > limit for row in ids]
+    if any(too_long):
+        long = [text for text, is_long in zip(texts, too_long, strict=True) if is_long]
+        arguments = {word: long, "truncation": True, "max_length": limit, "return_attention_mask": False}
+        cut = iter(tokenizer(**arguments)["input_ids"])
+        ids = [next(cut) if is_long else row for row, is_long in zip(ids, too_long, strict=True)]
+    return ids, too_long
+
+
+def most_tokens(model: Any) -> float:
+    """The most tokens that a model takes; infinite for one with relative positions, such as T5."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def decoder_input(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads while it learns to say labels (B, L), padded with -100: the same, one place later.
+
+    The model's own way of it, which for mBART turns the language code round. M2M100, and so NLLB, has no such method.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        return inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = inner.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == IGNORED, inner.config.pad_token_id)
+
+
+@torch.no_grad()
+def target_likelihoods(model: Any, pairs: Sequence[Pair], pad_token_id: int, batch_size: int) -> list[Likelihood]:
+    """The likelihood of the text of each target, given its source.
+
+    Args:
+        model: The model in evaluation mode.
+        pairs: Encoded rows.
+        pad_token_id: Fills the right side of shorter sources.
+        batch_size: Rows of a forward pass.
+
+    Raises:
+        RecipeError: The model gives no finite numbers.
+    """
+    found = [Likelihood(0.0, True)] * len(pairs)
+    for indices in by_length([len(pair.input_ids) + len(pair.labels) for pair in pairs], batch_size):
+        rows = [pairs[index] for index in indices]
+        ids, mask = _padded([row.input_ids for row in rows], pad_token_id)
+        labels, _ = _padded([row.labels for row in rows], IGNORED)
+        where, _ = _padded([row.scored.astype(int).tolist() for row in rows], 0)
+        ids, mask, labels, where = (tensor.to(model.device) for tensor in (ids, mask, labels, where.bool()))
+        shifted = decoder_input(model, labels)
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
+        chosen, row_of = logits[where].float(), where.nonzero()[:, 0]
+        losses = torch.nn.functional.cross_entropy(chosen, labels[where], reduction="none")
+        if not torch.isfinite(losses).all():
+            raise RecipeError(
+                "the model's likelihoods are not finite numbers, so nothing can be scored: its training has diverged, "
+                "or its weights overflow in their dtype. Lower learning_rate, or set `model.dtype` to float32 or "
+                "bfloat16."
+            )
+        totals = torch.zeros(len(rows), dtype=torch.float64, device=losses.device).index_add_(
+            0, row_of, losses.double()
+        )
+        missed = torch.bincount(row_of[chosen.argmax(-1) != labels[where]], minlength=len(rows))
+        for index, total, misses in zip(indices, totals.tolist(), missed.tolist(), strict=True):
+            found[index] = Likelihood(total / math.log(2), not misses)
+    return found
+
+
+@torch.no_grad()
+def generate_targets(
+    model: Any, sources: Sequence[str], tokenizer: Any, batch_size: int, max_length: int, options: dict[str, Any]
+) -> list[str]:
+    """What an encoder-decoder model says to each source, without sampling unless the options ask for it.
+
+    What the options do not say is the model's own generation_config.json (beams, forbidden words). A language code
+    before or behind the target is given, as `target_marks` has it.
+
+    Args:
+        model: The model in evaluation mode.
+        sources: Texts to read.
+        tokenizer: The model's tokenizer, its languages set.
+        batch_size: Sources of a batch.
+        max_length: Tokens to keep of a source.
+        options: Fields of transformers' GenerationConfig.
+    """
+    before, behind = target_marks(tokenizer)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": behind[0], "pad_token_id": tokenizer.pad_token_id}
+    if before:
+        settings["forced_bos_token_id"] = before[0]
+    elif len(behind) > 1:  # mBART's first tokenizer: `text </s> de_DE`, turned round to begin the decoder
+        settings["decoder_start_token_id"] = behind[1]
+    encoded, _ = _encode(tokenizer, "text", sources, max_length)
+    encoded = [ids or [behind[0]] for ids in encoded]
+    answers = [""] * len(sources)
+    for indices in by_length([len(ids) for ids in encoded], batch_size):
+        ids, mask = _padded([encoded[index] for index in indices], tokenizer.pad_token_id)
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        output = model.generate(**inputs, **{**settings, **options})
+        for index, answer in zip(indices, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+            answers[index] = answer
+    return answers
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as one tensor (B, L), filled on the right, and a mask of what is not filler."""
+    longest = max(map(len, rows))
+    padded = torch.full((len(rows), longest), filler)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = torch.as_tensor(row)
+        mask[place, : len(row)] = 1
+    return padded, mask

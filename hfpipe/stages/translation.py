@@ -1,0 +1,170 @@
+"""`kind: translation`: an encoder-decoder model on source + target (translation, summarization), by Seq2SeqTrainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch.nn import functional
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from hfpipe import ranks
+from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
+from hfpipe.data.encode import IGNORED
+from hfpipe.data.loader import BatchLoader
+from hfpipe.data.rows import ShuffledRows
+from hfpipe.data.sources import load_rows
+from hfpipe.errors import DataError, RecipeError
+from hfpipe.model.load import load_model
+from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
+from hfpipe.recipe import Source, Translation
+from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, weighted, with_adapter
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+def run_translation(run: StageRun) -> dict[str, Any]:
+    """Trains a translation stage and saves its model; see `stages.common.train` for what is returned and raised."""
+    stage = run.stage
+    assert isinstance(stage, Translation)
+    model = load_model(run.parent, frozen=stage.adapter is not None)
+    rows, sources = _tokenized_rows(run, stage, _lengths(run, model))
+    lengths = [len(row) + len(said) for row, said in zip(rows["input_ids"], rows["labels"], strict=True)]
+    per_device, accumulation = divide_batch(stage)
+    global_batch = per_device * accumulation * ranks.ranks()
+    total = round(len(rows) * stage.training.get("num_train_epochs", 1))
+    if stage.training.get("max_steps", -1) > 0:
+        total = stage.training["max_steps"] * global_batch
+    source = ShuffledRows(
+        rows,
+        lengths,
+        total=total,
+        per_device=per_device,
+        accumulation=accumulation,
+        seed=run.recipe.seed,
+        rank=ranks.rank(),
+        ranks=ranks.ranks(),
+    )
+    arguments = trainer_arguments(
+        Seq2SeqTrainingArguments, run, math.ceil(total / global_batch), per_device, accumulation
+    )
+    collator = DataCollatorForSeq2Seq(run.tokenizer)
+    trainer = Seq2SeqTrainer(
+        model=with_adapter(run, model, task_type="SEQ_2_SEQ_LM"),
+        args=arguments,
+        processing_class=run.tokenizer,
+        compute_loss_func=_Loss(arguments.label_smoothing_factor),
+    )
+    end = end_token(run.tokenizer)
+    loader = BatchLoader(
+        source, per_device, run.tokenizer.pad_token_id, collated=lambda batch, *_: _collate(batch, collator, model, end)
+    )
+    facts = train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
+    facts["data"]["sources"] = sources
+    return facts
+
+
+class _Loss:
+    """Cross-entropy, summed over the target tokens and divided by those of the global batch.
+
+    The models' own losses are means over one micro-batch, whatever Trainer tells them of the global one.
+    """
+
+    def __init__(self, label_smoothing: float) -> None:
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        total = functional.cross_entropy(
+            outputs["logits"].flatten(0, 1).float(),
+            labels.flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+        return total / count
+
+
+def _collate(
+    rows: Sequence[dict[str, Any]], collator: DataCollatorForSeq2Seq, model: Any, end: int
+) -> dict[str, torch.Tensor]:
+    """A batch of transformers' own collator; rows with `blank` fill the last batch and carry no label.
+
+    A blank row says one token while the decoder's input is made: some models look there for the last token.
+    """
+    blank = torch.tensor([bool(row.get("blank")) for row in rows])
+    filled = [
+        {"input_ids": row["input_ids"], "labels": [end] if row.get("blank") else list(row["labels"])} for row in rows
+    ]
+    batch = dict(collator(filled))
+    batch["decoder_input_ids"] = decoder_input(model, batch["labels"])
+    batch["labels"][blank] = IGNORED
+    return batch
+
+
+def _lengths(run: StageRun, model: Any) -> tuple[int, int]:
+    """Tokens to keep of a source and of a target.
+
+    Raises:
+        RecipeError: More than the model takes.
+    """
+    training, most = run.stage.training, most_tokens(model)
+    longest = training.get("max_length") or int(min(run.tokenizer.model_max_length, most, DEFAULT_MAX_LENGTH))
+    lengths = longest, training.get("max_target_length") or longest
+    if max(lengths) > most:
+        raise RecipeError(
+            f"stages.{run.stage.name}.training: {max(lengths)} tokens of a text are more than the {most} that the "
+            "model takes (max_position_embeddings). Lower max_length or max_target_length."
+        )
+    return lengths
+
+
+def _tokenized_rows(
+    run: StageRun, stage: Translation, lengths: tuple[int, int]
+) -> tuple[Dataset, dict[str, dict[str, Any]]]:
+    """Tokens of every pair of the stage, in a fixed order, on every rank alike; and what was read by source."""
+    parts, facts = [], {}
+    for number, source in enumerate(stage.data):
+        part, facts[f"{number}: {source.path}"] = _tokenize(run, source, lengths)
+        parts.append(part)
+    if any(source.weight is not None for source in stage.data):
+        parts = weighted(parts, [source.weight or 1.0 for source in stage.data])
+    return concatenate_datasets(parts), facts
+
+
+def _tokenize(run: StageRun, source: Source, lengths: tuple[int, int]) -> tuple[Dataset, dict[str, Any]]:
+    """Reads and tokenizes a source in batches; says what was cut and what the tokenizer cannot write.
+
+    Raises:
+        DataError: Too many rows lack a source or a target.
+    """
+    set_languages(run.tokenizer, source)
+    read = Read()
+    opened, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=("translation",)), source)
+    rows = tidy_rows(opened, source, read)
+    tables: list[pa.Table] = []
+    cut = tokens = unknown = 0
+    while batch := list(islice(rows, 1000)):
+        sources, targets = ([row[side] for row in batch] for side in ("source", "target"))
+        pairs = encode_pairs(run.tokenizer, sources, targets, *lengths)
+        cut += sum(pair.cut for pair in pairs)
+        tokens += sum(len(pair.labels) for pair in pairs)
+        unknown += sum(pair.labels.count(run.tokenizer.unk_token_id) for pair in pairs)
+        columns = {"input_ids": [pair.input_ids for pair in pairs], "labels": [pair.labels for pair in pairs]}
+        tables.append(pa.table({name: pa.array(ids, pa.list_(pa.int32())) for name, ids in columns.items()}))
+    refuse_dirt(source, read.dirty, read.rows, run.stage.max_dirty_share)
+    if not tables:
+        raise DataError(f"stages.{run.stage.name}: {source.path!r} has no row with a source and a target.")
+    told = f"  {source.path}: {read.rows - len(read.dirty):,} pairs"
+    if cut:
+        told += f", {cut:,} of them cut to {lengths[0]} tokens of source or {lengths[1]} of target (max_length, "
+        told += "max_target_length)"
+    ranks.say(told)
+    if unknown:
+        ranks.say(f"  {source.path}: the tokenizer cannot write {unknown / tokens:.2%} of the target tokens (<unk>)")
+    return Dataset(pa.concat_tables(tables)), {**read.facts(), **removed, "cut": cut}
