@@ -6,13 +6,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from transformers.utils.peft_utils import find_adapter_config_file
+
 from hfpipe import ranks
 from hfpipe.answers import can_score
 from hfpipe.errors import RecipeError
 from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.files import write_json
 from hfpipe.folders import model_of
-from hfpipe.model.load import ModelRef, load_model, load_tokenizer, task_of
+from hfpipe.model.load import ModelRef, clear_errors, load_model, load_tokenizer, task_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.markdown import describe, number
 from hfpipe.run import merged, open_run, quiet_libraries
@@ -89,7 +92,7 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
     if not (folder / "recipe.yaml").is_file():
         if stage is not None:
             raise RecipeError(f"--stage {stage}: {name} is not a run folder, so it has no stages. Leave it out.")
-        return ModelRef(name, recipe.model)
+        return ModelRef(_fetched(name), recipe.model)
     every = load_recipe(folder / "recipe.yaml").stages
     finished = {one.name: one for one in every if (folder / "stages" / one.name / "done.json").exists()}
     if not finished:
@@ -98,6 +101,18 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
         raise RecipeError(f"--stage {stage}: {name} has no such finished stage; it has {', '.join(finished)}.")
     chosen = finished[stage or list(finished)[-1]]
     return ModelRef(str(model_of(folder / "stages" / chosen.name)), recipe.model, quantization=chosen.quantized)
+
+
+def _fetched(name: str) -> str:
+    """The folder in the cache of an adapter of the Hub, which is small; any other name as it is."""
+    if Path(name).is_dir():
+        return name
+    with clear_errors("model", name), ranks.state().main_process_first():
+        if find_adapter_config_file(name) is None:
+            return name
+        return snapshot_download(
+            name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "adapter_model.safetensors"]
+        )
 
 
 def merge_run(folder: Path, stage: str | None) -> str:

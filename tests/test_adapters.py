@@ -144,6 +144,8 @@ def test_a_fault_of_the_disk_ends_the_run_and_leaves_no_model(
         ({"peft": {"r": 4}}, "peft.type: missing"),
         ({"peft": {"type": "oft", "oft_blok_size": 4}}, "unknown key of OFTConfig. Did you mean oft_block_size?"),
         ({"peft": {"type": "poly"}}, "needs the number of a task in every row"),
+        ({"peft": {"type": "p_tuning"}}, "is not kept in a checkpoint"),
+        ({"peft": {"type": "prefix_tuning", "prefix_projection": True}}, "a run could not be continued"),
         ({"peft": {"type": "ia3"}, "lora": {}}, "Keep one of the two"),
         ({"peft": {"type": "vera"}, "quantization": "int7"}, "nf4"),
         ({"lora": {"init_lora_weights": "pissa"}, "quantization": "nf4"}, "full precision"),

@@ -163,6 +163,17 @@ def test_plain_transformers_and_peft_get_the_logits_of_the_chain(finished: Finis
     assert config["revision"] == finished.hub.commits("me/chat-base")[-1].oid
 
 
+def test_an_adapter_of_the_hub_is_scored_like_that_of_the_run(finished: Finished, tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    process = tiny.start("evaluate", "me/chat", str(finished.recipe), "--output", str(output), **finished.environment)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    found = {(row["suite"], row["metric"]): row["value"] for row in json.loads(output.read_text())}
+    for (stage, *key), value in tiny.scores(finished.run).items():
+        if stage == "sounds":
+            assert found[tuple(key)] == pytest.approx(value, abs=1e-5)
+
+
 def test_checkpoints_are_on_a_branch_without_pickles_and_local_paths(finished: Finished) -> None:
     for stage, weights in (("prose", "model.safetensors"), ("sounds", "adapter_model.safetensors")):
         files = finished.hub.files("me/chat", f"checkpoints-{stage}")

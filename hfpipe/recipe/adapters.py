@@ -17,6 +17,7 @@ _NOT_TRAINED = {
     "cartridge": "it is distilled from a model that sees a document",
     "cpt": "it needs the tokens of its examples",
     "multitask_prompt_tuning": "it needs the number of a task in every row",
+    "p_tuning": "the encoder that makes its tokens is not kept in a checkpoint of PEFT",
     "poly": "it needs the number of a task in every row",
     "shadow": "it runs beside the model",
     "xlora": "it needs adapters that are trained already",
@@ -72,6 +73,9 @@ def _check_type(stage: RawStage, block: Block) -> Iterator[Fault]:
         yield Fault(steps, f"'{kind}' is not trained by a stage: {_NOT_TRAINED[kind]}. The types are {listed(types)}.")
     elif kind not in types:
         yield Fault(steps, f"found {found(kind)}; the types are {listed(types)}.{did_you_mean(kind, types)}")
+    elif kind == "prefix_tuning" and block.data.get("prefix_projection"):
+        text = "the projection is not kept in a checkpoint of PEFT, so a run could not be continued. Remove it."
+        yield Fault((*block.steps, "prefix_projection"), text)
     elif kind == "trainable_tokens" and not block.data.get("token_indices"):
         text = "missing; the ids of the tokens to train. Those of `model.tokenizer.add_tokens` are trained by `lora:`."
         yield Fault((*block.steps, "token_indices"), text)

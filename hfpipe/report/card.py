@@ -252,14 +252,17 @@ def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
     if named:  # the classes are in the adapter's config.json
         head = head.replace("import ", "import AutoConfig, ")
     load = f'config = AutoConfig.from_pretrained("{artefact.repo_id}"{branch})\n' if named else ""
-    load += (
-        f'base = {auto}.from_pretrained("{artefact.base}"{commit}{named})\n'
-        f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
-    )
-    code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n{tokenizer}\n```"
-    if not generates or last.method != "LoRA":  # the one kind of adapter that vLLM serves
+    words = recipe.model.tokenizer
+    grows = words is not None and bool(words.add_tokens or words.add_special_tokens)
+    load += f'base = {auto}.from_pretrained("{artefact.base}"{commit}{named})\n{tokenizer}\n'
+    load += "base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))\n" if grows else ""
+    load += f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
+    code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n```"
+    if not generates or last.method != "LoRA" or grows:  # vLLM serves LoRA, and no rows of embeddings
         return code
-    rank = (last.adapter or {}).get("r", 8)
+    fields = last.adapter or {}
+    converted = str(fields.get("init_lora_weights", "")).startswith(("pissa", "olora"))
+    rank = fields.get("r", 8) * (2 if converted else 1)
     at = f" --revision {artefact.base_revision}" if artefact.base_revision else ""
     at += f" --max-lora-rank {rank}" if rank > LORA_RANK_OF_VLLM else ""
     name = artefact.repo_id.split("/")[-1]
