@@ -193,14 +193,34 @@ def test_no_token_in_anything_that_a_run_leaves(finished: Finished) -> None:
     assert [line for line in finished.command_lines if token in line] == []
 
 
-def test_data_that_moves_on_changes_nothing_and_a_second_run_sends_nothing(finished: Finished) -> None:
-    moved = finished.hub.repos["dataset", "HuggingFaceFW/fineweb"]
-    moved.commit("main", "moved on", {"README.md": moved.at("main").files["README.md"]})
-    before = {id: len(finished.hub.commits(id)) for kind, id in finished.hub.repos if kind == "model"}
-    process = tiny.start("run", str(finished.recipe), **finished.environment)
+def command(finished: Finished, *arguments: str) -> tuple[int, str]:
+    process = tiny.start(*arguments, **finished.environment)
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    return process.returncode, output
+
+
+def test_the_recipe_of_the_run_folder_repeats_the_run(finished: Finished) -> None:
+    again = finished.folder / "again"
+    changes = [f"output_dir={again}", "stages.sounds=null", "evaluate=null", "push=null"]
+    arguments = [part for change in changes for part in ("--set", change)]
+    code, output = command(finished, "run", str(finished.run / "recipe.yaml"), *arguments)
+    assert code == 0, output
+    first, second = (folder / "stages/prose/model/model.safetensors" for folder in (finished.run, again))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_trained_but_not_pushed_and_data_that_moved_on(finished: Finished) -> None:
+    hub = finished.hub
+    moved = hub.repos["dataset", "HuggingFaceFW/fineweb"]
+    moved.commit("main", "moved on", {"README.md": moved.at("main").files["README.md"]})
+    hub.fail("/api/models/me/other/preupload", 403)
+    elsewhere = ["--set", "push.repo_id=me/other", "--set", "push.what=merged"]
+    code, output = command(finished, "run", str(finished.recipe), *elsewhere)
+    assert code == 4, output
     assert "prose: done before, skipped" in output
     assert "sounds: done before, skipped" in output
-    assert output.count("nothing was sent") == 3
-    assert {id: len(finished.hub.commits(id)) for kind, id in finished.hub.repos if kind == "model"} == before
+    assert f"The run is trained and whole in {finished.run}, but not pushed. The push to me/other failed" in output
+    assert output.strip().endswith(f"Finish with: hfpipe push {finished.run}")
+    code, output = command(finished, "push", str(finished.run))
+    assert code == 0, output
+    assert len(hub.commits("me/other")) == 2
