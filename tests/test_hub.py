@@ -13,7 +13,7 @@ import pytest
 import tiny
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from pushing import COMMIT, PLANTED, Pusher, make_run, pushes
+from pushing import COMMIT, PLANTED, RECIPE, Pusher, make_run, pushes
 
 from hfpipe.errors import RecipeError
 from hfpipe.hub import prepare_artifact
@@ -159,10 +159,15 @@ def test_a_tag_names_the_pushed_commit_and_is_never_moved(pusher: Pusher, hub: H
 
 def test_the_card_says_that_the_base_s_own_code_ran(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    file = run / "environment.json"
     assert "trust_remote_code" not in (prepare_again(run) / "README.md").read_text()
+    file = run / "environment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"trust_remote_code": True}))
-    assert "trust_remote_code" in (prepare_again(run) / "README.md").read_text()
+    model = {"model": {**RECIPE["model"], "trust_remote_code": True}}
+    (run / "recipe.yaml").write_text(json.dumps(RECIPE | model))
+    card = (prepare_again(run) / "README.md").read_text()
+    assert "The code in the base's repository ran" in card
+    assert f'from_pretrained("me/base", revision="{"c" * 40}", trust_remote_code=True)' in card
+    assert "--trust-remote-code" in card
 
 
 def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Path) -> None:

@@ -234,27 +234,29 @@ def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
 
 
 def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
+    trust = ", trust_remote_code=True" if recipe.model.trust_remote_code else ""
     branch = f', revision="{artefact.revision}"' if artefact.revision else ""
     last = lineage(recipe, artefact.stage)[-1]
     _, auto = TASKS[last.task]
     generates = last.task == "causal"  # what vLLM serves
     head = f"from transformers import {auto}, AutoTokenizer"
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch})'
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch}{trust})'
     if last.task == "seq2seq":
         tokenizer = _how_to_translate(last.data[0], tokenizer)
     if artefact.what != "adapter":
-        load = f'model = {auto}.from_pretrained("{artefact.repo_id}"{branch})'
+        load = f'model = {auto}.from_pretrained("{artefact.repo_id}"{branch}{trust})'
         at = f" --revision {artefact.revision}" if artefact.revision else ""
+        at += " --trust-remote-code" if trust else ""
         served = f"\n\nvLLM: `vllm serve {artefact.repo_id}{at}`" if generates else ""
         return f"```python\n{head}\n\n{load}\n{tokenizer}\n```{served}"
     commit = f', revision="{artefact.base_revision}"' if artefact.base_revision else ""
     named = ", config=config" if last.task == "classification" else ""
     if named:  # the classes are in the adapter's config.json
         head = head.replace("import ", "import AutoConfig, ")
-    load = f'config = AutoConfig.from_pretrained("{artefact.repo_id}"{branch})\n' if named else ""
+    load = f'config = AutoConfig.from_pretrained("{artefact.repo_id}"{branch}{trust})\n' if named else ""
     words = recipe.model.tokenizer
     grows = words is not None and bool(words.add_tokens or words.add_special_tokens)
-    load += f'base = {auto}.from_pretrained("{artefact.base}"{commit}{named})\n{tokenizer}\n'
+    load += f'base = {auto}.from_pretrained("{artefact.base}"{commit}{named}{trust})\n{tokenizer}\n'
     load += "base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))\n" if grows else ""
     load += f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
     code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n```"
@@ -264,6 +266,7 @@ def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
     converted = str(fields.get("init_lora_weights", "")).startswith(("pissa", "olora"))
     rank = fields.get("r", 8) * (2 if converted else 1)
     at = f" --revision {artefact.base_revision}" if artefact.base_revision else ""
+    at += " --trust-remote-code" if trust else ""
     at += f" --max-lora-rank {rank}" if rank > LORA_RANK_OF_VLLM else ""
     name = artefact.repo_id.split("/")[-1]
     vllm = f"vllm serve {artefact.base}{at} --enable-lora --lora-modules {name}={artefact.repo_id}"
