@@ -23,7 +23,7 @@ from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
-from hfpipe.model.base import texts_for_tokenizer
+from hfpipe.model.base import require_task, texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable
@@ -48,6 +48,8 @@ def preflight(recipe: Recipe) -> None:
     for line in check_access(recipe):  # first: it takes seconds, and what follows may take minutes
         print(f"hub        {line}")
     require_loadable(recipe)
+    if recipe.model.id is not None:
+        require_task(recipe, ModelRef(recipe.model.id, recipe.model, revision=recipe.model.revision))
     require_cleaning(recipe)
     tokenizer = run_tokenizer(recipe)
     parameters, embedding = _parameters(recipe, tokenizer)

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hfpipe import checkpoints
 from hfpipe.cli import main
@@ -22,9 +22,10 @@ from hfpipe.data.masking import WORD, Masking, frame_of, tokens_of
 from hfpipe.data.stream import TokenStream
 from hfpipe.errors import RecipeError
 from hfpipe.model.create import create_model, train_tokenizer
+from hfpipe.model.load import ModelRef, load_model
 from hfpipe.model.masked import OPTIONS
 from hfpipe.model.scoring import learned_positions
-from hfpipe.recipe import load_recipe
+from hfpipe.recipe import Model, load_recipe
 from hfpipe.report.card import Artefact, model_card
 
 ENCODER = {
@@ -287,3 +288,22 @@ def test_what_a_model_cannot_answer_is_not_asked_of_it(chain: Path, capsys: pyte
     assert main(["check", path]) == 0
     assert main(["preview", path, "--rows", "1"]) == 0
     assert "[MASK]" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_the_head_gets_the_same_one_at_every_load(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = chain / "run/stages/prose/model"
+    AutoModel.from_pretrained(place).save_pretrained(tmp_path / "body")
+    AutoTokenizer.from_pretrained(place).save_pretrained(tmp_path / "body")
+    ref = ModelRef(str(tmp_path / "body"), Model(id=str(tmp_path / "body")))
+    one, again = (load_model(ref).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    content = written(tmp_path)
+    content["model"] = {"id": str(tmp_path / "body")}
+    content["stages"][0]["objective"] = "causal"
+    for command in ("check", "run"):
+        assert main([command, str(tiny.write(tmp_path, content))]) == 2
+        message = capsys.readouterr().err
+        assert "trains a causal language model" in message
+        assert "objective: masked" in message

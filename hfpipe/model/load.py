@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,11 @@ def load_model(
         options["device_map"] = {"": device()}
     if ref.options.attn_implementation:
         options["attn_implementation"] = ref.options.attn_implementation
-    with clear_errors("model", ref.path):
+    # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
+    fixed = torch.random.fork_rng() if task == "masked" else nullcontext()
+    with clear_errors("model", ref.path), fixed:
+        if task == "masked":
+            torch.manual_seed(0)
         model, info = AUTO_CLASSES[task].from_pretrained(
             ref.path,
             revision=ref.revision or "main",
