@@ -227,7 +227,7 @@ def verdict(found: dict[str, Any]) -> str:
         told += ". The gain is within the noise"
     equal = [s for s, one in points.items() if 0 < s < best and not one["over"] and _no_less(one, points[best])]
     if gain is not None and gain.beyond_noise and equal:
-        told += f". From {equal[0]:g} on the gain is the same within the noise"
+        told += f". From {equal[0]:g} on the gain is within one standard error of that"
     return f"{told}."
 
 
