@@ -180,6 +180,26 @@ def test_class_scores_at_the_edges_are_scikit_learns(name: str, pairs: list) -> 
     assert float(metric.value(metric.statistics(said, right).sum(0))) == pytest.approx(found[name], abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["f1", "precision", "recall"])
+def test_class_scores_take_scikit_learns_averages(name: str) -> None:
+    function = getattr(sklearn_metrics, f"{name}_score")
+    for pairs, options in (
+        (EDGES["binary"], {"average": "binary", "pos_label": "1"}),
+        (EDGES["binary"], {"average": "binary", "pos_label": "0"}),
+        (CLASSES, {"average": "weighted"}),
+        (CLASSES, {"average": "micro"}),
+    ):
+        said, right = map(list, zip(*pairs, strict=True))
+        found = computed(name, pairs, **options)
+        assert found[name] == function(right, said, zero_division=0, **options)
+        metric = load_metric(name, options)
+        assert float(metric.value(metric.statistics(said, right).sum(0))) == pytest.approx(found[name], abs=1e-12)
+        assert found["low"] <= found[name] <= found["high"]
+    for wrong in ({"average": "binary"}, {"pos_label": "1"}, {"average": "mean"}):
+        with pytest.raises(RecipeError, match="allowed is an `average`"):
+            load_metric(name, wrong)
+
+
 @pytest.mark.parametrize("name", ["f1", "matthews_correlation"])
 def test_intervals_of_class_scores_cover_on_thirty_rows(name: str) -> None:
     chance = np.random.default_rng(7)

@@ -5,8 +5,7 @@ The scores are scikit-learn's; the same from sums over rows serves the bootstrap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from sklearn import metrics as sklearn_metrics
@@ -15,6 +14,7 @@ from hfpipe.errors import RecipeError
 from hfpipe.metrics.matches import names_of
 from hfpipe.metrics.rows import RowMetric, wilson
 
+AVERAGES = ("macro", "micro", "weighted", "binary")
 Answers = Sequence[str] | Sequence[list[str]]  # one class a row, or several
 
 
@@ -37,8 +37,12 @@ class ClassMetric(RowMetric):
         wide_low, wide_high = (self.lowest + size * end for end in ends)
         return stderr, min(low, wide_low), max(high, wide_high)
 
+    def names(self, answers: Iterable[str | list[str]]) -> list[str]:
+        """The classes that are scored, in order."""
+        return sorted(set().union(*map(names_of, answers)))
+
     def statistics(self, predictions: Answers, references: Answers) -> np.ndarray:
-        names = sorted(set().union(*map(names_of, [*references, *predictions])))
+        names = self.names([*references, *predictions])
         said, right = (_indicators(side, names) for side in (predictions, references))
         return np.concatenate([said * right, said, right], axis=1)
 
@@ -46,23 +50,43 @@ class ClassMetric(RowMetric):
 class FScore(ClassMetric):
     """`precision`, `recall` and `f1`, the mean over the classes (macro); with `_micro` all rows are counted together.
 
-    The classes are those that are said or right anywhere in the suite.
+    The classes are those that are said or right anywhere in the suite. Options, in scikit-learn's meaning: `average`,
+    one of macro, micro, weighted and binary; and with binary the `pos_label`, the class that is scored.
     """
 
+    def prepare(self) -> None:
+        self.of, micro, _ = self.key.partition("_micro")
+        self.average = self.options.get("average", "micro" if micro else "macro")
+        if self.average not in AVERAGES or (self.average == "binary") != ("pos_label" in self.options):
+            raise RecipeError(
+                f"metric_options.{self.key}: found {self.options}; allowed is an `average` of {', '.join(AVERAGES)}, "
+                "and with binary, and only then, the class that is scored as `pos_label`."
+            )
+
+    def names(self, answers: Iterable[str | list[str]]) -> list[str]:
+        if self.average == "binary":
+            return [str(self.options["pos_label"])]
+        return super().names(answers)
+
     def whole(self, predictions: Answers, references: Answers, statistics: np.ndarray) -> float:
-        name, micro, _ = self.key.partition("_micro")
-        options: dict[str, Any] = {"average": "micro" if micro else "macro", "zero_division": 0}
-        _, said, right = np.split(statistics, 3, axis=1)
-        return float(getattr(sklearn_metrics, f"{name}_score")(right.astype(int), said.astype(int), **options))
+        _, said, right = (part.astype(int) for part in np.split(statistics, 3, axis=1))
+        if self.average == "binary":
+            if not right.any():
+                raise RecipeError(f"{self.key}: no row is of the class {self.options['pos_label']!r} (pos_label).")
+            said, right = said[:, 0], right[:, 0]
+        score = getattr(sklearn_metrics, f"{self.of}_score")
+        return float(score(right, said, average=self.average, zero_division=0))
 
     def value(self, sums: np.ndarray) -> np.ndarray:
         hits, said, right = np.split(sums, 3, axis=-1)
-        name, micro, _ = self.key.partition("_micro")
-        if micro:
+        if self.average == "micro":
             hits, said, right = (part.sum(-1, keepdims=True) for part in (hits, said, right))
-        below = {"precision": said, "recall": right}.get(name, (said + right) / 2)
+        below = {"precision": said, "recall": right}.get(self.of, (said + right) / 2)
+        scores = hits / np.where(below > 0, below, 1)
+        if self.average == "weighted":
+            return (scores * right).sum(-1) / np.maximum(right.sum(-1), 1)
         there = (said + right) > 0  # a class that is neither said nor right does not count
-        return (hits / np.where(below > 0, below, 1)).sum(-1) / np.maximum(there.sum(-1), 1)
+        return scores.sum(-1) / np.maximum(there.sum(-1), 1)
 
 
 class MatthewsCorrelation(ClassMetric):

@@ -12,6 +12,7 @@ _BLEU = (
     "effective_order",
     "trg_lang",
 )
+_CLASSES = ("average", "pos_label")
 _ROUGE = ("tokenize", "use_stemmer")
 
 # Each of ours, and the options that `metric_options` may give it.
@@ -28,7 +29,7 @@ OUR_METRICS: dict[str, tuple[str, ...]] = {
     "calibration_error": (),
     "chrf": ("char_order", "word_order", "beta", "lowercase", "whitespace", "eps_smoothing"),
     "exact_match": (),
-    "f1": (),
+    "f1": _CLASSES,
     "f1_micro": (),
     "flip_rate": (),
     "greedy_match": (),
@@ -42,9 +43,9 @@ OUR_METRICS: dict[str, tuple[str, ...]] = {
     "mse": (),
     "pearsonr": (),
     "perplexity": (),
-    "precision": (),
+    "precision": _CLASSES,
     "precision_micro": (),
-    "recall": (),
+    "recall": _CLASSES,
     "recall_micro": (),
     "rouge1": _ROUGE,
     "rouge2": _ROUGE,
