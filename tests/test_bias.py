@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from plain import Plain, make_encoder, make_model, scored
-from transformers import AutoTokenizer, BertForMaskedLM
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from hfpipe.cli import main
 from hfpipe.data.swaps import replaced
@@ -273,3 +273,27 @@ def test_what_can_be_too_high_and_too_low_chooses_no_checkpoint(
     content["stages"][1]["early_stopping"] = {"suite": "crows"}
     assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
     assert "can be too high and too low" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_classifiers_flips_are_counted_in_its_classes(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "encoder")
+    torch.manual_seed(1)
+    names = {0: "good", 1: "bad"}
+    config = BertConfig.from_pretrained(folder, id2label=names, problem_type="single_label_classification")
+    network = BertForSequenceClassification(config).eval()
+    for parameter in network.parameters():
+        parameter.mul_(6)
+    network.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def answer(text: str) -> str:
+        return names[int(network(**tokenizer(text, return_tensors="pt")).logits.argmax())]
+
+    rows = [{"sentence": f"{n} the {a} said {s}", "label": "good"} for n in range(4) for a, s in tiny.SOUNDS.items()]
+    suite = {"metrics": ["flip_rate", "accuracy"], "swap": [["cat", "dog"], ["mew", "bark"]]}
+    found = scored(tmp_path, folder, rows, suite)
+    pairs = [[f"{n} the {a} said {s}" for a, s in (("cat", "mew"), ("dog", "bark"))] for n in range(4)]
+    flips = [answer(one) != answer(other) for one, other in pairs]
+    assert found["flip_rate"] == sum(flips) / len(flips)
+    assert found["accuracy"] == sum(answer(row["sentence"]) == "good" for row in rows) / len(rows)
