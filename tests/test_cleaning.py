@@ -149,6 +149,18 @@ def test_a_stream_is_looked_at_as_far_as_it_will_be_read_and_no_further(tmp_path
     assert facts["removed"] == {}
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_of_fine_tuning_are_cleaned_by_all_that_they_say(tmp_path: Path, streamed: bool) -> None:
+    pairs = [("a", "b"), ("a", "c"), ("d", None), ("a", "b"), ("a", "c"), ("d", None), ("e", "f")]
+    rows = Dataset.from_list([{"id": n, "prompt": one, "completion": two} for n, (one, two) in enumerate(pairs)])
+    source = Source(path="json", deduplicate="exact")
+    cleaner = Cleaner(tmp_path / "cleaning", f"key {streamed}", {})
+    left, facts = cleaner.rows(rows.to_iterable_dataset() if streamed else rows, source)
+    assert [row["id"] for row in left] == [0, 1, 2, 5, 6], "what is dirty is for the reader to count"
+    assert facts["removed"] == {"duplicate": 2}
+    assert facts["removed_ids"] == ([] if streamed else ["3", "4"])
+
+
 def cleaning_recipe(folder: Path) -> dict:
     """The tiny recipe, with sources that hold duplicates and the suites' own rows."""
     tiny.write_data(folder)

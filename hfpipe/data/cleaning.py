@@ -36,8 +36,8 @@ def require_cleaning(recipe: Recipe) -> None:
     asked = any(source.near is not None for stage in recipe.stages for source in stage.data)
     if asked and find_spec("datasketch") is None:
         raise MachineError(
-            "`deduplicate: near` needs datasketch, which is not installed here. Install it with "
-            "`pip install 'hfpipe[cleaning]'`, or write `deduplicate: exact`, which needs nothing."
+            "`deduplicate: near` needs datasketch, which is not installed here. Install it with `pip install "
+            "datasketch`, or write `deduplicate: exact`, which needs nothing."
         )
 
 
@@ -53,7 +53,7 @@ class Cleaner:
 
     Args:
         folder: Where what was found is kept, seen by every rank.
-        key: Hash of the stage.
+        key: Hash of the stage, and of its suites where a source is compared with them.
         suites: The rows of every suite.
     """
 
@@ -105,7 +105,7 @@ class Cleaner:
 
     def _judged(self, source: Source, pieces: Sequence[Texts], size: int | None) -> list[np.ndarray]:
         """The reasons of each piece, looked up or worked out."""
-        seen = list(self._suites.values()) if source.decontaminate else None
+        seen = {name: len(rows) for name, rows in self._suites.items()} if source.decontaminate else None
         digest = hash_of([self._key, source, len(pieces), size, seen])[:16]
         path = self._folder / f"{digest}.npz"
         if not ranks.from_main(path.exists()):

@@ -24,6 +24,7 @@ HELD = 0.5  # of a row's sequences
 # Scripts that put no space between words are compared character by character.
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+")
+AT_ONCE = 1_000_000  # characters
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -46,6 +47,8 @@ class Overlap:
 
 def words_of(text: str) -> np.ndarray:
     """(W,) one hash a word, without case and punctuation; the same in every process."""
+    if len(text) > AT_ONCE:  # a list of ten million words is a gigabyte; one word may be cut in two
+        return np.concatenate([words_of(text[start : start + AT_ONCE]) for start in range(0, len(text), AT_ONCE)])
     return np.fromiter(map(xxh3_64_intdigest, map(str.encode, WORD.findall(text.lower()))), np.uint64)
 
 
@@ -88,14 +91,8 @@ class SuiteIndex:
         self._first = np.searchsorted(self._place, np.arange(len(self._known) + 1))
         self._count = len(rows)
 
-    @property
-    def sequences(self) -> int:
-        """How many different sequences the rows have."""
-        return len(self._known)
-
-    def found_in(self, text: str) -> tuple[list[int], np.ndarray]:
+    def found_in(self, words: np.ndarray) -> tuple[list[int], np.ndarray]:
         """The rows that a text is as a whole, and which of the rows' sequences it holds, each once."""
-        words = words_of(text)
         rows = self._whole.get(_whole(words), []) if len(words) in self._lengths else []
         if len(words) < GRAM or not len(self._known):
             return rows, np.zeros(0, np.int64)
@@ -110,7 +107,7 @@ class SuiteIndex:
         hits: list[np.ndarray] = []  # of each training row that holds any, which
         for row in rows:
             overlap.looked_at += 1
-            whole, found = self.found_in(text_of(row))
+            whole, found = self.found_in(words_of(text_of(row)))
             exact |= {*whole}
             if len(found):
                 seen[found] += 1

@@ -23,7 +23,7 @@ BOOTSTRAP = 200
 def text_of(row: dict[str, Any]) -> str:
     """All that a row says, without its id and its label."""
     if "messages" in row:
-        return "\n".join(str(turn["content"]) for turn in row["messages"] or ())
+        return "\n".join(str(turn.get("content") or "") for turn in row["messages"] or ())
     return "".join(value for key, value in row.items() if key not in ("id", "label") and isinstance(value, str))
 
 

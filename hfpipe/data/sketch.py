@@ -20,6 +20,7 @@ NGRAM = 5
 PERMUTATIONS = 128  # the standard error of an estimated similarity of 0.8 is 0.035
 AT_ONCE = 10_000  # rows, or sequences of one row, that are held in memory as numbers
 NEIGHBOURS = 16  # earlier rows of a bucket that a row is compared with
+NOTHING = np.zeros(0, np.uint64)
 KEPT, DUPLICATE, NEAR, SUITE = range(4)
 REASONS = {DUPLICATE: "duplicate", NEAR: "near duplicate", SUITE: "overlaps a suite"}
 
@@ -38,11 +39,12 @@ def write_sketch(texts: Iterable[str | None], path: Path, *, near: bool, index: 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".signatures").open("wb") as file:
         for row, text in enumerate(texts):
+            words = words_of(text) if text and (near or index is not None) else NOTHING
             hashes.append(0 if text is None else xxh3_64_intdigest(text.encode()) or 1)
             if sketcher is not None:
-                file.write(sketcher.signature(text or "").tobytes())
+                file.write(sketcher.signature(text or "", words).tobytes())
             if index is not None and text is not None:
-                whole, sequences = index.found_in(text)
+                whole, sequences = index.found_in(words)
                 if whole:
                     exact.append(row)
                 holders.extend([row] * len(sequences))
@@ -59,9 +61,9 @@ class _MinHash:
 
         self._minhash = MinHash(num_perm=PERMUTATIONS, hashfunc=lambda value: value)
 
-    def signature(self, text: str) -> np.ndarray:
+    def signature(self, text: str, words: np.ndarray) -> np.ndarray:
         """(PERMUTATIONS,) uint32. A text without words is like itself alone."""
-        grams = np.unique(grams_of(words_of(text), NGRAM) >> np.uint64(32)) if text else np.zeros(0, np.uint64)
+        grams = np.unique(grams_of(words, NGRAM) >> np.uint64(32))
         if not len(grams):
             grams = np.array([xxh3_64_intdigest(text.encode()) >> 32], np.uint64)
         self._minhash.clear()
