@@ -27,13 +27,15 @@ FACTS = ("license", "license_name", "license_link", "language")
 def pin_recipe(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with a commit wherever it names a data set or a tokenizer of the Hub.
 
-    What cannot be asked now stays as it is written, for the life of the run: it may come from a cache.
+    What could not be asked before the first stage began stays as it is written: it may come from a cache.
 
     Args:
         recipe: As the user wrote it.
         folder: The run folder. hub.json there says commit, licence and languages of everything; it is made once.
     """
     known = _read(folder)
+    if not list((folder / "stages").glob("*/stage.json")):  # nothing has been trained: what failed may be asked again
+        known = {key: facts for key, facts in known.items() if facts["revision"]}
     wanted = {_key(*one): one for one in _named(recipe)}
     asked = {key: one for key, one in wanted.items() if key not in known}
     if asked:
