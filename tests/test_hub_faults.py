@@ -37,10 +37,11 @@ def test_a_passing_trouble_is_overcome_by_one_commit(tmp_path: Path) -> None:
 
 def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finishes_it(tmp_path: Path) -> None:
     cases: dict[str, tuple[Plant, dict[str, Any], str]] = {
-        "dropped": (lambda hub: hub.drop(COMMIT, times=4), XET, "disconnected"),
+        "dropped": (lambda hub: hub.drop(COMMIT, times=4), XET, "connection to the Hub broke"),
         "409": (lambda hub: hub.fail(COMMIT, 409, times=4), XET, "changed by somebody else"),
         "503": (lambda hub: hub.fail(COMMIT, 503, times=3), LFS, "answered 503"),
         "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="3600"), XET, "(429). Wait 3600 seconds."),
+        "unreachable": (lambda hub: hub.http.server_close(), LFS, "the Hub cannot be reached"),
         "no-token": (lambda hub: None, {"token": None}, "hf auth login"),
         "read-only": (lambda hub: None, {"token": HubServer.read_token}, "may only read"),
         "unknown-token": (lambda hub: None, {"token": PLANTED}, "does not accept the token (401)"),

@@ -109,5 +109,12 @@ def explain(error: Exception, repo_id: str) -> str:
         return f"the Hub is in trouble (it answered {status}). Try again later."
     if status is not None and isinstance(error, HfHubHTTPError) and error.server_message:
         return f"the Hub answered {status}: {error.server_message.strip().rstrip('.')}."
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason was given")
-    return f"{type(error).__name__}: {text.rstrip('.')}."
+    name = type(error).__name__
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason was given").rstrip(".")
+    if name == "ConnectError":
+        return f"the Hub cannot be reached ({text}). Look at the network, and at HF_ENDPOINT if it is set."
+    if name.endswith("Timeout"):
+        return f"the Hub said nothing for {SILENCE:g} seconds ({name}). Try again later."
+    if name in ("RemoteProtocolError", "ReadError", "WriteError"):
+        return f"the connection to the Hub broke ({text}). Try again."
+    return f"{name}: {text}."
