@@ -62,7 +62,7 @@ def preflight(recipe: Recipe) -> None:
     for name, suite in recipe.evaluate.items():
         suites[name] = rows = suite_rows(suite, recipe.seed)
         suite_metrics(suite)
-        print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics)}")
+        print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics) or 'scored by lm-eval'}")
     for line in overlap_lines(require_no_overlap(recipe, suites)):
         print(f"overlap    {line}")
     _check_disk(recipe, parameters)

@@ -16,6 +16,7 @@ from hfpipe.cli import main
 from hfpipe.errors import RecipeError
 from hfpipe.metrics import OURS, load_metric
 from hfpipe.metrics.rows import paired_stderr, resampled_sums
+from hfpipe.recipe import load_recipe
 from hfpipe.recipe.metric_names import MASKED_METRICS, OUR_METRICS
 from hfpipe.scores import Change, Score, over_budget
 
@@ -277,6 +278,20 @@ def test_a_metric_is_ours_or_the_hubs_and_a_misspelt_one_is_told(
     for hint in ("Did you mean bleu?", "Did you mean rouge1?", "Did you mean squad_f1?", "Did you mean word_order?"):
         assert hint in message
     assert "evaluate.sounds.metric_options.bleu: is not among the suite's metrics" in message
+
+
+def test_a_family_of_metrics_is_written_out_with_its_options(tmp_path: Path) -> None:
+    content = tiny.recipe(tmp_path)
+    options = {"rouge": {"use_stemmer": True}}
+    content["evaluate"]["sounds"] |= {"metrics": ["squad", "rouge", "rougeL"], "metric_options": options}
+    path = tiny.write(tmp_path, content)
+    assert main(["check", "--fast", str(path)]) == 0
+    suite = load_recipe(path).evaluate["sounds"]
+    assert suite.metrics == ["squad_em", "squad_f1", "rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert suite.metric_options == {name: {"use_stemmer": True} for name in suite.metrics[2:]}
+    for key, block in (("limit", {"limit": 3}), ("metrics", {"metrics": ["accuracy"], "lm_eval": "arc_easy"})):
+        content["evaluate"]["sounds"] |= block
+        assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2, key
 
 
 def test_every_metric_of_ours_scores_a_model_and_two_models_are_compared_by_row(

@@ -32,6 +32,12 @@ stages:
 evaluate:
   one: {data: {path: builtin}, metrics: [bits_per_byte], budget: 3 %, generation: {max_new_tokens: 5}}
   two: {data: {path: parquet, data_files: x, columns: [text]}, metrics: [accuracy], budget: 0.03, choices: [a, b]}
+  three: {lm_eval: arc_easy, limit: 20, num_fewshot: 5}
+  four: {data: {path: me/two, columns: {choices: [a, b], answer: right, prompt: q}}, metrics: [accuracy], blank: _}
+  five:
+    data: {path: me/two, template: {prompt: "{q}", choices: ["{one}", "{other}"]}}
+    metrics: [flip_rate, squad]
+    swap: {name: {women: [Anna], men: [Ali]}}
 push: {repo_id: me/small, what: merged}
 """
 
@@ -65,6 +71,8 @@ def test_a_good_recipe_is_valid(validator: jsonschema.Draft202012Validator) -> N
         ("what: merged", "what: all"),
         ("budget: 3 %", "budget: 3"),
         ("max_new_tokens", "max_new_token"),
+        ("limit: 20", "limit: all"),
+        ("swap: {name: {women: [Anna], men: [Ali]}}", "swap: he"),
     ],
 )
 def test_a_wrong_recipe_is_not(validator: jsonschema.Draft202012Validator, before: str, after: str) -> None:
