@@ -89,6 +89,17 @@ def test_a_stage_of_a_run_is_evaluated_and_merged_by_name(
     assert "it has first, still, more, beside, top" in capsys.readouterr().err
 
 
+def test_a_run_folder_that_was_moved_is_whole(finished: Path, tmp_path: Path) -> None:
+    moved = (finished / "run").rename(tmp_path / "moved")
+    try:
+        output = tmp_path / "scores.json"
+        assert main(["evaluate", str(moved), str(finished / "tiny.yaml"), "--output", str(output)]) == 0
+        found = tiny.scores(moved)["top", "sounds", "bits_per_byte"]
+        assert json.loads(output.read_text())[0]["value"] == pytest.approx(found, abs=1e-6)
+    finally:
+        moved.rename(finished / "run")
+
+
 def test_interrupted_is_uninterrupted_where_an_adapter_is_trained_further(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

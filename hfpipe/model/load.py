@@ -70,9 +70,13 @@ class ModelRef:
 
     @property
     def base(self) -> ModelRef:
-        """The model that an adapter belongs to."""
+        """The model that an adapter belongs to; one of the same run is found where the run folder lies now."""
         config = json.loads((Path(self.path) / ADAPTER_CONFIG).read_text())
-        return replace(self, path=config["base_model_name_or_path"], revision=config.get("revision"))
+        named = Path(config["base_model_name_or_path"])
+        here = Path(self.path).absolute().parent.parent.parent.joinpath(*named.parts[-3:])  # stages/<stage>/model
+        moved = named.is_absolute() and not named.exists() and here.is_dir()
+        path = str(here) if moved else config["base_model_name_or_path"]
+        return replace(self, path=path, revision=config.get("revision"))
 
 
 def device() -> torch.device:
@@ -209,7 +213,7 @@ def task_of(ref: ModelRef) -> str:
     if ref.is_adapter:
         adapter = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
         task = ADAPTER_TASKS.get(adapter.get("task_type"))
-        return task or task_of(replace(ref, path=adapter["base_model_name_or_path"], revision=adapter.get("revision")))
+        return task or task_of(ref.base)
     with clear_errors("model", ref.path):
         config = AutoConfig.from_pretrained(
             ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
