@@ -14,6 +14,7 @@ from hfpipe.answers import ANSWERS, answers_of
 from hfpipe.data.choices import plain_choices
 from hfpipe.data.dirt import BESIDE_MESSAGES
 from hfpipe.data.labels import plain_labels
+from hfpipe.data.lenient import unmarked
 from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
@@ -39,7 +40,7 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     opened = load_rows(suite.data, default_split="test", seed=seed)
     if "sentence" in (opened.column_names or []):
         opened, _ = plain_labels(opened, suite.data.path)
-    rows = [row for row in readable(opened, suite.data) if _has_content(row)]
+    rows = [unmarked(row) for row in readable(opened, suite.data) if _has_content(row)]
     if rows and "answer_info" in rows[0]:
         rows = bbq_rows(rows)
     elif rows and "sentences" in rows[0]:

@@ -12,7 +12,8 @@ import tiny
 from hfpipe.cli import main
 from hfpipe.data.dirt import Read, tidy, tidy_row, tidy_rows
 from hfpipe.data.sources import load_rows
-from hfpipe.recipe import Source
+from hfpipe.evaluation import suite_rows
+from hfpipe.recipe import Source, Suite
 
 LINES = [
     b'{"id": "latin", "text": "caf\xe9 in latin-1"}',
@@ -126,3 +127,11 @@ def test_a_file_in_another_encoding_ends_the_run_and_says_how_to_read_it(
     assert "row 9" in error
     content["stages"][0]["data"][0]["encoding"] = "latin-1"
     assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+
+
+def test_a_suite_is_scored_as_anyone_would_read_it(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(LINES[:2]))
+    data = {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "split": "train"}
+    rows = suite_rows(Suite.model_validate({"data": data, "metrics": ["bits_per_byte"]}), 0)
+    assert rows[0]["text"] == "caf\ufffd in latin-1"
+    assert rows[1]["text"].startswith("half of \ufffd here")

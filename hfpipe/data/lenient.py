@@ -76,6 +76,16 @@ def blocks_of(rows: Dataset | IterableDataset, size: int) -> Iterator[dict[str, 
         yield python_of(block) if isinstance(block, pa.Table) else block
 
 
+def unmarked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that is scored: what is marked in its texts becomes U+FFFD, as anyone else would read it."""
+    marks = {ord(UNDECODABLE): "\ufffd", ord(LONE): "\ufffd"}
+    return {key: value.translate(marks) if _may_be_marked(value) else value for key, value in row.items()}
+
+
+def _may_be_marked(value: Any) -> bool:
+    return isinstance(value, str) and not value.isascii() and (UNDECODABLE in value or LONE in value)
+
+
 def python_of(table: pa.Table) -> dict[str, list[Any]]:
     """The values of a table; bytes that are not UTF-8, which Parquet lets pass, are marked."""
     try:
