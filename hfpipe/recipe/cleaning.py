@@ -9,7 +9,6 @@ from hfpipe.recipe.faults import Fault
 from hfpipe.recipe.raw import stages, suites
 
 WORDS = ("deduplicate", "decontaminate")
-KINDS = ("pretrain", "sft", "classification")
 
 
 def check_cleaning(data: dict[str, Any]) -> Iterator[Fault]:
@@ -20,10 +19,6 @@ def check_cleaning(data: dict[str, Any]) -> Iterator[Fault]:
             if "decontaminate" in asked and not suites(data):
                 text = "there is no suite whose rows could be left out. Remove it, or give the recipe `evaluate:`."
                 yield Fault((*source.steps, "decontaminate"), text)
-            if stage.kind is not None and stage.kind not in KINDS:
-                for key in asked:
-                    text = f"is for pretrain, sft and classification stages, not for a {stage.kind} stage. Remove it."
-                    yield Fault((*source.steps, key), text)
     for suite in suites(data):
         for key in WORDS:
             if suite.source.data.get(key):
