@@ -25,6 +25,8 @@ QUESTIONS = [
     ("Who said hoot?", ["owl", "the old brown owl in the tree", "hen", "cow"], 0),
     ("Which one moos?", ["cow", "ĉow ĉow"], 0),
 ]
+# Of two bytes a letter: per character they seem less likely than they do per byte.
+QUESTIONS += [(f"{animal}?", [f"zq{animal[0]}", f"ĉĝ{animal[0]}ŝ"], 0) for animal in tiny.ANIMALS]
 
 
 @pytest.fixture(scope="module", params=["llama with BOS", "gpt2 without"])
@@ -67,6 +69,7 @@ def test_multiple_choice_is_the_plain_scripts(model: Path, tmp_path: Path, form:
             values = [value / size for value, size in zip(likely, sizes, strict=True)]
             hits[metric] += values.index(max(values)) == answer
     assert found == {metric: count / len(QUESTIONS) for metric, count in hits.items()}
+    assert found["accuracy_norm"] != found["accuracy_bytes"]
 
 
 def test_answers_that_count_from_one_and_choices_in_columns(model: Path, tmp_path: Path) -> None:
