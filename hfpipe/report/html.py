@@ -88,12 +88,13 @@ def _scores(recipe: Recipe, scores: list[Score]) -> str:
     if not scores:
         return ""
     stages = stages_of(scores)
-    rows = [["suite", "metric", "#n", *(f"#{stage}" for stage in stages)]]
+    rows = [["suite, metric", *(f"#{escape(stage)}" for stage in stages)]]
     for line in _by_key(scores):
         by_stage = {score.stage: score for score in line}
-        metric = f'{escape(line[0].metric)}<span class="interval">{line[0].way}</span>'
+        name = f"<b>{escape(line[0].suite)}</b> {escape(line[0].metric)}"
+        metric = f'{name}<span class="interval">{line[0].way}<br>n = {line[0].n:,}</span>'
         cells = [_score(recipe, scores, by_stage.get(stage)) for stage in stages]
-        rows.append([escape(line[0].suite), metric, f"#{line[0].n:,}", *(f"#{cell}" for cell in cells)])
+        rows.append([metric, *(f"#{cell}" for cell in cells)])
     note = (
         "± is one standard error, the line below it the 95 % interval. An arrow says that a score became better (▲) or "
         "worse (▼) than in the model that the stage started from, beyond the noise."

@@ -21,7 +21,11 @@ th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-alig
 td:last-child:not(.number):not(:first-child) {{ min-width: 12rem; }}
 td.number, th.number {{ text-align: right; }} td.number {{ white-space: nowrap; }}
 th {{ vertical-align: bottom; max-width: 9rem; overflow-wrap: break-word; }}
-.interval {{ display: block; opacity: .7; font-size: .8rem; }}
+.interval {{ display: block; opacity: .7; font-size: .85em; }}
+.wide th:first-child, .wide td:first-child {{ position: sticky; left: 0; background: Canvas; }}
+@media (max-width: 40rem) {{
+  table {{ font-size: .72rem; }} th, td {{ padding: .3rem .25rem; }} .verdict {{ font-size: 1rem; }}
+}}
 .better {{ color: var(--good); }} .worse {{ color: var(--bad); }}
 .plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }}
 svg {{ width: 100%; height: auto; max-width: 30rem; font-family: inherit; }}
