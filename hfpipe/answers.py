@@ -167,7 +167,12 @@ def _spent(
             encoded = [one for two in zip(encoded[::2], encoded[1::2], strict=True) for one in in_common(*two)]
         spent = pseudo_bits(model, encoded, tokenizer, size)
     else:
-        encoded = encode_continuations(pairs, tokenizer, suite.max_length or context_of(model))
+        limit = suite.max_length or context_of(model)
+        encoded = encode_continuations(pairs, tokenizer, limit)
+        if limit is not None and (full := sum(len(row.input_ids) > limit for row in encoded)):
+            ranks.say(
+                f"  {full:,} texts fill the {limit} tokens that the model takes: what is longer lost its beginning"
+            )
         spent = bits_of(model, encoded, tokenizer.pad_token_id, size)
     return [(bits, int(row.scored.sum())) for bits, row in zip(spent, encoded, strict=True)]
 

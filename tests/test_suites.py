@@ -50,7 +50,9 @@ FORMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_multiple_choice_is_the_plain_scripts(model: Path, tmp_path: Path, form: str) -> None:
+def test_multiple_choice_is_the_plain_scripts(
+    model: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = Plain(model)
     rows = [FORMS[form](*question) for question in QUESTIONS]
     suite = {
@@ -70,6 +72,7 @@ def test_multiple_choice_is_the_plain_scripts(model: Path, tmp_path: Path, form:
             hits[metric] += values.index(max(values)) == answer
     assert found == {metric: count / len(QUESTIONS) for metric, count in hits.items()}
     assert found["accuracy_norm"] != found["accuracy_bytes"]
+    assert "texts fill the 48 tokens that the model takes" in capsys.readouterr().out
 
 
 def test_answers_that_count_from_one_and_choices_in_columns(model: Path, tmp_path: Path) -> None:
