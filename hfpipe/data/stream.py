@@ -46,12 +46,14 @@ class Position:
         given: Rows given out of that window.
         counts: What was given so far, see `TokenStream.report`.
         sources: What each source had given by the end of that window, see `Window`.
+        ended: Whether the lane has given its last row.
     """
 
     start: dict[str, Any] | None = None
     given: int = 0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
     sources: list[dict[str, Any]] = field(default_factory=list)
+    ended: bool = False
 
 
 class TokenStream:
@@ -204,7 +206,8 @@ class TokenStream:
             while True:
                 batch = [self._row(take, windows) for _ in range(rows)]
                 real = any(row is not None for row in batch)
-                if self.epochs is not None and not any(gather(real or not self._ended(windows))):
+                ended = all(position.ended for position in self._positions.values())
+                if self.epochs is not None and not any(gather(real or not ended)):
                     self._finished = True  # Trainer asks again, for another epoch
                     return
                 yield [self._padding() if row is None else row for row in batch]
@@ -254,13 +257,6 @@ class TokenStream:
                 )
         return lines
 
-    def _ended(self, windows: dict[int, Window]) -> bool:
-        """Whether this rank's lanes have given their last row."""
-        return all(
-            lane in windows and windows[lane].last and position.given == len(windows[lane].tokens)
-            for lane, position in self._positions.items()
-        )
-
     def _next_lane(self) -> int:
         """The lane of this rank's next row."""
         return (self._served + (self.rank - self._served) % self.ranks) % self.lanes
@@ -286,8 +282,10 @@ class TokenStream:
         place, window = position.given, windows[lane]
         if not len(window.tokens):
             position.counts["rows"] += 1
+            position.ended = True
             return None
         position.given += 1
+        position.ended = window.last and position.given == len(window.tokens)
         packed = window.packed
         row_counts = (1, window.tokens[place], packed.documents[place], packed.cut[place], packed.continued[place])
         for name, count in zip(COUNTED, row_counts, strict=True):

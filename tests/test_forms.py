@@ -1,0 +1,129 @@
+"""Every form of a source, streamed or not: each document once, also after a resume; mistakes leave nothing."""
+
+import csv
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from datasets import Dataset, DatasetDict, disable_progress_bars
+
+from hfpipe.cli import main
+from hfpipe.data.encode import IGNORED
+from hfpipe.data.sources import load_rows
+from hfpipe.data.stream import TokenStream
+from hfpipe.model.create import train_tokenizer
+from hfpipe.recipe import Source
+
+ROWS = [{"id": f"d{n}", "text": f"{n} of many: " + "so it goes, " * (n % 7), "n": n} for n in range(90)]
+COLUMNS = ["id", "text", "n"]
+FORMS = ["parquet", "json", "json.gz", "json.zst", "csv", "text", "folder", "saved", "saved splits"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer((row["text"] for row in ROWS), 300, 128)
+
+
+def write(form: str, folder: Path) -> dict[str, Any]:
+    """Writes the rows in three files, one empty where the form allows it, and gives the source's words."""
+    disable_progress_bars()
+    parts = [ROWS[:50], [], ROWS[50:]]
+    lines = ["".join(json.dumps(row) + "\n" for row in part).encode() for part in parts]
+    if form.startswith("saved"):
+        table = Dataset.from_list(ROWS)
+        (table if form == "saved" else DatasetDict({"train": table})).save_to_disk(folder / "saved")
+        return {"path": str(folder / "saved")}
+    kind, _, packed = form.partition(".")
+    if kind == "folder":
+        folder = folder / "rows"
+        folder.mkdir()
+    for number, part in enumerate(parts):
+        path = folder / f"{number}.{kind if kind != 'folder' else 'jsonl'}"
+        if kind == "parquet":
+            table = Dataset.from_list(part) if part else Dataset.from_list(ROWS).select([])
+            table.to_parquet(path, batch_size=20)
+        elif kind == "text":
+            path.write_text("".join(row["text"] + "\n" for row in part))
+        elif kind == "csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(part)
+        elif packed == "gz":
+            Path(f"{path}.gz").write_bytes(gzip.compress(lines[number]))
+        elif packed == "zst":
+            zstandard = pytest.importorskip("zstandard")
+            Path(f"{path}.zst").write_bytes(zstandard.compress(lines[number]))
+        elif part or kind != "folder":
+            path.write_bytes(lines[number])
+    if kind == "folder":
+        return {"path": str(folder)}
+    return {"path": kind, "data_files": str(folder / f"*.{form}")}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_document_once_and_the_same_rows_after_a_resume(
+    tmp_path: Path, tokenizer: Any, form: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = Source(**write(form, tmp_path), streaming=streaming)
+
+    def opened() -> TokenStream:
+        options = {"max_length": 32, "lanes": 4, "window_documents": 8, "exhausted": "stop", "seed": 3}
+        return TokenStream([load_rows(source)], tokenizer, origins=[source], **options)
+
+    stream, states, rows = opened(), [], []
+    for (row,) in stream.batches(1):
+        rows.append(row)
+        states.append(json.loads(json.dumps(stream.state_dict())))
+    found: Counter[str] = Counter()
+    for lane in range(4):
+        ids: list[int] = []
+        for row in rows[lane::4]:
+            end = ((row["labels"] != IGNORED) | (row["position_ids"] == 0)).nonzero()[0][-1] + 1
+            ids += row["input_ids"][:end].tolist()
+        found.update(filter(None, tokenizer.decode(ids).split(tokenizer.eos_token)))
+    strip = str.strip if form in ("text", "csv") else str
+    assert Counter(map(strip, found.elements())) == Counter(strip(row["text"]) for row in ROWS)
+    for stop in (1, len(rows) // 2, len(rows) - 3):
+        again = opened()
+        again.load_state_dict(states[stop])
+        rest = [row["input_ids"].tolist() for (row,) in again.batches(1)]
+        assert rest == [row["input_ids"].tolist() for row in rows[stop + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ({"data_files": {"train": "prose.jsonl", "test": "held.jsonl"}, "split": "tset"}, 2, "allowed: train, test"),
+        ({"data_files": "sounds.jsonl", "streaming": True}, 5, "columns id, animal, sound, note"),
+        ({"data_files": "prose.jsonl", "weight": -1}, 2, "above 0"),
+        ({"path": "someone/missing", "streaming": True}, 4, "the Hub cannot be reached"),
+    ],
+    ids=["split", "column", "weight", "network"],
+)
+def test_a_mistake_leaves_nothing_that_stands_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: dict[str, Any], code: int, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    content["stages"] = content["stages"][:1]
+    content["stages"][0]["training"]["max_steps"] = 1
+    good = content["stages"][0]["data"]
+    content["stages"][0]["data"] = [{"path": "json", **words}]
+    assert main(["run", str(tiny.write(tmp_path, content))]) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "run").glob("stages/*/*"))
+    content["stages"][0]["data"] = good
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == ["base", "prose"]
