@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, disable_progress_bars
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hfpipe.cli import main
 from hfpipe.data.encode import IGNORED
@@ -95,6 +96,51 @@ def test_each_document_once_and_the_same_rows_after_a_resume(
         again.load_state_dict(states[stop])
         rest = [row["input_ids"].tolist() for (row,) in again.batches(1)]
         assert rest == [row["input_ids"].tolist() for row in rows[stop + 1 :]]
+
+
+def row_groups(folder: Path) -> Source:
+    for number in range(3):
+        table = Dataset.from_list([{"text": f"{number}.{n}"} for n in range(100)])
+        table.to_parquet(folder / f"{number}.parquet", batch_size=10)
+    return Source(path="parquet", data_files=str(folder / "*.parquet"), streaming=True)
+
+
+@pytest.mark.parametrize("skip", [5, 150])
+@pytest.mark.parametrize("lanes", [2, 8])
+def test_skip_leaves_out_the_first_rows_of_parquet_files_however_many_lanes(
+    tmp_path: Path, lanes: int, skip: int
+) -> None:
+    source = row_groups(tmp_path)
+    held_out = [row["text"] for row in load_rows(source.model_copy(update={"take": skip}))]
+    assert held_out == [f"{n // 100}.{n % 100}" for n in range(skip)]
+    rest = load_rows(source.model_copy(update={"skip": skip}))
+    trained = [row["text"] for lane in range(lanes) for row in rest.shard(num_shards=lanes, index=lane)]
+    assert len(set(trained)) == len(trained)
+    assert not set(trained) & set(held_out)
+    everything = [row["text"] for lane in range(lanes) for row in load_rows(source).shard(lanes, lane)]
+    assert sorted(everything) == sorted(f"{number}.{n}" for number in range(3) for n in range(100))
+
+
+def test_a_resume_in_a_parquet_file_reads_no_row_group_before_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    tables = Parquet._generate_tables
+
+    def recorded(self: Parquet, files: Any, row_groups_list: Any) -> Any:
+        asked.extend(row_groups_list)
+        return tables(self, files, row_groups_list)
+
+    monkeypatch.setattr(Parquet, "_generate_tables", recorded)
+    rows = load_rows(row_groups(tmp_path))
+    begun = iter(rows)
+    read = [next(begun)["text"] for _ in range(175)]
+    state = rows.state_dict()
+    asked.clear()
+    again = load_rows(row_groups(tmp_path))
+    again.load_state_dict(state)
+    assert [*read, *(row["text"] for row in again)] == [f"{n // 100}.{n % 100}" for n in range(300)]
+    assert asked == [(7, 8, 9), tuple(range(10))]
 
 
 @pytest.mark.parametrize(

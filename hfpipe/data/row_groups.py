@@ -74,20 +74,20 @@ class RowGroups(ArrowExamplesIterable):
             self.sizes[file] = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         return self.sizes[file]
 
-    def _share(self, place: int) -> tuple[str, range]:
-        """The file at a place in this lane's order, and the lane's row groups of it.
+    def _share(self, number: int) -> tuple[str, range]:
+        """A file, and the lane's row groups of it; which lane gets the larger part changes by file.
 
-        Lanes begin at different files, so that a batch mixes them, and which gets the larger part changes by file.
+        Every lane goes through the files in their order: `skip` leaves out the first rows of each lane, and has to find
+        the first rows of the stream among them.
         """
-        number = (place + self.lane * len(self.files) // self.lanes) % len(self.files)
         groups, part = len(self._sizes_of(self.files[number])), (self.lane + number) % self.lanes
         return self.files[number], range(part * groups // self.lanes, (part + 1) * groups // self.lanes)
 
     def _tables(self) -> Iterator[tuple[Any, int, pa.Table]]:
         """Tables from this place on, each with the rows of its file that this lane read before it."""
         state = self._state_dict or {"shard_idx": 0, "shard_example_idx": 0}
-        for place in range(state["shard_idx"], len(self.files)):
-            file, groups = self._share(place)
+        for number in range(state["shard_idx"], len(self.files)):
+            file, groups = self._share(number)
             read = 0
             while groups and read + self.sizes[file][groups[0]] <= state["shard_example_idx"]:
                 read += self.sizes[file][groups[0]]
@@ -98,7 +98,7 @@ class RowGroups(ArrowExamplesIterable):
                     if passed < len(table):
                         yield key, read + passed, table.slice(passed)
                     read += len(table)
-            state["shard_idx"], state["shard_example_idx"] = place + 1, 0
+            state["shard_idx"], state["shard_example_idx"] = number + 1, 0
 
     def _iter_arrow(self) -> Iterator[tuple[Any, pa.Table]]:
         for key, read, table in self._tables():
