@@ -3,28 +3,30 @@
 from hfpipe.recipe.dump import dump_recipe, hash_of
 from hfpipe.recipe.loading import load_recipe
 from hfpipe.recipe.schema import json_schema
-from hfpipe.recipe.words import (
+from hfpipe.recipe.stage_words import (
     Classification,
-    CrossValidation,
     EarlyStopping,
-    Energy,
     Fold,
-    Merge,
-    Model,
     Pretrain,
-    Push,
     Quantization,
-    Recipe,
     Replay,
     Sft,
-    Shift,
     Source,
     Stage,
     StageBase,
+    Translation,
+)
+from hfpipe.recipe.words import (
+    CrossValidation,
+    Energy,
+    Merge,
+    Model,
+    Push,
+    Recipe,
+    Shift,
     Suite,
     Tokenizer,
     TokenizerTraining,
-    Translation,
 )
 
 __all__ = [

@@ -23,7 +23,7 @@ from hfpipe.recipe.signatures import (
     peft_types,
     training_fields,
 )
-from hfpipe.recipe.words import Source
+from hfpipe.recipe.stage_words import Source
 
 ARGUMENTS_CLASS = {
     "pretrain": "TrainingArguments",

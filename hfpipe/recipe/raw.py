@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfpipe.recipe.faults import Steps, nearest
-from hfpipe.recipe.words import KINDS
+from hfpipe.recipe.stage_words import KINDS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from hfpipe.recipe.signatures import (
     masking_fields,
     peft_types,
 )
-from hfpipe.recipe.words import KINDS, Recipe
+from hfpipe.recipe.stage_words import KINDS
+from hfpipe.recipe.words import Recipe
 
 
 def json_schema() -> dict[str, Any]:

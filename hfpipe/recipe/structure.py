@@ -10,23 +10,16 @@ from pydantic_core import ErrorDetails
 
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
 from hfpipe.recipe.raw import kind_of, sequence
+from hfpipe.recipe.shapes import BLOCK, LIST, WORD
 from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
+from hfpipe.recipe.stage_words import KINDS, Deduplicate, EarlyStopping, Fold, Quantization, Replay
 from hfpipe.recipe.words import (
-    BLOCK,
-    KINDS,
-    LIST,
-    WORD,
     CrossValidation,
-    Deduplicate,
-    EarlyStopping,
     Energy,
-    Fold,
     Merge,
     Model,
     Push,
-    Quantization,
     Recipe,
-    Replay,
     Shift,
     Suite,
     Tokenizer,

@@ -1,0 +1,222 @@
+"""The words of a stage and of its sources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+
+from hfpipe.recipe.shapes import BLOCK, LIST, WORD, Name, Share, TextOrTexts, Words, list_or_block, word_or_block
+
+
+class Fold(Words):
+    """One of several equal parts of a table, whose rows are dealt out at random, and always alike."""
+
+    of: int = Field(ge=2, description="number of folds")
+    keep: int | None = Field(None, ge=1, description="the one fold whose rows are kept")
+    leave: int | None = Field(None, ge=1, description="the one fold whose rows are left out")
+
+
+class Deduplicate(Words):
+    """How alike documents must be to be one."""
+
+    near: Share = Field(0.8, ge=0.5, lt=1, description="least Jaccard similarity of their word 5-grams")
+
+
+class Source(Words):
+    """One `load_dataset` call, and what its columns mean.
+
+    Keys that are not declared here go to `datasets.load_dataset` as they stand.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    path: str = Field(description="a Hub data set, a builder (json, parquet, text, csv...), a folder, or `builtin`")
+    weight: float | None = Field(
+        None, gt=0, description="share of the tokens (pretrain) or of the rows (sft) drawn from this source"
+    )
+    take: int | None = Field(None, gt=0, description="keep this many rows")
+    skip: int = Field(0, ge=0, description="leave out this many rows at the beginning")
+    where: str | None = Field(None, description='a condition on columns, such as "language_score > 0.9"')
+    fold: Fold | None = Field(None, description="one of several equal parts of a table, or all but that one")
+    columns: (
+        Annotated[
+            Annotated[dict[str, TextOrTexts], Tag(BLOCK)] | Annotated[list[str], Tag(LIST)],
+            Discriminator(list_or_block),
+        ]
+        | None
+    ) = Field(None, description="role: column, for columns with other names, e.g. {text: content}")
+    template: dict[str, TextOrTexts] | None = Field(
+        None, description='builds roles from columns, e.g. {prompt: "Q: {question}\\nA:", completion: " {answer}"}'
+    )
+    src_lang: str | None = Field(None, description="language code of `source`, of tokenizers that have them (NLLB)")
+    tgt_lang: str | None = Field(None, description="language code of `target`, of tokenizers that have them")
+    deduplicate: (
+        Annotated[
+            Annotated[Literal["exact", "near"], Tag(WORD)] | Annotated[Deduplicate, Tag(BLOCK)],
+            Discriminator(word_or_block),
+        ]
+        | None
+    ) = Field(None, description="rows that say the same (exact), or nearly the same (near), are trained on once")
+    decontaminate: bool = Field(False, description="leave out rows that overlap a suite by 13-word sequences")
+
+    @property
+    def near(self) -> float | None:
+        """The similarity from which documents are near duplicates; None where none are looked for."""
+        block = Deduplicate.model_validate({}) if self.deduplicate == "near" else self.deduplicate
+        return block.near if isinstance(block, Deduplicate) else None
+
+    @property
+    def cleaned(self) -> bool:
+        """Whether rows are removed before training."""
+        return self.deduplicate is not None or self.decontaminate
+
+    @property
+    def passed_through(self) -> dict[str, Any]:
+        """The arguments of `load_dataset` as the recipe gives them."""
+        extra = dict(self.model_extra or {})
+        if isinstance(self.columns, list):  # Parquet's own `columns`: which ones to read
+            extra["columns"] = self.columns
+        return extra
+
+
+class Quantization(Words):
+    """How the frozen base of an adapter is stored while it trains; bitsandbytes' own names go below `type`."""
+
+    type: Literal["nf4", "int8", "none"]
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = None
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: list[str] | None = None
+
+
+class Replay(Words):
+    """Mixes the data of an earlier stage into this one."""
+
+    stage: Name
+    share: Share = Field(gt=0, lt=1, description="share of the tokens (pretrain) or of the rows (sft) of this stage")
+
+
+class EarlyStopping(Words):
+    """Keeps the checkpoint that scores best on a suite, and stops when the score no longer improves."""
+
+    suite: Name = Field(description="a suite of the recipe")
+    metric: str | None = Field(None, description="one of the suite's metrics; its first when absent")
+    patience: int | None = Field(
+        3, gt=0, description="evaluations without a better score that end the stage; null: it is trained to its end"
+    )
+
+
+class StageBase(Words):
+    """What stages of every kind have."""
+
+    name: Name
+    kind: str
+    data: list[Source] = Field(min_length=1)
+    parent: str | None = Field(None, description="the stage to start from, or `base`; the stage before when absent")
+    parent_adapter: Literal["merge", "continue"] = Field(
+        "merge",
+        description="what becomes of the parent's adapter: it is merged and the stage trains on top of it, or it is "
+        "trained further, on the base it has",
+    )
+    global_batch_size: int | None = Field(
+        None, gt=0, description="rows per optimizer step over all ranks; divided over the ranks, the rest accumulated"
+    )
+    max_dirty_share: Share = Field(
+        0.01, ge=0, description="share of a source's rows that may be empty or of a wrong type before the run stops"
+    )
+    early_stopping: EarlyStopping | None = Field(
+        None, description="keep the best checkpoint by a suite, scored every training.eval_steps"
+    )
+    training: dict[str, Any] = Field(default_factory=dict, description="fields of the trainer's own arguments class")
+    lora: dict[str, Any] | None = Field(None, description="fields of peft.LoraConfig")
+    peft: dict[str, Any] | None = Field(
+        None, description="an adapter of any kind that PEFT has: its `type`, such as ia3, and the fields of its config"
+    )
+    quantization: Annotated[
+        Annotated[Literal["nf4", "int8", "none"], Tag(WORD)] | Annotated[Quantization, Tag(BLOCK)],
+        Discriminator(word_or_block),
+    ] = Field("none", description="how the frozen base of an adapter is stored while it trains")
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """The adapter that is trained: PEFT's `type` and the fields of its config; None for all weights."""
+        return {"type": "lora", **self.lora} if self.lora is not None else self.peft
+
+    @property
+    def task(self) -> str:
+        """What the model that the stage leaves is for: `causal`, `masked` or `classification`."""
+        return "causal"
+
+    @property
+    def method(self) -> str:
+        """What is trained, in a word: full, LoRA, or PEFT's name of another adapter."""
+        if self.adapter is None:
+            return "full"
+        return "LoRA" if self.adapter["type"] == "lora" else str(self.adapter["type"])
+
+    @property
+    def quantized(self) -> Quantization | None:
+        """The quantization as a block; None for full precision."""
+        block = Quantization(type=self.quantization) if isinstance(self.quantization, str) else self.quantization
+        return None if block.type == "none" else block
+
+
+class Pretrain(StageBase):
+    """Continued (or first) pretraining on packed documents."""
+
+    kind: Literal["pretrain"]
+    objective: Literal["causal", "masked"] = Field(
+        "causal", description="what is learned: the next token (decoders), or masked tokens (encoders)"
+    )
+    masking: dict[str, Any] | None = Field(
+        None, description="with `objective: masked`: fields of transformers.DataCollatorForLanguageModeling"
+    )
+    lanes: int | None = Field(None, gt=0, description="parallel lanes of the stream; fixed for the life of the run")
+    exhausted: Literal["repeat", "stop"] = Field(
+        "repeat", description="a source that is read to its end begins anew, or the others go on without it"
+    )
+    replay: Replay | None = None
+
+    @property
+    def task(self) -> str:
+        return self.objective
+
+
+class Sft(StageBase):
+    """Supervised fine-tuning on prompt + completion, messages, or text."""
+
+    kind: Literal["sft"]
+    replay: Replay | None = None
+
+
+class Classification(StageBase):
+    """A classifier, or a regression, on sentence + label."""
+
+    kind: Literal["classification"]
+    labels: list[str] | None = Field(None, description="the classes in order; those of the data when absent")
+    class_weights: Literal["balanced"] | None = Field(None, description="`balanced`: rare classes count as much")
+
+    @property
+    def task(self) -> str:
+        return "classification"
+
+
+class Translation(StageBase):
+    """An encoder-decoder model on source + target: translation, summarization and the like."""
+
+    kind: Literal["translation"]
+
+    @property
+    def task(self) -> str:
+        return "seq2seq"
+
+
+KINDS: dict[str, type[StageBase]] = {
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "classification": Classification,
+    "translation": Translation,
+}
+Stage = Annotated[Pretrain | Sft | Classification | Translation, Field(discriminator="kind")]
