@@ -108,6 +108,8 @@ def test_faults_in_the_middle_of_reading_lose_and_repeat_nothing(hub: HubServer,
         if line == "begun\n":
             break
         printed.append(line)
+    else:
+        pytest.fail("".join(printed))
     restart = threading.Thread(target=hub.outage, args=(1.5,))
     restart.start()
     go_on(client)

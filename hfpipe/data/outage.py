@@ -27,20 +27,19 @@ class Outage:
 
     Args:
         source: What is read, for messages.
-        lane: Whose share of it.
     """
 
-    def __init__(self, source: Source, lane: int) -> None:
-        self._name, self._lane = f"source {source.path!r}", lane
+    def __init__(self, source: Source) -> None:
+        self._name = f"source {source.path!r}"
         self._since: float | None = None
         self._wait = FIRST_WAIT_SECONDS
 
-    def wait(self, error: Unreachable, row: int) -> None:
+    def wait(self, error: Unreachable, place: str) -> None:
         """Waits before the next attempt.
 
         Args:
             error: What went wrong.
-            row: Rows of the share that were read before.
+            place: Where reading stands.
 
         Raises:
             MachineError: The source has been away for `PATIENCE_SECONDS`.
@@ -51,22 +50,22 @@ class Outage:
         left = self._since + PATIENCE_SECONDS - now
         if left <= 0:
             raise MachineError(
-                f"{self._name}: the connection was lost after row {row:,} of lane {self._lane} and did not come back "
-                f"in {now - self._since:.0f} s ({error.why}). Nothing is lost: the last checkpoint is whole, and the "
+                f"{self._name}: the connection was lost at {place} and did not come back in "
+                f"{now - self._since:.0f} s ({error.why}). Nothing is lost: the last checkpoint is whole, and the "
                 "same command continues from it once the network and HF_ENDPOINT answer."
             ) from error
         wait = min(self._wait, left)
         print(
-            f"  {self._name}: no connection after row {row:,} of lane {self._lane} ({error.why}); trying again in "
-            f"{wait:.0f} s, for {left:.0f} s more at most",
+            f"  {self._name}: no connection at {place} ({error.why}); trying again in {wait:.0f} s, for {left:.0f} s "
+            "more at most",
             flush=True,
         )
         time.sleep(wait)
         self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS)
 
-    def over(self) -> None:
-        """A row came."""
+    def over(self, place: str) -> None:
+        """An answer came."""
         if self._since is not None:
             seconds = time.monotonic() - self._since
-            print(f"  {self._name}: lane {self._lane} goes on where it stood, after {seconds:.0f} s", flush=True)
+            print(f"  {self._name}: goes on where it stood, {place}, after {seconds:.0f} s", flush=True)
             self._since = None

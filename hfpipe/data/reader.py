@@ -133,15 +133,19 @@ class Reader:
         """Which share this epoch's is."""
         return (self._lane + self.epoch) % self._lanes
 
+    @property
+    def _place(self) -> str:
+        return f"row {self._read:,} of lane {self._lane}"
+
     def _connected_rows(self) -> Iterator[Row]:
         """The rows of a stream from this place on; where the connection is lost, opened again at its place."""
-        outage = Outage(self.source, self._lane)
+        outage = Outage(self.source)
         while True:
             try:
                 yield from self._stream_rows(outage)
                 return
             except Unreachable as error:
-                outage.wait(error, self._read)
+                outage.wait(error, self._place)
 
     def _stream_rows(self, outage: Outage) -> Iterator[Row]:
         """The rows of a stream from this place on, opened anew."""
@@ -153,7 +157,7 @@ class Reader:
         if self._block_state is not None:
             share.load_state_dict(self._block_state)
         for block in readable(share.iter(batch_size=self._block), self.source):
-            outage.over()
+            outage.over(self._place)
             rows = _rows_of(block)
             self._block_read = min(passed, len(rows))  # of a block that had been read in part
             passed -= self._block_read

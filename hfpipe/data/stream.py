@@ -24,10 +24,11 @@ from hfpipe.data.dirt import Tally, merged, refuse_dirt
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
 from hfpipe.data.masking import Frame, tokens_of
+from hfpipe.data.outage import Outage
 from hfpipe.data.reader import BLOCK, Reader
 from hfpipe.data.sketch import counts_of
 from hfpipe.data.source_errors import friendly
-from hfpipe.errors import RecipeError
+from hfpipe.errors import RecipeError, Unreachable
 from hfpipe.ranks import gather
 from hfpipe.recipe import Source
 
@@ -146,12 +147,7 @@ class TokenStream:
 
     def _shards(self) -> list[Dataset | IterableDataset]:
         """The sources, a stream cut into more shards where it has too few; that opens every file, so only then."""
-        shards = []
-        for source, origin in zip(self.sources, self.origins, strict=True):
-            with friendly(origin):
-                few = isinstance(source, IterableDataset) and source.num_shards < self.lanes
-                shards.append(source.reshard() if few else source)
-        return shards
+        return [_in_shards(rows, self.lanes, origin) for rows, origin in zip(self.sources, self.origins, strict=True)]
 
     def _lane(self, lane: int, shards: Sequence[Dataset | IterableDataset]) -> Lane:
         """A lane at its position."""
@@ -385,3 +381,17 @@ def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> 
     lanes = -(-DEFAULT_LANES // ranks) * ranks
     rows = min((len(source) for source in sources if isinstance(source, Dataset)), default=lanes)
     return max(ranks, min(lanes, rows - rows % ranks))
+
+
+def _in_shards(rows: Dataset | IterableDataset, lanes: int, source: Source) -> Dataset | IterableDataset:
+    """A stream cut into as many shards as it has, if its files are fewer than the lanes; waits for the network."""
+    outage, place = Outage(source), "the count of its files"
+    while True:
+        try:
+            with friendly(source):
+                few = isinstance(rows, IterableDataset) and rows.num_shards < lanes
+                cut = rows.reshard() if few else rows
+            outage.over(place)
+            return cut
+        except Unreachable as error:
+            outage.wait(error, place)
