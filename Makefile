@@ -18,7 +18,7 @@ quickstart: install
 	$(BIN)/hfpipe run recipes/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
