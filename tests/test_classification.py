@@ -11,6 +11,7 @@ import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import PeftModel
+from safetensors import safe_open
 from scipy import stats
 from sklearn import metrics
 from sklearn.preprocessing import MultiLabelBinarizer
@@ -148,6 +149,7 @@ def test_several_classes_at_once_by_an_encoder_in_full(tmp_path: Path) -> None:
 def test_a_number_by_qlora_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     content = written(tmp_path, "number", lora={"r": 4, "target_modules": "all-linear"}, quantization="nf4")
+    content["model"]["architecture"] |= {"hidden_size": 56, "intermediate_size": 112}  # sizes of no kernel
     assert main(["run", str(tiny.write(tmp_path, content))]) == 0
     said, right = zip(*records(tmp_path, "number"), strict=True)
     found = tiny.scores(tmp_path / "run")
@@ -207,8 +209,9 @@ def test_names_of_the_data_are_found_among_those_of_a_model() -> None:
     assert known_names(["A"], ["a", "A"]) == {"A": "A"}
 
 
-def test_long_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path) -> None:
-    content = written(tmp_path, "one", training={"max_steps": 2, "max_length": None})
+@pytest.mark.parametrize("adapter", [{}, {"lora": {"r": 2}}])
+def test_long_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path, adapter: dict) -> None:
+    content = written(tmp_path, "one", training={"max_steps": 2, "max_length": None}, **adapter)
     content["model"]["architecture"] = {**ENCODER, "model_type": "roberta", "max_position_embeddings": 40}
     for name in ("train", "test"):
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
@@ -216,6 +219,10 @@ def test_long_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path) -
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     del content["stages"][0]["training"]["max_length"]
     assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    if adapter:  # both layers of RoBERTa's head are in one module, which PEFT saves whole
+        with safe_open(tmp_path / "run/stages/kinds/model/adapter_model.safetensors", "pt") as tensors:
+            head = [name for name in tensors.keys() if "classifier" in name]  # noqa: SIM118
+        assert len(head) == 4
 
 
 @pytest.mark.parametrize(

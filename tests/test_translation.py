@@ -344,6 +344,7 @@ def test_language_codes_stand_where_each_family_has_them(family: str, marian: Pa
     set_seed(0)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end, "bos_token_id": tokenizer.bos_token_id}
     configs = {"mbart": MBartConfig, "mbart50": MBartConfig}
+    special |= {"encoder_layerdrop": 1.0, "decoder_layerdrop": 1.0}  # every layer is trained nevertheless
     models = {"mbart": MBartForConditionalGeneration, "mbart50": MBartForConditionalGeneration}
     config = configs.get(family, M2M100Config)(
         **sizes(len(tokenizer) + 120 * (family == "m2m100")),
@@ -354,6 +355,11 @@ def test_language_codes_stand_where_each_family_has_them(family: str, marian: Pa
     saved(models.get(family, M2M100ForConditionalGeneration)(config), tokenizer, tmp_path / "base")
     run(tmp_path, from_folder(tmp_path, tmp_path / "base", **languages))
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run/stages/words/model")
+    before = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    for one, other in zip(
+        before.model.decoder.layers.parameters(), model.model.decoder.layers.parameters(), strict=True
+    ):
+        assert not torch.equal(one, other)
     plain = AutoTokenizer.from_pretrained(tmp_path / "base", **languages)
     inputs = plain(held_out(tmp_path)[0]["en"], return_tensors="pt")
     begins = {"decoder_start_token_id": target} if first else {"forced_bos_token_id": target}

@@ -15,6 +15,7 @@ SUFFIX = "ForSequenceClassification"
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # transformers' words
 # Modules between the body and the classes, by the names transformers gives them: never stored in 4 or 8 bits.
 HEAD_MODULES = ["score", "classifier", "pre_classifier", "pooler", "head", "lm_head"]
+SAVED_BY_PEFT = ("classifier", "score")  # PeftModelForSequenceClassification
 DEFAULT_MAX_LENGTH = 512
 
 Label = str | float | list[str]
@@ -39,6 +40,20 @@ def read_head(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     names = [name for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]
     return head_config(config["problem_type"], names, config["pad_token_id"])
+
+
+def outermost(modules: Sequence[str]) -> list[str]:
+    """Modules to save beside an adapter, without those inside of another one: RoBERTa's head has two in `classifier`.
+
+    PEFT saves every `classifier` and `score` of its own accord, and cannot load one that is inside of what it saves.
+    """
+    whole = {*modules, *SAVED_BY_PEFT}
+    parts = {name: name.split(".") for name in modules}
+    return sorted(
+        name
+        for name, path in parts.items()
+        if not any(".".join(path[:end]) in whole or path[end - 1] in SAVED_BY_PEFT for end in range(1, len(path)))
+    )
 
 
 def is_classifier(model: Any) -> bool:

@@ -282,10 +282,22 @@ def load_model(
             **options,
         )
     make_room(model, ref.vocabulary)
-    if not ref.quantization:
+    if ref.quantization:
+        _leave_unfit_kernels(model)
+    else:
         torch.nn.Module.to(model, device())
     model.eval()
     return (model, _modules_of(info)) if with_new_modules else model
+
+
+def _leave_unfit_kernels(model: Any) -> None:
+    """Keeps 4-bit layers of odd sizes from bitsandbytes' kernel for CPUs, which fails on them when nothing is trained.
+
+    It packs 32 outputs by blocks of 64 inputs (`_convert_weight_packed_for_cpu`). Without it a layer is made whole.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and (module.out_features % 32 or module.in_features % 64):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _modules_of(info: dict[str, Any]) -> list[str]:

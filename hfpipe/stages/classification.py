@@ -23,7 +23,7 @@ from hfpipe.data.loader import BatchLoader
 from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
-from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, read_head
+from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, read_head
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
 from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
@@ -73,7 +73,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         ranks=ranks.ranks(),
     )
     if stage.adapter is not None:  # the new modules of the head are trained in full beside it
-        saved = sorted({*new, *(stage.adapter.get("modules_to_save") or [])})
+        saved = outermost([*new, *(stage.adapter.get("modules_to_save") or [])])
         model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
     trainer = Trainer(
         model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=_Loss(problem, weights)

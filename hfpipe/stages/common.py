@@ -161,6 +161,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
         DataError: The loss is not a number.
     """
     original = original_state(trainer.model) if run.stage.adapter is not None else {}
+    _keep_every_layer(trainer.model)
     checkpoint, passed_over = newest_whole(run.folder, run.hash)
     checkpoint = ranks.from_main(checkpoint)
     for line in passed_over:
@@ -200,6 +201,19 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
         "last_loss": losses[-1] if losses else None,
         "data": loader.source.report(),
     }
+
+
+def _keep_every_layer(model: Any) -> None:
+    """Turns LayerDrop off (https://arxiv.org/abs/1909.11556), which M2M100 has.
+
+    A step that skips a layer has no gradient for it: several ranks fail then, and so does an adapter that lies in
+    skipped layers only.
+    """
+    dropping = [module for module in model.modules() if getattr(module, "layerdrop", 0)]
+    for module in dropping:
+        module.layerdrop = 0.0
+    if dropping:
+        ranks.say("  the model's config drops layers at random (layerdrop): here every layer is trained at every step")
 
 
 def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> None:
