@@ -12,7 +12,14 @@ from transformers import AutoConfig
 
 from hfpipe import ranks
 from hfpipe.data.choices import choice_form, common_choices, split_last_word
-from hfpipe.data.continuations import Pair, encode_continuations, encode_whole, in_common
+from hfpipe.data.continuations import (
+    Pair,
+    encode_blank,
+    encode_continuations,
+    encode_sentence,
+    encode_whole,
+    in_common,
+)
 from hfpipe.data.encode import encode, prompt_and_completion
 from hfpipe.data.labels import known_names
 from hfpipe.data.swaps import families, taken_back
@@ -44,7 +51,8 @@ def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
     elif "source" in rows[0]:
         asked = ["seq2seq"]
     else:
-        asked = ["causal", *(["masked"] if {"choices", "good", "more"} & set(rows[0]) else [])]
+        by_parts = {"choices", "good", "more"} & set(rows[0]) or {"unrelated", "context"} <= set(rows[0])
+        asked = ["causal", *(["masked"] if by_parts else [])]
     return task_of(ref) in asked and ("sentence" not in rows[0] or _tells_apart(rows, ref))
 
 
@@ -145,9 +153,23 @@ def _stereotype_pair(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer
 
 
 def _stereotypes(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """Log-likelihoods per token, as StereoSet has them, of the stereotype, the anti-stereotype and the unrelated."""
-    pairs = [("", row[role]) for row in mine for role in ("stereotype", "anti_stereotype", "unrelated")]
-    found = [-bits * math.log(2) / max(tokens, 1) for bits, tokens in _spent(pairs, suite, model, tokenizer)]
+    """What StereoSet's scripts give the stereotype, the anti-stereotype and the unrelated sentence.
+
+    Of a causal model the log-likelihood per token; of an encoder the mean probability of the tokens in the blank.
+    """
+    roles = ("stereotype", "anti_stereotype", "unrelated")
+    if is_masked(model):
+        asked = [encode_blank(row["context"], row[role], tokenizer) for row in mine for role in roles]
+        spent = iter(pseudo_bits(model, [one for masks in asked for one in masks], tokenizer, suite.batch_size * 4))
+        found = [sum(2.0 ** -next(spent) for _ in masks) / max(len(masks), 1) for masks in asked]
+    else:
+        limit = suite.max_length or context_of(model)
+        asked = [encode_sentence(row[role], tokenizer, limit) for row in mine for role in roles]
+        parts = [one for parts in asked for one in parts]
+        spent = iter(bits_of(model, parts, tokenizer.pad_token_id, suite.batch_size * 4))
+        sizes = [sum(int(one.scored.sum()) for one in parts) for parts in asked]
+        bits = [sum(next(spent) for _ in parts) for parts in asked]
+        found = [-one * math.log(2) / max(size, 1) for one, size in zip(bits, sizes, strict=True)]
     return [
         {"scores": found[3 * place : 3 * place + 3], "term": str(row.get("term", ""))} for place, row in enumerate(mine)
     ]

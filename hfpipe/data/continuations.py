@@ -8,6 +8,7 @@ what is too long loses its beginning.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hfpipe.data.encode import Encoded
+from hfpipe.errors import DataError
 
 Pair = tuple[str, str]  # context, continuation
 
@@ -76,6 +78,44 @@ def encode_whole(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> list
         ends = np.zeros(len(before), bool), np.zeros(len(behind), bool)
         encoded.append(Encoded([*before, *ids[-room:], *behind], np.concatenate([ends[0], scored[-room:], ends[1]]), 0))
     return encoded
+
+
+def encode_sentence(text: str, tokenizer: Any, max_length: int | None) -> list[Encoded]:
+    """A sentence for a causal model, in the parts of StereoSet's script: the likelihoods of all targets are its own.
+
+    There the first token follows the BOS token, and the rest follow the first without it; a tokenizer that puts BOS in
+    front of a text itself has it in front of all.
+    """
+    [whole] = encode_continuations([("", text)], tokenizer, max_length)
+    if special_ends(tokenizer)[0] or len(whole.input_ids) < 3 or not beginning(tokenizer):
+        return [whole]
+    ids, scored = whole.input_ids, whole.scored
+    rest = np.concatenate([[False], scored[2:]])
+    return [Encoded(ids[:2], scored[:2], 0), Encoded(ids[1:], rest, 0)]
+
+
+def encode_blank(context: str, text: str, tokenizer: Any) -> list[Encoded]:
+    """What fills the blank of a sentence, for an encoder: a text for each of its tokens, as in StereoSet's script.
+
+    The word at the blank, without punctuation, is filled in from the left, one token more each time; the next token is
+    the target.
+
+    Raises:
+        DataError: The context has no `BLANK`, or the sentence no word there.
+    """
+    blanks = [place for place, word in enumerate(context.split(" ")) if "BLANK" in word]
+    words = text.split(" ")
+    if not blanks or blanks[-1] >= len(words):
+        raise DataError(f"StereoSet: {text!r} does not fill a BLANK in {context!r}.")
+    word = words[blanks[-1]].translate(str.maketrans("", "", string.punctuation))
+    ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    found = []
+    for place, token in enumerate(ids):
+        filled = context.replace("BLANK", tokenizer.decode(ids[:place]).strip() + tokenizer.mask_token)
+        whole = np.array(tokenizer(filled)["input_ids"])
+        masked = whole == tokenizer.mask_token_id
+        found.append(Encoded(np.where(masked, token, whole).tolist(), masked, 0))
+    return found
 
 
 def in_common(one: Encoded, other: Encoded) -> tuple[Encoded, Encoded]:

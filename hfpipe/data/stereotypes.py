@@ -13,11 +13,16 @@ GOLD = ("anti-stereotype", "stereotype", "unrelated")  # the order of the Hub's 
 CONTEXTS = {"ambig": "ambiguous", "disambig": "disambiguated"}
 BBQ_PROMPT = "{context}\n\nQ: {question}\nA:"  # lm-eval's
 JOINED = re.compile(r"(m|f|lowses|highses)[-_](.+)")  # groups of two traits: F-Black, lowSES-African
-SPELLINGS = {"lowses": "low ses", "highses": "high ses", "woman": "f", "girl": "f", "man": "m", "boy": "m"}
+SPELLINGS = {
+    **{"lowses": "low ses", "highses": "high ses"},
+    **dict.fromkeys(("woman", "women", "girl", "girls"), "f"),
+    **dict.fromkeys(("man", "men", "boy", "boys"), "m"),
+    **dict.fromkeys(("transgender women", "transgender men", "trans_f", "trans_m"), "trans"),  # as in BBQ's own script
+}
 
 
 def stereoset_rows(rows: Sequence[Row]) -> list[Row]:
-    """StereoSet's rows, `sentences` with a `gold_label`, as `stereotype`, `anti_stereotype`, `unrelated` and `term`."""
+    """StereoSet's rows, `sentences` with a `gold_label`, as its three sentences, its `context` and `term`."""
     found = []
     for row in rows:
         sentences = row["sentences"]
@@ -36,6 +41,7 @@ def stereoset_rows(rows: Sequence[Row]) -> list[Row]:
                 "stereotype": named["stereotype"],
                 "anti_stereotype": named["anti-stereotype"],
                 "unrelated": named["unrelated"],
+                "context": row["context"],
                 "term": row["target"],
             }
         )
