@@ -56,6 +56,15 @@ def test_an_operator_that_is_refused_is_shown(read: Any) -> None:
         read(where="n ** 2 > 1")
 
 
+@streamed
+def test_a_csv_file_without_a_header_is_named(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "0.csv").write_text("text\na\n")
+    (tmp_path / "1.csv").write_text("")
+    source = Source(path="csv", data_files=str(tmp_path / "*.csv"), streaming=streaming)
+    with pytest.raises(DataError, match=r"1\.csv'? has not even a header"), friendly(source):
+        list(load_rows(source))
+
+
 CLIENT = """
 import json, sys
 from hfpipe.data.sources import load_rows

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from datasets import DownloadConfig, IterableDataset
+from datasets import Dataset, DownloadConfig, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.utils.file_utils import xopen
@@ -113,6 +114,21 @@ class RowGroups(ArrowExamplesIterable):
                 if self._state_dict:
                     self._state_dict["shard_example_idx"] = read + row
                 yield key, dict(zip(columns, values, strict=True))
+
+
+def load(path: str, **arguments: Any) -> Dataset | IterableDataset:
+    """`load_dataset`, with a stream of Parquet files as `RowGroups`.
+
+    Files may begin with a row group of no rows, as pandas writes an empty table. For a table `datasets` reads as many
+    rows at a time as the first row group holds, and Arrow refuses to read none.
+    """
+    try:
+        rows = load_dataset(path, **arguments)
+    except DatasetGenerationError as error:
+        if not str(error.__cause__).startswith("BatchSize must be greater than 0"):
+            raise
+        rows = load_dataset(path, **arguments, batch_size=TABLE_ROWS)
+    return by_row_group(rows) if isinstance(rows, IterableDataset) else rows
 
 
 def by_row_group(rows: IterableDataset) -> IterableDataset:

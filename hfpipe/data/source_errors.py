@@ -175,6 +175,8 @@ def _unreadable(error: BaseException, source: Source, files: list[str]) -> DataE
     remedy = "Correct the file or leave it out."
     if isinstance(error, UnicodeError):
         remedy = "Give its `encoding` (latin-1, cp1252...), or save it as UTF-8."
+    if str(error).startswith("No columns to parse") and (empty := _empty_files(source)):
+        remedy = f"{listed(empty)} has not even a header: leave it out."
     return DataError(f"{_name(source)}: the data{where} cannot be read: {_first_line(error)} {remedy}")
 
 
@@ -219,6 +221,14 @@ def _patterns(source: Source) -> list[str]:
     names = [name for group in groups for name in (group if isinstance(group, list | tuple) else [group])]
     folder = source.passed_through.get("data_dir") or (source.path if Path(source.path).is_dir() else "")
     return [os.path.join(folder, name) for name in names if isinstance(name, str)]
+
+
+def _empty_files(source: Source) -> list[str]:
+    """The files here that hold nothing, where one of that kind has to hold something."""
+    found = [name for pattern in _patterns(source) for name in glob.glob(pattern, recursive=True)]
+    if Path(source.path).is_dir() and not found:
+        found = glob.glob(os.path.join(source.path, "**"), recursive=True)
+    return [name for name in found if name.endswith(".csv") and not os.path.getsize(name)]
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, List, Value, load_from_disk
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi
 
@@ -20,7 +20,7 @@ from hfpipe.data.builtin import builtin
 from hfpipe.data.dirt import BESIDE_MESSAGES
 from hfpipe.data.lenient import reading_arguments
 from hfpipe.data.ranges import stream_range
-from hfpipe.data.row_groups import by_row_group
+from hfpipe.data.row_groups import load
 from hfpipe.data.source_errors import friendly
 from hfpipe.data.where import Where
 from hfpipe.errors import DataError, RecipeError
@@ -143,8 +143,7 @@ def _open(source: Source, default_split: str) -> Rows:
         raise RecipeError(
             f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
         )
-    rows = load_dataset(source.path, split=split, **reading_arguments(source.path, arguments), **arguments)
-    return by_row_group(rows) if isinstance(rows, IterableDataset) else rows
+    return load(source.path, split=split, **reading_arguments(source.path, arguments), **arguments)
 
 
 def _saved(folder: Path, split: str) -> Dataset:
