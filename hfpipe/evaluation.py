@@ -12,7 +12,7 @@ from typing import Any
 
 from hfpipe.answers import ANSWERS, answers_of
 from hfpipe.data.choices import plain_choices
-from hfpipe.data.dirt import BESIDE_MESSAGES
+from hfpipe.data.dirt import BESIDE_MESSAGES, COMPLETION_TURNS
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.lenient import unmarked
 from hfpipe.data.source_errors import readable
@@ -55,7 +55,7 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
 
 def _has_content(row: dict[str, Any]) -> bool:
     """Whether no text of a row is empty; what is right may be a 0, and only what is missing is empty."""
-    texts = {key: value for key, value in row.items() if key not in ("id", *BESIDE_MESSAGES)}
+    texts = {key: value for key, value in row.items() if key not in ("id", COMPLETION_TURNS, *BESIDE_MESSAGES)}
     return all(value is not None if key in ("label", "answer") else value for key, value in texts.items())
 
 

@@ -24,6 +24,7 @@ from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, read
 from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.shift import measure_shift
 from hfpipe.stages import STAGES, StageRun
+from hfpipe.stages.arguments import require_arguments
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -46,6 +47,7 @@ def run_recipe(recipe: Recipe) -> Path:
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     run = open_run(recipe, folder)
     recipe = run.recipe  # with the commit of every data set
+    require_arguments(recipe, run.base.tokenizer)
     if not all(run.is_done(stage.name) for stage in recipe.stages):
         for line in ranks.on_main(lambda: check_access(recipe)):
             ranks.say(f"push: {line}")

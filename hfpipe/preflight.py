@@ -32,6 +32,7 @@ from hfpipe.model.tokens import prepare_tokenizer, template_warning
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
 from hfpipe.recipe import Pretrain, Recipe, Source, Stage
+from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.common import divide_batch
 
 SAMPLE_ROWS = 200
@@ -56,6 +57,7 @@ def preflight(recipe: Recipe) -> None:
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
     if warning := template_warning(tokenizer, recipe.model.tokenizer):
         print(f"warning    {warning}")
+    require_arguments(recipe, tokenizer)
     for stage in recipe.stages:
         _check_stage(recipe, stage, tokenizer, parameters, embedding)
     suites = {}

@@ -72,6 +72,12 @@ CASES: dict[str, tuple[list[dict], dict]] = {
         {"assistant_only_loss": True},
     ),
     "template options": ([{"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}}], {}),
+    "turns of prompt and completion": ([{"prompt": TURNS[:2], "completion": TURNS[2:]}], {}),
+    "turns of prompt and completion, the assistant only": (
+        [{"prompt": TURNS[:2], "completion": TURNS[2:]}],
+        {"assistant_only_loss": True},
+    ),
+    "all of the turns": ([{"prompt": TURNS[:4], "completion": TURNS[4:]}], {"completion_only_loss": False}),
     "cut": ([{"messages": TURNS}], {"max_length": 20}),
 }
 
@@ -136,6 +142,33 @@ def test_a_template_without_marks_is_refused_before_training(
         assert "model.tokenizer.chat_template" in message
         assert "Traceback" not in message
     assert not (tmp_path / "run/stages/sounds/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"max_length": 129}, ["max_length is 129", "positions for 128"]),
+        ({"warmup_steps": -3}, ["SFTConfig refuses", "warmup_steps"]),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"foo": 1}}, ["unexpected keyword argument 'foo'"]),
+    ],
+)
+def test_values_that_a_library_or_the_model_refuses_get_one_paragraph(
+    training: dict, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, merge=False, evaluate={})
+    content["model"]["architecture"] = {
+        "model_type": "gpt2",
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 128,
+    }
+    content["stages"] = [{**content["stages"][1], "training": training}]
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 2
+    message = "".join(capsys.readouterr())
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
 
 
 def test_check_tells_of_ends_that_teach_no_stop_and_of_rows_that_are_cut(

@@ -34,6 +34,7 @@ LISTED = 20  # ids of rows that the report names
 
 CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\f\r"})
 SURROGATES = re.compile(f"[\ud800-\udfff{LONE}]")
+COMPLETION_TURNS = "completion_turns"  # of `messages`, where the data has a prompt and a completion; see turns.py
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # TRL's columns, which a chat template is given too
 MISSING, NOT_TEXT, NOT_UTF8, EMPTY = "missing", "not a text", "not UTF-8", "empty"
 CUT, CONTROLS, HALVES = "cut for length", "control characters removed", "lone surrogates replaced"
@@ -79,7 +80,7 @@ def tidy_row(row: Mapping[str, Any], limit: int = ROW_CHARACTERS) -> tuple[dict[
     """
     new, done = dict(row), dict[str, None]()
     for column, value in row.items():
-        if column in ("id", "label", *BESIDE_MESSAGES):
+        if column in ("id", "label", COMPLETION_TURNS, *BESIDE_MESSAGES):
             continue
         if column == "messages":
             new[column], found = _tidy_turns(value, limit)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hfpipe.data.dirt import COMPLETION_TURNS
 from hfpipe.errors import DataError
 
 IGNORED = -100  # the label of a token that is not trained on
@@ -40,11 +41,13 @@ class Encoded:
 def prompt_and_completion(row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
     """The two texts of a row: what is given and what is to be said.
 
-    A plain text has an empty prompt. The last message of a conversation is the completion.
+    A plain text has an empty prompt. The last message of a conversation is the completion, or all that its data had in
+    the column of that name.
     """
     if "messages" in row:
         messages, options = conversation(row)
-        *earlier, last = messages
+        said = row.get(COMPLETION_TURNS) or 1
+        earlier, last = messages[:-said], messages[-1]
         if last["role"] != "assistant" or not earlier:
             raise DataError(
                 f"a conversation must end with an assistant's message after another one, and this one ends with "
@@ -181,27 +184,37 @@ def encode_for_training(
         `{"input_ids": [L], "labels": [L]}` for each row that has a token to train on.
     """
     if rows and "messages" in rows[0]:
-        encoded = [_encode_chat(row, tokenizer, max_length, assistant_only) for row in rows]
+        whole = completion_only is False
+        encoded = [_encode_chat(row, tokenizer, max_length, assistant_only, whole) for row in rows]
     else:
         encoded = encode(rows, tokenizer, max_length=max_length, append_eos=True, score_prompt=completion_only is False)
     return [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded if row.scored.any()]
 
 
-def _encode_chat(row: dict[str, Any], tokenizer: Any, max_length: int | None, assistant_only: bool) -> Encoded:
+def _encode_chat(
+    row: dict[str, Any], tokenizer: Any, max_length: int | None, assistant_only: bool, whole: bool
+) -> Encoded:
+    """A conversation; of one with a prompt and a completion the targets are the completion's, unless `whole`."""
     messages, options = conversation(row)
-    if not assistant_only:
+    if assistant_only:
+        options["chat_template"] = generation_marked_template(tokenizer)
+        both = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
+        ids, scored = both["input_ids"], np.asarray(both["assistant_masks"], dtype=bool)
+    else:
         chat_text(tokenizer, messages, **options)  # complains where there is no template
-        ids = tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"][:max_length]
-        scored = np.arange(len(ids)) > 0
-        return Encoded(ids, scored, 0)
-    template = generation_marked_template(tokenizer)
-    both = tokenizer.apply_chat_template(
-        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True, **options
-    )
-    ids = both["input_ids"][:max_length]
-    scored = np.asarray(both["assistant_masks"][:max_length], dtype=bool)
-    scored[:1] = False
-    return Encoded(ids, scored, 0)
+        ids = tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+        scored = np.ones(len(ids), dtype=bool)
+    first, said = 1, row.get(COMPLETION_TURNS)
+    if said and not whole:
+        given = tokenizer.apply_chat_template(messages[:-said], return_dict=True, add_generation_prompt=True, **options)
+        first = max(first, _shared(given["input_ids"], ids))  # as TRL divides them
+    scored[:first] = False
+    return Encoded(ids[:max_length], scored[:max_length], 0)
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens at the beginning that two sequences share."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def generation_marked_template(tokenizer: Any) -> str:

@@ -22,6 +22,7 @@ from hfpipe.data.lenient import reading_arguments
 from hfpipe.data.ranges import stream_range
 from hfpipe.data.row_groups import load
 from hfpipe.data.source_errors import friendly
+from hfpipe.data.turns import as_conversation, is_conversation, turn_of
 from hfpipe.data.where import Where
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.recipe import Fold, Source
@@ -235,6 +236,9 @@ def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[K
             '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
         )
     beside = [role for role in ("id", *MAY_HAVE.get(kinds[0], ())) if role in available]
+    turns = [renamed.get(role, role) for role in ROLES["prompt_completion"]]
+    if kinds[0] == "prompt_completion" and not templates and all(is_conversation(features[name]) for name in turns):
+        return as_conversation(rows, features, *turns)
     roles = [*ROLES[kinds[0]], *beside]
     taken = {role: renamed.get(role, role) for role in roles if role not in templates}
     built = {role: templates[role] for role in roles if role in templates}
@@ -317,7 +321,7 @@ def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
                 f'Build text of it with `template: {{{role}: "{{{column}}}"}}`, or name a conversation `messages`.'
             )
         return
-    turn = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    turn = turn_of(feature)
     if isinstance(turn, dict) and not {"role", "content"} <= set(turn):
         raise DataError(
             f"source {source.path!r}: the turns of {column!r} have {listed(turn)}; a conversation is a list of turns "

@@ -151,6 +151,12 @@ def _check_stage(stage: RawStage) -> Iterator[Fault]:
     for key in training.data:
         if key in _DECIDED:
             yield Fault((*training.steps, key), f"hfpipe decides this itself. {_DECIDED[key]}")
+    for key in ("eval_strategy", "load_best_model_at_end"):
+        if training.data.get(key) not in (None, False, "no") and "early_stopping" not in stage.data:
+            text = (
+                "a stage is scored while it trains by `early_stopping: {suite: ...}`, which keeps the best checkpoint."
+            )
+            yield Fault((*training.steps, key), f"{text} Write that instead.")
     yield from check_adapter(stage)
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."

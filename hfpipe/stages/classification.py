@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 from hfpipe import ranks
 from hfpipe.answers import require_known_classes
@@ -48,7 +48,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     if stage.training.get("max_steps", -1) > 0:
         total = stage.training["max_steps"] * global_batch
     arguments = trainer_arguments(
-        TrainingArguments, run, math.ceil(total / global_batch), per_device, accumulation, label_names=["labels"]
+        run, math.ceil(total / global_batch), per_device, accumulation, label_names=["labels"]
     )
     set_seed(run.recipe.seed)  # the head is new, and the same on every rank and at every start
     head = head_config(problem, names, run.tokenizer.pad_token_id)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from hfpipe import ranks
 from hfpipe.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
@@ -28,10 +28,11 @@ from hfpipe.model.adapter import (
     verify_tensors,
 )
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import compute_dtype, load_model
+from hfpipe.model.load import load_model
 from hfpipe.model.scoring import learned_positions
 from hfpipe.model.tokens import train_rows
 from hfpipe.recipe import Stage
+from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.run import StageRun
 from hfpipe.stages.selection import Selection
 
@@ -90,42 +91,10 @@ def row_length(run: StageRun, model: Any, default: int) -> int:
     return asked or min(default, most or default)
 
 
-def trainer_arguments(
-    cls: type[TrainingArguments], run: StageRun, max_steps: int, per_device: int, accumulation: int, **more: Any
-) -> Any:
-    """The trainer's own arguments: hfpipe's defaults, over them the recipe's, over them what hfpipe decides itself."""
-    on_gpu = torch.cuda.is_available()
-    bf16 = on_gpu and compute_dtype() == torch.bfloat16
-    training = {key: value for key, value in run.stage.training.items() if key in cls.__dataclass_fields__}
-    defaults = {
-        "logging_steps": max(1, min(10, max_steps // 10)),
-        "report_to": "none",
-        "use_cpu": not on_gpu and not torch.backends.mps.is_available(),
-        "bf16": bf16 and not training.get("fp16", False),
-        "gradient_checkpointing": on_gpu,
-        "save_strategy": "steps",
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, max_steps // 20),
-        "average_tokens_across_devices": True,
-        "ddp_find_unused_parameters": False,
-        "disable_tqdm": True,
-    }
-    decided = {
-        "output_dir": str(run.folder),
-        "seed": run.recipe.seed,
-        "max_steps": max_steps,
-        "per_device_train_batch_size": per_device,
-        "gradient_accumulation_steps": accumulation,
-        "ignore_data_skip": True,  # the source continues where the checkpoint stands, without a replay
-        "remove_unused_columns": False,
-        "save_total_limit": None,  # CheckpointCallback removes the old ones, once the new one is whole
-    }
-    if "activation_checkpointing" in training:
-        defaults.pop("gradient_checkpointing")
-    try:
-        return cls(**{**defaults, **training, **decided, **more})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"stages.{run.stage.name}.training: {cls.__name__} refuses it: {error}") from error
+def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulation: int, **more: Any) -> Any:
+    """The trainer's own arguments of a stage on its way; see `stage_arguments`."""
+    batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    return stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, **batch, **more)
 
 
 def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:

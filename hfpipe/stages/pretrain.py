@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hfpipe import ranks
 from hfpipe.data.dirt import Read, tidy_rows
@@ -75,7 +75,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks.say(f"  {line}")
     global_batch = per_device * accumulation * ranks.ranks()
     max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, stream, global_batch)
-    arguments = trainer_arguments(TrainingArguments, run, max_steps, per_device, accumulation)
+    arguments = trainer_arguments(run, max_steps, per_device, accumulation)
     model = with_adapter(run, model)
     if not masked:
         model.config.use_cache = False  # a cache would let packed documents see each other

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from hfpipe import ranks
 from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
@@ -18,15 +18,19 @@ from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.sources import TEXT_KINDS, load_rows
 from hfpipe.errors import DataError
 from hfpipe.model.load import load_model
+from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Sft, Source
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, weighted, with_adapter
+from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, weighted, with_adapter
+
+DEFAULT_MAX_LENGTH = 1024  # TRL's
 
 
 def run_sft(run: StageRun) -> dict[str, Any]:
     """Trains an sft stage and saves its model; see `stages.common.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Sft)
-    rows, sources = _tokenized_rows(run, stage)
+    model = load_model(run.parent, frozen=stage.adapter is not None)
+    rows, sources = _tokenized_rows(run, stage, _length(run, model))
     lengths = [len(ids) for ids in rows["input_ids"]]
     per_device, accumulation = divide_batch(stage)
     global_batch = per_device * accumulation * ranks.ranks()
@@ -46,14 +50,13 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     )
     max_steps = math.ceil(total / global_batch)
     arguments = trainer_arguments(
-        SFTConfig,
         run,
         max_steps,
         per_device,
         accumulation,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    model = with_adapter(run, load_model(run.parent, frozen=stage.adapter is not None))
+    model = with_adapter(run, model)
     exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=run.tokenizer)
     for name, weight in model.named_parameters():
@@ -66,9 +69,16 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     return facts
 
 
-def _tokenized_rows(run: StageRun, stage: Sft) -> tuple[Dataset, dict[str, dict[str, Any]]]:
+def _length(run: StageRun, model: Any) -> int | None:
+    """Tokens to keep of a row; all of them where the recipe says `max_length: null`, as in TRL."""
+    if run.stage.training.get("max_length", DEFAULT_MAX_LENGTH) is None and learned_positions(model) is None:
+        return None
+    return row_length(run, model, DEFAULT_MAX_LENGTH)
+
+
+def _tokenized_rows(run: StageRun, stage: Sft, length: int | None) -> tuple[Dataset, dict[str, dict[str, Any]]]:
     """Tokens and labels of every row of the stage and of those it replays, in a fixed order; what was read of each."""
-    read = [_tokenize(run, source) for source in stage.data]
+    read = [_tokenize(run, source, length) for source in stage.data]
     parts, facts = [part for part, _ in read], [found for _, found in read]
     if any(source.weight is not None for source in stage.data):
         parts = weighted(parts, [source.weight or 1.0 for source in stage.data])
@@ -78,7 +88,7 @@ def _tokenized_rows(run: StageRun, stage: Sft) -> tuple[Dataset, dict[str, dict[
         whole = sum(map(len, parts)) / (1 - sum(part.share for part in replayed))  # rows of the stage
         for earlier in replayed:
             wanted = math.ceil(whole * earlier.share)
-            part, found = _tokenize(run, earlier.source, at_most=wanted)
+            part, found = _tokenize(run, earlier.source, length, at_most=wanted)
             if len(part) < wanted:
                 ranks.say(f"  {earlier.source.path}: {len(part):,} rows to replay, {wanted:,} would make up its share")
             parts.append(part)
@@ -91,7 +101,9 @@ def _tokenized_rows(run: StageRun, stage: Sft) -> tuple[Dataset, dict[str, dict[
     return concatenate_datasets(parts), dict(zip(names, facts, strict=True))
 
 
-def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> tuple[Dataset, dict[str, Any]]:
+def _tokenize(
+    run: StageRun, source: Source, length: int | None, at_most: int | None = None
+) -> tuple[Dataset, dict[str, Any]]:
     """Reads and tokenizes a source in batches, on every rank alike; and what was read of it."""
     training, read = run.stage.training, Read()
     rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS), source)
@@ -101,7 +113,7 @@ def _tokenize(run: StageRun, source: Source, at_most: int | None = None) -> tupl
         tokenized += encode_for_training(
             chunk,
             run.tokenizer,
-            max_length=training.get("max_length", 1024),
+            max_length=length,
             completion_only=training.get("completion_only_loss"),
             assistant_only=training.get("assistant_only_loss", False),
         )

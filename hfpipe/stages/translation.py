@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch.nn import functional
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
 
 from hfpipe import ranks
 from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
@@ -50,9 +50,7 @@ def run_translation(run: StageRun) -> dict[str, Any]:
         rank=ranks.rank(),
         ranks=ranks.ranks(),
     )
-    arguments = trainer_arguments(
-        Seq2SeqTrainingArguments, run, math.ceil(total / global_batch), per_device, accumulation
-    )
+    arguments = trainer_arguments(run, math.ceil(total / global_batch), per_device, accumulation)
     collator = DataCollatorForSeq2Seq(run.tokenizer)
     trainer = Seq2SeqTrainer(
         model=with_adapter(run, model, task_type="SEQ_2_SEQ_LM"),
