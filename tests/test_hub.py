@@ -141,6 +141,26 @@ def test_a_model_pushed_over_an_adapter_is_not_taken_for_it(pusher: Pusher, hub:
     assert "vllm serve me/toy --revision whole" in files["README.md"].decode()
 
 
+def test_nothing_is_left_out_and_nothing_of_another_run_replaced(pusher: Pusher, hub: HubServer) -> None:
+    hub.add_repo("model", "me/toy", {".gitignore": b"*.safetensors"}, private=True)
+    assert pusher(what="adapter").returncode == 0
+    assert "adapter_model.safetensors" in hub.files("me/toy")
+    hub.add_repo("model", "me/taken", {"model.safetensors": b"of another"}, private=True)
+    refused = pusher(repo_id="me/taken")
+    assert refused.returncode == 4
+    assert "the name is taken: its main branch holds weights that this run did not make" in refused.stdout
+    assert pushes(hub, "me/taken") == 0
+    for _ in range(2):
+        assert pusher(repo_id="me/taken", revision="mine").returncode == 0
+    assert pushes(hub, "me/taken") == 1
+    assert hub.files("me/taken")["model.safetensors"] == b"of another"
+    for given in ({"what": "both", "merged_repo_id": "me/toy"}, {"repo_id": "me/a b"}):
+        refused = pusher(**given)
+        assert refused.returncode == 2
+        assert len(refused.stdout.splitlines()) == 1
+    assert pushes(hub) == 1
+
+
 def test_a_tag_names_the_pushed_commit_and_is_never_moved(pusher: Pusher, hub: HubServer) -> None:
     hub.lose_reply("POST /api/models/me/toy/tag")
     for _ in range(2):  # the second time everything is there already

@@ -10,6 +10,7 @@ from hub_server import HubServer
 from pushing import COMMIT, PLANTED, Plant, at_once, pushes
 
 LFS, XET = {"xet": False}, {"xet": True}
+LIMIT = {"RateLimit": '"api";r=0;t=900', "RateLimit_Policy": '"fixed window";"api";q=500;w=900'}
 STORE = {"lfs": "PUT /lfs/", "xet": "POST /v1/xorbs"}  # where the weights go in each of the two pipelines
 
 
@@ -39,14 +40,17 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
     cases: dict[str, tuple[Plant, dict[str, Any], str]] = {
         "dropped": (lambda hub: hub.drop(COMMIT, times=4), XET, "connection to the Hub broke"),
         "409": (lambda hub: hub.fail(COMMIT, 409, times=4), XET, "changed by somebody else"),
-        "503": (lambda hub: hub.fail(COMMIT, 503, times=3), LFS, "answered 503"),
+        "503": (lambda hub: hub.fail(COMMIT, 503, times=4), LFS, "answered 503"),
         "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="3600"), XET, "(429). Wait 3600 seconds."),
+        "429-by-limit": (lambda hub: hub.fail("/whoami", 429, **LIMIT), LFS, "(429). Wait 901 seconds."),
+        "login-page": (lambda hub: hub.hide(COMMIT, times=4), LFS, "a web page came in place of the Hub's answer"),
+        "no-room": (lambda hub: setattr(hub, "full", "No storage is left"), LFS, "`No storage is left`"),
         "unreachable": (lambda hub: hub.http.server_close(), LFS, "the Hub cannot be reached"),
         "no-token": (lambda hub: None, {"token": None}, "hf auth login"),
         "read-only": (lambda hub: None, {"token": HubServer.read_token}, "may only read"),
         "unknown-token": (lambda hub: None, {"token": PLANTED}, "does not accept the token (401)"),
         "401": (lambda hub: hub.fail(COMMIT, 401), LFS, "does not accept the token (401)"),
-        "403": (lambda hub: hub.fail("/preupload/", 403), LFS, "may not write to me/toy (403)"),
+        "403": (lambda hub: hub.fail("/preupload/", 403), LFS, "(403). The Hub says: planted 403. Use a token"),
         "403-from-xet": (lambda hub: hub.fail("xet-write-token", 403), XET, "may not write to me/toy (403)"),
         "404": (lambda hub: hub.fail(COMMIT, 404), XET, "does not find me/toy"),
     }
@@ -59,12 +63,18 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
         assert message.strip().endswith("hfpipe push run"), name
         assert (pusher.folder / "run/push/adapter/adapter_model.safetensors").is_file(), name
         assert "Traceback" not in failed.stderr, name
-        if name in ("401", "409"):  # the command that the message gives finishes it, and sends no weights again
+        if name in (
+            "401",
+            "409",
+            "no-room",
+        ):  # the command that the message gives finishes it, and sends no weights again
             pusher.hub.faults.clear()
+            pusher.hub.full = None
             sent = len(pusher.hub.requests)
             assert pusher().returncode == 0, name
             assert pushes(pusher.hub) == 1, name
-            assert not [line for line in pusher.hub.requests[sent:] if any(place in line for place in STORE.values())]
+            again = [line for line in pusher.hub.requests[sent:] if any(place in line for place in STORE.values())]
+            assert bool(again) == (name == "no-room"), name
 
 
 def test_a_stalled_hub_meets_the_deadline(tmp_path: Path) -> None:

@@ -122,11 +122,21 @@ def _check_names(api: HfApi, repo: str, asked: Mapping[str, Any]) -> None:
             raise MachineError(f"it has a tag {tag!r} already, and a tag is not moved. Take another tag.")
         if branch and branch not in [ref.name for ref in refs.branches]:
             return
-    if asked["create_pr"]:
+    if not asked["create_pr"]:
+        check_is_ours(api, repo, branch, asked["run"])
+
+
+def check_is_ours(api: HfApi, repo: str, branch: str | None, run: str) -> None:
+    """A branch must hold no weights but those of an earlier push of this run, and what it has from the main branch.
+
+    Raises:
+        MachineError: It does: the name is taken.
+    """
+    if branch not in (None, "main") and api.repo_info(repo, revision=branch).sha == api.repo_info(repo).sha:
         return
     files = api.list_repo_files(repo, revision=branch)
     weights = [file for file in files if file.endswith(WEIGHTS)]
-    if weights and _run_in(api, repo, branch, files) != asked["run"]:
+    if weights and _run_in(api, repo, branch, files) != run:
         raise MachineError(
             f"the name is taken: {branch or 'its main branch'} holds weights that this run did not make "
             f"({weights[0]}). Take another name, or push to a branch of it (`revision:`) or as `create_pr: true`."

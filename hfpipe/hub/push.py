@@ -14,12 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.folders import model_of
 from hfpipe.hub.bundle import ADAPTER_CONFIG, find_made, parent_in_run, prepare_artifact
 from hfpipe.recipe import Push, Recipe, load_recipe
-from hfpipe.recipe.push import parent_push, planned_pushes, pushed_stage, pushes_of
+from hfpipe.recipe.push import check_push, parent_push, planned_pushes, pushed_stage, pushes_of
+from hfpipe.recipe.raw import stages
 from hfpipe.report.card import is_on_hub
+from hfpipe.report.markdown import our_command
 
 START, SLOWEST = 300.0, 500_000.0  # seconds and bytes per second: an upload may take START + size / SLOWEST
 CHECKING = 90.0  # seconds that all questions before training may take
@@ -77,7 +82,7 @@ def deadline_of(push: Push, size: int) -> float:
 
 def _upload(folder: Path, push: Push, run: str, again: str) -> dict[str, Any]:
     task: dict[str, Any] = {"folder": str(folder), "message": push.commit_message or f"{push.what} of hfpipe run {run}"}
-    task |= push.model_dump(include={"repo_id", "private", "revision", "tag", "create_pr"})
+    task |= push.model_dump(include={"repo_id", "private", "revision", "tag", "create_pr"}) | {"run": run}
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     try:
         done = _in_own_process(task, deadline_of(push, size))
@@ -133,22 +138,24 @@ def _asked(run_dir: Path, recipe: Recipe, given: dict[str, Any]) -> Push:
         words["what"] = "adapter" if (made / ADAPTER_CONFIG).is_file() else "model"
     try:
         asked = Push(**words)
-    except ValueError as error:
-        raise RecipeError(f"push: {error}") from error
-    if asked.create_pr and (asked.revision or asked.tag):
-        raise RecipeError("push.create_pr: a pull request has a branch of its own, and no tag before it is merged.")
+    except ValidationError as error:
+        found = "; ".join(f"{one['loc'][0]}: found {one['input']!r}. {one['msg']}" for one in error.errors())
+        raise RecipeError(f"push.{found}. Nothing was sent.") from error
+    data = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    for fault in check_push(stages(data), {"push": words}):
+        raise RecipeError(f"{'.'.join(fault.steps)}: {fault.text}")
     return asked
 
 
 def _command(run_dir: Path, given: dict[str, Any]) -> str:
     """The command that does the same push again."""
-    words = ["hfpipe", "push", str(run_dir)]
+    words = ["push", str(run_dir)]
     for key, value in given.items():
         if key == "deadline_seconds":  # the next push may have all the time it needs
             continue
         option = key.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
-    return shlex.join(words)
+    return f"{our_command()} {shlex.join(words)}"
 
 
 def _in_own_process(task: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -161,6 +168,7 @@ def _in_own_process(task: dict[str, Any], limit: float) -> dict[str, Any]:
             timeout=limit,
         )
     except subprocess.TimeoutExpired:
+        print(file=sys.stderr)  # after what is left of a progress bar
         raise MachineError(f"the Hub was not done after {limit:g} seconds, the deadline.") from None
     lines = process.stdout.strip().splitlines()
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from hfpipe.errors import MachineError, UserError
-from hfpipe.hub.access import check
+from hfpipe.hub.access import check, check_is_ours
 from hfpipe.hub.client import asked_to_wait, explain, full_name, is_passing, logged_in, status_of, who_may_write
 from hfpipe.secrets import without_secrets
 
@@ -36,15 +36,17 @@ REPLACED_BY_A_MODEL = (
     ADAPTER_CONFIG,
     "adapter_model.safetensors",
 )
-WAITS = (1.0, 2.0, 4.0)  # seconds between the tries, where the Hub does not say how long
+NOTHING_IGNORED = "# every file of a push is meant\n"  # in place of the repository's .gitignore
+WAITS = (1.0, 3.0, 8.0, 2.0)  # seconds between the tries, where the Hub does not say how long; then one last look
 
 
 def upload(task: dict[str, Any]) -> dict[str, Any]:
     """Brings a folder to the Hub: as one commit, or none when it is there already.
 
     Args:
-        task: folder, repo_id, private, revision (a branch or None), tag (or None), create_pr, message; and seconds,
-            after which the process ends, where nobody ends it from outside.
+        task: folder, repo_id, private, revision (a branch or None), tag (or None), create_pr, message; run (its name),
+            where the place must be free or have what it pushed; and seconds, after which the process ends, where nobody
+            ends it from outside.
 
     Returns:
         url, repo_id and commit of what is there now, and whether it is `new`.
@@ -93,8 +95,11 @@ def _send(api: HfApi, task: dict[str, Any], only_look: bool) -> dict[str, Any] |
         return known | {"new": "tried" in task}
     if only_look:
         return None
-    task["tried"] = True
+    if "run" in task and not task["create_pr"]:
+        check_is_ours(api, repo, branch, task["run"])
     new_request = task["create_pr"] and branch is None
+    _send_weights(api, repo, operations, branch, new_request)
+    task["tried"] = True
     done = api.create_commit(
         repo,
         operations,
@@ -106,6 +111,26 @@ def _send(api: HfApi, task: dict[str, Any], only_look: bool) -> dict[str, Any] |
     )
     _tag(api, repo, task["tag"], str(done.oid))
     return known | {"url": done.pr_url or url, "commit": done.oid, "new": True}
+
+
+def _send_weights(
+    api: HfApi, repo: str, operations: list[CommitOperationAdd | CommitOperationDelete], branch: str | None, pr: bool
+) -> None:
+    """Sends the large files, which the commit then names.
+
+    Raises:
+        MachineError: The Hub would leave a file out of the commit, as it does without a word with what a `.gitignore`
+            of the repository names, although it is asked here to pay no heed to that.
+    """
+    added = [one for one in operations if isinstance(one, CommitOperationAdd)]
+    api.preupload_lfs_files(
+        repo, added, revision=branch, create_pr=pr, num_threads=4, free_memory=False, gitignore_content=NOTHING_IGNORED
+    )
+    ignored = [one.path_in_repo for one in added if one._should_ignore]
+    if ignored:
+        raise MachineError(
+            f"the Hub would leave out {', '.join(ignored)}, which a .gitignore in {repo} names. Delete that file there."
+        )
 
 
 def _in_pull_request(

@@ -240,16 +240,17 @@ def closing_lines(folder: Path) -> list[str]:
         lines.append(f"merged     {last / 'merged'}")
     lines.append(f"report     {folder / 'report.html'}")
     what = "merged" if (last / "merged").exists() else "adapter" if is_adapter else "model"
+    push = f"  {our_command()} push {folder} --repo-id YOU/{recipe.name} --what {what}"
     return [
         *lines,
         "",
         "next:",
-        f"  {_command()} push {folder} --repo-id YOU/{recipe.name} --what {what}",
-        f"  {_command()} recipes --copy smollm2-fineweb",
+        *([] if recipe.push else [push]),  # a recipe with a `push:` does it now
+        f"  {our_command()} recipes --copy smollm2-fineweb",
     ]
 
 
-def _command() -> str:
+def our_command() -> str:
     """How this installation is called from here: it may lie in an environment that is not activated."""
     if shutil.which("hfpipe"):
         return "hfpipe"

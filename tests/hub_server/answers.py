@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -69,7 +70,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if fault and fault.kind == "status":
                 raise Refused(fault.status, f"planted {fault.status}", headers=fault.headers)
-            status, body, headers = self.route()
+            if fault and fault.kind == "page":
+                status, body, headers = 200, b"<html>Please log in</html>", {"Content-Type": "text/html"}
+            else:
+                status, body, headers = self.route()
         except Refused as refused:
             status, body, headers = refused.status, {"error": str(refused)}, {"X-Error-Message": str(refused)}
             headers |= refused.headers | ({"X-Error-Code": refused.code} if refused.code else {})
@@ -296,12 +300,15 @@ class Handler(BaseHTTPRequestHandler):
         return (400 if errors else 200), found, {}
 
     def preupload(self, kind: str, id: str, revision: str) -> Any:
-        files, answer = self.repo(kind, id, write=True).at(revision).files, []
-        for asked in json.loads(self.body)["files"]:
+        files, answer, told = self.repo(kind, id, write=True).at(revision).files, [], json.loads(self.body)
+        gitignore = files[".gitignore"].content.decode() if ".gitignore" in files else ""
+        patterns = told.get("gitIgnore", gitignore).split()
+        for asked in told["files"]:
             path, sample = asked["path"], base64.b64decode(asked["sample"])
             mode = "lfs" if is_large(path, asked["size"], sample) else "regular"
             known = {"oid": files[path].oid} if path in files and self.hub.tells_oids else {}
-            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
+            ignored = any(fnmatch(path, pattern) for pattern in patterns)
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored} | known)
         return {"files": answer}
 
     def lfs_batch(self, kind: str | None, id: str) -> Any:
@@ -311,6 +318,9 @@ class Handler(BaseHTTPRequestHandler):
             oid, size, part_size = asked["oid"], asked["size"], self.hub.part_size
             if oid in self.hub.blobs:
                 objects.append({"oid": oid, "size": size})  # no action: it is already here
+                continue
+            if self.hub.full:
+                objects.append({"oid": oid, "size": size, "error": {"code": 403, "message": self.hub.full}})
                 continue
             upload: dict[str, Any] = {"href": f"{self.hub.url}/lfs/{oid}"}
             if part_size and size > part_size:

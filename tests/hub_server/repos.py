@@ -107,7 +107,7 @@ class Fault:
     """What to do with the next `times` requests whose `METHOD /path?query` holds `match`."""
 
     match: str
-    kind: str  # status, drop, stall, cut (in the middle of the reply), or lose (carried out, the reply never comes)
+    kind: str  # status, drop, stall, page, cut (amid the reply), or lose (carried out, the reply never comes)
     times: int
     status: int = 503
     seconds: float = 3600.0

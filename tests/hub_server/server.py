@@ -25,6 +25,7 @@ class HubServer:
         requests: every request so far, as `METHOD /path`, in order.
         tells_oids: whether a client is told, before it uploads, which files have not changed.
         page_size: entries in one page of a file listing.
+        full: why no large file is taken any more; None where there is room.
         part_size: large files above this many bytes are asked for in parts (LFS multipart); None for never.
     """
 
@@ -40,6 +41,7 @@ class HubServer:
         self.requests: list[str] = []
         self.page_size = 1000
         self.tells_oids = True
+        self.full: str | None = None
         self.part_size: int | None = None
         self.lock = threading.RLock()
         self.stopping = threading.Event()
@@ -104,6 +106,10 @@ class HubServer:
     def drop(self, match: str, times: int = 1) -> None:
         """Close the connection instead of answering."""
         self.faults.append(Fault(match, "drop", times))
+
+    def hide(self, match: str, times: int = 1) -> None:
+        """Answer with a web page, as a network does that asks for a login."""
+        self.faults.append(Fault(match, "page", times))
 
     def stall(self, match: str, seconds: float = 3600.0, times: int = 1) -> None:
         """Keep the connection open and say nothing."""
