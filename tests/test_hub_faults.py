@@ -44,7 +44,7 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
         "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="3600"), XET, "(429). Wait 3600 seconds."),
         "429-by-limit": (lambda hub: hub.fail("/whoami", 429, **LIMIT), LFS, "(429). Wait 901 seconds."),
         "login-page": (lambda hub: hub.hide(COMMIT, times=4), LFS, "a web page came in place of the Hub's answer"),
-        "no-room": (lambda hub: setattr(hub, "full", "No storage is left"), LFS, "`No storage is left`"),
+        "no-room": (lambda hub: setattr(hub, "full", "No storage is left"), LFS, "No storage is left"),
         "unreachable": (lambda hub: hub.http.server_close(), LFS, "the Hub cannot be reached"),
         "no-token": (lambda hub: None, {"token": None}, "hf auth login"),
         "read-only": (lambda hub: None, {"token": HubServer.read_token}, "may only read"),

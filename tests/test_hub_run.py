@@ -220,7 +220,7 @@ def test_trained_but_not_pushed_and_data_that_moved_on(finished: Finished) -> No
     assert "prose: done before, skipped" in output
     assert "sounds: done before, skipped" in output
     assert f"The run is trained and whole in {finished.run}, but not pushed. The push to me/other failed" in output
-    assert output.strip().endswith(f"Finish with: hfpipe push {finished.run}")
+    assert output.strip().endswith(f"hfpipe push {finished.run}")
     code, output = command(finished, "push", str(finished.run))
     assert code == 0, output
     assert len(hub.commits("me/other")) == 2

@@ -139,7 +139,8 @@ def check_is_ours(api: HfApi, repo: str, branch: str | None, run: str) -> None:
     if weights and _run_in(api, repo, branch, files) != run:
         raise MachineError(
             f"the name is taken: {branch or 'its main branch'} holds weights that this run did not make "
-            f"({weights[0]}). Take another name, or push to a branch of it (`revision:`) or as `create_pr: true`."
+            f"({weights[0]}). Take another name, or push to a branch of it (`revision: NAME`, --revision NAME) or as a "
+            "pull request (`create_pr: true`, --create-pr)."
         )
 
 
