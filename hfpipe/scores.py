@@ -83,6 +83,11 @@ def how_counted(scores: Iterable[Score]) -> str:
     return f" How they are counted, by sacrebleu's signature: {'; '.join(told)}." if told else ""
 
 
+def _apart(one: float, other: float) -> float:
+    """The difference of two scores; zero where it is what sums in another order leave."""
+    return 0.0 if math.isclose(one, other, rel_tol=1e-12, abs_tol=1e-12) else one - other
+
+
 @dataclass(frozen=True)
 class Change:
     """The way from one score to another of the same suite and metric.
@@ -96,11 +101,11 @@ class Change:
 
     @property
     def difference(self) -> float:
-        return self.after.value - self.before.value
+        return _apart(self.after.value, self.before.value)
 
     @property
     def gain(self) -> float:
-        return self.after.merit - self.before.merit
+        return _apart(self.after.merit, self.before.merit)
 
     @property
     def stderr(self) -> float:

@@ -3,8 +3,8 @@
 The suites with a budget are the ones to be kept; the gain is on the others (see `kept_keys`). A metric's relative gain
 is its improvement as a share of the largest absolute score among the models that are compared, so that a score which
 starts at zero counts once and not infinitely; its forgetting is the loss against the best score before, as a share of
-it, which is what a budget limits. A score with an ideal, such as one of bias, is nothing to gain on: it counts where it
-has a budget. Metrics are averaged in their suite, and suites with one another.
+it, which is what a budget limits. A score of bias is nothing to gain on: it counts where it has a budget. Metrics are
+averaged in their suite, and suites with one another.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from hfpipe.recipe.metric_names import BIAS_METRICS
 from hfpipe.recipe.words import Suite
 from hfpipe.scores import Change, Score, forgetting, over_budget
 
@@ -70,7 +71,7 @@ def kept_keys(suites: Mapping[str, Suite], start: Sequence[Score], ends: Sequenc
         return {score.key for scores in (start, *ends) for score in scores if score.suite in kept}
     before = {score.key: score for score in start}
     found: dict[Key, list[Change]] = {}
-    for score in (score for end in ends for score in end if score.key in before and score.ideal is None):
+    for score in (score for end in ends for score in end if score.key in before and _can_gain(score)):
         found.setdefault(score.key, []).append(Change(before[score.key], score))
     return {
         key
@@ -78,6 +79,11 @@ def kept_keys(suites: Mapping[str, Suite], start: Sequence[Score], ends: Sequenc
         if sum(change.gain for change in changes) < 0
         and any(change.gain < 0 and change.beyond_noise for change in changes)
     }
+
+
+def _can_gain(score: Score) -> bool:
+    """Whether a better score is something learned: not so of bias, which is measured beside what a stage is for."""
+    return score.ideal is None and score.metric not in BIAS_METRICS
 
 
 def scales_of(scores: Iterable[Score]) -> dict[Key, float]:
@@ -120,7 +126,7 @@ def point(
         kept: See `kept_keys`.
     """
     before = {score.key: score for score in start}
-    asked = [score for score in end if score.key in before and score.key not in kept and score.ideal is None]
+    asked = [score for score in end if score.key in before and score.key not in kept and _can_gain(score)]
     gains = [Change(before[score.key], score) for score in asked]
     every = [*line, *end]
     lost = [change for score in end if score.key in kept and (change := forgetting(every, score.stage, score.key))]
@@ -178,7 +184,7 @@ def compare(
     both = [_between(other[score.key], score) for score in second if score.key in other and score.key in before]
     sizes = {key: abs(score.value) for key, score in before.items()}
     return Comparison(
-        _gain([change for change in both if change.after.key not in kept and change.after.ideal is None], scales),
+        _gain([change for change in both if change.after.key not in kept and _can_gain(change.after)], scales),
         _loss([change for change in both if change.after.key in kept], sizes),
     )
 

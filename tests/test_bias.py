@@ -18,8 +18,8 @@ from hfpipe.cli import main
 from hfpipe.data.stereotypes import bbq_rows
 from hfpipe.data.swaps import replaced
 from hfpipe.metrics import OURS, load_metric
-from hfpipe.metrics.limits import limits_of
-from hfpipe.recipe.metric_names import WITH_IDEAL
+from hfpipe.metrics.limits import LIMITS, limits_of
+from hfpipe.recipe.metric_names import BIAS_METRICS, WITH_IDEAL
 from hfpipe.scores import Change, Score, over_budget
 
 
@@ -343,6 +343,7 @@ def test_what_can_be_too_high_and_too_low_chooses_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {name for name in OURS if load_metric(name).ideal is not None} == WITH_IDEAL
+    assert set(LIMITS) == BIAS_METRICS
     content = tiny.recipe(tmp_path)
     source = {"path": "json", "data_files": "pairs.jsonl"}
     content["evaluate"]["crows"] = {"data": source, "metrics": ["stereotype_score"]}

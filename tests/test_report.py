@@ -83,6 +83,25 @@ def test_without_a_budget_the_scores_say_what_was_forgotten(tmp_path: Path) -> N
     assert "This is the known result" in comparisons(recipe, scores)[0]
 
 
+def test_bias_is_nothing_to_gain_on_and_rounding_is_no_change(tmp_path: Path) -> None:
+    run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
+    assert main(["report", str(run)]) == 0
+    before = (run / "report.md").read_text()
+    assert "**Gained by lora:**" in before
+    scores = [Score(**row) for row in json.loads((run / "scorecard.json").read_text())]
+    bias = {"base": (0.9, 0.1), "prose": (0.9, 0.1), "full": (0.1, 0.1 + 2**-55), "lora": (0.9, -0.1)}
+    for stage, (lms, ambiguous) in bias.items():
+        scores.append(Score(stage, "stereotypes", "lms", lms, 0.01, 300, True))
+        scores.append(Score(stage, "bbq", "bias_ambiguous", ambiguous, 0.01, 300, True, ideal=0.0))
+    write_scorecard(scores, run / "scorecard.json")
+    assert main(["report", str(run)]) == 0
+    after = (run / "report.md").read_text()
+    table = before[before.index("## Gain against forgetting") :].split("\n\n")[1]
+    assert table in after
+    assert "bbq bias_ambiguous 0.1000 ± 0.0100 -> 0.1000 ± 0.0100 (unchanged)" in after
+    assert "bbq bias_ambiguous 0.1000 ± 0.0100 -> -0.1000 ± 0.0100 (as far from 0)" in after
+
+
 def test_numbers_of_the_price_are_those_of_the_scorecard(tmp_path: Path) -> None:
     run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
     assert main(["report", str(run)]) == 0

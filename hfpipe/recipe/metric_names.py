@@ -69,6 +69,10 @@ FAMILIES = {
 # Metrics that can be too high and too low: no value is better for being larger, or smaller.
 WITH_IDEAL = frozenset({"bias_ambiguous", "bias_disambiguated", "ss", "stereotype_score"})
 
+BIAS_METRICS = WITH_IDEAL | {
+    *("accuracy_ambiguous", "accuracy_disambiguated", "flip_rate", "icat", "likelihood_difference", "lms"),
+}
+
 MASKED_METRICS = frozenset({"masked_accuracy", "masked_perplexity"})  # of an encoder's masked tokens
 
 # Metrics of the Hub's `evaluate-metric` that take a generated text and a right one. Any other is named with its owner

@@ -107,7 +107,10 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> str:
     gained, lost = gains_and_losses(recipe, scores)
     gains = "; ".join(describe(change) for change in gained) or "nothing beyond the noise"
     losses = "; ".join(describe(change) for change in lost) or "nothing beyond the noise"
-    lines = [f"**Gained:** {gains}.", f"**Forgotten:** {losses}."]
+    last = stages_of(scores)[-1]
+    beside = set(stages_of(scores)) - set(recipe.lineage(last))  # stages from one parent: say of which this is told
+    by = f" by {last}" if beside else ""
+    lines = [f"**Gained{by}:** {gains}.", f"**Forgotten{by}:** {losses}."]
     if first := only_scored(recipe, scores):
         lines.append(f"**Scored for the first time:** {'; '.join(map(describe_first, first))}.")
     return "\n\n".join(lines)
