@@ -55,14 +55,24 @@ def run_recipe(recipe: Recipe) -> Path:
     scores = score_stage(run, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
     ranks.wait()
+    lost: dict[str, str] = {}  # of the stages that are over a budget; what does not start from them goes on
     for stage in recipe.stages:
+        if bad := [name for name in recipe.lineage(stage.name) if name in lost]:
+            ranks.say(f"{stage.name}: not trained, as {bad[0]} is over a budget")
+            continue
         _train(run, stage.name, recipe.parent_of(stage.name))
         own = with_paired(run, scores, run.stage_folder(stage.name) / "predictions", score_stage(run, stage.name))
         scores += settle(run, scores, stage.name, own)
         if ranks.is_main():
             write_scorecard(scores, folder / "scorecard.json")
             write_reports(folder)
-        _check_budgets(recipe, scores, stage.name)
+        if told := _over_budget(recipe, scores, stage.name):
+            lost[stage.name] = told
+    if lost:
+        raise BudgetExceeded(
+            f"{'; '.join(lost.values())}. Nothing was merged or pushed; what was trained stays in the run folder. Replay "
+            "earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, and run again."
+        )
     for name in _to_merge(recipe):
         merged(run, name)
     if ranks.is_main():
@@ -129,19 +139,18 @@ def _train(run: Run, name: str, parent: str) -> None:
     ranks.wait()
 
 
-def _check_budgets(recipe: Recipe, scores: list[Score], stage: str) -> None:
+def _over_budget(recipe: Recipe, scores: list[Score], stage: str) -> str | None:
+    """What a stage lost above a budget, in words; None where it is inside all of them."""
+    line = of_lineage(scores, recipe.lineage(stage))
     for name, suite in recipe.evaluate.items():
-        if suite.budget is None:
-            continue
-        for change in over_budget(of_lineage(scores, recipe.lineage(stage)), stage, name, suite.budget):
-            dialled = "It does so at every strength that was tried. " if suite.budget_action == "dial" else ""
-            raise BudgetExceeded(
-                f"stage {stage} lost {change.loss} {name} {change.after.metric} "
-                f"({change.before.value:.4f} after {change.before.stage}, {change.after.value:.4f} now), more than the "
-                f"budget of {suite.budget:.1%}. {dialled}Nothing was merged or pushed; the model stays in the run "
-                "folder. Replay earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, "
-                "and run again."
+        for change in over_budget(line, stage, name, suite.budget) if suite.budget is not None else ():
+            dialled = ", at every strength that was tried" if suite.budget_action == "dial" else ""
+            return (
+                f"stage {stage} lost {change.loss} {name} {change.after.metric} ({change.before.value:.4f} after "
+                f"{change.before.stage}, {change.after.value:.4f} now), more than the budget of {suite.budget:.1%}"
+                f"{dialled}"
             )
+    return None
 
 
 def _move_aside(folder: Path, new_hash: str) -> None:

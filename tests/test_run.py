@@ -204,10 +204,18 @@ def test_a_budget_that_is_exceeded_ends_with_3_and_merges_nothing(
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path)
     content["evaluate"]["general"]["budget"] = "1%"
-    content["stages"][1]["training"] |= {"learning_rate": 0.5, "max_grad_norm": 1000}
+    sounds = content["stages"][1]
+    beside = {**sounds, "name": "beside", "parent": "prose", "training": {**sounds["training"], "learning_rate": 1e-9}}
+    content["stages"] += [{**sounds, "name": "after", "parent": "sounds"}, beside]
+    sounds["training"] |= {"learning_rate": 0.5, "max_grad_norm": 1000}
     assert main(["run", str(tiny.write(tmp_path, content))]) == 3
-    message = capsys.readouterr().err
+    said = capsys.readouterr()
+    message = said.err
+    assert "after: not trained, as sounds is over a budget" in said.out
+    assert not (tmp_path / "run" / "stages" / "after").exists()
+    assert (tmp_path / "run" / "stages" / "beside" / "done.json").is_file()
     assert "stage sounds lost" in message
+    assert "stage beside" not in message
     assert "budget of 1.0%" in message
     assert not (tmp_path / "run" / "stages" / "sounds" / "merged").exists()
     assert (tmp_path / "run" / "report.md").is_file()
