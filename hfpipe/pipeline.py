@@ -70,8 +70,8 @@ def run_recipe(recipe: Recipe) -> Path:
             lost[stage.name] = told
     if lost:
         raise BudgetExceeded(
-            f"{'; '.join(lost.values())}. Nothing was merged or pushed; what was trained stays in the run folder. Replay "
-            "earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, and run again."
+            f"{'; '.join(lost.values())}. Nothing was merged or pushed; what was trained stays in the run folder. "
+            "Replay earlier data (replay:), lower learning_rate, train fewer steps, or raise the budget, and run again."
         )
     for name in _to_merge(recipe):
         merged(run, name)
