@@ -11,11 +11,11 @@ from itertools import islice
 from typing import Any
 
 from hfpipe.answers import ANSWERS, answers_of
+from hfpipe.data.blocks import rows_of
 from hfpipe.data.choices import plain_choices
 from hfpipe.data.dirt import BESIDE_MESSAGES, COMPLETION_TURNS
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.lenient import unmarked
-from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
@@ -40,7 +40,7 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     opened = load_rows(suite.data, default_split="test", seed=seed)
     if "sentence" in (opened.column_names or []):
         opened, _ = plain_labels(opened, suite.data.path)
-    rows = [unmarked(row) for row in readable(opened, suite.data) if _has_content(row)]
+    rows = [unmarked(row) for row in rows_of(opened, suite.data) if _has_content(row)]
     if rows and "answer_info" in rows[0]:
         rows = bbq_rows(rows)
     elif rows and "sentences" in rows[0]:

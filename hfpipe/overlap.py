@@ -10,9 +10,9 @@ from typing import Any
 from datasets import Dataset
 
 from hfpipe import ranks
+from hfpipe.data.blocks import rows_of
 from hfpipe.data.overlap import SuiteIndex
 from hfpipe.data.shift import text_of
-from hfpipe.data.source_errors import readable
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError
 from hfpipe.files import write_json
@@ -98,11 +98,10 @@ def _rows(source: Source, seed: int) -> Iterable[dict[str, Any]]:
     """Rows of a source: of a large table at even distances, of a stream the first."""
     rows = load_rows(source, seed=seed)
     if not isinstance(rows, Dataset):
-        return readable(islice(rows, STREAM_ROWS), source)
+        return islice(rows_of(rows, source), STREAM_ROWS)
     if len(rows) > TABLE_ROWS:
         rows = rows.select([place * len(rows) // TABLE_ROWS for place in range(TABLE_ROWS)])
-    batches = readable(rows.iter(batch_size=1000), source)
-    return (dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True))
+    return rows_of(rows, source)
 
 
 def _name(row: Mapping[str, Any], place: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hfpipe.cli import main
-from hfpipe.model.adapter import verify_tensors
+from hfpipe.model.adapter import difference, verify_tensors
 
 ADAPTERS = {
     "pissa": {"lora": {"r": 4, "init_lora_weights": "pissa", "use_rslora": True}},
@@ -198,3 +198,9 @@ def test_weights_that_are_quantized_already_are_refused_before_there_are_any(
         message = capsys.readouterr().err
         assert "is quantized already (bitsandbytes)" in message
         assert remedy in message
+
+
+def test_a_model_to_which_every_token_is_as_likely_is_compared_too() -> None:
+    uniform = torch.zeros(3, 50_000).log_softmax(-1)
+    assert difference(uniform, uniform) == 0
+    assert difference(uniform, uniform + 0.1) == pytest.approx(0.1, rel=1e-3)

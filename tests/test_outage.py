@@ -6,13 +6,18 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value, disable_progress_bars
+from datasets.iterable_dataset import ArrowExamplesIterable
 from hub_server import HubServer
 
+from hfpipe.data.blocks import rows_of
 from hfpipe.model.create import train_tokenizer
+from hfpipe.recipe import Source
 
 CARD = b"---\nconfigs:\n- config_name: sample\n  data_files:\n  - split: train\n    path: data/*\n---\n"
 FILES, ROWS = 16, 30
@@ -67,6 +72,35 @@ def folder(tmp_path: Path, hub: HubServer) -> Path:
     hub.add_repo("dataset", "team/web", files)
     train_tokenizer((row["text"] for row in rows), 300, 128).save_pretrained(tmp_path / "tokenizer")
     return tmp_path
+
+
+@pytest.mark.parametrize("columns", [None, Features({"n": Value("int64")})], ids=["Python", "Arrow"])
+def test_rows_read_from_beginning_to_end_wait_too(columns: Features | None, monkeypatch, capsys) -> None:
+    """What fine-tuning, suites and cleaning read of a stream."""
+    monkeypatch.setattr("hfpipe.data.outage.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    faults = [17, 17, 40]
+
+    def numbers(part: list[int]) -> Iterator[tuple[int, pa.Table]]:
+        for n in range(25 * part[0], 25 * part[0] + 25):
+            if faults and n == faults[0]:
+                raise ConnectionError(f"lost at {faults.pop(0)}")
+            yield n, pa.table({"n": [n]})
+
+    def dicts(part: list[int]) -> Iterator[dict[str, int]]:
+        for _, table in numbers(part):
+            yield table.to_pylist()[0]
+
+    if columns is None:
+        stream = IterableDataset.from_generator(dicts, gen_kwargs={"part": [0, 1]})
+    else:
+        examples = ArrowExamplesIterable(numbers, {"part": [0, 1]})
+        stream = IterableDataset(examples, info=DatasetInfo(features=columns))
+    found = rows_of(stream, Source(path="web"), size=4)
+    assert [row["n"] for row in found] == list(range(50))
+    assert faults == []
+    assert capsys.readouterr().out.count("trying again in") == 3
+    assert [row["n"] for row in rows_of(stream, Source(path="web"), size=7)] == list(range(50)), "a place of its own"
 
 
 def start(hub: HubServer, folder: Path, patience: float) -> subprocess.Popen:

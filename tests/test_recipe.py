@@ -113,6 +113,7 @@ WRONG = [
     ),
     ("streaming: true, weight: 0.8", "streaming: true", 8, "stages.law.data.0", ["`weight`"]),
     ("weight: 0.8", "weight: 0", 8, "stages.law.data.0.weight", ["above 0"]),
+    ("weight: 0.8", "weight: .inf", 8, "stages.law.data.0.weight", ["finite"]),
     ("data_files:", "data_file:", 9, "stages.law.data.1.data_file", ["Did you mean data_files?"]),
     ("data_files:", "sep: x, data_files:", 9, "stages.law.data.1.sep", ["unknown key"]),
     ("name: all}]", "token: hf_x}]", 13, "stages.chat.data.0.token", ["HF_TOKEN"]),

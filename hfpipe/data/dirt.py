@@ -23,8 +23,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from hfpipe.data.lenient import LONE, UNDECODABLE, blocks_of
-from hfpipe.data.source_errors import readable
+from hfpipe.data.blocks import blocks_of
+from hfpipe.data.lenient import LONE, UNDECODABLE
 from hfpipe.errors import DataError
 from hfpipe.recipe import Source
 
@@ -183,7 +183,7 @@ class Read:
 
 def tidy_rows(rows: Dataset | IterableDataset, source: Source, read: Read) -> Iterator[dict[str, Any]]:
     """The rows of a source one after the other as they are trained on; what was found is counted in `read`."""
-    for block in readable(blocks_of(rows, 1000), source):
+    for block in blocks_of(rows, source):
         for values in zip(*block.values(), strict=True):
             row, found = tidy_row(dict(zip(block, values, strict=True)))
             read.rows += 1

@@ -65,17 +65,6 @@ def can_be_arrow(rows: IterableDataset) -> bool:
     return rows._ex_iterable.iter_arrow is not None and rows.features is not None and plain
 
 
-def blocks_of(rows: Dataset | IterableDataset, size: int) -> Iterator[dict[str, list[Any]]]:
-    """The columns of a table or of a stream, `size` rows at a time."""
-    if isinstance(rows, Dataset):
-        yield from table_blocks(rows, size)
-        return
-    if can_be_arrow(rows):
-        rows = rows.with_format("arrow")
-    for block in rows.iter(batch_size=size):
-        yield python_of(block) if isinstance(block, pa.Table) else block
-
-
 def unmarked(row: dict[str, Any]) -> dict[str, Any]:
     """A row that is scored: what is marked in its texts becomes U+FFFD, as anyone else would read it."""
     marks = {ord(UNDECODABLE): "\ufffd", ord(LONE): "\ufffd"}

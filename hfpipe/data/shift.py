@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hfpipe.data.source_errors import readable
+from hfpipe.data.blocks import rows_of
 from hfpipe.data.sources import load_rows
 from hfpipe.recipe import Source
 
@@ -32,7 +32,7 @@ def sample_texts(source: Source, count: int, seed: int) -> list[str]:
     rows = load_rows(source, seed=seed)
     if isinstance(rows, Dataset):
         rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))))
-    return [text for row in readable(islice(rows, count), source) if (text := text_of(row)[:CHARACTERS]).strip()]
+    return [text for row in islice(rows_of(rows, source), count) if (text := text_of(row)[:CHARACTERS]).strip()]
 
 
 def jensen_shannon(one: np.ndarray, other: np.ndarray) -> float:

@@ -183,9 +183,13 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[ProbeText], max_length: in
 
 
 def difference(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Largest difference between two probes, in nats, over the tokens that either finds possible at all (p > 1e-4)."""
+    """Largest difference between two probes, in nats, over the tokens that either finds possible at all (p > 1e-4).
+
+    Over all, where there are none: a model that has just begun finds each of 50,000 tokens as likely as the others.
+    """
     possible = torch.maximum(before, after) > -9.2
-    return float((before - after).abs()[possible].max())
+    differences = (before - after).abs()
+    return float((differences[possible] if possible.any() else differences).max())
 
 
 def require_equal(before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype, what: str) -> float:

@@ -33,7 +33,10 @@ class Source(Words):
 
     path: str = Field(description="a Hub data set, a builder (json, parquet, text, csv...), a folder, or `builtin`")
     weight: float | None = Field(
-        None, gt=0, description="share of the tokens (pretrain) or of the rows (sft) drawn from this source"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="share of the tokens (pretrain) or of the rows (sft) drawn from this source",
     )
     take: int | None = Field(None, gt=0, description="keep this many rows")
     skip: int = Field(0, ge=0, description="leave out this many rows at the beginning")
