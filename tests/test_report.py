@@ -79,8 +79,12 @@ def test_without_a_budget_the_scores_say_what_was_forgotten(tmp_path: Path) -> N
     run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
     recipe = load_recipe(run / "recipe.yaml", ["evaluate.general.budget=null"])
     scores = [Score(**row) for row in json.loads((run / "scorecard.json").read_text())]
-    assert "learned less" in comparisons(recipe, scores)[0]
-    assert "This is the known result" in comparisons(recipe, scores)[0]
+    [told] = comparisons(recipe, scores, {"full": None})
+    assert "learned less" in told
+    assert "This is the known result" in told
+    [told] = comparisons(recipe, scores, {"full": 0.25})
+    assert "From the same start as full (all weights, dialled to 0.25), lora (LoRA) learned less" in told
+    assert "known result" not in told, "that is about models as they were trained"
 
 
 def test_bias_is_nothing_to_gain_on_and_rounding_is_no_change(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -56,8 +56,14 @@ def _family(
     return start, ends, scales_of(every), kept_keys(recipe.evaluate, start, list(ends.values()))
 
 
-def comparisons(recipe: Recipe, scores: Sequence[Score]) -> list[str]:
-    """A sentence for each two stages from one parent: which learned more, and which forgot more."""
+def comparisons(recipe: Recipe, scores: Sequence[Score], strengths: Mapping[str, float | None]) -> list[str]:
+    """A sentence for each two stages from one parent: which learned more, and which forgot more.
+
+    Args:
+        recipe: The recipe.
+        scores: The scorecard.
+        strengths: Of the stages that were dialled down; these are no longer what they were trained to be.
+    """
     told = []
     methods = {stage.name: stage.method for stage in recipe.stages}
     for parent in stages_of(scores):
@@ -66,11 +72,13 @@ def comparisons(recipe: Recipe, scores: Sequence[Score]) -> list[str]:
             if methods[second] == "full":  # said of the adapter, against all weights
                 first, second = second, first
             found = compare(start, ends[first], ends[second], scales, kept)
-            told.append(_in_words(first, second, methods, found))
+            told.append(_in_words(first, second, methods, strengths, found))
     return told
 
 
-def _in_words(first: str, second: str, methods: dict[str, str], found: Comparison) -> str:
+def _in_words(
+    first: str, second: str, methods: dict[str, str], strengths: Mapping[str, float | None], found: Comparison
+) -> str:
     parts = []
     for verb, estimate in (("learned", found.learned), ("forgot", found.forgot)):
         if estimate is None:
@@ -79,13 +87,19 @@ def _in_words(first: str, second: str, methods: dict[str, str], found: Compariso
             parts.append(f"{verb} {'more' if estimate.value > 0 else 'less'} ({_signed(estimate)})")
         else:
             parts.append(f"{verb} as much, within the noise ({_signed(estimate)})")
-    one, other = (f"{name} ({'all weights' if methods[name] == 'full' else methods[name]})" for name in (second, first))
+    one, other = (f"{name} ({_how(methods[name], strengths.get(name))})" for name in (second, first))
     text = f"From the same start as {other}, {one} {' and '.join(parts)}."
-    if methods[second] != "full" and methods[first] == "full" and found.learned and found.forgot:
+    as_trained = strengths.get(first) is None and strengths.get(second) is None
+    if as_trained and methods[second] != "full" and methods[first] == "full" and found.learned and found.forgot:
         less = all(estimate.beyond_noise and estimate.value < 0 for estimate in (found.learned, found.forgot))
         how = "This is" if less else "This does not show"
         text += f" {how} the known result that LoRA learns less and forgets less (Biderman et al. 2024)."
     return text
+
+
+def _how(method: str, strength: float | None) -> str:
+    """How a stage was trained, and at which strength it is handed on."""
+    return ("all weights" if method == "full" else method) + ("" if strength is None else f", dialled to {strength:g}")
 
 
 def _signed(estimate: Estimate) -> str:
@@ -102,9 +116,7 @@ def tradeoff_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> S
     for one in placed(recipe, scores):
         over = ", ".join(f"{change.after.suite} {change.after.metric}" for change in one.where.over)
         state = f"over: {over}" if over else "inside" if kept_suites(recipe.evaluate) else "none"
-        strength = strength_of(folder / "stages" / one.stage)
-        method = "all weights" if one.method == "full" else one.method
-        method += "" if strength is None else f", dialled to {strength:g}"
+        method = _how(one.method, strength_of(folder / "stages" / one.stage))
         rows.append([one.stage, method, one.parent, f"#{percent(one.where.gain)}", f"#{percent(one.where.forgetting)}"])
         rows[-1].append(state)
     if len(rows) == 1:
@@ -158,7 +170,7 @@ def price_sentences(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> li
         for stage, strength in strengths.items()
         if strength is not None
     ]
-    return [*told, *comparisons(recipe, scores)]
+    return [*told, *comparisons(recipe, scores, strengths)]
 
 
 def price_markdown(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[str]:
