@@ -15,8 +15,9 @@ from plain import Plain, make_encoder, make_model, scored
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from hfpipe.cli import main
-from hfpipe.data.stereotypes import bbq_rows
+from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
 from hfpipe.data.swaps import replaced
+from hfpipe.errors import DataError
 from hfpipe.metrics import OURS, load_metric
 from hfpipe.metrics.limits import LIMITS, limits_of
 from hfpipe.recipe.metric_names import BIAS_METRICS, WITH_IDEAL
@@ -164,6 +165,12 @@ def test_an_encoder_fills_stereosets_blank_token_by_token(tmp_path: Path) -> Non
     found = scored(tmp_path, folder, stereoset(), {"metrics": ["lms", "ss", "icat"]})
     assert found == pytest.approx(stereoset_formula(blank), abs=1e-12)
     assert len(sizes) > 1
+
+
+def test_stereosets_sentences_without_a_blank_are_refused() -> None:
+    [row, *_] = stereoset()
+    with pytest.raises(DataError, match="intrasentence"):
+        stereoset_rows([row, row | {"context": "He is a nurse."}])
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import tiny
 
 from hfpipe.cli import main
 from hfpipe.recipe import load_recipe
+from hfpipe.report.markdown import describe
 from hfpipe.report.price import comparisons
 from hfpipe.report.samples import samples_of
-from hfpipe.scores import Score, write_scorecard
+from hfpipe.scores import Change, Score, write_scorecard
 
 HOSTILE = "<script>alert(1)</script> & `co|de`\n```\n# مرحبا بالعالم 你好世界 " + "w" * 900
 
@@ -104,6 +105,11 @@ def test_bias_is_nothing_to_gain_on_and_rounding_is_no_change(tmp_path: Path) ->
     assert table in after
     assert "bbq bias_ambiguous 0.1000 ± 0.0100 -> 0.1000 ± 0.0100 (unchanged)" in after
     assert "bbq bias_ambiguous 0.1000 ± 0.0100 -> -0.1000 ± 0.0100 (as far from 0)" in after
+
+
+def test_a_change_from_zero_is_told_in_the_metrics_own_unit() -> None:
+    before, after = (Score(stage, "s", "bleu", value, 0.1, 50, True) for stage, value in (("base", 0.0), ("one", 3.25)))
+    assert describe(Change(before, after)) == "s bleu 0.0000 ± 0.1000 -> 3.2500 ± 0.1000 (3.25 better)"
 
 
 def test_numbers_of_the_price_are_those_of_the_scorecard(tmp_path: Path) -> None:

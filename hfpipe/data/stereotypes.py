@@ -35,6 +35,11 @@ def stereoset_rows(rows: Sequence[Row]) -> list[Row]:
             raise DataError(
                 f"StereoSet: a row has the labels {sorted(named)}; it needs one of each: {', '.join(GOLD)}."
             )
+        if "BLANK" not in row["context"]:
+            raise DataError(
+                f"StereoSet: the context {row['context'][:100]!r} has no BLANK. Only its `intrasentence` part, "
+                "whose sentences fill one, is scored: take that configuration."
+            )
         found.append(
             {
                 **({"id": row["id"]} if "id" in row else {}),

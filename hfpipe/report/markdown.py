@@ -84,7 +84,7 @@ def describe(change: Change) -> str:
     elif 100 <= abs(change.relative) < math.inf:
         size = f"{way}, by a factor above 100"
     elif not math.isfinite(change.relative):  # from zero, or from a number that was too large
-        size = way
+        size = f"{abs(change.gain):.3g} {way}" if math.isfinite(change.gain) else way
     else:
         size = f"{abs(change.relative):.1%} {way}"
     noise = "" if change.beyond_noise or change.gain == 0 else f", within the noise{_too_small(change)}"
