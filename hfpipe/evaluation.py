@@ -39,7 +39,8 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
         return harness_rows(suite)
     opened = load_rows(suite.data, default_split="test", seed=seed)
     if "sentence" in (opened.column_names or []):
-        opened, _ = plain_labels(opened, suite.data.path)
+        classes = any(needs_of(metric) == "choice" for metric in suite_metrics(suite).values())
+        opened, _ = plain_labels(opened, suite.data.path, as_classes=classes)
     rows = [unmarked(row) for row in rows_of(opened, suite.data) if _has_content(row)]
     if rows and "answer_info" in rows[0]:
         rows = bbq_rows(rows)

@@ -15,6 +15,7 @@ from hfpipe.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.files import write_json
 from hfpipe.hub import check_access, push
 from hfpipe.hub.checkpoints import PushCheckpoints
+from hfpipe.model.adapter import require_adapters
 from hfpipe.overlap import require_no_overlap
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push import pushed_stage
@@ -47,7 +48,9 @@ def run_recipe(recipe: Recipe) -> Path:
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     run = open_run(recipe, folder)
     recipe = run.recipe  # with the commit of every data set
-    require_arguments(recipe, run.base.tokenizer)
+    if not all(run.is_done(stage.name) for stage in recipe.stages):
+        require_arguments(recipe, run.base.tokenizer)
+        require_adapters(recipe, run.base.ref)
     if not all(run.is_done(stage.name) for stage in recipe.stages):
         for line in ranks.on_main(lambda: check_access(recipe)):
             ranks.say(f"push: {line}")

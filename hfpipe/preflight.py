@@ -23,6 +23,7 @@ from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
+from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import require_task, texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
@@ -50,7 +51,9 @@ def preflight(recipe: Recipe) -> None:
         print(f"hub        {line}")
     require_loadable(recipe)
     if recipe.model.id is not None:
-        require_task(recipe, ModelRef(recipe.model.id, recipe.model, revision=recipe.model.revision))
+        base = ModelRef(recipe.model.id, recipe.model, revision=recipe.model.revision)
+        require_task(recipe, base)
+        require_adapters(recipe, base)
     require_cleaning(recipe)
     tokenizer = run_tokenizer(recipe)
     parameters, embedding = _parameters(recipe, tokenizer)

@@ -150,6 +150,7 @@ def test_a_fault_of_the_disk_ends_the_run_and_leaves_no_model(
         ({"peft": {"type": "vera"}, "quantization": "int7"}, "nf4"),
         ({"lora": {"init_lora_weights": "pissa"}, "quantization": "nf4"}, "full precision"),
         ({"lora": {"init_lora_weights": "eva"}}, "made from data"),
+        ({"lora": {"layers_to_transform": [0]}}, "target_modules: [q_proj, v_proj]"),
         ({"lora": {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}}}, "Remove `rank_pattern`"),
         ({"peft": {"type": "prompt_tuning"}, "kind": "pretrain"}, "has no prompts"),
     ],
@@ -175,11 +176,14 @@ def test_a_prompt_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_peft_s_own_refusal_is_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, merge=False, evaluate={})
-    content["stages"] = [stage(tmp_path, "one", lora={"r": 4, "target_modules": ["no_such_module"]})]
-    assert main(["run", str(tiny.write(tmp_path, content))]) == 2
-    message = capsys.readouterr().err
-    assert "peft refuses it on this model" in message
-    assert "Traceback" not in message
+    for change in ({"target_modules": ["no_such_module"]}, {"modules_to_save": ["no_such_module"]}):
+        content["stages"] = [stage(tmp_path, "one"), stage(tmp_path, "two", lora={"r": 4, **change})]
+        assert main(["run", str(tiny.write(tmp_path, content))]) == 2
+        message = capsys.readouterr().err
+        assert "stages.two: lora: peft refuses it on this model" in message
+        assert "no_such_module" in message
+        assert "Traceback" not in message
+        assert not (tmp_path / "run/stages/one").exists()  # before the first stage begins
 
 
 @pytest.mark.parametrize("command", ["run", "check"])

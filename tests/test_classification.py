@@ -233,6 +233,7 @@ def test_long_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path, a
         ({"training": {"assistant_only_loss": True}}, 2, ["assistant_only_loss", "belongs to kind: sft"]),
         ({"metrics": ["bits_per_byte"]}, 2, ["bits_per_byte scores text", "class names", "accuracy"]),
         ({"metrics": ["mse"]}, 2, ["mse scores numbers", "class names"]),
+        ({"numbers": [0.0, 1.0]}, 5, ["makes a regression", "suite kinds has classes", "Name the classes in `labels`"]),
         ({"columns": {"text": "text"}}, 5, ["`sentence` with `label`", "columns: {sentence:"]),
         ({"right": {"label": "roar"}}, 5, ["suite kinds", "roar are not among the classes", "`labels` of the stage"]),
         ({"right": {"label": "MEW"}, "training": {"max_length": 500}}, 2, ["max_length is 500", "positions for 128"]),
@@ -249,6 +250,10 @@ def test_a_mistake_gets_one_paragraph(
         content["evaluate"]["kinds"]["metrics"] = change.pop("metrics")
     if "columns" in change:
         stage["data"][0]["columns"] = change.pop("columns")
+    if numbers := change.pop("numbers", None):  # in the suite its metrics say that they are classes
+        for file in ("train", "test"):
+            lines = [json.dumps({"text": "a cat", "label": numbers[number % 2]}) + "\n" for number in range(8)]
+            (tmp_path / f"{file}.jsonl").write_text("".join(lines))
     if "learned" in change or "right" in change:
         count, file = (12, "train") if "learned" in change else (1, "test")
         more = {"text": "a cat", "also": "", **(change.pop("learned", None) or change.pop("right"))}

@@ -17,13 +17,16 @@ from hfpipe.errors import DataError
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
-def plain_labels(rows: Any, path: str, classes: Sequence[str] | None = None) -> tuple[Any, list[str]]:
+def plain_labels(
+    rows: Any, path: str, classes: Sequence[str] | None = None, *, as_classes: bool = False
+) -> tuple[Any, list[str]]:
     """Labels as names: numbers of a ClassLabel become its names, other whole numbers and true or false their text.
 
     Args:
         rows: Rows with a column `label`.
         path: Of their source, for the message.
         classes: Names that the recipe gives to the classes 0, 1, 2... of data that has none.
+        as_classes: Whether whole numbers with a point are classes in any case: a suite says so by its metrics.
 
     Returns:
         The rows with `label` as text (one class), a list of texts (several) or a number with a point (regression), and
@@ -41,7 +44,7 @@ def plain_labels(rows: Any, path: str, classes: Sequence[str] | None = None) -> 
     dtype = inner.dtype if isinstance(inner, Value) else ""
     is_float, is_number = dtype.startswith("float"), "int" in dtype or dtype.startswith("float") or dtype == "bool"
     flags = several and is_number and _are_flags(_first_labels(rows))
-    if is_float and not several and not _are_classes(rows, classes):
+    if is_float and not several and not _are_classes(rows, as_classes or bool(classes)):
         return rows, []
     if not isinstance(inner, ClassLabel) and not (is_number or dtype in ("string", "large_string")):
         is_float = several = True  # nothing that can be read
@@ -87,12 +90,12 @@ def _are_flags(labels: Sequence[Any]) -> bool:
     return len(lengths) == 1 and lengths != {0} and lengths != {1} and all(v in (0, 1) for one in lists for v in one)
 
 
-def _are_classes(rows: Any, classes: Sequence[str] | None) -> bool:
+def _are_classes(rows: Any, expected: bool) -> bool:
     """Whether numbers with a point are the numbers of classes."""
     labels = _first_labels(rows)
     present = [label for label in labels if label is not None and label == label]
     whole = bool(present) and all(label == int(label) for label in present if abs(label) < math.inf)
-    return whole and (bool(classes) or len(present) < len(labels))
+    return whole and (expected or len(present) < len(labels))
 
 
 def _is_whole(name: str) -> bool:

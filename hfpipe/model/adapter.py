@@ -13,14 +13,15 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfpipe.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import task_of_type
+from hfpipe.model.load import AUTO_CLASSES, ModelRef, task_of_type
 from hfpipe.model.scoring import within_positions
 from hfpipe.model.seq2seq import decoder_input
+from hfpipe.recipe import Recipe
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -39,18 +40,52 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
     Raises:
         RecipeError: PEFT refuses the values, or they do not fit this model.
     """
+    block = copy.deepcopy(block)  # PEFT lengthens `modules_to_save` in place
     fields = {"task_type": None if task_of_type(model.config.model_type) == "masked" else "CAUSAL_LM", **block}
     kind = fields.pop("type")
     if kind == "lora":
         fields.setdefault("target_modules", "all-linear")
     set_seed(seed)
+    modules = [name for name, _ in model.named_modules()]
     try:
+        for name in fields.get("modules_to_save") or ():  # PEFT passes over one that is not there
+            if not any(found.endswith(name) for found in modules):
+                raise ValueError(f"`modules_to_save` names {name!r}, and no module is called so")
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
         PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
         return _with_head_bias(adapted)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.") from error
+
+
+def require_adapters(recipe: Recipe, ref: ModelRef) -> None:
+    """Refuses an adapter that does not fit the base, before anything is scored or trained.
+
+    Tried on a model of the base's shapes, without weights; what only the weights can tell is told by the stage.
+
+    Args:
+        recipe: The recipe.
+        ref: The base.
+
+    Raises:
+        RecipeError: PEFT refuses the values of a stage, or they name modules that the model does not have.
+    """
+    trained = [stage for stage in recipe.stages if stage.adapter is not None and stage.parent_adapter != "continue"]
+    options = {"trust_remote_code": ref.options.trust_remote_code}
+    for stage in trained:
+        config = AutoConfig.from_pretrained(ref.path, revision=ref.revision or "main", **options)
+        block = {key: value for key, value in (stage.adapter or {}).items() if key != "init_lora_weights"}
+        if task := {"classification": "SEQ_CLS", "translation": "SEQ_2_SEQ_LM"}.get(stage.kind):
+            block["task_type"] = task
+        try:
+            with torch.device("meta"):
+                add_adapter(AUTO_CLASSES[stage.task].from_config(config, **options), block, recipe.seed)
+        except RecipeError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise RecipeError(f"stages.{stage.name}: {error}") from error
+        except Exception:  # shapes alone do not tell
+            continue
 
 
 def continue_adapter(model: Any, folder: str) -> PeftModel:

@@ -60,6 +60,7 @@ def check_adapter(stage: RawStage) -> Iterator[Fault]:
     adapter = adapter_of(stage)
     if adapter is not None and adapter.data.get("type") == "lora":
         yield from _check_init(stage, adapter)
+        yield from _check_layers(adapter)
 
 
 def _check_type(stage: RawStage, block: Block) -> Iterator[Fault]:
@@ -96,6 +97,14 @@ def _form(stage: RawStage) -> str | None:
     quantization: Any = stage.data.get("quantization")
     form = quantization.get("type") if isinstance(quantization, dict) else quantization
     return form if form in ("nf4", "int8") else None
+
+
+def _check_layers(adapter: Block) -> Iterator[Fault]:
+    for key in ("layers_to_transform", "layers_pattern"):
+        if adapter.data.get(key) is not None and not isinstance(adapter.data.get("target_modules"), list):
+            text = "needs the modules of those layers by name: `target_modules: [q_proj, v_proj]`, which is all-linear"
+            yield Fault((*adapter.steps, key), f"{text} when it is absent. Add it.")
+            return
 
 
 def _check_init(stage: RawStage, adapter: Block) -> Iterator[Fault]:

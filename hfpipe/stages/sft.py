@@ -29,6 +29,8 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     """Trains an sft stage and saves its model; see `stages.common.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Sft)
+    if stage.training.get("packing"):
+        ranks.say("  packing has no effect here: every example is a row of its own, padded to the longest of its batch")
     model = load_model(run.parent, frozen=stage.adapter is not None)
     rows, sources = _tokenized_rows(run, stage, _length(run, model))
     lengths = [len(ids) for ids in rows["input_ids"]]
