@@ -36,6 +36,9 @@ class Unreachable(MachineError):
         super().__init__(message)
         self.why = why
 
+    def __reduce__(self) -> tuple[type["Unreachable"], tuple[str, str]]:
+        return type(self), (str(self), self.why)  # ranks tell each other
+
 
 class DataError(UserError):
     """The data is bad: a missing column, nothing to train on, too many dirty rows."""

@@ -6,6 +6,7 @@ The state is asked anew each time because `TrainingArguments` resets it when it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from hfpipe.errors import UserError
 
 Found = TypeVar("Found")
+EXCHANGE_SECONDS = 60.0
 
 
 def state() -> PartialState:
@@ -61,6 +63,38 @@ def on_main(ask: Callable[[], Found]) -> Found:
     if isinstance(found, UserError):
         raise found
     return found
+
+
+def each(work: Callable[[], Found]) -> list[Found]:
+    """What every rank finds, in rank order, on every rank; it may take one of them for ever so long.
+
+    Whoever waits in a collective call is given up on after minutes (600 s with NCCL). So the work goes on in a thread
+    beside, and the ranks tell each other every `EXCHANGE_SECONDS` who is done. An error of one is raised there and a
+    `UserError` on every rank, instead of a wait for the one that is gone.
+    """
+    if ranks() == 1:
+        return [work()]
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append((work(), None))
+        except BaseException as error:  # raised again below
+            result.append((None, error))
+
+    thread = Thread(target=run, name="work of a rank", daemon=True)
+    thread.start()
+    while True:
+        thread.join(EXCHANGE_SECONDS)
+        value, error = result[0] if result else (None, None)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        said = gather((bool(result), value, error))
+        for _, _, other in said:
+            if other is not None:
+                raise other
+        if all(done for done, _, _ in said):
+            return [found for _, found, _ in said]
 
 
 def say(text: str = "") -> None:

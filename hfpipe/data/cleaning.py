@@ -117,10 +117,14 @@ class Cleaner:
         begin = time.perf_counter()
         index = SuiteIndex([row for rows in self._suites.values() for row in rows]) if source.decontaminate else None
         sketches = [self._folder / f"{digest}-{number}" for number in range(len(pieces))]
-        for number in range(ranks.rank(), len(pieces), ranks.ranks()):
-            write_sketch(pieces[number](), sketches[number], near=source.near is not None, index=index)
-        ranks.wait()
-        if ranks.is_main():
+
+        def write_all() -> None:
+            for number in range(ranks.rank(), len(pieces), ranks.ranks()):
+                write_sketch(pieces[number](), sketches[number], near=source.near is not None, index=index)
+
+        def judge_all() -> None:
+            if not ranks.is_main():
+                return
             reasons, sizes = judge(
                 sketches, exact=source.deduplicate == "exact", near=source.near, suites=source.decontaminate
             )
@@ -133,7 +137,9 @@ class Cleaner:
             found = ", ".join(f"{count:,} {why}" for why, count in counts_of(reasons).items()) or "nothing"
             seconds = time.perf_counter() - begin
             ranks.say(f"  {source.path}: {len(reasons):,} rows cleaned in {seconds:.0f} s, removed: {found}")
-        ranks.wait()
+
+        ranks.each(write_all)
+        ranks.each(judge_all)
 
 
 def _texts_of(rows: Dataset | IterableDataset, source: Source) -> Texts:

@@ -29,7 +29,7 @@ from hfpipe.data.reader import BLOCK, Reader
 from hfpipe.data.sketch import counts_of
 from hfpipe.data.source_errors import friendly
 from hfpipe.errors import RecipeError, Unreachable
-from hfpipe.ranks import gather
+from hfpipe.ranks import each, gather
 from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8
@@ -217,7 +217,7 @@ class TokenStream:
         It takes one reading and tokenization of each share. Every rank has to call this.
         """
         shards = self._shards()
-        parts = gather({share: self._tokens_of(shards, share) for share in self._positions})
+        parts = each(lambda: {share: self._tokens_of(shards, share) for share in self._positions})
         tokens = {share: count for part in parts for share, count in part.items()}
         rows = 0
         for lane in range(self.lanes):
