@@ -1,10 +1,10 @@
 """Gain against forgetting: what a model gained and lost, each as one number with its noise.
 
 The suites with a budget are the ones to be kept; the gain is on the others (see `kept_keys`). A metric's relative gain
-is its improvement as a share of the largest absolute score among the models that are compared, so that a score which
-starts at zero counts once and not infinitely; its forgetting is the loss against the best score before, as a share of
-it, which is what a budget limits. A score of bias is nothing to gain on: it counts where it has a budget. Metrics are
-averaged in their suite, and suites with one another.
+is its improvement as a share of what a flawless model scores, or, of a metric without such a score, of the largest
+absolute score among the models that are compared, so that no start near zero makes a small gain count for much. Its
+forgetting is the loss against the best score before, as a share of it, which is what a budget limits. A score of bias
+is nothing to gain on: it counts where it has a budget. Metrics are averaged in their suite, then the suites.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from hfpipe.recipe.metric_names import BIAS_METRICS
+from hfpipe.recipe.metric_names import BIAS_METRICS, FULL_MARKS
 from hfpipe.recipe.words import Suite
 from hfpipe.scores import Change, Score, forgetting, over_budget
 
@@ -87,11 +87,12 @@ def _can_gain(score: Score) -> bool:
 
 
 def scales_of(scores: Iterable[Score]) -> dict[Key, float]:
-    """By suite and metric the largest absolute score among models that are compared."""
+    """By suite and metric the score of a flawless model, or the largest absolute one among those compared."""
     scales: dict[Key, float] = {}
     for score in scores:
         if math.isfinite(score.value):
-            scales[score.key] = max(scales.get(score.key, 0.0), abs(score.value))
+            largest = max(scales.get(score.key, 0.0), abs(score.value))
+            scales[score.key] = FULL_MARKS.get(score.metric, largest)
     return scales
 
 

@@ -66,6 +66,21 @@ FAMILIES = {
     "squad": ("squad_em", "squad_f1"),
 }
 
+# Shares: from nothing to 1.
+SHARE_METRICS = frozenset(
+    {
+        *("accuracy", "accuracy_norm", "accuracy_bytes", "greedy_match", "exact_match", "squad_em", "squad_f1"),
+        *("f1", "f1_micro", "precision", "precision_micro", "recall", "recall_micro"),
+    }
+)
+
+# The score of a flawless model, where there is one and it is more than nothing.
+FULL_MARKS = {
+    **dict.fromkeys((*SHARE_METRICS, *FAMILIES["rouge"], "masked_accuracy"), 1.0),
+    **dict.fromkeys(("matthews_correlation", "pearsonr", "spearmanr"), 1.0),
+    **dict.fromkeys(("bleu", "chrf"), 100.0),
+}
+
 # Metrics that can be too high and too low: no value is better for being larger, or smaller.
 WITH_IDEAL = frozenset({"bias_ambiguous", "bias_disambiguated", "ss", "stereotype_score"})
 

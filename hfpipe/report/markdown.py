@@ -12,6 +12,7 @@ from typing import Any
 from hfpipe.files import write_text
 from hfpipe.folders import model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.recipe.metric_names import SHARE_METRICS
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.price import price_markdown, price_sentences
 from hfpipe.report.samples import samples_markdown, samples_of
@@ -26,12 +27,6 @@ from hfpipe.scores import (
     read_scorecard,
     stages_of,
 )
-
-# Shares, printed in percent and compared in points.
-PERCENT_METRICS = {
-    *("accuracy", "accuracy_norm", "accuracy_bytes", "greedy_match", "exact_match", "squad_em", "squad_f1"),
-    *("f1", "f1_micro", "precision", "precision_micro", "recall", "recall_micro"),
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -62,7 +57,7 @@ def write_report(folder: Path) -> Path:
 
 def number(score: Score) -> str:
     """A score as it is printed everywhere: shares in percent, the rest with four digits."""
-    if score.metric in PERCENT_METRICS:
+    if score.metric in SHARE_METRICS:
         error = "" if score.stderr is None else f" ± {score.stderr * 100:.1f}"
         return f"{score.value * 100:.1f}{error} %"
     small_or_large = not 1e-3 <= abs(score.value) < 1e6 and score.value != 0
@@ -79,7 +74,7 @@ def describe(change: Change) -> str:
         size = "unchanged" if change.difference == 0 else f"as far from {after.ideal:g}"
     elif after.ideal is not None:
         size = f"{abs(change.gain):.3g} {'nearer to' if change.gain > 0 else 'further from'} {after.ideal:g}"
-    elif after.metric in PERCENT_METRICS:
+    elif after.metric in SHARE_METRICS:
         size = f"{abs(change.gain) * 100:.1f} points {way}"
     elif 100 <= abs(change.relative) < math.inf:
         size = f"{way}, by a factor above 100"

@@ -125,7 +125,8 @@ def tradeoff_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> S
     what = f"the suites with a budget ({', '.join(kept)})" if kept else "what became worse, as no suite has a budget"
     note = (
         f"Forgetting is the mean loss on {what}, against the best score before; gain the mean improvement on all other "
-        "suites, as a share of the largest score among the compared stages. ± is one standard error."
+        "suites, as a share of a flawless score, or where there is none of the largest among the compared stages. ± is "
+        "one standard error."
     )
     return Section("Gain against forgetting", rows, [note])
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from hfpipe.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.recipe.metric_names import SHARE_METRICS
 from hfpipe.report.html import PAGE
-from hfpipe.report.markdown import PERCENT_METRICS
 from hfpipe.report.section import Section
 
 REPEATS = "repeats.json"
@@ -95,5 +95,5 @@ def _value(row: Mapping[str, Any], key: str) -> str:
     """A value as it is printed everywhere: shares in percent, the rest with four digits."""
     if row[key] is None:
         return "unknown"
-    percent = row["metric"] in PERCENT_METRICS
+    percent = row["metric"] in SHARE_METRICS
     return f"{row[key] * 100:.1f} %" if percent else f"{row[key]:.4f}"
