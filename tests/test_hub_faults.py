@@ -44,7 +44,11 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
         "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="3600"), XET, "(429). Wait 3600 seconds."),
         "429-by-limit": (lambda hub: hub.fail("/whoami", 429, **LIMIT), LFS, "(429). Wait 901 seconds."),
         "login-page": (lambda hub: hub.hide(COMMIT, times=4), LFS, "a web page came in place of the Hub's answer"),
-        "no-room": (lambda hub: setattr(hub, "full", "No storage is left"), LFS, "No storage is left"),
+        "no-room": (
+            lambda hub: setattr(hub, "full", "No storage is left" + f" {hub.token}" * 20),
+            LFS,
+            "No storage is left",
+        ),
         "unreachable": (lambda hub: hub.http.server_close(), LFS, "the Hub cannot be reached"),
         "no-token": (lambda hub: None, {"token": None}, "hf auth login"),
         "read-only": (lambda hub: None, {"token": HubServer.read_token}, "may only read"),
@@ -60,6 +64,7 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
         message = failed.stdout.partition("ERROR ")[2]
         assert cases[name][2] in message, name
         assert "whole in run/push/adapter" in message, name
+        assert HubServer.token[:8] not in message.replace("hf_***", ""), name  # nor a part of it
         assert message.strip().endswith("hfpipe push run"), name
         assert (pusher.folder / "run/push/adapter/adapter_model.safetensors").is_file(), name
         assert "Traceback" not in failed.stderr, name

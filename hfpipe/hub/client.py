@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from hfpipe.errors import MachineError
+from hfpipe.secrets import without_secrets
 
 SILENCE = 60.0  # seconds without a word from the Hub that end a request; the clients themselves wait for ever
 LONGEST_WAIT = 60.0  # seconds that the Hub may ask to wait before another try; a longer wait is left to the user
@@ -155,6 +156,6 @@ def _told(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A message of several lines as the end of a sentence."""
-    text = " ".join(text.split())
+    """A message of several lines as the end of a sentence, without secrets, of which a cut would leave a part."""
+    text = without_secrets(" ".join(text.split()))
     return (text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...").rstrip(".")

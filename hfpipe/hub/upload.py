@@ -212,7 +212,7 @@ def main() -> int:
     """Reads a task from standard input and writes one line of JSON to standard output."""
     try:
         task = json.load(sys.stdin)
-        if "seconds" in task:  # nobody waits for this process, so it ends itself
+        if "seconds" in task:  # where nobody waits for this process, it ends itself
             signal.alarm(math.ceil(task["seconds"]))
         answer = {"lines": check(task["check"])} if "check" in task else upload(task)
         code = 0
