@@ -16,6 +16,7 @@ from hfpipe.environment import environment
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
+from hfpipe.hub.client import end_every_silence
 from hfpipe.hub.pins import pin_recipe
 from hfpipe.metrics import needs_of
 from hfpipe.model.adapter import ProbeText
@@ -29,7 +30,7 @@ PROBE_TEXTS = 4
 
 
 def quiet_libraries() -> None:
-    """Leaves the terminal to hfpipe: the libraries report errors only, and draw no bars."""
+    """Leaves the terminal to hfpipe: the libraries report errors only, draw no bars, and wait for no Hub for ever."""
     import datasets
     import transformers
 
@@ -39,6 +40,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed", "huggingface_hub", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    end_every_silence()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_session, get_token
+from huggingface_hub import HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.utils._http import default_client_factory
 
 from hfpipe.errors import MachineError
 from hfpipe.secrets import without_secrets
@@ -31,8 +32,26 @@ def logged_in() -> HfApi:
     token = get_token()
     if not token:
         raise MachineError("this machine is not logged in to the Hub. Run `hf auth login`, or set HF_TOKEN.")
-    get_session().timeout = SILENCE
+    end_every_silence()
     return HfApi(token=token)
+
+
+def end_every_silence() -> None:
+    """Gives every request of this process to the Hub an end, also those of the libraries, which ask for none."""
+    set_client_factory(_client)
+
+
+def _client() -> Any:
+    client = default_client_factory()
+    client.event_hooks = {"request": [*client.event_hooks["request"], _limit], "response": []}
+    return client
+
+
+def _limit(request: Any) -> None:
+    """`model_info` and its like ask httpx for no timeout at all, so a default of the client would not do."""
+    given = request.extensions.get("timeout") or {}
+    kinds = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {kind: given.get(kind) or SILENCE for kind in kinds}
 
 
 def who_may_write(api: HfApi) -> dict[str, Any]:

@@ -142,13 +142,19 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
             raise MachineError(
                 f"{what} {path!r} is gated. Accept its conditions on its page of the Hub, then log in: `hf auth login`."
             ) from error
-        if isinstance(cause, RepositoryNotFoundError) or "is not a valid model identifier" in str(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if (
+            isinstance(cause, RepositoryNotFoundError)
+            or status == 401
+            or "is not a valid model identifier" in str(error)
+        ):
             raise RecipeError(_not_found(what, path)) from error
         if "model.safetensors" in str(error):
             raise RecipeError(pickles_only(path)) from error
-        first_line = str(error).strip().split("\n")[0]
+        first_line = str(error).strip().split("\n")[0].rstrip(" :.") + "."
+        answered = f"the Hub answered {status}. " if status else ""
         raise MachineError(
-            f"{what} {path!r} cannot be loaded: {first_line} Check the name, the network and the disk; "
+            f"{what} {path!r} cannot be loaded: {answered}{first_line} Check the name, the network and the disk; "
             "a model that is in the cache loads without a network."
         ) from error
     except ValueError as error:
