@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token, set_client_factory
@@ -36,6 +37,7 @@ def logged_in() -> HfApi:
     return HfApi(token=token)
 
 
+@cache  # once: it closes the client that there was, in the hands of whatever reads
 def end_every_silence() -> None:
     """Gives every request of this process to the Hub an end, also those of the libraries, which ask for none."""
     set_client_factory(_client)
