@@ -82,6 +82,7 @@ except UserError as error:
     [
         ("team/rows", 401, {}, 4, "hf auth login"),
         ("team/rows", 403, {}, 4, "cannot be reached"),
+        ("team/gated", 401, {}, 4, "is gated"),
         ("team/rows", None, {"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE is set"),
         ("./nowhere", None, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, 2, "no folder here"),
     ],
@@ -89,9 +90,10 @@ except UserError as error:
 def test_a_hub_that_refuses(
     hub: HubServer, tmp_path: Path, path: str, status: int | None, env: dict[str, str], code: int, says: str
 ) -> None:
-    hub.add_repo("dataset", "team/rows", {"train.jsonl": b'{"text": "a"}\n'})
+    hub.add_repo("dataset", "team/gated" if path == "team/gated" else "team/rows", {"train.jsonl": b'{"text": "a"}\n'})
     if status is not None:
-        hub.fail("/resolve/", status=status, times=50)
+        gated = {"X-Error-Code": "GatedRepo"} if path == "team/gated" else {}
+        hub.fail("/resolve/", status=status, times=50, **gated)
     command = [sys.executable, "-c", CLIENT, json.dumps({"path": path})]
     env = os.environ | hub.env(tmp_path) | env
     done = subprocess.run(command, env=env, text=True, capture_output=True)
