@@ -46,6 +46,20 @@ def test_shares_hold_for_lengths_from_two_words_to_three_thousand(tokenizer) -> 
     assert facts[1]["epochs"] > 1
 
 
+def test_shares_hold_in_the_first_window_of_a_source_that_changes_its_script(tokenizer) -> None:
+    """Ten times the tokens for a character from the 40th document of each lane on."""
+    changing = [
+        {"text": "one two three four " * 8 if n < 160 else "".join(map(chr, range(0x4E00 + n, 0x4E40 + n)))}
+        for n in range(2000)
+    ]
+    stream = TokenStream(
+        [Dataset.from_list(changing), table(3000, (20, 40), 1)], tokenizer, max_length=64, lanes=4, weights=[0.8, 0.2]
+    )
+    next(stream.batches(4))
+    shares = [source["token_share"] for source in stream.report()["sources"].values()]
+    assert shares == pytest.approx([0.8, 0.2], abs=0.01)
+
+
 def test_a_replayed_source_keeps_its_share_to_the_end_and_does_not_outlast_the_stage(tokenizer) -> None:
     own = [table(300, (20, 60), 1), table(1200, (20, 60), 2)]
     replayed = [table(100, (5, 200), 3)]

@@ -12,6 +12,7 @@ from hfpipe.data.packing import Packed, pack
 from hfpipe.data.reader import Reader
 
 MEASURED = 16  # documents of a source that are tokenized as they are drawn, before characters tell their tokens
+TOGETHER = 50  # documents of a mixture that are tokenized in one call
 GOLDEN = 0.6180339887  # its multiples lie evenly between 0 and 1
 
 
@@ -105,16 +106,14 @@ class Lane:
         tokens, starts = [self.rest], [self.rest_starts]
         drawn = 0
         while sum(map(len, tokens)) < self.length:
-            texts, origins = self._draw()
-            if not texts:
+            documents = self._draw()
+            if not documents:
                 break
-            order = np.random.default_rng([*self.seed, self.window, drawn]).permutation(len(texts))
-            drawn += len(texts)
-            documents, lengths = self.tokenize([texts[place] for place in order])
-            np.add.at(given := np.array(self.tokens), np.array(origins)[order], lengths)
-            self.tokens = given.tolist()
-            tokens.append(documents)
-            starts.append(np.zeros(len(documents), dtype=bool))
+            order = np.random.default_rng([*self.seed, self.window, drawn]).permutation(len(documents))
+            drawn += len(documents)
+            lengths = np.array([len(documents[place]) for place in order])
+            tokens.append(np.concatenate([documents[place] for place in order]))
+            starts.append(np.zeros(len(tokens[-1]), dtype=bool))
             starts[-1][np.cumsum(lengths) - lengths] = True
         self.window += 1
         flat, flat_starts = np.concatenate(tokens), np.concatenate(starts)
@@ -128,20 +127,25 @@ class Lane:
             kept[-1] -= short
         return Window(start, packed, kept, last, self._source_facts())
 
-    def _draw(self) -> tuple[list[str], list[int]]:
-        """The next documents, each from the source whose tokens lag most behind its weight, and their sources.
+    def _draw(self) -> list[np.ndarray]:
+        """The tokens of the next documents, each from the source whose tokens lag most behind its weight.
 
-        Before a document is tokenized its tokens are estimated from its characters; the window's true counts replace
-        the estimates, so the shares are held over a run whatever the length of the documents.
+        Until a document is tokenized its tokens are estimated from its characters; every `TOGETHER` documents the true
+        counts replace the estimates, so the shares are held over a run whatever the length of the documents.
         """
+        texts: list[str] = []
+        origins: list[int] = []
         if len(self.readers) == 1:  # nothing to weigh
             texts = self.readers[0].take(self.window_documents)
             self.characters[0] += sum(map(len, texts))
             self.documents[0] += len(texts)
-            return texts, [0] * len(texts)
+            return self._tokens_of(texts, [0] * len(texts))
         estimates: list[float] = [float(tokens) for tokens in self.tokens]
-        texts, origins = [], []
-        while len(texts) < self.window_documents:
+        documents: list[np.ndarray] = []
+        while len(documents) + len(texts) < self.window_documents:
+            if len(texts) == TOGETHER:
+                documents += self._tokens_of(texts, origins)
+                estimates, texts, origins = [float(tokens) for tokens in self.tokens], [], []
             going = [source for source in self._own if not self.readers[source].ended]
             if not going:
                 break
@@ -157,7 +161,16 @@ class Lane:
                 self.documents[source] += 1
                 texts.append(text)
                 origins.append(source)
-        return texts, origins
+        return documents + self._tokens_of(texts, origins)
+
+    def _tokens_of(self, texts: list[str], origins: list[int]) -> list[np.ndarray]:
+        """The tokens of each document, counted for the source that it came from."""
+        if not texts:
+            return []
+        tokens, lengths = self.tokenize(texts)
+        for source, length in zip(origins, lengths.tolist(), strict=True):
+            self.tokens[source] += length
+        return np.split(tokens, np.cumsum(lengths)[:-1])
 
     def _lag(self, sources: list[int], estimates: list[float]) -> float:
         """Tokens that sources have given, and a part of the next document, for their weight: the least comes next.
