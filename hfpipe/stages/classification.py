@@ -6,7 +6,6 @@ regression. Everything of the head that is new is trained in full and saved with
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.labels import balanced_weights, classes_of, collate_labelled, label_ids, plain_labels, problem_of
 from hfpipe.data.loader import BatchLoader
-from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, read_head
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
-from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
+from hfpipe.stages.common import StageRun, row_length, train, trainer_arguments, with_adapter
+from hfpipe.stages.plan import plan_of
 
 
 def run_classification(run: StageRun) -> dict[str, Any]:
@@ -42,14 +41,8 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         if problem != "single_label_classification":
             raise RecipeError(f"stages.{stage.name}.class_weights needs one class name in each row; remove it.")
         weights = torch.tensor(balanced_weights(labels, names))
-    per_device, accumulation = divide_batch(stage)
-    global_batch = per_device * accumulation * ranks.ranks()
-    total = round(len(texts) * stage.training.get("num_train_epochs", 1))
-    if stage.training.get("max_steps", -1) > 0:
-        total = stage.training["max_steps"] * global_batch
-    arguments = trainer_arguments(
-        run, math.ceil(total / global_batch), per_device, accumulation, label_names=["labels"]
-    )
+    plan = plan_of(stage, len(texts))
+    arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, label_names=["labels"])
     set_seed(run.recipe.seed)  # the head is new, and the same on every rank and at every start
     head = head_config(problem, names, run.tokenizer.pad_token_id)
     _require_same_head(run, head)
@@ -62,16 +55,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     limit = row_length(run, model, min(run.tokenizer.model_max_length, DEFAULT_MAX_LENGTH))
     rows = _tokenized(run, texts, labels, names, limit)
     lengths = [len(row["input_ids"]) for row in rows]
-    source = ShuffledRows(
-        rows,
-        lengths,
-        total=total,
-        per_device=per_device,
-        accumulation=accumulation,
-        seed=run.recipe.seed,
-        rank=ranks.rank(),
-        ranks=ranks.ranks(),
-    )
+    source = plan.serve(run, rows, lengths)
     if stage.adapter is not None:  # the new modules of the head are trained in full beside it
         saved = outermost([*new, *(stage.adapter.get("modules_to_save") or [])])
         model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
@@ -80,9 +64,13 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     )
     ranks.say(f"  {len(rows):,} rows, {', '.join(names[:8]) + (', ...' if len(names) > 8 else '') or 'a number'}")
     loader = BatchLoader(
-        source, per_device, run.tokenizer.pad_token_id, stage.training.get("pad_to_multiple_of", 1), collate_labelled
+        source,
+        plan.per_device,
+        run.tokenizer.pad_token_id,
+        stage.training.get("pad_to_multiple_of", 1),
+        collate_labelled,
     )
-    facts = train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths))
     facts["data"]["sources"] = sources
     return facts
 

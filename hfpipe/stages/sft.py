@@ -14,13 +14,13 @@ from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import encode_for_training
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.mixture import mixture
-from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.sources import TEXT_KINDS, load_rows
 from hfpipe.errors import DataError
 from hfpipe.model.load import load_model
 from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Sft, Source
-from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, weighted, with_adapter
+from hfpipe.stages.common import StageRun, row_length, train, trainer_arguments, weighted, with_adapter
+from hfpipe.stages.plan import plan_of
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's
 
@@ -34,29 +34,10 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     model = load_model(run.parent, frozen=stage.adapter is not None)
     rows, sources = _tokenized_rows(run, stage, _length(run, model))
     lengths = [len(ids) for ids in rows["input_ids"]]
-    per_device, accumulation = divide_batch(stage)
-    global_batch = per_device * accumulation * ranks.ranks()
-    total = round(len(rows) * stage.training.get("num_train_epochs", 1))
-    max_steps = stage.training.get("max_steps", -1)
-    if max_steps > 0:
-        total = max_steps * global_batch
-    source = ShuffledRows(
-        rows,
-        lengths,
-        total=total,
-        per_device=per_device,
-        accumulation=accumulation,
-        seed=run.recipe.seed,
-        rank=ranks.rank(),
-        ranks=ranks.ranks(),
-    )
-    max_steps = math.ceil(total / global_batch)
+    plan = plan_of(stage, len(rows))
+    source = plan.serve(run, rows, lengths)
     arguments = trainer_arguments(
-        run,
-        max_steps,
-        per_device,
-        accumulation,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        run, plan.max_steps, plan.per_device, plan.accumulation, dataset_kwargs={"skip_prepare_dataset": True}
     )
     model = with_adapter(run, model)
     exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
@@ -64,8 +45,8 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     for name, weight in model.named_parameters():
         if name in exact:  # SFTTrainer rounds an adapter on a quantized base to bfloat16, where small updates vanish
             weight.data = exact[name]
-    loader = BatchLoader(source, per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
-    facts = train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
+    loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths))
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}
     facts["data"]["sources"] = {name: {**found, **epochs} for name, found in sources.items()}
     return facts

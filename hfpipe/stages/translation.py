@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -17,13 +16,13 @@ from hfpipe import ranks
 from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import BatchLoader
-from hfpipe.data.rows import ShuffledRows
 from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
 from hfpipe.recipe import Source, Translation
-from hfpipe.stages.common import StageRun, divide_batch, train, trainer_arguments, weighted, with_adapter
+from hfpipe.stages.common import StageRun, train, trainer_arguments, weighted, with_adapter
+from hfpipe.stages.plan import plan_of
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -35,22 +34,9 @@ def run_translation(run: StageRun) -> dict[str, Any]:
     model = load_model(run.parent, frozen=stage.adapter is not None)
     rows, sources = _tokenized_rows(run, stage, _lengths(run, model))
     lengths = [len(row) + len(said) for row, said in zip(rows["input_ids"], rows["labels"], strict=True)]
-    per_device, accumulation = divide_batch(stage)
-    global_batch = per_device * accumulation * ranks.ranks()
-    total = round(len(rows) * stage.training.get("num_train_epochs", 1))
-    if stage.training.get("max_steps", -1) > 0:
-        total = stage.training["max_steps"] * global_batch
-    source = ShuffledRows(
-        rows,
-        lengths,
-        total=total,
-        per_device=per_device,
-        accumulation=accumulation,
-        seed=run.recipe.seed,
-        rank=ranks.rank(),
-        ranks=ranks.ranks(),
-    )
-    arguments = trainer_arguments(run, math.ceil(total / global_batch), per_device, accumulation)
+    plan = plan_of(stage, len(rows))
+    source = plan.serve(run, rows, lengths)
+    arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation)
     collator = DataCollatorForSeq2Seq(run.tokenizer)
     trainer = Seq2SeqTrainer(
         model=with_adapter(run, model, task_type="SEQ_2_SEQ_LM"),
@@ -60,9 +46,12 @@ def run_translation(run: StageRun) -> dict[str, Any]:
     )
     end = end_token(run.tokenizer)
     loader = BatchLoader(
-        source, per_device, run.tokenizer.pad_token_id, collated=lambda batch, *_: _collate(batch, collator, model, end)
+        source,
+        plan.per_device,
+        run.tokenizer.pad_token_id,
+        collated=lambda batch, *_: _collate(batch, collator, model, end),
     )
-    facts = train(run, trainer, loader, tokens_per_step=global_batch * sum(lengths) / len(lengths))
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths))
     facts["data"]["sources"] = sources
     return facts
 
