@@ -18,7 +18,7 @@ quickstart: install
 	$(BIN)/hfpipe run recipes/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile  # a worker a core, and a thread a worker
 
 lint: install
 	$(BIN)/ruff check .
