@@ -29,14 +29,10 @@ from hfpipe.model.classifier import classify
 from hfpipe.model.load import ModelRef, task_of
 from hfpipe.model.masked import fill_masks, is_masked, pseudo_bits
 from hfpipe.model.scoring import bits_of, context_of, generate, likelihoods, within_positions
-from hfpipe.pair_answers import likelihoods_of, pair_generation, pair_likelihood
+from hfpipe.pair_answers import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_names import MASKED_METRICS
-
-Rows = list[dict[str, Any]]
-Answers = list[dict[str, Any] | None]
-TEXT_LENGTH = 1024  # tokens of a text that are scored, unless the suite says otherwise
 
 
 def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:

@@ -20,7 +20,7 @@ from hfpipe.recipe import Suite
 
 Rows = list[dict[str, Any]]
 Answers = list[dict[str, Any] | None]
-TEXT_LENGTH = 1024  # tokens of a source and of a target that are scored, unless the suite says otherwise
+TEXT_LENGTH = 1024  # tokens of a text, a source or a target that are scored, unless the suite says otherwise
 MOST_GENERATED = 512
 
 

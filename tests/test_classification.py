@@ -20,17 +20,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from hfpipe.cli import main
 from hfpipe.data.labels import known_names, plain_labels
 
-ENCODER = {
-    "model_type": "bert",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "hidden_dropout_prob": 0.0,  # what dropout draws depends on the ranks
-    "attention_probs_dropout_prob": 0.0,
-    "max_position_embeddings": 128,
-}
-
 
 def written(folder: Path, problem: str, *, skewed: bool = False, **stage: Any) -> dict:
     """A recipe with one classification stage on made-up rows, whose animals say the label."""
@@ -117,7 +106,7 @@ def test_scores_and_confusion_are_scikit_learns(adapter: Path) -> None:
 
 def test_two_ranks_are_one_rank(adapter: Path, tmp_path: Path) -> None:
     content = written(tmp_path, "one", global_batch_size=8, training={"num_train_epochs": 1})
-    content["model"]["architecture"] = ENCODER
+    content["model"]["architecture"] = tiny.ENCODER
     one = tiny.write(tmp_path, content, "one.yaml")
     assert main(["run", str(one)]) == 0
     content["output_dir"] = str(tmp_path / "two")
@@ -130,7 +119,7 @@ def test_two_ranks_are_one_rank(adapter: Path, tmp_path: Path) -> None:
 
 def test_several_classes_at_once_by_an_encoder_in_full(tmp_path: Path) -> None:
     content = written(tmp_path, "several", training={"num_train_epochs": 10})
-    content["model"]["architecture"] = ENCODER
+    content["model"]["architecture"] = tiny.ENCODER
     assert main(["run", str(tiny.write(tmp_path, content))]) == 0
     said, right = zip(*records(tmp_path), strict=True)
     hot = MultiLabelBinarizer().fit([*said, *right])
@@ -212,7 +201,7 @@ def test_names_of_the_data_are_found_among_those_of_a_model() -> None:
 @pytest.mark.parametrize("adapter", [{}, {"lora": {"r": 2}}])
 def test_long_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path, adapter: dict) -> None:
     content = written(tmp_path, "one", training={"max_steps": 2, "max_length": None}, **adapter)
-    content["model"]["architecture"] = {**ENCODER, "model_type": "roberta", "max_position_embeddings": 40}
+    content["model"]["architecture"] = {**tiny.ENCODER, "model_type": "roberta", "max_position_embeddings": 40}
     for name in ("train", "test"):
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         rows = [{**row, "text": row["text"] * 20} for row in map(json.loads, lines[:40])]
@@ -259,7 +248,7 @@ def test_a_mistake_gets_one_paragraph(
         more = {"text": "a cat", "also": "", **(change.pop("learned", None) or change.pop("right"))}
         with (tmp_path / f"{file}.jsonl").open("a") as lines:
             lines.write("".join(json.dumps({"id": f"m{n}", **more}) + "\n" for n in range(count)))
-        content["model"]["architecture"] = ENCODER
+        content["model"]["architecture"] = tiny.ENCODER
     if change.pop("after", None):
         content["stages"].append(tiny.recipe(tmp_path)["stages"][1])
     assert (

@@ -28,16 +28,6 @@ from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Model, load_recipe
 from hfpipe.report.card import Artefact, model_card
 
-ENCODER = {
-    "model_type": "bert",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "hidden_dropout_prob": 0.0,  # what dropout draws depends on the ranks
-    "attention_probs_dropout_prob": 0.0,
-    "max_position_embeddings": 128,
-}
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
@@ -45,7 +35,7 @@ def written(folder: Path, **changes: Any) -> dict:
     """A recipe of one masked stage and a suite of masked tokens."""
     tiny.write_data(folder)
     content = tiny.recipe(folder, merge=False, **changes)
-    content["model"]["architecture"] = ENCODER
+    content["model"]["architecture"] = tiny.ENCODER
     prose = {**content["stages"][0], "objective": "masked"}
     data = content["evaluate"]["general"]["data"]
     content["stages"] = [prose]

@@ -11,6 +11,16 @@ import yaml
 
 ANIMALS = ["cat", "dog", "cow", "hen", "fox", "owl"]
 SOUNDS = {"cat": "mew", "dog": "bark", "cow": "moo", "hen": "cluck", "fox": "yelp", "owl": "hoot"}
+ENCODER = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_dropout_prob": 0.0,  # what dropout draws depends on the ranks
+    "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 128,
+}
 
 
 def write_data(folder: Path) -> None:

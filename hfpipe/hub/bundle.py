@@ -65,12 +65,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         license=push.license,
         strength=strength_of(run_dir / "stages" / stage),
         base_facts=card_facts(run_dir, "model", recipe.model.id or ""),
-        data_facts={
-            id: card_facts(run_dir, "dataset", id)
-            for one in lineage(recipe, stage)
-            for source in one.data
-            if (id := hub_id(source))
-        },
+        data_facts=_data_facts(run_dir, recipe, stage),
         dial=dial,
     )
     scorecard = run_dir / "scorecard.json"
@@ -91,6 +86,12 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         card = model_card(artefact, recipe, scores, environment, stage_costs(run_dir, recipe))
         write_text(folder / "README.md", without_secrets(card))
     return target
+
+
+def _data_facts(run_dir: Path, recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What is known of each data set of the Hub that a stage or one before it was trained on."""
+    sources = [source for one in lineage(recipe, stage) for source in one.data]
+    return {id: card_facts(run_dir, "dataset", id) for source in sources if (id := hub_id(source))}
 
 
 def _base_of(adapter: dict[str, Any], known: dict[str, Any], stage: str) -> tuple[str, str | None]:
