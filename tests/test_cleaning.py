@@ -149,6 +149,54 @@ def test_a_stream_is_looked_at_as_far_as_it_will_be_read_and_no_further(tmp_path
     assert facts["removed"] == {}
 
 
+@pytest.mark.parametrize("word", ["exact", "near"])
+@pytest.mark.parametrize("table", [None, 0, 1])
+def test_sources_of_a_stage_share_what_they_have_seen(tmp_path: Path, tokenizer, word: str, table: int | None) -> None:
+    """Whether they are streams or a table, and whichever comes first; one that does not ask is left alone."""
+    chance = random.Random(3)
+    different = [prose(seed, 60) for seed in range(90)]
+    parts = [chance.choices(different[:60], k=80), chance.choices(different[30:], k=80), different[:20]]
+    sources = [Source(path="one", deduplicate=word), Source(path="two", deduplicate=word), Source(path="three")]
+    rows = []
+    for number, texts in enumerate(parts):
+        (tmp_path / str(number)).mkdir()
+        streamed = shards(tmp_path / str(number), texts, 3)
+        rows.append(Dataset.from_list([{"text": text} for text in texts]) if number == table else streamed)
+
+    def opened(cleaner: Cleaner, lanes: int) -> TokenStream:
+        tables = [cleaner.tables(part, source)[0] for part, source in zip(rows, sources, strict=True)]
+        return TokenStream(
+            tables,
+            tokenizer,
+            cleaned=lambda number, shares, lanes: cleaner.shares(shares, lanes, sources[number]),
+            **{"lanes": lanes, "exhausted": "stop", "origins": sources, "max_length": 64, "window_documents": 9},
+        )
+
+    cleaner = Cleaner(tmp_path / "cleaning", "key", {}, [sources])
+    stream = opened(cleaner, 4)
+    assert stream.length() == sum(len(batch) for batch in stream.batches(1)), "what is removed does not count"
+    stream = opened(cleaner, 4)
+    wanted = Counter({*parts[0], *parts[1]}) + Counter(parts[2])
+    assert served(stream, tokenizer) == wanted
+    first = 1 if table == 1 else 0  # a table is judged before a stream
+    kept = [facts["rows"] for facts in stream.report()["sources"].values()]
+    assert kept[first] == len(set(parts[first]))
+    assert kept[2] == 20
+    removed = [facts["removed"] for facts in stream.report()["sources"].values()]
+    if table is None:
+        of_other = f"{'near ' if word == 'near' else ''}duplicate of another source"
+        assert removed[1][of_other] >= len({*parts[0]} & {*parts[1]})
+        assert sum(removed[1].values()) == 80 - kept[1]
+    left = sorted(path for path in (tmp_path / "cleaning").iterdir())
+    assert [path.suffix for path in left] == [".npz", ".npz"], "only the results are kept"
+    left[0].unlink()
+    again = Cleaner(tmp_path / "cleaning", "key", {}, [sources])
+    assert served(opened(again, 4), tokenizer) == wanted, "what another source had is looked at anew"
+    assert served(opened(again, 6), tokenizer) == wanted
+    apart = Cleaner(tmp_path / "apart", "key", {}, [sources[:1], sources[1:]])
+    assert served(opened(apart, 4), tokenizer) == Counter({*parts[0]}) + Counter({*parts[1]}) + Counter(parts[2])
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_rows_of_fine_tuning_are_cleaned_by_all_that_they_say(tmp_path: Path, streamed: bool) -> None:
     pairs = [("a", "b"), ("a", "c"), ("d", None), ("a", "b"), ("a", "c"), ("d", None), ("e", "f")]
@@ -159,6 +207,13 @@ def test_rows_of_fine_tuning_are_cleaned_by_all_that_they_say(tmp_path: Path, st
     assert [row["id"] for row in left] == [0, 1, 2, 5, 6], "what is dirty is for the reader to count"
     assert facts["removed"] == {"duplicate": 2}
     assert facts["removed_ids"] == ([] if streamed else ["3", "4"])
+    other = Source(path="json", deduplicate="exact")
+    cleaner = Cleaner(tmp_path / "cleaning", f"pair {streamed}", {}, [[source, other]])
+    cleaner.rows(rows, source)
+    more = Dataset.from_list([{"id": n, "prompt": "a", "completion": two} for n, two in enumerate("cdbd")])
+    left, facts = cleaner.rows(more.to_iterable_dataset() if streamed else more, other)
+    assert [row["id"] for row in left] == [1]
+    assert facts["removed"] == {"duplicate": 1, "duplicate of another source": 2}
 
 
 def cleaning_recipe(folder: Path) -> dict:
@@ -179,12 +234,20 @@ def cleaning_recipe(folder: Path) -> dict:
     prose_stage, sounds = content["stages"]
     prose_stage["data"][0] |= {"streaming": True, "deduplicate": "near", "decontaminate": True}
     sounds["data"][0] |= {"deduplicate": "exact", "decontaminate": True}
+    for stage in (prose_stage, sounds):  # another source with half of the same
+        first = stage["data"][0]
+        rows = [json.loads(line) for line in Path(first["data_files"]).read_text().splitlines()][:40]
+        said, words = ("text", 60) if "text" in rows[0] else ("note", 4)
+        rows += [{**rows[0], "id": f"new {number}", said: prose(5000 + number, words)} for number in range(30)]
+        other = first["data_files"].replace(".jsonl", "-more.jsonl")
+        Path(other).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        stage["data"].append({**first, "data_files": other})
     del sounds["lora"]
     return content
 
 
-def sources_of(run: Path, stage: str) -> dict:
-    return json.loads((run / "stages" / stage / "done.json").read_text())["data"]["sources"]["0: json"]
+def sources_of(run: Path, stage: str, number: int = 0) -> dict:
+    return json.loads((run / "stages" / stage / "done.json").read_text())["data"]["sources"][f"{number}: json"]
 
 
 def test_a_run_is_cleaned_and_says_so_the_same_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +263,10 @@ def test_a_run_is_cleaned_and_says_so_the_same_on_two_ranks(tmp_path: Path, caps
     assert prose_facts["removed"] == {"near duplicate": 10, "overlaps a suite": 5}
     assert sounds["removed"] == {"duplicate": 10, "overlaps a suite": 5}
     assert sounds["rows"] == 97
+    more, more_sounds = sources_of(run, "prose", 1), sources_of(run, "sounds", 1)
+    assert more["removed"] == {"near duplicate of another source": 39, "overlaps a suite": 1}
+    assert more_sounds["removed"] == {"duplicate of another source": 39, "overlaps a suite": 1}
+    assert more_sounds["rows"] == 30
     report = (run / "report.md").read_text()
     assert "10 duplicate, 5 overlaps a suite" in report
     assert sounds["removed_ids"][0] in report
@@ -210,6 +277,7 @@ def test_a_run_is_cleaned_and_says_so_the_same_on_two_ranks(tmp_path: Path, caps
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert sources_of(tmp_path / "two", "prose")["removed"] == prose_facts["removed"]
+    assert sources_of(tmp_path / "two", "prose", 1)["removed"] == more["removed"]
     assert sources_of(tmp_path / "two", "sounds") == sounds
     one, two = tiny.scores(run), tiny.scores(tmp_path / "two")
     assert two == pytest.approx(one, abs=2e-4)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,25 @@ PIECES = 8  # of a table, for the ranks to share
 CHARACTERS = 12  # that are looked at for each token of a stream that will be read: three times those of English
 LEAST_ROWS = 2_000  # of each lane, which reads windows of hundreds ahead
 Texts = Callable[[], Iterator[str | None]]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A source that was judged.
+
+    Args:
+        source: The source.
+        pieces: What its rows say, in pieces that ranks share.
+        digest: Hash of all that its judgement depends on.
+        sketches: Of each piece, where its sketch is written.
+        reasons: Why each row is removed; 0 where it stays.
+    """
+
+    source: Source
+    pieces: Sequence[Texts]
+    digest: str
+    sketches: list[Path]
+    reasons: np.ndarray
 
 
 def require_cleaning(recipe: Recipe) -> None:
@@ -55,10 +76,19 @@ class Cleaner:
         folder: Where what was found is kept, seen by every rank.
         key: Hash of the stage, and of its suites where a source is compared with them.
         suites: The rows of every suite.
+        groups: Sources whose `deduplicate` counts what another of them has as seen: the one that is judged first keeps
+            it. A source without the word neither loses rows nor is looked at.
     """
 
-    def __init__(self, folder: Path, key: str, suites: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        self._folder, self._key, self._suites = folder, key, suites
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        suites: Mapping[str, Sequence[dict[str, Any]]],
+        groups: Sequence[Sequence[Source]] = (),
+    ) -> None:
+        self._folder, self._key, self._suites, self._groups = folder, key, suites, groups
+        self._done: dict[int, Judged] = {}  # by the identity of the source: two may say the same
 
     def tables(
         self, rows: Dataset | IterableDataset, source: Source
@@ -105,35 +135,63 @@ class Cleaner:
 
     def _judged(self, source: Source, pieces: Sequence[Texts], size: int | None) -> list[np.ndarray]:
         """The reasons of each piece, looked up or worked out."""
+        sharing = self._sharing(source)
+        before = takewhile(lambda key: key != id(source), self._done)
+        earlier = [self._done[key] for key in before if key in sharing]
         seen = {name: len(rows) for name, rows in self._suites.items()} if source.decontaminate else None
-        digest = hash_of([self._key, source, len(pieces), size, seen])[:16]
+        before_it = [*sharing.values(), *(one.digest for one in earlier)]
+        digest = hash_of([self._key, source, len(pieces), size, seen, before_it])[:16]
         path = self._folder / f"{digest}.npz"
+        sketches = [self._folder / f"{digest}-{number}" for number in range(len(pieces))]
+        judged = Judged(source, pieces, digest, sketches, np.zeros(0, np.uint8))
         if not ranks.from_main(path.exists()):
-            self._look(source, pieces, path, digest)
+            self._look([*earlier, judged], path, near=any(one.near is not None for one in sharing.values()))
         saved = np.load(path)
+        self._done[id(source)] = replace(judged, reasons=saved["reasons"])
+        if ranks.is_main() and sharing.keys() <= self._done.keys():  # nobody is left who would compare with them
+            for sketch in [sketch for key in sharing for sketch in self._done[key].sketches]:
+                remove_sketch(sketch)
         return np.split(saved["reasons"], np.cumsum(saved["sizes"])[:-1])
 
-    def _look(self, source: Source, pieces: Sequence[Texts], path: Path, digest: str) -> None:
+    def _sharing(self, source: Source) -> dict[int, Source]:
+        """The sources that share what they have seen with this one, itself among them."""
+        group = next((group for group in self._groups if any(one is source for one in group)), ())
+        others = [one for one in group if one.deduplicate is not None and source.deduplicate is not None]
+        return {id(one): one for one in [*others, source]}
+
+    def _look(self, judged: Sequence[Judged], path: Path, *, near: bool) -> None:
+        """Judges the last of sources that share what they have seen, and keeps what it finds in `path`."""
         begin = time.perf_counter()
-        index = SuiteIndex([row for rows in self._suites.values() for row in rows]) if source.decontaminate else None
-        sketches = [self._folder / f"{digest}-{number}" for number in range(len(pieces))]
+        *earlier, last = judged
+        source = last.source
+        wanted = [
+            (piece, sketch, one.source.decontaminate)
+            for one in judged
+            for piece, sketch in zip(one.pieces, one.sketches, strict=True)
+        ]
+        index = None
+        if any(suites for _, _, suites in wanted):
+            index = SuiteIndex([row for rows in self._suites.values() for row in rows])
 
         def write_all() -> None:
-            for number in range(ranks.rank(), len(pieces), ranks.ranks()):
-                write_sketch(pieces[number](), sketches[number], near=source.near is not None, index=index)
+            for piece, sketch, suites in wanted[ranks.rank() :: ranks.ranks()]:
+                if not sketch.with_suffix(".npz").exists():
+                    write_sketch(piece(), sketch, near=near, index=index if suites else None)
 
         def judge_all() -> None:
             if not ranks.is_main():
                 return
             reasons, sizes = judge(
-                sketches, exact=source.deduplicate == "exact", near=source.near, suites=source.decontaminate
+                last.sketches,
+                exact=source.deduplicate == "exact",
+                near=source.near,
+                suites=source.decontaminate,
+                earlier=[(one.sketches, one.reasons) for one in earlier],
             )
             beside = path.with_name(f".{path.name}")
             with beside.open("wb") as file:
                 np.savez_compressed(file, reasons=reasons, sizes=sizes)
             beside.replace(path)
-            for sketch in sketches:
-                remove_sketch(sketch)
             found = ", ".join(f"{count:,} {why}" for why, count in counts_of(reasons).items()) or "nothing"
             seconds = time.perf_counter() - begin
             ranks.say(f"  {source.path}: {len(reasons):,} rows cleaned in {seconds:.0f} s, removed: {found}")

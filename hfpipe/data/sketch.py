@@ -6,8 +6,10 @@ as Lee et al. 2022 (arXiv:2107.06499) and FineWeb (Penedo et al. 2024, arXiv:240
 
 from __future__ import annotations
 
+import shutil
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,14 @@ PERMUTATIONS = 128  # the standard error of an estimated similarity of 0.8 is 0.
 AT_ONCE = 10_000  # rows, or sequences of one row, that are held in memory as numbers
 NEIGHBOURS = 16  # earlier rows of a bucket that a row is compared with
 NOTHING = np.zeros(0, np.uint64)
-KEPT, DUPLICATE, NEAR, SUITE = range(4)
-REASONS = {DUPLICATE: "duplicate", NEAR: "near duplicate", SUITE: "overlaps a suite"}
+KEPT, DUPLICATE, NEAR, SUITE, DUPLICATE_OF_OTHER, NEAR_OTHER = range(6)
+REASONS = {
+    DUPLICATE: "duplicate",
+    NEAR: "near duplicate",
+    SUITE: "overlaps a suite",
+    DUPLICATE_OF_OTHER: "duplicate of another source",
+    NEAR_OTHER: "near duplicate of another source",
+}
 
 
 def write_sketch(texts: Iterable[str | None], path: Path, *, near: bool, index: SuiteIndex | None) -> None:
@@ -50,7 +58,9 @@ def write_sketch(texts: Iterable[str | None], path: Path, *, near: bool, index: 
                 holders.extend([row] * len(sequences))
                 held.extend(sequences.tolist())
     columns = {"hashes": hashes, "exact": exact, "holders": holders, "held": held}
-    np.savez(path, **{name: np.asarray(values, np.uint64) for name, values in columns.items()})  # type: ignore[arg-type]
+    beside = path.with_name(f".{path.name}.npz")
+    np.savez(beside, **{name: np.asarray(values, np.uint64) for name, values in columns.items()})  # type: ignore[arg-type]
+    beside.replace(path.with_suffix(".npz"))  # last, so that a sketch which has it is whole
 
 
 class _MinHash:
@@ -72,7 +82,14 @@ class _MinHash:
         return np.asarray(self._minhash.hashvalues, np.uint32)
 
 
-def judge(paths: list[Path], *, exact: bool, near: float | None, suites: bool) -> tuple[np.ndarray, list[int]]:
+def judge(
+    paths: Sequence[Path],
+    *,
+    exact: bool,
+    near: float | None,
+    suites: bool,
+    earlier: Sequence[tuple[Sequence[Path], np.ndarray]] = (),
+) -> tuple[np.ndarray, list[int]]:
     """Which rows are removed, and why.
 
     Rows that overlap a suite go first: they hold a sequence of it that no more than ten rows hold (one in more is a
@@ -84,6 +101,7 @@ def judge(paths: list[Path], *, exact: bool, near: float | None, suites: bool) -
         exact: Whether equal texts are looked for.
         near: Least similarity of near duplicates; None to look for none.
         suites: Whether overlap is looked at.
+        earlier: Of each source that was judged before and whose texts count as seen, its sketches and reasons.
 
     Returns:
         (N,) reasons, and the number of rows of each sketch.
@@ -100,25 +118,44 @@ def judge(paths: list[Path], *, exact: bool, near: float | None, suites: bool) -
         reasons[holders[np.bincount(held)[held] <= COMMON]] = SUITE
         reasons[np.concatenate([sketch["exact"] + begin for sketch, begin in pairs])] = SUITE
     left = np.flatnonzero((hashes != 0) & (reasons == KEPT))
+    seen = [_hashes_of(before) for before, _ in earlier]
     if exact:
+        kept = [one[why == KEPT] for one, (_, why) in zip(seen, earlier, strict=True)]
         _, first = np.unique(hashes[left], return_index=True)
         reasons[np.delete(left, first)] = DUPLICATE
-    elif near is not None:
-        whole = paths[0].with_name("signatures")
-        with whole.open("wb") as file:
-            for path in paths:
-                with path.with_suffix(".signatures").open("rb") as part:
-                    while block := part.read(1 << 24):
-                        file.write(block)
-        if len(left):
-            signatures = np.memmap(whole, np.uint32, mode="r").reshape(-1, PERMUTATIONS)
-            reasons[left[_near_duplicates(signatures, left, near)]] = NEAR
-        whole.unlink()
+        reasons[left[np.isin(hashes[left], np.concatenate([NOTHING, *kept]))]] = DUPLICATE_OF_OTHER
+    elif near is not None and len(left):
+        whys = [why for _, why in earlier]
+        usable = [(one != 0) & (why != SUITE) for one, why in zip(seen, whys, strict=True)]
+        mine = np.zeros(len(hashes), bool)
+        mine[left] = True
+        rows = np.flatnonzero(np.concatenate([*usable, mine]))
+        begin = len(rows) - len(left)
+        with _signatures_of([path for before, _ in earlier for path in before] + [*paths]) as signatures:
+            reasons[left] = _near_duplicates(signatures, rows, begin, near)[begin:]
     return reasons, sizes
 
 
-def _near_duplicates(signatures: np.ndarray, rows: np.ndarray, threshold: float) -> np.ndarray:
-    """(R,) True where a row is like one that comes before it.
+def _hashes_of(paths: Sequence[Path]) -> np.ndarray:
+    return np.concatenate([np.load(path.with_suffix(".npz"))["hashes"] for path in paths])
+
+
+@contextmanager
+def _signatures_of(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """(N, PERMUTATIONS) the signatures of sketches one after the other, on disk."""
+    whole = paths[0].with_name("signatures")
+    with whole.open("wb") as file:
+        for path in paths:
+            with path.with_suffix(".signatures").open("rb") as part:
+                shutil.copyfileobj(part, file, 1 << 24)
+    try:
+        yield np.memmap(whole, np.uint32, mode="r").reshape(-1, PERMUTATIONS)
+    finally:
+        whole.unlink()
+
+
+def _near_duplicates(signatures: np.ndarray, rows: np.ndarray, begin: int, threshold: float) -> np.ndarray:
+    """(R,) whether each of `rows` from `begin` on is like one that comes before it: NEAR, NEAR_OTHER or KEPT.
 
     Signatures are cut into bands; rows that agree in one are compared whole, each with those before it in its bucket.
     """
@@ -126,21 +163,22 @@ def _near_duplicates(signatures: np.ndarray, rows: np.ndarray, threshold: float)
 
     # A missed pair is ten times as bad as a comparison for nothing, since whatever meets is compared.
     plan = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
-    later = np.zeros(len(rows), bool)
+    found = np.zeros(len(rows), np.uint8)
+    found[:begin] = NEAR_OTHER  # judged already: nobody compares them with what stands before
     for band in range(plan.b):
         columns = slice(band * plan.r, (band + 1) * plan.r)
         keys = np.concatenate([_keys(signatures[part, columns]) for part in _parts(rows)])
         order = np.argsort(keys, kind="stable")
         for lag in range(1, NEIGHBOURS + 1):
             first, second = order[:-lag], order[lag:]
-            meet = np.flatnonzero((keys[first] == keys[second]) & ~later[second])
+            meet = np.flatnonzero((keys[first] == keys[second]) & (found[second] == KEPT))
             if not len(meet):
                 break
             for part in _parts(meet):
-                one, other = rows[first[part]], rows[second[part]]
-                alike = (signatures[one] == signatures[other]).mean(axis=1) >= threshold
-                later[second[part[alike]]] = True
-    return later
+                one, other = first[part], second[part]
+                alike = (signatures[rows[one]] == signatures[rows[other]]).mean(axis=1) >= threshold
+                found[other[alike]] = np.where(one[alike] < begin, NEAR_OTHER, NEAR)
+    return found
 
 
 def _parts(values: np.ndarray) -> list[np.ndarray]:

@@ -149,6 +149,12 @@ class TokenStream:
         """The sources, a stream cut into more shards where it has too few; that opens every file, so only then."""
         return [_in_shards(rows, self.lanes, origin) for rows, origin in zip(self.sources, self.origins, strict=True)]
 
+    def _clean(self, shards: Sequence[Dataset | IterableDataset]) -> None:
+        """Has the streams judged. Every rank has to call this."""
+        for number, rows in enumerate(shards):
+            if self._cleaned is not None and isinstance(rows, IterableDataset):
+                self._removed[number] = self._cleaned(number, rows, self.lanes)
+
     def _lane(self, lane: int, shards: Sequence[Dataset | IterableDataset]) -> Lane:
         """A lane at its position."""
         each_epochs = [None if other else self.epochs for other in self.replayed]
@@ -189,11 +195,7 @@ class TokenStream:
         if self._finished:
             return
         shards = self._shards()
-        if self._cleaned is not None:
-            self._removed = [
-                self._cleaned(number, rows, self.lanes) if isinstance(rows, IterableDataset) else None
-                for number, rows in enumerate(shards)
-            ]
+        self._clean(shards)
         build = {lane: self._lane(lane, shards).build for lane in self._in_order()}
         windows: dict[int, Window] = {}
         ahead = Ahead(build) if self.prefetch else None
@@ -217,6 +219,7 @@ class TokenStream:
         It takes one reading and tokenization of each share. Every rank has to call this.
         """
         shards = self._shards()
+        self._clean(shards)
         parts = each(lambda: {share: self._tokens_of(shards, share) for share in self._positions})
         tokens = {share: count for part in parts for share, count in part.items()}
         rows = 0
@@ -229,8 +232,8 @@ class TokenStream:
     def _tokens_of(self, shards: Sequence[Dataset | IterableDataset], share: int) -> int:
         """Tokens of a share of every source."""
         count = 0
-        for rows, origin in zip(shards, self.origins, strict=True):
-            reader = Reader(rows, share, self.lanes, origin, epochs=1)
+        for rows, origin, removed in zip(shards, self.origins, self._removed, strict=True):
+            reader = Reader(rows, share, self.lanes, origin, epochs=1, removed=removed)
             while texts := reader.take(self.window_documents):
                 count += len(self._tokenize(texts)[0])
         return count

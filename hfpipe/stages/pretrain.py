@@ -51,8 +51,9 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
 
     def cleaned(number: int, rows: IterableDataset, lanes: int) -> list[np.ndarray] | None:
         """Why rows of a stream are removed; looked at no further than the stage will come, unless it reads them all."""
-        needed = math.ceil(max_steps * global_batch * max_length / lanes * parts[number].share)
-        return run.cleaner.shares(rows, lanes, parts[number].source, needed if stage.exhausted == "repeat" else None)
+        whole = not parts[number].replayed and (epochs is not None or stage.exhausted == "stop")
+        needed = None if whole else math.ceil(max_steps * global_batch * max_length / lanes * parts[number].share)
+        return run.cleaner.shares(rows, lanes, parts[number].source, needed)
 
     stream = TokenStream(
         [rows for rows, _ in tables],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 from hfpipe.cost import CostMeter
 from hfpipe.data.cleaning import Cleaner
+from hfpipe.data.mixture import mixture
 from hfpipe.model.adapter import ProbeText
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
@@ -47,7 +49,9 @@ class StageRun:
     cost: CostMeter
     callbacks: tuple[TrainerCallback, ...] = ()
 
-    @property
+    @cached_property
     def cleaner(self) -> Cleaner:
-        """Cleans the sources of the stage."""
-        return Cleaner(self.folder / "cleaning", self.hash, self.rows)
+        """Cleans the sources of the stage, and those that it replays as they are cleaned in their own."""
+        parts = mixture(self.recipe, self.stage)
+        groups = [[part.source for part in parts if part.replayed == replayed] for replayed in (False, True)]
+        return Cleaner(self.folder / "cleaning", self.hash, self.rows, groups)
