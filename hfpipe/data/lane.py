@@ -170,7 +170,8 @@ class Lane:
         tokens, lengths = self.tokenize(texts)
         for source, length in zip(origins, lengths.tolist(), strict=True):
             self.tokens[source] += length
-        return np.split(tokens, np.cumsum(lengths)[:-1])
+        ends = np.cumsum(lengths)
+        return [tokens[start:end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
 
     def _lag(self, sources: list[int], estimates: list[float]) -> float:
         """Tokens that sources have given, and a part of the next document, for their weight: the least comes next.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from hfpipe.data.encode import IGNORED
@@ -35,7 +36,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1
     """
     if "position_ids" in rows[0]:
         keys = ("input_ids", "position_ids", "labels")
-        return {key: torch.stack([torch.as_tensor(row[key], dtype=torch.long) for row in rows]) for key in keys}
+        return {key: torch.from_numpy(np.stack([row[key] for row in rows]).astype(np.int64)) for key in keys}
     length = max(len(row["input_ids"]) for row in rows)
     length += -length % multiple
     batch = {
