@@ -234,6 +234,17 @@ def _parser() -> argparse.ArgumentParser:
         help="default: 0,0.1,0.25,0.5,0.75,0.9,1",
     )
     push = command("push", _push, "upload adapter or model with its card to the Hub")
+    _push_options(push)
+    report = command("report", _report, "report.md and report.html again from the scorecard, without a model")
+    report.add_argument("run", metavar="RUN", help="a run folder")
+    recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
+    recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
+    command("schema", _schema, "JSON schema of a recipe, for editors")
+    return parser
+
+
+def _push_options(push: argparse.ArgumentParser) -> None:
+    """The words of a recipe's `push:`, see `PUSH_WORDS`."""
     push.add_argument("run", metavar="RUN", help="a run folder")
     push.add_argument("--repo-id", help="OWNER/NAME; the recipe's push.repo_id when absent, as with all that follow")
     push.add_argument("--what", choices=["adapter", "model", "merged", "both"])
@@ -253,9 +264,3 @@ def _parser() -> argparse.ArgumentParser:
         "--private", action=argparse.BooleanOptionalAction, default=None, help="private unless told not to be"
     )
     push.add_argument("--deadline-seconds", type=float, metavar="S", help="time for each repository")
-    report = command("report", _report, "report.md and report.html again from the scorecard, without a model")
-    report.add_argument("run", metavar="RUN", help="a run folder")
-    recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
-    recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
-    command("schema", _schema, "JSON schema of a recipe, for editors")
-    return parser
