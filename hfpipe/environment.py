@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 
 import hfpipe
 from hfpipe import ranks
+from hfpipe.metrics import space_of
 from hfpipe.model.load import ModelRef
+from hfpipe.recipe import Suite
 
 PACKAGES = (
     "accelerate",
@@ -29,7 +32,7 @@ PACKAGES = (
 )
 
 
-def environment(base: ModelRef) -> dict[str, Any]:
+def environment(base: ModelRef, suites: Mapping[str, Suite]) -> dict[str, Any]:
     """The facts that someone needs who wants the same numbers again."""
     state = ranks.state()
     return {
@@ -44,8 +47,16 @@ def environment(base: ModelRef) -> dict[str, Any]:
         "launch": {"processes": state.num_processes, "distributed_type": str(state.distributed_type.value)},
         "base": {"id": base.path, "revision": base.revision},
         "trust_remote_code": base.options.trust_remote_code,
+        "remote_metrics": _remote_metrics(suites),
         "git_commit": _git_commit(),
     }
+
+
+def _remote_metrics(suites: Mapping[str, Suite]) -> list[str]:
+    """The Spaces of the Hub, with their commit, whose code measured something on this machine."""
+    options = {name: suite.metric_options.get(name) or {} for suite in suites.values() for name in suite.metrics}
+    spaces = {name: space for name in options if (space := space_of(name))}
+    return [f"{space}@{options[name].get('revision') or 'main'}" for name, space in spaces.items()]
 
 
 def _version(name: str) -> str | None:

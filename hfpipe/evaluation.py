@@ -20,7 +20,7 @@ from hfpipe.data.sources import load_rows
 from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
 from hfpipe.harness import harness_rows, score_harness
-from hfpipe.metrics import higher_is_better, load_metric, needs_of
+from hfpipe.metrics import arguments_of, higher_is_better, load_metric, needs_of
 from hfpipe.metrics.rows import RowMetric, paired_stderr
 from hfpipe.recipe import Suite
 from hfpipe.scores import Score
@@ -215,7 +215,7 @@ def _compute(
         result = metric.compute(predictions=predictions, references=references)
         found = {key: result[key] for key in ("stderr", "low", "high", "n")}
         return {"value": result[name], **found, "signature": metric.signature}
-    extra = options or {}
+    extra = arguments_of(options)
     try:
         value = _value(name, metric.compute(predictions=predictions, references=references, **extra))
     except (ValueError, TypeError) as error:

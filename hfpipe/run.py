@@ -11,12 +11,12 @@ from typing import Any
 
 from hfpipe import ranks
 from hfpipe.answers import can_score
+from hfpipe.connection import limit_waiting
 from hfpipe.data.mixture import mixture
 from hfpipe.environment import environment
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.files import write_json, write_jsonl, write_text
 from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
-from hfpipe.hub.client import end_every_silence
 from hfpipe.hub.pins import pin_recipe
 from hfpipe.metrics import needs_of
 from hfpipe.model.adapter import ProbeText
@@ -40,7 +40,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed", "huggingface_hub", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    end_every_silence()
+    limit_waiting()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
 
@@ -93,14 +93,14 @@ class Run:
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
     """Prepares the base, reads the suites, and records what is run and on what."""
-    for suite in recipe.evaluate.values():
-        suite_metrics(suite)  # an unknown metric is refused before anything is made
     recipe = pin_recipe(recipe, folder)
+    for suite in recipe.evaluate.values():
+        suite_metrics(suite)  # an unknown metric is refused before anything is loaded
     base = prepare_base(recipe, folder / "stages" / BASE)
     if ranks.is_main():
         resolved = recipe.model_copy(update={"model": recipe.model.model_copy(update=base.pinned)})
         write_text(folder / "recipe.yaml", dump_recipe(resolved))
-        write_json(folder / "environment.json", environment(base.ref))
+        write_json(folder / "environment.json", environment(base.ref, recipe.evaluate))
     with ranks.state().main_process_first():
         rows = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
     run = Run(recipe, folder, base, rows, {BASE: base.hash})

@@ -49,6 +49,26 @@ def test_the_artefact_is_whole_on_disk(tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "README.md"} <= {file.name for file in merged.iterdir()}
 
 
+def test_no_folder_of_this_machine_is_told(tmp_path: Path) -> None:
+    chat = RECIPE["stages"][1] | {
+        "data": [{"path": "json", "data_files": ["/home/lovelace/law firm/chat*.jsonl", "b.jsonl"]}]
+    }
+    chat |= {"training": {"max_steps": 3, "deepspeed": "~lovelace/zero3.json"}}
+    law = RECIPE["stages"][0] | {
+        "data": [{"path": "/home/lovelace/law", "template": {"text": "/home/{name}/ is a home"}}]
+    }
+    run = make_run(tmp_path / "run", RECIPE | {"stages": [law, chat], "output_dir": "/home/lovelace/runs/toy"})
+    folder = prepare_again(run)
+    texts = {file.name: file.read_text() for file in folder.iterdir() if file.suffix != ".safetensors"}
+    told = texts.pop("recipe.yaml")
+    assert "lovelace" not in "".join(texts.values()) + told
+    assert "beside these files, which are not here: `./law`, `./chat*.jsonl`, `b.jsonl`." in texts["README.md"]
+    shared = load_recipe(folder / "recipe.yaml")  # which others can run, beside the files
+    assert [source.path for stage in shared.stages for source in stage.data] == ["./law", "json"]
+    assert shared.stages[0].data[0].template == {"text": "/home/{name}/ is a home"}
+    assert (shared.name, shared.output_dir) == ("toy", None)
+
+
 def test_the_card_says_what_it_is_and_what_it_cost(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     folder = prepare_artifact(run, Push(repo_id="me/toy"), load_recipe(run / "recipe.yaml"))

@@ -41,9 +41,17 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
         "dropped": (lambda hub: hub.drop(COMMIT, times=4), XET, "connection to the Hub broke"),
         "409": (lambda hub: hub.fail(COMMIT, 409, times=4), XET, "changed by somebody else"),
         "503": (lambda hub: hub.fail(COMMIT, 503, times=4), LFS, "answered 503"),
-        "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="3600"), XET, "(429). Wait 3600 seconds."),
-        "429-by-limit": (lambda hub: hub.fail("/whoami", 429, **LIMIT), LFS, "(429). Wait 901 seconds."),
-        "login-page": (lambda hub: hub.hide(COMMIT, times=4), LFS, "a web page came in place of the Hub's answer"),
+        "429": (
+            lambda hub: hub.fail(COMMIT, 429, Retry_After="3600"),
+            XET,
+            "the Hub asks to wait 60 minutes before another try (429).",
+        ),
+        "429-by-limit": (
+            lambda hub: hub.fail("/whoami", 429, **LIMIT),
+            LFS,
+            "the Hub asks to wait 15 minutes before another try (429).",
+        ),
+        "login-page": (lambda hub: hub.hide(COMMIT, times=4), LFS, "a web page came in place of the answer of the Hub"),
         "no-room": (
             lambda hub: setattr(hub, "full", "No storage is left" + f" {hub.token}" * 20),
             LFS,

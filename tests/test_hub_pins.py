@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from hub_server import HubServer
@@ -25,6 +26,10 @@ for _ in range(2):
 def test_commits_are_found_once_and_kept(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("model", "me/base", {"README.md": b"---\nlicense: mit\n---\n"})
     hub.add_repo("model", "me/words")
+    metric = hub.add_repo("space", "me/metric")
+    wer = hub.add_repo("space", "evaluate-metric/wer")
+    wer.refs[f"v{version('evaluate')}"] = wer.commit("main", "second", wer.at("main").files)
+    wer.commit("main", "third", wer.at("main").files)
     law = hub.add_repo("dataset", "team/law", {"README.md": CARD, "a.jsonl": b"{}"})
     law.refs["old"] = law.commit("main", "second", law.at("main").files)
     law.commit("main", "third", law.at("main").files)
@@ -45,6 +50,9 @@ def test_commits_are_found_once_and_kept(hub: HubServer, tmp_path: Path) -> None
                 "training": {"max_steps": 1},
             }
         ],
+        "evaluate": {
+            "heard": {"data": {"path": "json", "data_files": "h.jsonl"}, "metrics": ["wer", "me/metric", "exact_match"]}
+        },
     }
     recipe, run = tmp_path / "toy.yaml", tmp_path / "run"
     recipe.write_text(json.dumps(content))
@@ -64,6 +72,9 @@ def test_commits_are_found_once_and_kept(hub: HubServer, tmp_path: Path) -> None
     assert f"hf://datasets/team/law@{old}/a.jsonl" in first
     assert "{path: team/absent}" in first  # loading says that there is none
     assert f"{{id: me/words, revision: {hub.commits('me/words')[-1].oid}}}" in first
+    # `evaluate` takes the tag of its own version first
+    assert f"wer: {{revision: {wer.history[1].oid}}}" in first
+    assert f"me/metric: {{revision: {metric.history[-1].oid}}}" in first
     facts = json.loads((run / "hub.json").read_text())
     assert facts["dataset team/law@main"] == {
         "revision": main,

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hfpipe"
 LAYERS = [
     {"errors", "files", "folders", "recipe", "scores", "secrets", "shipped", "tradeoff"},
-    {"ranks", "data", "model", "metrics"},
+    {"connection", "ranks", "data", "model", "metrics"},
     {"answers", "pair_answers", "harness", "evaluation", "checkpoints", "cost", "environment"}
     | {"overlap", "shift", "stages"},
     {"hub", "report"},

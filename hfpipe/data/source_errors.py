@@ -25,6 +25,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from pyarrow.lib import ArrowException
 
+from hfpipe.connection import trouble
 from hfpipe.errors import DataError, MachineError, RecipeError, Unreachable, UserError
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
@@ -137,6 +138,8 @@ def _unreachable(error: BaseException, source: Source) -> MachineError:
         error = error.__cause__  # `datasets` hides what it was
     offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
     why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error).rstrip(".")
+    if not offline and (known := trouble(error)):
+        return Unreachable(f"{_name(source)}: {known} What is in the cache needs no Hub.", known.rstrip("."))
     advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
     message = f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."
     return MachineError(message) if offline else Unreachable(message, why)

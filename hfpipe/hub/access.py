@@ -11,16 +11,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from hfpipe.connection import status_of
 from hfpipe.errors import MachineError, UserError
-from hfpipe.hub.client import (
-    access_token,
-    explain,
-    full_name,
-    is_passing,
-    logged_in,
-    status_of,
-    who_may_write,
-)
+from hfpipe.hub.client import access_token, explain, full_name, is_passing, logged_in, who_may_write
 
 WAITS = (1.0, 3.0)  # seconds between the tries
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")

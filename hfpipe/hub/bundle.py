@@ -12,7 +12,7 @@ from typing import Any
 from hfpipe.errors import RecipeError
 from hfpipe.files import whole_folder, write_json, write_text
 from hfpipe.folders import model_of, strength_of
-from hfpipe.recipe import Push, Recipe
+from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
 from hfpipe.recipe.push import pushed_stage
 from hfpipe.report.card import Artefact, hub_id, is_on_hub, lineage, model_card
 from hfpipe.report.facts import stage_costs
@@ -80,10 +80,11 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
             write_text(folder / name, plot)
         if adapter:
             write_json(folder / ADAPTER_CONFIG, adapter)
-        for file in (run_dir / "recipe.yaml", run_dir / "scorecard.json"):
-            if file.is_file():
-                write_text(folder / file.name, without_secrets(file.read_text()))
-        card = model_card(artefact, recipe, scores, environment, stage_costs(run_dir, recipe))
+        shared = shared_recipe(recipe)
+        write_text(folder / "recipe.yaml", without_secrets(dump_recipe(shared)))
+        if scorecard.is_file():
+            write_text(folder / scorecard.name, without_secrets(scorecard.read_text()))
+        card = model_card(artefact, shared, scores, environment, stage_costs(run_dir, recipe))
         write_text(folder / "README.md", without_secrets(card))
     return target
 

@@ -8,24 +8,31 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
+from huggingface_hub.errors import RevisionNotFoundError
 
 from hfpipe import ranks
+from hfpipe.connection import NoAnswer, causes
 from hfpipe.files import write_json
-from hfpipe.recipe import Recipe, Source
+from hfpipe.metrics import space_of
+from hfpipe.recipe import Recipe, Source, Suite
 from hfpipe.report.card import hub_id, is_on_hub
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HF_URL = re.compile(r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/")
 SECONDS = 10.0  # for one question
+DEFAULT = (
+    "default"  # of a metric: the tag of the installed `evaluate`, and main where a Space has none, as it loads them
+)
 FACTS = ("license", "license_name", "license_link", "language")
 
 
 def pin_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with a commit wherever it names a data set or a tokenizer of the Hub.
+    """The recipe with a commit wherever it names a data set, a tokenizer or a metric of the Hub.
 
     What could not be asked before the first stage began stays as it is written: it may come from a cache.
 
@@ -39,8 +46,7 @@ def pin_recipe(recipe: Recipe, folder: Path) -> Recipe:
     wanted = {_key(*one): one for one in _named(recipe)}
     asked = {key: one for key, one in wanted.items() if key not in known}
     if asked:
-        found = ranks.on_main(lambda: {key: _facts(*one) for key, one in asked.items()})
-        known |= found
+        known |= ranks.on_main(lambda: _ask(asked))
         if ranks.is_main():
             write_json(folder / "hub.json", known)
     commits = {key: facts["revision"] for key, facts in known.items() if facts["revision"]}
@@ -48,9 +54,7 @@ def pin_recipe(recipe: Recipe, folder: Path) -> Recipe:
         stage.model_copy(update={"data": [_pinned(source, commits) for source in stage.data]})
         for stage in recipe.stages
     ]
-    suites = {
-        name: suite.model_copy(update={"data": _pinned(suite.data, commits)}) for name, suite in recipe.evaluate.items()
-    }
+    suites = {name: _pinned_suite(suite, commits) for name, suite in recipe.evaluate.items()}
     model, tokenizer = recipe.model, recipe.model.tokenizer
     if tokenizer is not None and (commit := commits.get(_key("model", tokenizer.id or "", tokenizer.revision))):
         model = model.model_copy(update={"tokenizer": tokenizer.model_copy(update={"revision": commit})})
@@ -70,26 +74,61 @@ def _named(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
             yield "dataset", id, source.passed_through.get("revision") or "main"
         for url in HF_URL.finditer(json.dumps(source.passed_through.get("data_files"))):
             yield "dataset", url["id"], url["revision"] or "main"
+    for suite in recipe.evaluate.values():
+        yield from _metrics_of(suite).values()
+
+
+def _metrics_of(suite: Suite) -> dict[str, tuple[str, str, str]]:
+    """Kind, id and revision of every metric of a suite whose code is a Space of the Hub, by its name."""
+    spaces = {name: space for name in suite.metrics if (space := space_of(name))}
+    given = {name: (suite.metric_options.get(name) or {}).get("revision") for name in spaces}
+    return {name: ("space", space, given[name] or DEFAULT) for name, space in spaces.items()}
 
 
 def _key(kind: str, id: str, revision: str) -> str:
     return f"{kind} {id}@{revision}"
 
 
-def _facts(kind: str, id: str, revision: str) -> dict[str, Any]:
-    """Commit, licence and languages; None for what cannot be asked: loading says what is wrong, if anything is."""
-    facts: dict[str, Any] = dict.fromkeys(("revision", *FACTS))
+def _ask(asked: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
+    """Commit, licence and languages of each; None for what cannot be asked: loading says what is wrong, if anything."""
+    found: dict[str, Any] = {key: dict.fromkeys(("revision", *FACTS)) for key in asked}
     if constants.is_offline_mode():
-        return facts
+        return found
+    for key, one in asked.items():
+        try:
+            _fill(found[key], *one)
+        except Exception as error:  # no card, no access, no Hub: nothing of it stops a run
+            if any(isinstance(cause, NoAnswer) for cause in causes(error)):
+                break  # nor will the others be answered
+    return found
+
+
+def _fill(facts: dict[str, Any], kind: str, id: str, revision: str) -> None:
+    if kind == "space":
+        facts["revision"] = _space_commit(id, revision)
+        return
+    ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+    facts["revision"] = ask(id, revision=revision, timeout=SECONDS).sha
+    card = hf_hub_download(id, "README.md", repo_type=kind, revision=facts["revision"], etag_timeout=SECONDS)
+    data = ModelCard.load(card, ignore_metadata_errors=True).data
+    facts |= {name: data.get(name) for name in FACTS}
+
+
+def _space_commit(id: str, revision: str) -> str | None:
+    if revision != DEFAULT:
+        return HfApi().space_info(id, revision=revision, timeout=SECONDS).sha
     try:
-        ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
-        facts["revision"] = ask(id, revision=revision, timeout=SECONDS).sha
-        card = hf_hub_download(id, "README.md", repo_type=kind, revision=facts["revision"], etag_timeout=SECONDS)
-        data = ModelCard.load(card, ignore_metadata_errors=True).data
-        facts |= {name: data.get(name) for name in FACTS}
-    except Exception:  # no card, no access, no Hub: nothing of it stops a run
-        pass
-    return facts
+        return HfApi().space_info(id, revision=f"v{version('evaluate')}", timeout=SECONDS).sha
+    except RevisionNotFoundError:
+        return HfApi().space_info(id, timeout=SECONDS).sha
+
+
+def _pinned_suite(suite: Suite, commits: dict[str, str]) -> Suite:
+    options = dict(suite.metric_options)
+    for name, space in _metrics_of(suite).items():
+        if commit := commits.get(_key(*space)):
+            options[name] = (options.get(name) or {}) | {"revision": commit}
+    return suite.model_copy(update={"data": _pinned(suite.data, commits), "metric_options": options})
 
 
 def _pinned(source: Source, commits: dict[str, str]) -> Source:

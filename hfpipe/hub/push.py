@@ -28,7 +28,6 @@ from hfpipe.report.markdown import our_command
 
 START, SLOWEST = 300.0, 500_000.0  # seconds and bytes per second: an upload may take START + size / SLOWEST
 CHECKING = 90.0  # seconds that all questions before training may take
-GRACE = 5.0  # seconds past its deadline after which the process ends itself, should this one not be there to end it
 
 
 def push(run_dir: Path, **given: Any) -> str:
@@ -163,7 +162,7 @@ def _in_own_process(task: dict[str, Any], limit: float) -> dict[str, Any]:
     try:
         process = subprocess.run(
             [sys.executable, "-m", "hfpipe.hub.upload"],
-            input=json.dumps(task | {"seconds": limit + GRACE}),
+            input=json.dumps(task | {"seconds": limit}),
             stdout=subprocess.PIPE,
             text=True,
             timeout=limit,

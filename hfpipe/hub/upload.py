@@ -23,9 +23,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
+from hfpipe.connection import Patience, asks_to_wait, response_of, status_of
 from hfpipe.errors import MachineError, UserError
 from hfpipe.hub.access import check, check_is_ours
-from hfpipe.hub.client import asked_to_wait, explain, full_name, is_passing, logged_in, status_of, who_may_write
+from hfpipe.hub.client import explain, full_name, is_passing, logged_in, who_may_write
 from hfpipe.secrets import without_secrets
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,6 +38,7 @@ REPLACED_BY_A_MODEL = (
     "adapter_model.safetensors",
 )
 NOTHING_IGNORED = "# every file of a push is meant\n"  # in place of the repository's .gitignore
+GRACE = 5.0  # seconds past its deadline
 WAITS = (1.0, 3.0, 8.0, 2.0)  # seconds between the tries, where the Hub does not say how long; then one last look
 
 
@@ -45,8 +47,7 @@ def upload(task: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         task: folder, repo_id, private, revision (a branch or None), tag (or None), create_pr, message; run (its name),
-            where the place must be free or have what it pushed; and seconds, after which the process ends, where nobody
-            ends it from outside.
+            where the place must be free or have what it pushed; and seconds, the time it has.
 
     Returns:
         url, repo_id and commit of what is there now, and whether it is `new`.
@@ -54,7 +55,7 @@ def upload(task: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MachineError: It could not be done; the message says why.
     """
-    api = logged_in()
+    api = logged_in(Patience(task["seconds"], until=time.monotonic() + task["seconds"]))
     for wait in (*WAITS, None):  # the last time it only looks whether the commit of the time before landed
         try:
             sent = _send(api, task, only_look=wait is None)
@@ -64,7 +65,8 @@ def upload(task: dict[str, Any]) -> dict[str, Any]:
             reason = explain(error, task["repo_id"])
             if wait is None or not is_passing(error):
                 break
-            wait = max(wait, asked_to_wait(error) or 0.0)
+            response = response_of(error)
+            wait = max(wait, (response is not None and asks_to_wait(response)) or 0.0)
             print(f"push: {without_secrets(reason)} Trying again in {wait:g} s.", file=sys.stderr, flush=True)
             time.sleep(wait)
         else:
@@ -212,8 +214,7 @@ def main() -> int:
     """Reads a task from standard input and writes one line of JSON to standard output."""
     try:
         task = json.load(sys.stdin)
-        if "seconds" in task:  # where nobody waits for this process, it ends itself
-            signal.alarm(math.ceil(task["seconds"]))
+        signal.alarm(math.ceil(task["seconds"] + GRACE))  # where nobody ends this process, it does so itself
         answer = {"lines": check(task["check"])} if "check" in task else upload(task)
         code = 0
     except MachineError as error:

@@ -6,6 +6,7 @@ To add one: a subclass of `RowMetric` here, its line in `OURS`, and its name in 
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from hfpipe.errors import MachineError, RecipeError
@@ -64,7 +65,8 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
 
     Args:
         name: The metric's name.
-        options: Options of one of ours; those of any other are given to its `compute`.
+        options: Options of one of ours; of any other, `revision` is the commit of its Space, and `arguments_of` says
+            what is given to its `compute`.
 
     Raises:
         RecipeError: Nobody knows the name.
@@ -76,7 +78,7 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
     import evaluate
 
     try:
-        return evaluate.load(name, keep_in_memory=True)
+        return evaluate.load(name, keep_in_memory=True, revision=(options or {}).get("revision"))
     except FileNotFoundError as error:
         raise RecipeError(
             f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OURS))}), nor on the Hub "
@@ -87,6 +89,18 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
         raise MachineError(f"metric {name!r}: {error}") from error
     except OSError as error:
         raise MachineError(f"metric {name!r} cannot be fetched: {error}") from error
+
+
+def space_of(name: str) -> str | None:
+    """The Space of the Hub whose code a metric is; None for one of ours, and for a local script."""
+    if name in OURS or name.endswith(".py") or Path(name).exists():
+        return None
+    return name if "/" in name else f"evaluate-metric/{name}"
+
+
+def arguments_of(options: dict[str, Any] | None) -> dict[str, Any]:
+    """What of the options of a metric that is not ours goes to its `compute`."""
+    return {key: value for key, value in (options or {}).items() if key != "revision"}
 
 
 def needs_of(metric: Any) -> str:

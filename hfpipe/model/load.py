@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from peft import PeftModel
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hfpipe import ranks
+from hfpipe.connection import trouble
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.tokens import make_room
@@ -149,6 +151,10 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
             or "is not a valid model identifier" in str(error)
         ):
             raise RecipeError(_not_found(what, path)) from error
+        if known := trouble(error):
+            raise MachineError(
+                f"{what} {path!r} cannot be loaded: {known} What is in the cache needs no Hub."
+            ) from error
         if "model.safetensors" in str(error):
             raise RecipeError(pickles_only(path)) from error
         first_line = str(error).strip().split("\n")[0].rstrip(" :.") + "."
@@ -161,6 +167,8 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
         adapter = "It is an adapter and not a whole model: name its base, or merge it. "
         hint = adapter if (Path(path) / ADAPTER_CONFIG).is_file() else ""
         raise RecipeError(f"{what} {path!r} cannot be loaded. {hint}transformers says: {str(error)[:300]}") from error
+    except httpx2.TransportError as error:  # amid a download
+        raise MachineError(f"{what} {path!r} cannot be loaded: {trouble(error)}") from error
 
 
 def pickles_only(path: str) -> str:

@@ -1,6 +1,6 @@
 """What a recipe may say: its words, loading and overrides, every fault at once. Imports no heavy library."""
 
-from hfpipe.recipe.dump import dump_recipe, hash_of
+from hfpipe.recipe.dump import dump_recipe, hash_of, shared_recipe
 from hfpipe.recipe.loading import load_recipe
 from hfpipe.recipe.schema import json_schema
 from hfpipe.recipe.stage_words import (
@@ -55,4 +55,5 @@ __all__ = [
     "hash_of",
     "json_schema",
     "load_recipe",
+    "shared_recipe",
 ]

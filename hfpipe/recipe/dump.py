@@ -1,9 +1,11 @@
-"""A recipe as YAML that `load_recipe` reads again, and the hash of any part of it."""
+"""A recipe as YAML that `load_recipe` reads again, also for others, and the hash of any part of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -13,12 +15,34 @@ from pydantic_core import to_jsonable_python
 from hfpipe.recipe.words import Recipe
 from hfpipe.recipe.yaml_lines import Dumper
 
+FROM_ROOT = re.compile(r"(?:file://)?(?:/[^/\s]+/|~[^/\s]*/|[A-Za-z]:[\\/])")  # of a path, not of a prompt as `/think`
+
 
 def dump_recipe(recipe: Recipe) -> str:
     """Writes a recipe, overrides and all; what is at its default is left out, but the seed is always there."""
     data = recipe.model_dump(exclude_defaults=True)
     data = {"name": recipe.name, "seed": recipe.seed, **data}
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def shared_recipe(recipe: Recipe) -> Recipe:
+    """The recipe as others may see it: of a path from the root or the home of this machine, `./` and its last name.
+
+    Where the run folder lay is left out.
+    """
+    data = _without_folders(recipe.model_dump(exclude_defaults=True))
+    if FROM_ROOT.match(recipe.output_dir or ""):
+        del data["output_dir"]
+    return Recipe.model_validate(data)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str) and FROM_ROOT.match(value):
+        return f"./{PurePath(value.replace(chr(92), '/')).name}"
+    if isinstance(value, dict):
+        texts = ("template", "chat_template")  # which may begin as they like
+        return {key: item if key in texts else _without_folders(item) for key, item in value.items()}
+    return [_without_folders(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def hash_of(value: Any) -> str:

@@ -335,10 +335,26 @@ def _training(artefact: Artefact, recipe: Recipe) -> str:
         lines.append(
             f"{number}. `{stage.name}` ({stage.kind}, {how}) on {sources}" + (f": {options}" if options else "")
         )
-    return (
-        "\n".join(lines)
-        + f"\n\nSeed {recipe.seed}. [recipe.yaml](recipe.yaml) repeats the run: `hfpipe run recipe.yaml`."
-    )
+    files = dict.fromkeys(file for source in _sources(recipe) for file in _local_files(source))
+    beside = f", beside these files, which are not here: {', '.join(f'`{file}`' for file in files)}" if files else ""
+    again = f"[recipe.yaml](recipe.yaml) repeats the run: `hfpipe run recipe.yaml`{beside}."
+    return "\n".join(lines) + f"\n\nSeed {recipe.seed}. {again}"
+
+
+def _sources(recipe: Recipe) -> list[Source]:
+    return [*(source for stage in recipe.stages for source in stage.data), *(s.data for s in recipe.evaluate.values())]
+
+
+def _local_files(source: Source) -> list[str]:
+    """The files and folders of the machine of the run that a source reads, as the recipe names them."""
+    given = source.passed_through
+    files = given.get("data_files") or []
+    groups = files.values() if isinstance(files, dict) else [files]
+    named = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
+    if hub_id(source):
+        return []
+    folder = [source.path] if source.path not in BUILDERS else []
+    return [name for name in (*folder, given.get("data_dir"), *named) if name and "://" not in name]
 
 
 def _source(source: Source) -> str:
@@ -375,6 +391,8 @@ def _limits(artefact: Artefact, environment: Mapping[str, Any]) -> str:
         lines.append(f"- It inherits the limits and the terms of use of {artefact.base}.")
     if environment.get("trust_remote_code"):
         lines.append("- The code in the base's repository ran (`trust_remote_code`); loading it may need the same.")
+    if remote := environment.get("remote_metrics"):
+        lines.append(f"- Some of the scores are by code of the Hub: {', '.join(remote)}.")
     base_license = stated(artefact.base_facts)
     license = artefact.license or base_license
     lines += [f"- {line}" for line in licence_lines(license, artefact.base, base_license, artefact.data_facts)]

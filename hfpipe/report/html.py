@@ -181,6 +181,8 @@ def _environment(facts: dict[str, Any]) -> str:
     ]
     if facts["trust_remote_code"]:
         rows.append(["trust_remote_code", "on: the model's own code was allowed to run"])
+    if remote := facts.get("remote_metrics"):
+        rows.append(["code from the Hub that measured", escape(", ".join(remote))])
     return f"<h2>Environment</h2>{_table(rows)}"
 
 

@@ -215,6 +215,8 @@ def _facts(folder: Path) -> str:
     ]
     if facts["trust_remote_code"]:
         lines.append("The recipe allowed the model's own code to run (trust_remote_code).")
+    if remote := facts.get("remote_metrics"):
+        lines.append(f"The code of these Spaces of the Hub ran here, to measure: {', '.join(remote)}.")
     return "\n".join(lines)
 
 

@@ -1,0 +1,309 @@
+"""The traffic of this process with the Hub: every request has an end, and its errors are said in words.
+
+The clients of the Hub wait for ever for an answer that does not come, and sleep for as long as a server asks them to.
+`limit_waiting` exchanges the HTTP client that they share for one that does neither.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextvars import copy_context
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+from huggingface_hub import constants, get_session, set_client_factory
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from hfpipe.secrets import without_secrets
+
+SILENCE = 30.0  # seconds that one answer may take
+SHORTEST = 5.0  # seconds that it may take once the Hub has been silent for all that its patience allows
+SLOWEST = 1000.0  # bytes per second; an answer that drips is none
+BIG = 100_000  # bytes; how long the sending of more takes is for the network to say
+PATIENCE = 60.0  # seconds that all tries together may take, and that the Hub may ask to wait
+LONGEST_TEXT = 300  # characters of a message of the Hub or its client that are shown
+XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")  # hf_xet's errors have it only in their text
+HUB_PATHS = re.compile(r"/api/|/resolve/|\.git/")  # what the Hub itself answers; everything else is storage
+
+
+class NoAnswer(HfHubHTTPError):
+    """No try can help soon: the text says what the Hub did. The clients repeat no request that ends so."""
+
+
+class WebPage(HfHubHTTPError):
+    """A web page came in place of an answer."""
+
+
+class Patience:
+    """How long this process waits for the Hub.
+
+    Args:
+        seconds: For an answer, whatever is tried meanwhile.
+        until: When (by `time.monotonic`) no answer is of use any more.
+    """
+
+    def __init__(self, seconds: float = PATIENCE, until: float = float("inf")) -> None:
+        self.seconds, self.until = seconds, until
+        self._since: float | None = None  # when the first request without an answer was sent
+        self._failed = 0.0
+
+    def begin(self) -> float:
+        """A request is sent; returns the seconds that its answer may take."""
+        now = time.monotonic()
+        if self._since is None or now - self._failed > self.seconds:  # an old failure says nothing of today
+            self._since = self._failed = now
+        return max(SHORTEST, min(SILENCE, self._since + self.seconds - now))
+
+    def answered(self) -> None:
+        self._since = None
+
+    def failed(self) -> bool:
+        """No answer came; returns whether the patience is at its end."""
+        self._failed = time.monotonic()
+        return self._since is not None and self._failed - self._since >= self.seconds - 1.0
+
+    def allows(self, wait: float) -> bool:
+        return wait <= min(self.seconds, self.until - time.monotonic())
+
+
+_patience = Patience()
+
+
+def limit_waiting(patience: Patience | None = None) -> None:
+    """Gives every request of this process to the Hub an end, also those of the libraries, which ask for none.
+
+    Args:
+        patience: Another than that of the commands that only read.
+    """
+    global _patience
+    _patience = patience or _patience
+    if not isinstance(get_session(), _Client):  # the exchange closes the client that there was
+        hooks = get_session().event_hooks
+        set_client_factory(lambda: _Client(event_hooks=hooks, follow_redirects=True))
+
+
+class _Client(httpx2.Client):
+    def send(self, request: httpx2.Request, *, stream: bool = False, **how: Any) -> httpx2.Response:
+        """As httpx sends, and within the limits of the patience.
+
+        Raises:
+            NoAnswer: The patience is at its end, or the Hub asks to wait longer.
+            WebPage: What answers is not the Hub, nor its storage.
+            httpx2.TimeoutException: No answer came in time; another try may be made.
+        """
+        limit = _patience.begin()
+        given = request.extensions.get("timeout") or {}
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {kind: min(given.get(kind) or SILENCE, limit) for kind in kinds}
+        send = super().send
+        try:
+            if int(request.headers.get("Content-Length", 0)) > BIG:
+                response = send(request, stream=True, **how)
+            else:
+                response = _within(limit, lambda: send(request, stream=True, **how), request)
+            _refuse(response)
+            response.stream = _Timed(response.stream, limit, request)
+            if not stream:
+                response.read()
+        except httpx2.TimeoutException as error:
+            if _patience.failed():
+                raise _silent(request) from error
+            raise
+        return response
+
+
+class _Timed(httpx2.SyncByteStream):
+    """The body of an answer, which must come faster than it drips; the time that its reader takes does not count."""
+
+    def __init__(self, parts: Any, limit: float, request: httpx2.Request) -> None:
+        self._parts, self._limit, self._request = parts, limit, request
+
+    def __iter__(self) -> Iterator[bytes]:
+        waited, size, parts = 0.0, 0, iter(self._parts)
+        try:
+            while True:
+                asked = time.monotonic()
+                part = next(parts, None)
+                waited += time.monotonic() - asked
+                if part is None:
+                    break
+                size += len(part)
+                if waited > self._limit + size / SLOWEST:
+                    raise httpx2.ReadTimeout("the answer drips", request=self._request)
+                if size > BIG:
+                    _patience.answered()
+                yield part
+        except httpx2.TimeoutException as error:
+            if _patience.failed():
+                raise _silent(self._request) from error
+            raise
+        _patience.answered()
+
+    def close(self) -> None:
+        self._parts.close()
+
+
+def _within(seconds: float, call: Callable[[], httpx2.Response], request: httpx2.Request) -> httpx2.Response:
+    """What a call returns, which is left behind in a thread of its own when it takes longer.
+
+    A limit on each read, which is all that HTTP clients have, does not end a header that comes byte by byte.
+    """
+    done: Future[httpx2.Response] = Future()
+    context = copy_context()  # the clients mark their downloads in it
+
+    def work() -> None:
+        try:
+            done.set_result(context.run(call))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return done.result(seconds + 1.0)
+    except TimeoutError as error:
+        if done.done():  # it is the call's own
+            raise
+        raise httpx2.ReadTimeout("no answer came in time", request=request) from error
+
+
+def _silent(request: httpx2.Request) -> NoAnswer:
+    text = (
+        f"{_who(request)} has not answered for {spoken(_patience.seconds)}. Try again later; look at the network, and "
+        "at HF_ENDPOINT and HTTPS_PROXY if they are set"
+    )
+    return NoAnswer(text, response=httpx2.Response(504, request=request))
+
+
+def _refuse(response: httpx2.Response) -> None:
+    """Ends here what the clients would sleep for, or take for an answer."""
+    wait = asks_to_wait(response)
+    if wait is not None and not _patience.allows(wait):
+        response.read()
+        text = f"{_who(response.request)} asks to wait {spoken(wait)} before another try ({response.status_code})"
+        raise NoAnswer(text, response=response)
+    is_page = response.headers.get("Content-Type", "").startswith("text/html")
+    sent = response.request.method in ("POST", "PUT")
+    if is_page and response.is_success and (sent or response.request.url.path.startswith("/api/")):
+        raise WebPage(
+            f"a web page came in place of the answer of {_who(response.request)}: it is in trouble, or a network or "
+            "proxy asks for a login. Open the Hub in a browser, and look at HF_ENDPOINT and HTTPS_PROXY if set",
+            response=response,
+        )
+
+
+def _who(request: httpx2.Request) -> str:
+    host = request.url.host
+    return "the Hub" if host == httpx2.URL(constants.ENDPOINT).host else f"the storage of the Hub ({host})"
+
+
+def asks_to_wait(response: httpx2.Response) -> float | None:
+    """Seconds that an answer says to wait (`RateLimit`, once nothing remains, or `Retry-After`); None for none."""
+    if response.status_code not in (408, 429) and response.status_code < 500:
+        return None
+    limit = parse_ratelimit_headers(response.headers)  # every answer has it
+    if limit is not None and limit.remaining == 0 and response.status_code == 429:
+        return limit.reset_in_seconds + 1.0
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def spoken(seconds: float) -> str:
+    """A time in words: 45 seconds, 60 minutes, 25 hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it, or what it came from."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The error inside the RuntimeError in which the client puts what happens to one file of an upload."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def response_of(error: BaseException | None) -> httpx2.Response | None:
+    """The answer behind an error, or behind what caused it."""
+    return next((found for one in causes(error) if (found := getattr(one, "response", None)) is not None), None)
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The Hub's status code behind an error, or behind what caused it."""
+    for one in causes(error):
+        response = getattr(one, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        told = XET_STATUS.search(str(one))
+        if told:
+            return int(told[1])
+    return None
+
+
+def trouble(error: BaseException) -> str | None:
+    """What is the matter with the Hub or the way to it, and what helps; None where an error is about something else."""
+    known = next((one for one in causes(error) if isinstance(one, NoAnswer | WebPage)), None)
+    if known is not None:
+        return f"{known}."
+    status, response = status_of(error), response_of(error)
+    if status in (401, 403) and response is not None and _is_from_storage(response):
+        return (
+            f"the storage of the Hub ({response.request.url.host}) refuses the file ({status}), which is not about the "
+            "token: its signed address has expired, or a proxy changes requests. Try again, and look at HTTPS_PROXY."
+        )
+    if status == 429:
+        wait = asks_to_wait(response) if response is not None else None
+        return f"the Hub asks to slow down (429). Wait {spoken(wait) if wait else 'some minutes'}."
+    if status is not None and status >= 500:
+        return f"the Hub is in trouble (it answered {status}). Try again later."
+    if status is not None:
+        return None
+    for one in causes(error):
+        name, text = type(one).__name__, one_line(str(one)) or "no reason was given"
+        if isinstance(one, json.JSONDecodeError | FileMetadataError):
+            return f"what answers at {constants.ENDPOINT} is not the Hub. Look at HF_ENDPOINT and HTTPS_PROXY if set."
+        if not isinstance(one, httpx2.TransportError):
+            continue
+        if isinstance(one, httpx2.ConnectError):
+            return f"the Hub cannot be reached ({text}). Look at the network, and at HF_ENDPOINT if it is set."
+        if isinstance(one, httpx2.TimeoutException):
+            return f"the Hub did not answer in time ({name}). Try again later."
+        return f"the connection to the Hub broke ({text}). Try again."
+    return None
+
+
+def _is_from_storage(response: httpx2.Response) -> bool:
+    """Whether it answers a request that takes no token: the address of a file in storage is signed."""
+    request = response.request
+    return "Authorization" not in request.headers and not HUB_PATHS.search(request.url.path)
+
+
+def told(error: BaseException) -> str:
+    """The reason that the Hub's answer gives, as far as it gives one."""
+    found = (one.server_message for one in causes(error) if isinstance(one, HfHubHTTPError) and one.server_message)
+    return one_line(next(found, ""))
+
+
+def one_line(text: str) -> str:
+    """A message of several lines as the end of a sentence, without secrets, of which a cut would leave a part."""
+    text = without_secrets(" ".join(text.split()))
+    return (text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...").rstrip(".")
