@@ -35,31 +35,38 @@ from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_names import MASKED_METRICS
 
 
+def asked_of(suite: Suite, rows: Rows) -> list[str]:
+    """What the models are for that can answer a suite, keys of `AUTO_CLASSES`."""
+    if MASKED_METRICS.intersection(suite.metrics):
+        return ["masked"]
+    if "sentence" in rows[0]:
+        return ["classification"]
+    if "source" in rows[0]:
+        return ["seq2seq"]
+    by_parts = {"choices", "good", "more"} & set(rows[0]) or {"unrelated", "context"} <= set(rows[0])
+    return ["causal", *(["masked"] if by_parts else [])]
+
+
 def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
     """Whether a suite asks what a model can answer: classes of a classifier, masked tokens of an encoder, else text.
 
     A head does not exist before its stage, so a classifier's suite has no score on the base.
     """
-    if MASKED_METRICS.intersection(suite.metrics):
-        asked = ["masked"]
-    elif "sentence" in rows[0]:
-        asked = ["classification"]
-    elif "source" in rows[0]:
-        asked = ["seq2seq"]
-    else:
-        by_parts = {"choices", "good", "more"} & set(rows[0]) or {"unrelated", "context"} <= set(rows[0])
-        asked = ["causal", *(["masked"] if by_parts else [])]
-    return task_of(ref) in asked and ("sentence" not in rows[0] or _tells_apart(rows, ref))
-
-
-def _tells_apart(rows: Rows, ref: ModelRef) -> bool:
-    """Whether a classifier has any of the classes of a suite; the stages of a run may have different ones."""
+    if task_of(ref) not in asked_of(suite, rows):
+        return False
+    if "sentence" not in rows[0]:
+        return True
     config = AutoConfig.from_pretrained(
         ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
     )
-    if config.problem_type == "regression" or isinstance(rows[0]["label"], float):
-        return config.problem_type == "regression" and isinstance(rows[0]["label"], float)
-    return bool(known_names([row["label"] for row in rows], list(config.id2label.values())))
+    return tells_apart(rows, config.problem_type, list(config.id2label.values()))
+
+
+def tells_apart(rows: Rows, problem: str | None, names: list[str]) -> bool:
+    """Whether a classifier has any of the classes of a suite; the stages of a run may have different ones."""
+    if problem == "regression" or isinstance(rows[0]["label"], float):
+        return problem == "regression" and isinstance(rows[0]["label"], float)
+    return bool(known_names([row["label"] for row in rows], names))
 
 
 def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:

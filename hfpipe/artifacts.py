@@ -16,6 +16,7 @@ from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.files import write_json
 from hfpipe.folders import model_of
 from hfpipe.model.load import ModelRef, clear_errors, load_model, load_tokenizer, task_of
+from hfpipe.model.tokens import require_room
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.markdown import describe, number
 from hfpipe.run import merged, open_run, quiet_libraries
@@ -73,6 +74,7 @@ def _evaluate(
     ref = _model_of(name, recipe, stage)
     tokenizer = load_tokenizer(ref.path, trust_remote_code=recipe.model.trust_remote_code, task=task_of(ref))
     model = load_model(replace(ref, vocabulary=len(tokenizer)))
+    require_room(tokenizer, model.get_input_embeddings().num_embeddings, ref.path)
     found = {}
     for suite_name, suite in recipe.evaluate.items():
         if not can_score(suite, rows[suite_name], ref):

@@ -16,6 +16,8 @@ from hfpipe.files import write_json
 from hfpipe.hub import check_access, push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.adapter import require_adapters
+from hfpipe.model.load import task_of
+from hfpipe.model.loadable import shapes_of
 from hfpipe.overlap import require_no_overlap
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push import pushed_stage
@@ -26,6 +28,7 @@ from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.shift import measure_shift
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.arguments import require_arguments
+from hfpipe.stages.fit import require_fitting
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -51,9 +54,10 @@ def run_recipe(recipe: Recipe) -> Path:
     if not all(run.is_done(stage.name) for stage in recipe.stages):
         require_arguments(recipe, run.base.tokenizer)
         require_adapters(recipe, run.base.ref)
-    if not all(run.is_done(stage.name) for stage in recipe.stages):
         for line in ranks.on_main(lambda: check_access(recipe)):
             ranks.say(f"push: {line}")
+        base = run.base
+        ranks.on_main(lambda: require_fitting(recipe, base.tokenizer, run.rows, shapes_of(base.ref), task_of(base.ref)))
         require_no_overlap(recipe, run.rows, folder)
     scores = score_stage(run, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)

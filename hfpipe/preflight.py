@@ -6,35 +6,32 @@ import math
 import shutil
 import sys
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from datasets import Dataset
-from transformers import AutoConfig
 
 from hfpipe.data.cleaning import cleaning_of, require_cleaning
 from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.encode import IGNORED, encode_for_training
-from hfpipe.data.masking import Masking, frame_of, tokens_of
+from hfpipe.data.encode import IGNORED
 from hfpipe.data.mixture import mixture
-from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
+from hfpipe.data.sources import load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import require_task, texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
-from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
-from hfpipe.model.loadable import require_loadable
-from hfpipe.model.seq2seq import encode_pairs, set_languages
-from hfpipe.model.tokens import prepare_tokenizer, template_warning
+from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
+from hfpipe.model.loadable import require_loadable, shapes_of
+from hfpipe.model.tokens import prepare_tokenizer, require_room, template_warning
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
-from hfpipe.recipe import Pretrain, Recipe, Source, Stage
+from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.common import divide_batch
+from hfpipe.stages.fit import encode_rows, kinds_of, long_rows, require_fitting
 
 SAMPLE_ROWS = 200
 GIB = 1 << 30
@@ -56,18 +53,23 @@ def preflight(recipe: Recipe) -> None:
         require_adapters(recipe, base)
     require_cleaning(recipe)
     tokenizer = run_tokenizer(recipe)
-    parameters, embedding = _parameters(recipe, tokenizer)
+    model = _shapes(recipe, tokenizer)
+    parameters, embedding = model.num_parameters(), model.get_input_embeddings().weight.numel()
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
     if warning := template_warning(tokenizer, recipe.model.tokenizer):
         print(f"warning    {warning}")
+    require_room(tokenizer, model.get_input_embeddings().num_embeddings, recipe.model.id or "the model")
     require_arguments(recipe, tokenizer)
     for stage in recipe.stages:
+        if warning := long_rows(stage, model):
+            print(f"warning    {warning}")
         _check_stage(recipe, stage, tokenizer, parameters, embedding)
-    suites = {}
+    suites: dict[str, list[dict[str, Any]]] = {}
     for name, suite in recipe.evaluate.items():
         suites[name] = rows = suite_rows(suite, recipe.seed)
         suite_metrics(suite)
         print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics) or 'scored by lm-eval'}")
+    require_fitting(recipe, tokenizer, suites, model, _task(recipe))
     for line in overlap_lines(require_no_overlap(recipe, suites)):
         print(f"overlap    {line}")
     _check_disk(recipe, parameters)
@@ -75,11 +77,7 @@ def preflight(recipe: Recipe) -> None:
 
 def run_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer that a run of this recipe would use; a small one is trained where the recipe trains its own."""
-    block, options = recipe.model.tokenizer, recipe.model
-    if options.architecture is not None:
-        task = task_of_type(str(options.architecture.get("model_type")))
-    else:
-        task = task_of(ModelRef(options.id or "", options, revision=options.revision))
+    block, options, task = recipe.model.tokenizer, recipe.model, _task(recipe)
     if block is not None and block.train is not None:
         sample = block.train.model_copy(update={"take": 2000})
         tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, sample), block.train.vocab_size, 1024, task)
@@ -92,20 +90,21 @@ def run_tokenizer(recipe: Recipe) -> Any:
     return prepare_tokenizer(tokenizer, block)
 
 
-def _parameters(recipe: Recipe, tokenizer: Any) -> tuple[int, int]:
-    """Parameters of the model and of its embeddings, without its weights."""
+def _task(recipe: Recipe) -> str:
+    """What the base is for, a key of `AUTO_CLASSES`."""
     options = recipe.model
+    if options.architecture is not None:
+        return task_of_type(str(options.architecture.get("model_type")))
+    return task_of(ModelRef(options.id or "", options, revision=options.revision))
+
+
+def _shapes(recipe: Recipe, tokenizer: Any) -> Any:
+    """The base without its weights."""
+    options = recipe.model
+    if options.architecture is None:
+        return shapes_of(ModelRef(options.id or "", options, revision=options.revision))
     with torch.device("meta"):  # shapes without memory, and tied weights stay one
-        if options.architecture is not None:
-            model = create_model(options.architecture, tokenizer, recipe.seed)
-        else:
-            with clear_errors("model", options.id or ""):
-                config = AutoConfig.from_pretrained(
-                    options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code
-                )
-            auto = AUTO_CLASSES[task_of_type(config.model_type)]
-            model = auto.from_config(config, trust_remote_code=options.trust_remote_code)
-    return model.num_parameters(), model.get_input_embeddings().weight.numel()
+        return create_model(options.architecture, tokenizer, recipe.seed)
 
 
 def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, embedding: int) -> None:
@@ -114,7 +113,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
     tokens_known = 0.0
     rows_known = 0
     for source in stage.data:
-        rows = load_rows(source, seed=recipe.seed, kinds=_kinds(stage))
+        rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
         facts = sample_facts(rows, stage, tokenizer, max_length, source)
         count = rows.num_rows if isinstance(rows, Dataset) else None
         known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
@@ -171,7 +170,7 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
     if not sample:
         raise DataError(f"stages.{stage.name}: {source.path} has no row with content among its first {SAMPLE_ROWS}.")
-    encoded = _encode(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
+    encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
     tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
 
@@ -179,7 +178,7 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
 def _marks(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
     """What is wrong with the beginnings and ends of the first rows of a source, in plain words."""
     sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
-    ids = [row["input_ids"] for row in _encode(sample, stage, tokenizer, None, 0, source)]
+    ids = [row["input_ids"] for row in encode_rows(sample, stage, tokenizer, None, 0, source)]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = {
         f"begin with two BOS tokens ({tokenizer.bos_token}): the data or the chat template has one, and the tokenizer "
@@ -189,42 +188,6 @@ def _marks(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Sou
         f"are longer than max_length ({max_length}) and lose their end": sum(len(row) > max_length for row in ids),
     }
     return [f"{count / len(ids):.0%} of the sampled rows {what}" for what, count in found.items() if count]
-
-
-def _kinds(stage: Stage) -> tuple[Kind, ...]:
-    kinds: dict[str, tuple[Kind, ...]] = {"pretrain": ("text",), "sft": TEXT_KINDS}
-    return kinds.get(stage.kind) or (cast(Kind, stage.kind),)
-
-
-def _encode(
-    rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None, seed: int, source: Source
-) -> list[dict[str, Any]]:
-    if stage.kind == "translation":  # a source, and its target behind it
-        set_languages(tokenizer, source)
-        limits = max_length or sys.maxsize, stage.training.get("max_target_length") or max_length or sys.maxsize
-        sources, targets = ([row[side] or "" for row in rows] for side in ("source", "target"))
-        pairs = encode_pairs(tokenizer, sources, targets, *limits)
-        return [
-            {"input_ids": pair.input_ids + pair.labels, "labels": [IGNORED] * len(pair.input_ids) + pair.labels}
-            for pair in pairs
-        ]
-    if stage.kind == "classification":  # a sentence, and its label behind it
-        ids = tokenizer([row["sentence"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
-        return [{"input_ids": row, "labels": row} for row in ids]
-    if isinstance(stage, Pretrain) and stage.objective == "masked":
-        masking = Masking(tokenizer, stage.masking or {}, seed)
-        frame = frame_of(tokenizer, words=masking.collator.whole_word_mask)
-        bodies = tokens_of([row["text"] for row in rows], tokenizer.backend_tokenizer, frame.words)
-        size = None if max_length is None else max_length - frame.size
-        masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
-        return [{key: value.tolist() for key, value in row.items()} for row in masked]
-    return encode_for_training(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        completion_only=stage.training.get("completion_only_loss"),
-        assistant_only=stage.training.get("assistant_only_loss", False),
-    )
 
 
 def _check_disk(recipe: Recipe, parameters: int) -> None:
@@ -249,10 +212,10 @@ def preview(recipe: Recipe, count: int) -> None:
     coloured = sys.stdout.isatty()
     for stage in recipe.stages:
         for source in stage.data:
-            opened = load_rows(source, seed=recipe.seed, kinds=_kinds(stage))
+            opened = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
             rows = list(islice(tidy_rows(opened, source, Read()), count))
             limit = stage.training.get("max_length") or 1024
-            for number, row in enumerate(_encode(rows, stage, tokenizer, limit, recipe.seed, source)):
+            for number, row in enumerate(encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)):
                 trained = sum(label != IGNORED for label in row["labels"])
                 print(f"{stage.name}, {source.path}, row {number}: {len(row['input_ids'])} tokens, {trained} trained")
                 print(_painted(row, tokenizer, coloured))

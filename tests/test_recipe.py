@@ -66,6 +66,13 @@ def test_a_good_recipe_is_read(tmp_path: Path) -> None:
 # What is changed in the good recipe, the line of the fault, the path it names, and words of its message.
 WRONG = [
     ("eval_strategy: no", "eval_strategy: steps", 17, "stages.chat.training.eval_strategy", ["`early_stopping: {"]),
+    (
+        "type: cosine",
+        "type: reduce_lr_on_plateau",
+        17,
+        "stages.chat.training.lr_scheduler_type",
+        ["`early_stopping: {"],
+    ),
     ("name: law-chat", "name: law chat", 1, "name", ["letters, digits"]),
     ("name: law-chat", "nmae: law-chat", 1, "nmae", ["unknown key", "Did you mean name?"]),
     ("  id: me/small", "  id: 5", 3, "model.id", ["found the number 5", "text", "'5' in quotes"]),

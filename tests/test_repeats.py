@@ -51,6 +51,25 @@ def test_the_best_checkpoint_becomes_the_model_and_training_stops_early(stopped:
     assert "flatters" in report
 
 
+def test_a_schedule_follows_the_score_upwards(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    content = stopped_recipe(tmp_path)
+    stage = content["stages"][0]
+    stage["early_stopping"] |= {"metric": "accuracy", "patience": None}  # more is better, and torch's own way is less
+    stage["training"] |= {"lr_scheduler_type": "reduce_lr_on_plateau", "logging_steps": 1, "num_train_epochs": 3}
+    stage["training"]["lr_scheduler_kwargs"] = {"patience": 0, "factor": 0.5}
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    folder = tmp_path / "run" / "stages" / "sounds"
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["learning_rate"] for row in logged if "learning_rate" in row}
+    best, expected = -1.0, 0.08
+    for step, value in json.loads((folder / "done.json").read_text())["early_stopping"]["evaluations"][:-1]:
+        expected *= 1.0 if value > best * 1.0001 else 0.5  # torch's threshold
+        best = max(best, value)
+        assert rates.get(step + 1, expected) == pytest.approx(expected)
+    assert expected < 0.08
+
+
 @pytest.mark.parametrize("step", [2, None], ids=["on the way", "after the last evaluation"])
 def test_an_interrupted_choice_is_the_uninterrupted_one(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None

@@ -20,7 +20,7 @@ from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable
-from hfpipe.model.tokens import added_ids, prepare_tokenizer, template_warning
+from hfpipe.model.tokens import added_ids, prepare_tokenizer, require_room, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 
 
@@ -80,12 +80,14 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
     tokenizer = _tokenizer(recipe, ref)
     if warning := template_warning(tokenizer, options.tokenizer):
         ranks.say(f"warning: {warning}")
-    added = added_ids(tokenizer, options.tokenizer, _rows_of(ref))
+    rows = rows_of_embeddings(ref)
+    require_room(tokenizer, rows, ref.path)
+    added = added_ids(tokenizer, options.tokenizer, rows)
     pinned = {"revision": commit} if commit else {}
     return PreparedBase(replace(ref, vocabulary=len(tokenizer)), tokenizer, added, hash_of([key, commit]), pinned)
 
 
-def _rows_of(ref: ModelRef) -> int:
+def rows_of_embeddings(ref: ModelRef) -> int:
     """Rows of the embeddings of a model, by its config."""
     with clear_errors("model", ref.path):
         config = AutoConfig.from_pretrained(

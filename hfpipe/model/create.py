@@ -83,10 +83,11 @@ def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any
     """
     fields = dict(architecture)
     model_type = fields.pop("model_type")
-    fields.setdefault("vocab_size", len(tokenizer))
-    if fields["vocab_size"] < len(tokenizer):
+    needed = 1 + max(tokenizer.get_vocab().values(), default=0)  # some have gaps between their ids
+    fields.setdefault("vocab_size", needed)
+    if fields["vocab_size"] < needed:
         raise RecipeError(
-            f"model.architecture.vocab_size is {fields['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens. "
+            f"model.architecture.vocab_size is {fields['vocab_size']}, but the tokenizer has ids up to {needed - 1}. "
             "Leave it out to take the tokenizer's."
         )
     fields |= {

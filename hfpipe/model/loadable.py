@@ -67,9 +67,7 @@ def _require_unquantized(recipe: Recipe, config: Any) -> None:
 
 def _require_linear(recipe: Recipe, stage: str, config: Any) -> None:
     """bitsandbytes stores linear layers in few bits; the experts of a mixture, for one, are none to transformers."""
-    auto = AUTO_CLASSES[task_of(ModelRef(recipe.model.id or "", recipe.model, revision=recipe.model.revision))]
-    with torch.device("meta"):  # shapes without memory
-        model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+    model = shapes_of(ModelRef(recipe.model.id or "", recipe.model, revision=recipe.model.revision))
     ends = {id(end.weight): end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end}
     layers = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     linear = sum(weight.numel() for weight in layers if id(weight) not in ends)
@@ -80,3 +78,13 @@ def _require_linear(recipe: Recipe, stage: str, config: Any) -> None:
             f"the weights of {recipe.model.id!r} ({config.model_type}) are in one, the embeddings aside. The rest "
             "would take the memory that it takes now. Remove `quantization`, or take another model."
         )
+
+
+def shapes_of(ref: ModelRef) -> Any:
+    """The model of a `ModelRef` without its weights: on torch's meta device, where nothing takes memory."""
+    with clear_errors("model", ref.path):
+        config = AutoConfig.from_pretrained(
+            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
+        )
+    with torch.device("meta"):
+        return AUTO_CLASSES[task_of(ref)].from_config(config, trust_remote_code=ref.options.trust_remote_code)

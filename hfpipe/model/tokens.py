@@ -52,6 +52,29 @@ def added_ids(tokenizer: Any, block: Tokenizer | None, rows: int) -> tuple[int, 
     return tuple(sorted({*tokenizer.convert_tokens_to_ids(named), *range(rows, len(tokenizer))}))
 
 
+def require_room(tokenizer: Any, rows: int, path: str) -> None:
+    """Refuses a tokenizer that gives ids beyond the embeddings of its model: a forward pass would fail on them.
+
+    Embeddings grow to the number of tokens, see `make_room`; a tokenizer with gaps between its ids has higher ones.
+
+    Args:
+        tokenizer: The tokenizer, prepared.
+        rows: Rows of the model's embeddings.
+        path: The model, for the message.
+
+    Raises:
+        RecipeError: There is such an id.
+    """
+    room = max(rows, len(tokenizer))
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= room)
+    if beyond:
+        raise RecipeError(
+            f"the tokenizer of {path!r} gives {len(beyond):,} tokens ids beyond the embeddings of the model, which has "
+            f"{rows:,} rows: {beyond[0][1]!r} is {beyond[0][0]:,}, and the last is {beyond[-1][0]:,}. The two do not "
+            "belong together: name the model's own tokenizer (model.tokenizer.id), or another model."
+        )
+
+
 def make_room(model: Any, size: int | None) -> None:
     """Lets the embeddings of a model grow to `size` rows, where they have fewer.
 

@@ -42,6 +42,7 @@ SUITE_FORMS = (  # and what only a suite's may
 BUILTIN_TABLES = ("text", "package", "summary")
 BUILTIN_SPLITS = ("train", "test")
 
+_FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")
 # Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
 _DECIDED = {
     "output_dir": "Use the recipe's `output_dir`.",
@@ -157,6 +158,10 @@ def _check_stage(stage: RawStage) -> Iterator[Fault]:
                 "a stage is scored while it trains by `early_stopping: {suite: ...}`, which keeps the best checkpoint."
             )
             yield Fault((*training.steps, key), f"{text} Write that instead.")
+    if training.data.get("lr_scheduler_type") in _FOLLOW_A_SCORE and "early_stopping" not in stage.data:
+        text = "follows a score, and this stage has none while it trains. Add `early_stopping: {suite: ...}` (with "
+        text += "`patience: null` it is trained to its end), or take another schedule, such as cosine."
+        yield Fault((*training.steps, "lr_scheduler_type"), text)
     yield from check_adapter(stage)
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."

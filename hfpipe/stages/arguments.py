@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments, get_scheduler
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from hfpipe.data.masking import Masking, frame_of
@@ -56,10 +57,14 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
     }
     if "activation_checkpointing" in training:
         defaults.pop("gradient_checkpointing")
+    if stage.early_stopping is not None:  # schedules that follow a score ask for it here
+        decided["eval_strategy"] = "steps"
     try:
-        return cls(**{**defaults, **training, **decided, **more})
+        arguments = cls(**{**defaults, **training, **decided, **more})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"stages.{stage.name}.training: {cls.__name__} refuses it: {error}") from error
+    arguments.eval_strategy = IntervalStrategy.NO  # a trainer would want rows; see stages/selection.py
+    return arguments
 
 
 def require_arguments(recipe: Recipe, tokenizer: Any) -> None:

@@ -30,6 +30,7 @@ from hfpipe.model.adapter import (
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
 from hfpipe.model.scoring import learned_positions
+from hfpipe.model.seq2seq import most_tokens
 from hfpipe.model.tokens import train_rows
 from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
@@ -80,15 +81,31 @@ def row_length(run: StageRun, model: Any, default: int) -> int:
     """Tokens of a row: the recipe's `max_length`, or the default, or what the model has positions for.
 
     Raises:
-        RecipeError: The recipe asks for more than the model has positions for.
+        RecipeError: As `require_positions`.
     """
-    most, asked = learned_positions(model), run.stage.training.get("max_length")
-    if most is not None and asked is not None and asked > most:
-        raise RecipeError(
-            f"stages.{run.stage.name}.training.max_length is {asked}, and this model has positions for {most} tokens. "
-            f"Write at most {most}, or leave it out."
-        )
-    return asked or min(default, most or default)
+    require_positions(run.stage, model)
+    return run.stage.training.get("max_length") or min(default, learned_positions(model) or default)
+
+
+def require_positions(stage: Stage, model: Any) -> None:
+    """Refuses rows that are longer than what a model has positions for.
+
+    Args:
+        stage: The stage.
+        model: Its model, or the base; the shapes are enough.
+
+    Raises:
+        RecipeError: They are.
+    """
+    pairs = stage.kind == "translation"
+    most = most_tokens(model) if pairs else learned_positions(model)
+    for key in ("max_length", "max_target_length") if pairs else ("max_length",):
+        asked = stage.training.get(key)
+        if most is not None and asked is not None and asked > most:
+            raise RecipeError(
+                f"stages.{stage.name}.training.{key} is {asked}, and this model has positions for {most} tokens. "
+                "Write at most that, or leave it out."
+            )
 
 
 def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulation: int, **more: Any) -> Any:

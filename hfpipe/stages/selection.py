@@ -47,6 +47,10 @@ class Selection(TrainerCallback):
         trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, every
         trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, _key(run)
         trainer.args.greater_is_better = higher_is_better(_metric_of(run), metric)
+        if trainer.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            given = trainer.args.lr_scheduler_kwargs
+            mode = {"mode": "max" if trainer.args.greater_is_better else "min"}
+            trainer.args.lr_scheduler_kwargs = mode | given if isinstance(given, dict) else mode
         trainer.evaluate = self._score  # type: ignore[method-assign, assignment]
         trainer.add_callback(self)
 

@@ -17,11 +17,11 @@ from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.sources import load_rows
-from hfpipe.errors import DataError, RecipeError
+from hfpipe.errors import DataError
 from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
 from hfpipe.recipe import Source, Translation
-from hfpipe.stages.common import StageRun, train, trainer_arguments, weighted, with_adapter
+from hfpipe.stages.common import StageRun, require_positions, train, trainer_arguments, weighted, with_adapter
 from hfpipe.stages.plan import plan_of
 
 DEFAULT_MAX_LENGTH = 1024
@@ -98,17 +98,14 @@ def _lengths(run: StageRun, model: Any) -> tuple[int, int]:
     """Tokens to keep of a source and of a target.
 
     Raises:
-        RecipeError: More than the model takes.
+        RecipeError: As `require_positions`.
     """
-    training, most = run.stage.training, most_tokens(model)
-    longest = training.get("max_length") or int(min(run.tokenizer.model_max_length, most, DEFAULT_MAX_LENGTH))
-    lengths = longest, training.get("max_target_length") or longest
-    if max(lengths) > most:
-        raise RecipeError(
-            f"stages.{run.stage.name}.training: {max(lengths)} tokens of a text are more than the {most} that the "
-            "model takes (max_position_embeddings). Lower max_length or max_target_length."
-        )
-    return lengths
+    require_positions(run.stage, model)
+    training = run.stage.training
+    longest = training.get("max_length") or int(
+        min(run.tokenizer.model_max_length, most_tokens(model), DEFAULT_MAX_LENGTH)
+    )
+    return longest, training.get("max_target_length") or longest
 
 
 def _tokenized_rows(

@@ -1,0 +1,184 @@
+"""Whether data, stages, suites and model fit together: looked at before anything is trained, by `run` and `check`.
+
+A chain of hours must not end at its third stage over what its first rows say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from hfpipe.answers import asked_of, tells_apart
+from hfpipe.data.dirt import Read, tidy_rows
+from hfpipe.data.encode import IGNORED, encode_for_training
+from hfpipe.data.masking import Masking, frame_of, tokens_of
+from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
+from hfpipe.errors import RecipeError
+from hfpipe.model.scoring import context_of
+from hfpipe.model.seq2seq import encode_pairs, set_languages
+from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
+from hfpipe.stages.common import require_positions
+from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
+
+LABELS = 100_000  # rows of a source whose labels are looked at
+FIRST_ROWS = 20  # of a source, that are made into tokens
+
+Rows = list[dict[str, Any]]
+
+
+def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], model: Any, task: str) -> None:
+    """Refuses what a stage would refuse when it begins, as far as the first rows of its data can say it.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The run's tokenizer.
+        suites: The rows of every suite.
+        model: The base; its shapes are enough, see `model.loadable.shapes_of`.
+        task: What the base is for, a key of `AUTO_CLASSES`.
+
+    Raises:
+        RecipeError: A stage asks for more positions than the model has, weighs classes that it has not, or no model of
+            the run can answer a suite.
+        DataError: Data lacks columns, has labels that do not fit, or gives no row to train on.
+    """
+    heads: dict[str, Head] = {}
+    for stage in recipe.stages:
+        require_positions(stage, model)
+        if isinstance(stage, Classification):
+            found = labelled_rows(recipe, stage, at_most=LABELS)
+            earlier = heads.get(recipe.parent_of(stage.name)) if stage.parent_adapter == "continue" else None
+            heads[stage.name] = head = head_of(stage, found, earlier)
+            if found.whole or stage.labels or found.declared:
+                require_fitting_suites(recipe, stage, head, suites)
+            continue
+        for source in stage.data:
+            _require_rows(recipe, stage, source, tokenizer)
+    for name, rows in suites.items():
+        _require_answerable(recipe, name, rows, task, heads)
+        if "source" in rows[0]:
+            set_languages(tokenizer, recipe.evaluate[name].data)
+
+
+def _require_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) -> None:
+    """Makes tokens of the first rows of a source, which says what is wrong with its columns or with the template."""
+    rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage)).take(FIRST_ROWS)
+    first = list(tidy_rows(rows, source, Read()))
+    if first and stage.kind != "pretrain":  # a text of any length, of which nothing is asked
+        encode_rows(first, stage, tokenizer, stage.training.get("max_length") or 1024, recipe.seed, source)
+
+
+def _require_answerable(recipe: Recipe, name: str, rows: Rows, task: str, heads: Mapping[str, Head]) -> None:
+    """Refuses a suite that neither the base nor any stage can be asked, and early stopping on another model's suite.
+
+    Raises:
+        RecipeError: There is one.
+    """
+    suite = recipe.evaluate[name]
+    able = [stage.name for stage in recipe.stages if _answers(suite, rows, stage.task, heads.get(stage.name))]
+    if not able and not _answers(suite, rows, task, None):
+        raise RecipeError(f"evaluate.{name}: {_unanswered(suite, rows, task, recipe, heads)}")
+    for stage in recipe.stages:
+        block = stage.early_stopping
+        if block is not None and block.suite == name and stage.name not in able:
+            raise RecipeError(
+                f"stages.{stage.name}.early_stopping.suite: {name!r} can be asked {_WANTS[asked_of(suite, rows)[0]]}, "
+                f"and this stage trains {_MODELS[stage.task]}. Take another suite."
+            )
+
+
+def _answers(suite: Suite, rows: Rows, task: str, head: Head | None) -> bool:
+    if task not in asked_of(suite, rows):
+        return False
+    return task != "classification" or (head is not None and tells_apart(rows, head.problem, head.names))
+
+
+_MODELS = {
+    "causal": "a model of next tokens",
+    "masked": "a model of masked tokens",
+    "seq2seq": "an encoder-decoder model",
+    "classification": "a classifier",
+}
+_WANTS = {task: f"of {model} alone" for task, model in _MODELS.items()}
+_REMEDIES = {
+    "causal": "Leave it out, or take metrics of the task at hand (docs/evaluation.md)",
+    "masked": "Take other metrics, such as bits_per_byte of a decoder, or add a stage with `objective: masked`",
+    "seq2seq": "Give it a prompt and its completion by `template:`, or add a stage of `kind: translation`",
+    "classification": "Add a stage of `kind: classification`, or give it a prompt and its completion by `template:`",
+}
+
+
+def _unanswered(suite: Suite, rows: Rows, task: str, recipe: Recipe, heads: Mapping[str, Head]) -> str:
+    """Why no model of a run can answer a suite, and what to do."""
+    wanted = asked_of(suite, rows)[0]
+    if wanted == "classification" and heads:
+        said = rows[0]["label"]
+        told = "; ".join(f"stages.{name} has {head}" for name, head in heads.items())
+        return (
+            f"no stage has the classes of its rows, such as {said!r}: {told}. Correct its labels or those of the data."
+        )
+    trained = dict.fromkeys([task, *(stage.task for stage in recipe.stages)])
+    return (
+        f"it can be asked {_WANTS[wanted]}, and this run has {' and '.join(_MODELS[one] for one in trained)}, so it "
+        f"would never be scored. {_REMEDIES[wanted]}."
+    )
+
+
+def long_rows(stage: Stage, model: Any) -> str | None:
+    """What to say of rows that are longer than what a model with computed positions was made for."""
+    asked, context = stage.training.get("max_length"), context_of(model)
+    if asked is None or context is None or asked <= context:
+        return None
+    return (
+        f"stages.{stage.name}.training.max_length is {asked:,}, and the model was made for {context:,} tokens "
+        "(max_position_embeddings): longer rows are trained on, and may be learned badly"
+    )
+
+
+def kinds_of(stage: Stage) -> tuple[Kind, ...]:
+    """The kinds of rows that a stage is trained on."""
+    kinds: dict[str, tuple[Kind, ...]] = {"pretrain": ("text",), "sft": TEXT_KINDS}
+    return kinds.get(stage.kind) or (cast(Kind, stage.kind),)
+
+
+def encode_rows(
+    rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None, seed: int, source: Source
+) -> list[dict[str, Any]]:
+    """Rows as a stage trains on them: `input_ids`, and `labels` with -100 where nothing is learned.
+
+    Args:
+        rows: Tidy rows of a source.
+        stage: The stage.
+        tokenizer: The run's tokenizer.
+        max_length: Tokens to keep of a row; None for all.
+        seed: Of the run, for what is masked.
+        source: Where the rows are from.
+    """
+    if stage.kind == "translation":  # a source, and its target behind it
+        set_languages(tokenizer, source)
+        limits = max_length or sys.maxsize, stage.training.get("max_target_length") or max_length or sys.maxsize
+        sources, targets = ([row[side] or "" for row in rows] for side in ("source", "target"))
+        pairs = encode_pairs(tokenizer, sources, targets, *limits)
+        return [
+            {"input_ids": pair.input_ids + pair.labels, "labels": [IGNORED] * len(pair.input_ids) + pair.labels}
+            for pair in pairs
+        ]
+    if stage.kind == "classification":  # a sentence, and its label behind it
+        ids = tokenizer([row["sentence"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": row, "labels": row} for row in ids]
+    if isinstance(stage, Pretrain) and stage.objective == "masked":
+        masking = Masking(tokenizer, stage.masking or {}, seed)
+        frame = frame_of(tokenizer, words=masking.collator.whole_word_mask)
+        bodies = tokens_of([row["text"] for row in rows], tokenizer.backend_tokenizer, frame.words)
+        size = None if max_length is None else max_length - frame.size
+        masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
+        return [{key: value.tolist() for key, value in row.items()} for row in masked]
+    return encode_for_training(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        completion_only=stage.training.get("completion_only_loss"),
+        assistant_only=stage.training.get("assistant_only_loss", False),
+    )
