@@ -2,12 +2,16 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from hub_server import HubServer
 
 from hfpipe.cli import main
 from hfpipe.data.dirt import Read, tidy, tidy_row, tidy_rows
@@ -19,6 +23,8 @@ LINES = [
     b'{"id": "latin", "text": "caf\xe9 in latin-1"}',
     b'{"id": "half", "text": "half of \\ud83d here, all of \\ud83d\\ude00 there, and \\\\ud83d is no escape"}',
     b'{"id": "control", "text": "nul \\u0000 and \\u001b, but tab\\tand\\nline"}',
+    b'{"id": "raw", "text": "not \x02 escaped"}',
+    b'{"id": "digits", "text": "12"}',
     b'{"id": "none", "text": null}',
     b'{"id": "blank", "text": " \\n\\u0007"}',
     b'{"id": "number", "text": 5}',
@@ -56,21 +62,90 @@ def test_the_rules_of_rows_with_several_texts() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("form", ["file", "gzip", "folder"])
+@pytest.mark.parametrize("form", ["file", "gzip", "folder", "list"])
 def test_every_row_of_a_dirty_file_is_accounted_for(tmp_path: Path, form: str, streaming: bool) -> None:
-    file = tmp_path / ("rows.jsonl.gz" if form == "gzip" else "rows.jsonl")
-    file.write_bytes(gzip.compress(b"\n".join(LINES)) if form == "gzip" else b"\n".join(LINES))
+    file = tmp_path / {"gzip": "rows.jsonl.gz", "list": "rows.json"}.get(form, "rows.jsonl")
+    content = b"[" + b",\n".join(LINES) + b"]" if form == "list" else b"\n".join(LINES)
+    file.write_bytes(gzip.compress(content) if form == "gzip" else content)
     words = {"path": str(tmp_path)} if form == "folder" else {"path": "json", "data_files": str(file)}
     source = Source(**words, streaming=streaming)
     read = Read()
     texts = [row["text"] for row in tidy_rows(load_rows(source), source, read)]
     half = "half of \ufffd here, all of \U0001f600 there, and \\ud83d is no escape"
-    assert texts == [half, "nul  and , but tab\tand\nline"]
+    assert texts == [half, "nul  and , but tab\tand\nline", "not  escaped", "12"]
     assert read.dirty.counts == {"not UTF-8": 1, "missing": 1, "empty": 1, "not a text": 1}
     assert read.dirty.ids == ["latin", "none", "blank", "number"]
-    assert read.mended.counts == {"lone surrogates replaced": 1, "control characters removed": 1}
-    assert read.mended.ids == ["half", "control"]
+    assert read.mended.counts == {"lone surrogates replaced": 1, "control characters removed": 2}
+    assert read.mended.ids == ["half", "control", "raw"]
     assert read.rows == len(LINES)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_number_among_texts_costs_one_row_wherever_it_stands(tmp_path: Path, streaming: bool) -> None:
+    """`datasets` reads JSON in parts, takes the columns from the first, and makes JSON of a part that does not fit."""
+    texts = [f'{n} "quoted"\n and so on' for n in range(2000)]
+    rows = [{"text": text} for text in texts]
+    rows[1500] = {"text": 1500}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "chunksize": 1 << 14}
+    source, read = Source(**words, streaming=streaming), Read()
+    kept = [row["text"] for row in tidy_rows(load_rows(source), source, read)]
+    assert kept == texts[:1500] + texts[1501:]
+    assert (read.rows, len(read.dirty), read.dirty.ids) == (2000, 1, ["row 1500"])
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "{}"}] for text in texts]
+    turns[1500][0]["content"] = ["a", "list"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in turns))
+    rows = load_rows(Source(**words, streaming=streaming))
+    turns[1500][0]["content"] = None
+    assert [row["messages"] for row in rows] == turns
+
+
+CLIENT = """
+import json, sys
+from datasets import config
+from hfpipe.data.dirt import Read, tidy_rows
+from hfpipe.data.sources import load_rows
+from hfpipe.recipe import Source
+found = {}
+for name in sys.argv[2:]:
+    source, read = Source(path=name, streaming=sys.argv[1] == "streamed"), Read()
+    texts = [row["text"] for row in tidy_rows(load_rows(source), source, read)]
+    found[name] = [texts, read.rows, read.dirty.ids, sorted(read.mended.counts)]
+print(json.dumps(found))
+"""
+
+
+def test_one_bad_byte_costs_its_row_in_a_data_set_of_the_hub_too(tmp_path: Path, hub: HubServer) -> None:
+    """Streamed, as a table, and from the cache without a network."""
+    lines = [b"one line", b"caf\xe9", b"\xc3\xa9 and \x01 more"]
+    good = ["one line", "\u00e9 and  more"]
+    whole = b"".join(b'{"text": "%s"}\n' % line for line in lines)
+    repos = {
+        "team/lines": ({"data.jsonl": whole}, good),
+        "team/list": ({"train.json": b"[" + whole.strip().replace(b"\n", b",") + b"]"}, good),
+        "team/prose": ({"data/train.txt": b"\n".join(lines)}, good),
+        "team/table": ({"data/train.csv": b"\n".join([b"text", *lines])}, good),
+        "team/latin": (
+            {
+                "README.md": b"---\nconfigs:\n- config_name: default\n  data_files: a.txt\n  encoding: latin-1\n---\n",
+                "a.txt": b"caf\xe9",
+            },
+            ["caf\u00e9"],
+        ),
+    }
+    for name, (files, _) in repos.items():
+        hub.add_repo("dataset", name, files)
+    env = os.environ | hub.env(tmp_path) | {"OMP_NUM_THREADS": "1"}
+    for mode in ("streamed", "table", "cached"):
+        if mode == "cached":
+            env["HF_HUB_OFFLINE"] = "1"
+        command = [sys.executable, "-c", CLIENT, mode, *repos]
+        done = subprocess.run(command, env=env, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        for name, (texts, rows, dirty, mended) in json.loads(done.stdout).items():
+            assert texts == repos[name][1], (mode, name)
+            assert (rows, dirty) == ((3, ["row 1"]) if len(texts) == 2 else (1, [])), (mode, name)
+            assert mended == ["control characters removed"][: len(texts) - 1], (mode, name)
 
 
 def parquet_with_bad_bytes(path: Path) -> None:
@@ -104,7 +179,7 @@ def test_a_run_goes_on_past_dirty_rows_and_reports_them(tmp_path: Path, kind: st
         assert facts["1: parquet"]["dirty_ids"] == ["bad"]
         assert set(facts["1: parquet"]["dirty"]) == {"not UTF-8"}
     assert {"latin", "none", "blank", "number"} == set(facts["0: json"]["dirty_ids"])
-    assert {"half", "control"} == set(facts["0: json"]["mended_ids"])
+    assert {"half", "control", "raw"} == set(facts["0: json"]["mended_ids"])
     assert "lone surrogates replaced" in report
     assert "latin" in report
     assert "control characters removed" in (tmp_path / "run" / "report.html").read_text()

@@ -1,8 +1,9 @@
 """Data with bytes that are not UTF-8, and JSON with half a character: read to the end, the places marked.
 
 `datasets` gives up on a whole file for one such place. Python lets a program say how bytes are decoded: by an error
-handler for text and CSV, and for JSON, where `datasets` asks for none, by an encoding. Each place becomes one of
-Unicode's noncharacters, which are meant for use inside a program and stand in no text; `dirt.py` decides on the row.
+handler for text and CSV, and for JSON, where `datasets` asks for none, by an encoding; `builders` names both. Each
+place becomes one of Unicode's noncharacters, which are meant for use inside a program and stand in no text; `dirt.py`
+decides on the row.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, Value
-from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -28,25 +28,7 @@ HANDLER, JSON_ENCODING = "hfpipe_mark", "hfpipe_json"
 _ESCAPES = re.compile(
     rb"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
-
-
-def reading_arguments(path: str, arguments: dict[str, object]) -> dict[str, object]:
-    """What `load_dataset` is told in addition, so that a builder of text files marks what it cannot decode.
-
-    Args:
-        path: The builder, or a folder here.
-        arguments: What the recipe says; where it names an encoding itself, nothing is added.
-    """
-    builders = _builders_in(Path(path)) if Path(path).is_dir() else {path}
-    if not builders or not builders <= {"json", "csv", "text"} or {"encoding", "encoding_errors"} & arguments.keys():
-        return {}
-    return {"encoding": JSON_ENCODING} if builders == {"json"} else {"encoding_errors": HANDLER}
-
-
-def _builders_in(folder: Path) -> set[str]:
-    """The builders of `datasets` for the files of a folder."""
-    suffixes = {suffix for file in folder.rglob("*") for suffix in file.suffixes if file.is_file()}
-    return {_EXTENSION_TO_MODULE[suffix][0] for suffix in suffixes if suffix in _EXTENSION_TO_MODULE}
+_CONTROL = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")  # JSON wants them escaped
 
 
 def table_blocks(rows: Dataset, size: int, begin: int = 0) -> Iterator[dict[str, list[Any]]]:
@@ -98,9 +80,11 @@ def _mark(error: UnicodeError) -> tuple[str, int]:
 
 def _decode_json(data: Buffer, errors: str = "strict") -> tuple[str, int]:
     marked = data = bytes(data)
+    if (np.frombuffer(data, np.uint8) < 32).sum() > sum(map(data.count, (b"\n", b"\r", b"\t"))):  # a search is slow
+        marked = data = _CONTROL.sub(lambda found: b"\\u%04x" % ord(found[0]), data)
     if b"\\ud" in data or b"\\uD" in data:
         marked = _ESCAPES.sub(lambda found: found[0] if len(found[2]) > 6 else found[1] + LONE.encode(), data)
-    return marked.decode("utf-8", HANDLER), len(data)
+    return marked.decode("utf-8", HANDLER if errors == "strict" else errors), len(data)
 
 
 def _find(name: str) -> codecs.CodecInfo | None:
@@ -122,7 +106,7 @@ class _IncrementalDecoder(codecs.IncrementalDecoder):
         self._held += data
         if not final:
             return ""
-        text, self._held = _decode_json(self._held)[0], b""
+        text, self._held = _decode_json(self._held, self.errors)[0], b""
         return text
 
     def reset(self) -> None:

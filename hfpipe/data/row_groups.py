@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DownloadConfig, IterableDataset, load_dataset
+from datasets import Dataset, DownloadConfig, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.utils.file_utils import xopen
 from pyarrow import parquet
 
+from hfpipe.data.builders import load_dataset
 from hfpipe.data.lenient import python_of
 
 MANY_FILES = 64  # so many can be dealt out without a look at their row groups

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import TypeVar
 
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -100,8 +101,14 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
         full = " The disk is full: HF_HOME may name another." if error.errno == errno.ENOSPC else ""
         return MachineError(f"{_name(source)} cannot be read on this machine: {_first_line(error)}{full}")
     if isinstance(error, ValueError):
-        return _from_text(str(error), source)
+        return _from_text(str(error), source) or (_unreadable(error, source, files) if _of_a_file(error) else None)
     return None
+
+
+def _of_a_file(error: BaseException) -> bool:
+    """Whether it was raised while a builder of `datasets` read a file."""
+    places = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+    return any(Path(place).match("datasets/packaged_modules/*/*.py") for place in places)
 
 
 def _from_hub(error: BaseException, source: Source) -> UserError:
@@ -201,6 +208,8 @@ def _from_text(text: str, source: Source) -> UserError | None:
             f"{_name(source)}: neither the Hub nor the cache has it with these arguments"
             + (f"; is there a file {files}? {_base(source)}" if files else ". Check `name` and the network.")
         )
+    if text.endswith("corresponds to no data!") or text.endswith("at least one example when writing data"):
+        return DataError(f"{_name(source)}: there are no rows in {listed(_patterns(source)) or 'it'}.")
     if text.startswith("Unrecognized instruction format"):
         return RecipeError(
             f"{_name(source)}: {_flat(text)} A slice of a split is written `train[:1000]` or `train[5%:]`."

@@ -18,7 +18,6 @@ from huggingface_hub import HfApi
 
 from hfpipe.data.builtin import builtin
 from hfpipe.data.dirt import BESIDE_MESSAGES
-from hfpipe.data.lenient import reading_arguments
 from hfpipe.data.ranges import stream_range
 from hfpipe.data.row_groups import load
 from hfpipe.data.source_errors import friendly
@@ -144,7 +143,7 @@ def _open(source: Source, default_split: str) -> Rows:
         raise RecipeError(
             f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
         )
-    return load(source.path, split=split, **reading_arguments(source.path, arguments), **arguments)
+    return load(source.path, split=split, **arguments)
 
 
 def _saved(folder: Path, split: str) -> Dataset:
@@ -181,10 +180,10 @@ def _in_fold(rows: Rows, fold: Fold) -> Rows:
 
 def _features_of(rows: Rows, source: Source) -> Features:
     """Columns and their types; a stream that does not know them is asked for its first row."""
-    if rows.features is not None:
+    if rows.features:
         return rows.features
     first = next(iter(rows), None)
-    if first is None:
+    if not first:
         raise DataError(f"source {source.path!r} has no rows; look at its files and its split.")
     return Dataset.from_list([first]).features
 

@@ -1,0 +1,105 @@
+"""JSON with bytes that are not UTF-8, halves of characters, and columns that hold texts and other values.
+
+`datasets` reads a file that is a list without asking for its encoding. Of a column that holds texts here and numbers
+there it makes JSON, but not of texts that are JSON already; and where the first part of the files has texts alone, it
+takes that JSON for text. Its functions for this have no place for another rule, so they are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from datasets import Features, List, Value
+from datasets.packaged_modules.json import json as theirs
+from datasets.packaged_modules.json.json import Json, JsonConfig
+from datasets.utils.json import ujson_dumps, ujson_loads
+
+from hfpipe.data.lenient import JSON_ENCODING
+
+Steps = Sequence[str | int]  # names of fields; 0 for the values of a list
+
+
+@dataclass
+class MarkingJsonConfig(JsonConfig):
+    """As that of `datasets`."""
+
+    encoding: str = JSON_ENCODING
+
+
+class MarkingJson(Json):
+    """Marks what cannot be decoded, and tells texts from other values."""
+
+    BUILDER_CONFIG_CLASS = MarkingJsonConfig
+
+    def _split_generators(self, dl_manager: Any) -> Any:
+        """Reads the first list whole for its columns, which `datasets` leaves unknown in a stream."""
+        splits = super()._split_generators(dl_manager)
+        if self.info.features is None and dl_manager.is_streaming:
+            _, table = next(self._generate_tables(**splits[0].gen_kwargs), (None, None))
+            self.info.features = Features.from_arrow_schema(table.schema) if table else None
+        return splits
+
+    def _cast_table(self, table: pa.Table, json_field_paths: Sequence[Steps] = ()) -> pa.Table:
+        """Takes texts for what they are where JSON was made of them, and values that are none for missing."""
+        for name, *inner in json_field_paths:
+            if self.info.features is not None and _holds_text(self.info.features.get(name), inner):
+                texts = [_text_in(value, inner) for value in table[name].to_pylist()]
+                column = pa.array(texts, table[name].type)
+                table = table.set_column(table.column_names.index(name), name, column)
+        return super()._cast_table(table, json_field_paths)
+
+
+def _loads(data: str | bytes) -> Any:
+    """JSON's values; a file that is a list comes as bytes."""
+    return ujson_loads(data.decode(JSON_ENCODING) if isinstance(data, bytes) and data[:1] == b"[" else data)
+
+
+def _holds_text(feature: Any, path: Steps) -> bool:
+    for step in path:
+        if step == 0 and isinstance(feature, List):
+            feature = feature.feature
+        elif isinstance(feature, dict):
+            feature = feature.get(step)
+        else:
+            return False
+    return bool(feature == Value("string"))
+
+
+def _text_in(value: Any, path: Steps) -> Any:
+    """The reverse of `_with_json`, with None for what is no text."""
+    if value is None:
+        return None
+    if not path:
+        text = ujson_loads(value)
+        return text if isinstance(text, str) else None
+    field, *inner = path
+    if field == 0:
+        return [_text_in(one, inner) for one in value]
+    return {**value, field: _text_in(value.get(field), inner)}
+
+
+def _with_json(value: Any, path: Steps) -> Any:
+    """A value with JSON in the place of one inside of it, so that a text which is JSON itself stays a text."""
+    if value is None:
+        return None
+    if not path:
+        return ujson_dumps(value)
+    field, *inner = path
+    if field == 0:
+        return [_with_json(one, inner) for one in value]
+    return {**value, field: _with_json(value.get(field), inner)}
+
+
+def _lines_with_json(lines: bytes, paths: Sequence[Steps]) -> bytes:
+    rows = [ujson_loads(line) for line in lines.splitlines()]
+    for path in paths:
+        rows = [_with_json(row, path) for row in rows]
+    return "\n".join(map(ujson_dumps, rows)).encode()
+
+
+theirs.ujson_loads = _loads
+theirs.json_encode_field = _with_json
+theirs.json_encode_fields_in_json_lines = _lines_with_json

@@ -1,0 +1,43 @@
+"""Text with bytes that are not UTF-8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import TextIOWrapper
+from typing import Any
+
+import pyarrow as pa
+from datasets.builder import Key
+from datasets.packaged_modules.text.text import Text, TextConfig
+
+from hfpipe.data.lenient import HANDLER
+
+
+@dataclass
+class MarkingTextConfig(TextConfig):
+    """As that of `datasets`."""
+
+    encoding_errors: str | None = HANDLER
+
+
+class MarkingText(Text):
+    """Marks bytes that are not UTF-8, in files elsewhere too: `datasets` opens those without regard to the encoding."""
+
+    BUILDER_CONFIG_CLASS = MarkingTextConfig
+
+    def _generate_tables(self, base_files: Any, files_iterables: Any) -> Iterator[tuple[Key, pa.Table]]:
+        if self.config.sample_by != "line":
+            yield from super()._generate_tables(base_files, files_iterables)
+            return
+        [name] = list(self.config.features or ["text"])
+        for shard, files in enumerate(files_iterables):
+            for file in files:
+                with open(file, "rb") as raw:  # in a stream `datasets` puts its own `open` in this place
+                    text = TextIOWrapper(raw, self.config.encoding, self.config.encoding_errors)
+                    part = 0
+                    while lines := text.readlines(self.config.chunksize):
+                        if not self.config.keep_linebreaks:
+                            lines = [line.removesuffix("\n") for line in lines]
+                        yield Key(shard, part), self._cast_table(pa.table({name: pa.array(lines, pa.string())}))
+                        part += 1
