@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from hfpipe.cli import main
 from hfpipe.data.stream import TokenStream
+from hfpipe.errors import DataError
 from hfpipe.model.create import train_tokenizer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -72,6 +73,15 @@ def test_a_replayed_source_keeps_its_share_to_the_end_and_does_not_outlast_the_s
     assert third["token_share"] == pytest.approx(0.2, abs=0.01)
     assert third["epochs"] >= 1
     assert [source["replayed"] for source in found["sources"].values()] == [False, False, True]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("exhausted", ["repeat", "stop"])
+def test_a_source_without_a_document_is_an_error_however_it_ends(tokenizer, others: int, exhausted: str) -> None:
+    """It would train on nothing, or on another mixture, without a word."""
+    empty = table(20, (1, 3), 1).map(lambda row: {"text": " "})
+    with pytest.raises(DataError, match="no document with text"):
+        served([*[table(300, (1, 30), 2)] * others, empty], tokenizer, exhausted=exhausted)
 
 
 def test_a_pretrain_stage_replays_a_fine_tuning_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -219,6 +219,20 @@ def share_of(rows: Dataset | IterableDataset, lane: int, lanes: int) -> Dataset 
     return whole.filter(lambda _, place: place % lanes == lane, with_indices=True)
 
 
+def in_shards(rows: Dataset | IterableDataset, lanes: int, source: Source) -> Dataset | IterableDataset:
+    """A stream cut into as many shards as it has, if its files are fewer than the lanes; waits for the network."""
+    outage, place = Outage(source), "the count of its files"
+    while True:
+        try:
+            with friendly(source):
+                few = isinstance(rows, IterableDataset) and rows.num_shards < lanes
+                cut = rows.reshard() if few else rows
+            outage.over(place)
+            return cut
+        except Unreachable as error:
+            outage.wait(error, place)
+
+
 def _rows_of(block: dict[str, list[Any]] | pa.Table) -> list[Row]:
     columns = python_of(block) if isinstance(block, pa.Table) else block
     texts = columns["text"]

@@ -124,7 +124,7 @@ def _from_hub(error: BaseException, source: Source) -> UserError:
     if isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
         return MachineError(
             f"{_name(source)} was found neither as a folder nor on the Hub, where a private data set looks like a "
-            f"missing one. Check the spelling; if it is private, {LOGIN}."
+            f"missing one. Check the spelling; if it is private, {LOGIN}.{_builder_meant(source)}"
         )
     response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403):
@@ -149,7 +149,7 @@ def _unreachable(error: BaseException, source: Source) -> MachineError:
         return Unreachable(f"{_name(source)}: {known} What is in the cache needs no Hub.", known.rstrip("."))
     advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
     message = f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."
-    return MachineError(message) if offline else Unreachable(message, why)
+    return MachineError(message + _builder_meant(source)) if offline else Unreachable(message, why)
 
 
 def _missing_files(error: BaseException, source: Source) -> UserError:
@@ -224,6 +224,11 @@ def _from_text(text: str, source: Source) -> UserError | None:
 
 def _name(source: Source) -> str:
     return f"source {source.path!r}"
+
+
+def _builder_meant(source: Source) -> str:
+    """A builder of files with a name like that of the data set, where files are named."""
+    return did_you_mean(source.path, _PACKAGED_DATASETS_MODULES) if _patterns(source) else ""
 
 
 def _patterns(source: Source) -> list[str]:

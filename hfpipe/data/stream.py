@@ -25,11 +25,9 @@ from hfpipe.data.dirt import Tally, merged, refuse_dirt
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
 from hfpipe.data.masking import Frame, tokens_of
-from hfpipe.data.outage import Outage
-from hfpipe.data.reader import BLOCK, Reader
+from hfpipe.data.reader import BLOCK, Reader, in_shards
 from hfpipe.data.sketch import counts_of
-from hfpipe.data.source_errors import friendly
-from hfpipe.errors import RecipeError, Unreachable
+from hfpipe.errors import DataError, RecipeError
 from hfpipe.ranks import each, gather
 from hfpipe.recipe import Source
 
@@ -148,7 +146,7 @@ class TokenStream:
 
     def _shards(self) -> list[Dataset | IterableDataset]:
         """The sources, a stream cut into more shards where it has too few; that opens every file, so only then."""
-        return [_in_shards(rows, self.lanes, origin) for rows, origin in zip(self.sources, self.origins, strict=True)]
+        return [in_shards(rows, self.lanes, origin) for rows, origin in zip(self.sources, self.origins, strict=True)]
 
     def _clean(self, shards: Sequence[Dataset | IterableDataset]) -> None:
         """Has the streams judged. Every rank has to call this."""
@@ -209,9 +207,16 @@ class TokenStream:
                 batch = [self._row(take, windows) for _ in range(rows)]
                 real = any(row is not None for row in batch)
                 ended = all(position.ended for position in self._positions.values())
-                if self.epochs is not None and not any(gather(real or not ended)):
-                    self._finished = True  # Trainer asks again, for another epoch
-                    return
+                if self.epochs is not None:
+                    said = gather((real or not ended, self._barren()))
+                    if barren := set.intersection(*(found for _, found in said)):
+                        raise DataError(
+                            f"source {self.origins[min(barren)].path!r} has no document with text in it; look at its "
+                            "files, its `where`, `skip` and `take`, and at what cleaning removes."
+                        )
+                    if not any(going for going, _ in said):
+                        self._finished = True  # Trainer asks again, for another epoch
+                        return
                 yield [self._padding() if row is None else row for row in batch]
         finally:
             if ahead:
@@ -301,6 +306,15 @@ class TokenStream:
             "labels": packed.labels[place],
         }
 
+    def _barren(self) -> set[int]:
+        """The sources in which every lane of this rank has found no document."""
+        lanes = [position.sources for position in self._positions.values()]
+        return {
+            number
+            for number in range(len(self.sources))
+            if all(lane and lane[number]["epochs"] and not lane[number]["tokens"] for lane in lanes)
+        }
+
     def _refuse_dirt(self) -> None:
         """Raises a DataError when too many rows of a source were dirty in this rank's lanes."""
         begun = [position.sources for position in self._positions.values() if position.sources]
@@ -388,17 +402,3 @@ def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> 
     lanes = -(-DEFAULT_LANES // ranks) * ranks
     rows = min((len(source) for source in sources if isinstance(source, Dataset)), default=lanes)
     return max(ranks, min(lanes, rows - rows % ranks))
-
-
-def _in_shards(rows: Dataset | IterableDataset, lanes: int, source: Source) -> Dataset | IterableDataset:
-    """A stream cut into as many shards as it has, if its files are fewer than the lanes; waits for the network."""
-    outage, place = Outage(source), "the count of its files"
-    while True:
-        try:
-            with friendly(source):
-                few = isinstance(rows, IterableDataset) and rows.num_shards < lanes
-                cut = rows.reshard() if few else rows
-            outage.over(place)
-            return cut
-        except Unreachable as error:
-            outage.wait(error, place)
