@@ -26,6 +26,7 @@ from hfpipe.recipe import Recipe
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
+PROBE_SIZE = 2**25  # log-probabilities
 ProbeText = str | tuple[str, str]  # or a source and its target
 
 
@@ -193,11 +194,17 @@ def verify_tensors(folder: Path, trained: dict[str, torch.Tensor] | None) -> Non
 
 @torch.no_grad()
 def probe(model: Any, tokenizer: Any, texts: Sequence[ProbeText], max_length: int = 64) -> torch.Tensor:
-    """Log-probabilities of the model over its vocabulary after each token of a few short texts, (N, V) in float32.
+    """Log-probabilities of the model over its vocabulary after the tokens of a few short texts, (N, V) in float32.
 
-    An encoder-decoder model reads the source of a pair and says the target; of a lone text, both are the same.
+    An encoder-decoder model reads the source of a pair and says the target; of a lone text, both are the same. Where
+    the vocabulary is large, only some of each text's tokens are looked at, so that a probe takes at most 128 MB.
     """
     rows = []
+
+    def spread(logits: torch.Tensor) -> torch.Tensor:
+        most = max(1, PROBE_SIZE // (len(texts) * logits.shape[1]))
+        return logits[:: -(-len(logits) // most)].float().log_softmax(-1).cpu()
+
     limit = within_positions(model, max_length)
     for both in texts:
         text, said = (both, both) if isinstance(both, str) else both
@@ -210,10 +217,10 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[ProbeText], max_length: in
             labels = tokenizer(text_target=said, truncation=True, max_length=limit, return_tensors="pt")
             shifted = decoder_input(model, labels["input_ids"].to(model.device))
             logits = model(input_ids=ids, decoder_input_ids=shifted, use_cache=False).logits
-            rows.append(logits[0].float().log_softmax(-1).cpu())
+            rows.append(spread(logits[0]))
         else:
             options = {} if task_of_type(model.config.model_type) == "masked" else {"use_cache": False}
-            rows.append(model(input_ids=ids, **options).logits[0].float().log_softmax(-1).cpu())
+            rows.append(spread(model(input_ids=ids, **options).logits[0]))
     return torch.cat(rows)
 
 
@@ -239,5 +246,8 @@ def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
     """Mean Kullback-Leibler divergence of two probes, in nats per token; of a lone number the mean difference."""
     if before.shape[1] == 1:
         return float((before - after).abs().mean())
-    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    rows = []
+    for pair in zip(before, after, strict=True):  # row by row: in double precision all at once would take much memory
+        p, q = (row.double().log_softmax(-1) for row in pair)
+        rows.append(float((p.exp() * (p - q)).sum()))
+    return sum(rows) / len(rows)

@@ -247,7 +247,7 @@ def load_model(
     frozen: bool = True,
     head: dict[str, Any] | None = None,
     with_new_modules: bool = False,
-    dequantize: bool = False,
+    base: ModelRef | None = None,
 ) -> Any:
     """Loads the model a `ModelRef` names; an adapter comes on its own base.
 
@@ -256,20 +256,15 @@ def load_model(
         frozen: Whether its weights stay as they are (evaluation, or the base of an adapter), which decides their dtype.
         head: Fields of the config that make a classification head; None for the model as it is.
         with_new_modules: Whether to return the names of the modules with fresh weights too.
-        dequantize: Whether the quantized base of an adapter is made whole again, with its weights as rounded.
+        base: What an adapter comes on instead of its own base.
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
     """
     if ref.is_adapter:
-        config = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
         if not (Path(ref.path) / "adapter_model.safetensors").is_file():
             raise RecipeError(pickles_only(ref.path))
-        head = read_head(Path(ref.path)) if config.get("task_type") == "SEQ_CLS" else None
-        loaded = load_model(ref.base, head=head)
-        if dequantize:
-            loaded = loaded.dequantize(weights_dtype(ref.options, frozen=True))
-        return PeftModel.from_pretrained(loaded, ref.path).eval()
+        return PeftModel.from_pretrained(load_model(base or ref.base, head=head_of(ref)), ref.path).eval()
     task = "classification" if head is not None else task_of(ref)
     options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
     if ref.quantization:
@@ -302,6 +297,12 @@ def load_model(
         torch.nn.Module.to(model, device())
     model.eval()
     return (model, _modules_of(info)) if with_new_modules else model
+
+
+def head_of(adapter: ModelRef) -> dict[str, Any] | None:
+    """The fields of a config that make the head which an adapter of a classifier was trained with; None of another."""
+    config = json.loads((Path(adapter.path) / ADAPTER_CONFIG).read_text())
+    return read_head(Path(adapter.path)) if config.get("task_type") == "SEQ_CLS" else None
 
 
 def _leave_unfit_kernels(model: Any) -> None:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from hfpipe.errors import BudgetExceeded, RecipeError
 from hfpipe.files import whole_folder
 from hfpipe.model.adapter import TOLERANCE, ProbeText, divergence, probe, require_equal
-from hfpipe.model.load import ModelRef, clear_errors, load_model
+from hfpipe.model.load import ModelRef, clear_errors, head_of, load_model
+from hfpipe.model.shards import save_changed
 
 FULL, DEQUANTIZED = "in full precision", "made whole from its quantized weights"  # what an adapter is merged into
-SHARD_SIZE = "5GB"
+ROUNDED = "rounded"  # folder of a base made whole, for the time of the merge
+LINEAR = (torch.nn.Linear, Conv1D)
 NO_LOSS = 1e-5  # nats per token that come of the order of sums
 
 
@@ -50,7 +60,8 @@ def merge_adapter(
     tried: it rounds the adapter away.
 
     The weights of the base are read in the precision they are stored in, which maps the files into memory without a
-    copy, and PEFT replaces them layer by layer: what a merge holds at its peak is less than the merged model.
+    copy, and PEFT merges one layer at a time into the new files: what a merge holds of its own does not grow with the
+    model.
 
     Args:
         adapter: The adapter's folder.
@@ -66,38 +77,103 @@ def merge_adapter(
     """
     stored = _as_stored(adapter)
     full = dataclasses.replace(stored, quantization=None)
-    candidates = {FULL: (full, False)}
-    if adapter.quantization is not None:
-        trained = probe(load_model(adapter), tokenizer, texts)
-        candidates[DEQUANTIZED] = (stored, True)
-    before = {
-        base: probe(load_model(ref, dequantize=dequantize), tokenizer, texts)
-        for base, (ref, dequantize) in candidates.items()
-    }
+    bases = {FULL: full.base}
     costs = {}
-    if adapter.quantization is None:
-        trained = before[FULL]
-    else:
-        costs = {base: divergence(trained, found) for base, found in before.items()}
-    base = min(costs, key=costs.__getitem__) if costs else FULL
-    if costs:
-        _require_within(costs[base], max_loss, adapter, costs)
-    ref, dequantize = candidates[base]
-    model = load_model(ref, dequantize=dequantize)
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise RecipeError(f"peft cannot merge the adapter in {adapter.path}: {error}") from error
     with whole_folder(folder) as beside:
-        merged.save_pretrained(beside, max_shard_size=SHARD_SIZE)
+        if adapter.quantization is not None:
+            trained = probe(load_model(adapter), tokenizer, texts)
+            bases[DEQUANTIZED] = _write_rounded(stored, beside / ROUNDED)
+        before = {name: probe(load_model(full, base=base), tokenizer, texts) for name, base in bases.items()}
+        if adapter.quantization is None:
+            trained = before[FULL]
+        else:
+            costs = {name: divergence(trained, found) for name, found in before.items()}
+        chosen = min(costs, key=costs.__getitem__) if costs else FULL
+        if costs:
+            _require_within(costs[chosen], max_loss, adapter, costs)
+        dtype = _write_merged(load_model(full, base=bases[chosen]), adapter.path, beside)
         tokenizer.save_pretrained(beside)
-        dtype = merged.dtype
-        del model, merged
+        shutil.rmtree(beside / ROUNDED, ignore_errors=True)
         after = probe(load_model(dataclasses.replace(full, path=str(beside))), tokenizer, texts)
-        found = require_equal(before[base], after, dtype, "the merged model")
+        found = require_equal(before[chosen], after, dtype, "the merged model")
         loss = divergence(trained, after)
-        _require_within(loss, max(max_loss, NO_LOSS), adapter, {base: loss})
-    return Merged(base, costs, loss, found, str(dtype).removeprefix("torch."))
+        _require_within(loss, max(max_loss, NO_LOSS), adapter, {chosen: loss})
+    return Merged(chosen, costs, loss, found, str(dtype).removeprefix("torch."))
+
+
+def _write_merged(model: PeftModel, path: str, folder: Path) -> torch.dtype:
+    """Writes the merged model of an adapter on its base; PEFT merges layer by layer while the files are written.
+
+    Args:
+        model: The adapter on its base. It is used up.
+        path: The adapter's folder, for messages.
+        folder: Where to.
+
+    Returns:
+        The precision of the weights.
+
+    Raises:
+        RecipeError: PEFT cannot merge this kind of adapter.
+    """
+    try:
+        layers = _take_off(model)
+        whole = model.merge_and_unload(safe_merge=True)  # what is left: embeddings, heads, modules to save
+        changed = {
+            f"{name}.{own}": functools.partial(_merge, layer, own)
+            for name, layer in layers.items()
+            for own, _ in layer.get_base_layer().named_parameters()
+        }
+        save_changed(whole, folder, changed)
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise RecipeError(f"peft cannot merge the adapter in {path}: {error}") from error
+    return whole.dtype
+
+
+def _take_off(model: PeftModel) -> dict[str, BaseTunerLayer]:
+    """Takes the adapter off the linear layers that share no weight, and returns its layers by the names of theirs.
+
+    Each still holds the layer that it was on, and merges into it when it is told to. The others, whose merge changes
+    what the model shares (tied embeddings) or is made of (modules to save), are left to PEFT.
+    """
+    whole = model.get_base_model()
+    holders = Counter(tensor.data_ptr() for tensor in whole.state_dict().values())
+    modules = list(whole.named_modules())
+    wrappers = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
+    layers = {}
+    for name, layer in modules:
+        if not isinstance(layer, BaseTunerLayer) or name.startswith(wrappers):
+            continue
+        base = layer.get_base_layer()
+        if type(base) in LINEAR and all(holders[parameter.data_ptr()] == 1 for parameter in base.parameters()):
+            whole.set_submodule(name, base)
+            layers[name] = layer
+    return layers
+
+
+def _merge(layer: BaseTunerLayer, own: str) -> torch.Tensor:
+    """A weight of the layer below an adapter's, merged; the model lets it go."""
+    if not layer.merged:
+        layer.merge(safe_merge=True)
+    parameter = layer.get_base_layer().get_parameter(own)
+    tensor, parameter.data = parameter.data, parameter.new_empty(0)
+    return tensor
+
+
+def _write_rounded(adapter: ModelRef, folder: Path) -> ModelRef:
+    """Writes the base of a quantized adapter with its weights as they are rounded, made whole again."""
+    import bitsandbytes
+
+    base, head = dataclasses.replace(adapter.base, quantization=None), head_of(adapter)
+    quantized, whole = load_model(adapter.base, head=head), load_model(base, head=head)
+
+    def rounded(name: str) -> torch.Tensor:
+        weight = dequantize_module_weight(quantized.get_submodule(name))
+        return weight.T if isinstance(whole.get_submodule(name), Conv1D) else weight
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    names = [name for name, module in quantized.named_modules() if isinstance(module, kinds)]
+    save_changed(whole, folder, {f"{name}.weight": functools.partial(rounded, name) for name in names})
+    return dataclasses.replace(base, path=str(folder), revision=None)
 
 
 def _as_stored(adapter: ModelRef) -> ModelRef:
