@@ -1,9 +1,11 @@
 """Mixtures and replay: shares of tokens whatever the length of documents, to the end of the data, and the report."""
 
+import itertools
 import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from datasets import Dataset
@@ -73,6 +75,20 @@ def test_a_replayed_source_keeps_its_share_to_the_end_and_does_not_outlast_the_s
     assert third["token_share"] == pytest.approx(0.2, abs=0.01)
     assert third["epochs"] >= 1
     assert [source["replayed"] for source in found["sources"].values()] == [False, False, True]
+
+
+def test_shares_hold_in_what_is_served_of_the_first_window(tokenizer) -> None:
+    """And not only in what is drawn: a window may be longer than the run."""
+    one, other = table(3000, (5, 90), 1), table(3000, (20, 200), 2).map(lambda row: {"text": row["text"].upper()})
+    capitals = {tokenizer.encode(letter)[0] for letter in "EINORTUVWX"}  # lines of these alone, and of none
+    stream = TokenStream([one, other], tokenizer, max_length=64, lanes=8, weights=[0.7, 0.3])
+    served = np.zeros(2)
+    for _, rows in zip(range(250), stream.batches(8), strict=False):
+        for row in rows:
+            ids = row["input_ids"].tolist()
+            for start, end in itertools.pairwise([*np.flatnonzero(row["position_ids"] == 0), len(ids)]):
+                served[int(bool(capitals.intersection(ids[start:end])))] += end - start
+    assert served[0] / served.sum() == pytest.approx(0.7, abs=0.01)
 
 
 @pytest.mark.parametrize("others", [0, 1])

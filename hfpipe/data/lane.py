@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from hfpipe.data.reader import Reader
 MEASURED = 16  # documents of a source that are tokenized as they are drawn, before characters tell their tokens
 TOGETHER = 50  # documents of a mixture that are tokenized in one call
 GOLDEN = 0.6180339887  # its multiples lie evenly between 0 and 1
+
+Document: TypeAlias = tuple[int, np.ndarray]  # which source it came from, and its tokens
 
 
 class Window(NamedTuple):
@@ -106,13 +108,15 @@ class Lane:
         tokens, starts = [self.rest], [self.rest_starts]
         drawn = 0
         while sum(map(len, tokens)) < self.length:
+            given = list(self.tokens)
             documents = self._draw()
             if not documents:
                 break
-            order = np.random.default_rng([*self.seed, self.window, drawn]).permutation(len(documents))
+            chance = np.random.default_rng([*self.seed, self.window, drawn])
             drawn += len(documents)
-            lengths = np.array([len(documents[place]) for place in order])
-            tokens.append(np.concatenate([documents[place] for place in order]))
+            ordered = self._in_order(documents, chance, given)
+            lengths = np.array([len(document) for document in ordered])
+            tokens.append(np.concatenate(ordered))
             starts.append(np.zeros(len(tokens[-1]), dtype=bool))
             starts[-1][np.cumsum(lengths) - lengths] = True
         self.window += 1
@@ -127,8 +131,27 @@ class Lane:
             kept[-1] -= short
         return Window(start, packed, kept, last, self._source_facts())
 
-    def _draw(self) -> list[np.ndarray]:
-        """The tokens of the next documents, each from the source whose tokens lag most behind its weight.
+    def _in_order(self, drawn: list[Document], chance: np.random.Generator, given: list[int]) -> list[np.ndarray]:
+        """A window's documents as they are served: shuffled, and of a mixture so that the shares hold at every place.
+
+        Args:
+            drawn: The documents.
+            chance: What they are shuffled by.
+            given: Tokens that each source had given before them; counted on.
+        """
+        shuffled = [drawn[place] for place in chance.permutation(len(drawn))]
+        if len(self.readers) == 1:
+            return [tokens for _, tokens in shuffled]
+        waiting = [[tokens for origin, tokens in shuffled if origin == source] for source in range(len(self.readers))]
+        ordered: list[np.ndarray] = []
+        while len(ordered) < len(drawn):
+            source = self._next([number for number, left in enumerate(waiting) if left], given, self.tokens)
+            ordered.append(waiting[source].pop())
+            given[source] += len(ordered[-1])
+        return ordered
+
+    def _draw(self) -> list[Document]:
+        """The next documents, each from the source whose tokens lag most behind its weight.
 
         Until a document is tokenized its tokens are estimated from its characters; every `TOGETHER` documents the true
         counts replace the estimates, so the shares are held over a run whatever the length of the documents.
@@ -141,7 +164,7 @@ class Lane:
             self.documents[0] += len(texts)
             return self._tokens_of(texts, [0] * len(texts))
         estimates: list[float] = [float(tokens) for tokens in self.tokens]
-        documents: list[np.ndarray] = []
+        documents: list[Document] = []
         while len(documents) + len(texts) < self.window_documents:
             if len(texts) == TOGETHER:
                 documents += self._tokens_of(texts, origins)
@@ -149,9 +172,7 @@ class Lane:
             going = [source for source in self._own if not self.readers[source].ended]
             if not going:
                 break
-            if self._replayed and self._lag(self._replayed, estimates) < self._lag(self._own, estimates):
-                going = self._replayed
-            source = min(going, key=lambda source: self._lag([source], estimates))
+            source = self._next(going + self._replayed, estimates, estimates)
             for text in self.readers[source].take(1):
                 if self.documents[source] < MEASURED:
                     estimates[source] += len(self.tokenize([text])[0])
@@ -163,7 +184,7 @@ class Lane:
                 origins.append(source)
         return documents + self._tokens_of(texts, origins)
 
-    def _tokens_of(self, texts: list[str], origins: list[int]) -> list[np.ndarray]:
+    def _tokens_of(self, texts: list[str], origins: list[int]) -> list[Document]:
         """The tokens of each document, counted for the source that it came from."""
         if not texts:
             return []
@@ -171,16 +192,36 @@ class Lane:
         for source, length in zip(origins, lengths.tolist(), strict=True):
             self.tokens[source] += length
         ends = np.cumsum(lengths)
-        return [tokens[start:end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
+        places = zip(origins, (ends - lengths).tolist(), ends.tolist(), strict=True)
+        return [(source, tokens[start:end]) for source, start, end in places]
 
-    def _lag(self, sources: list[int], estimates: list[float]) -> float:
-        """Tokens that sources have given, and a part of the next document, for their weight: the least comes next.
+    def _next(self, sources: list[int], given: Sequence[float], drawn: Sequence[float]) -> int:
+        """The one of sources that lags most behind its weight; before that, whether it is an own or a replayed one.
 
-        The part is another in each lane, so that over the lanes nothing is ahead or behind however long documents are.
+        Args:
+            sources: Those that may come next.
+            given: Tokens that each source has given.
+            drawn: Tokens of the documents that were drawn from each, for the length of a document.
         """
-        given = sum(estimates[source] for source in sources)
-        documents = sum(self.documents[source] for source in sources)
-        return given * (1 + self._phase / max(documents, 1)) / sum(self.weights[source] for source in sources)
+
+        def lag(sources: list[int]) -> float:
+            """Tokens given, and a part of the next document, for the weight.
+
+            The part is another in each lane, so that over the lanes nothing is ahead or behind however long documents
+            are.
+            """
+            length = sum(drawn[source] for source in sources) / max(
+                sum(self.documents[source] for source in sources), 1
+            )
+            tokens = sum(given[source] for source in sources) + self._phase * length
+            return tokens / sum(self.weights[source] for source in sources)
+
+        if self._replayed:
+            own = [source for source in sources if source in self._own]
+            replayed = [source for source in sources if source in self._replayed]
+            if own and replayed:
+                sources = replayed if lag(self._replayed) < lag(self._own) else own
+        return min(sources, key=lambda source: lag([source]))
 
     def _source_facts(self) -> list[dict[str, Any]]:
         return [
