@@ -23,13 +23,16 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from hfpipe.secrets import without_secrets
 
-SILENCE = 30.0  # seconds that one answer may take
+SILENCE, SILENCE_OF_A_WRITE = 30.0, 60.0  # seconds that one answer may take; a commit is work
 SHORTEST = 5.0  # seconds that it may take once the Hub has been silent for all that its patience allows
 SLOWEST = 1000.0  # bytes per second; an answer that drips is none
+READS = ("GET", "HEAD")
+WAITS = (1.0, 3.0)  # seconds before a question that met a short trouble is asked again
 BIG = 100_000  # bytes; how long the sending of more takes is for the network to say
 PATIENCE = 60.0  # seconds that all tries together may take, and that the Hub may ask to wait
 LONGEST_TEXT = 300  # characters of a message of the Hub or its client that are shown
-XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")  # hf_xet's errors have it only in their text
+# hf_xet's errors are ConnectionErrors that have the status and the address in their text only.
+XET_ERROR = re.compile(r"(?:Network|Server) error: (?:.*HTTP status \w+ error \((\d+).*?(https?://[^\s)]+)?$)?")
 HUB_PATHS = re.compile(r"/api/|/resolve/|\.git/")  # what the Hub itself answers; everything else is storage
 
 
@@ -52,21 +55,28 @@ class Patience:
     def __init__(self, seconds: float = PATIENCE, until: float = float("inf")) -> None:
         self.seconds, self.until = seconds, until
         self._since: float | None = None  # when the first request without an answer was sent
-        self._failed = 0.0
+        self._failed = 0.0  # when the last one was given up
+        self._mute: set[str] = set()  # addresses that gave no answer, while others did
+        self.last: str | None = None  # what was the matter with the last request, in words
 
-    def begin(self) -> float:
+    def begin(self, request: httpx2.Request) -> float:
         """A request is sent; returns the seconds that its answer may take."""
         now = time.monotonic()
         if self._since is None or now - self._failed > self.seconds:  # an old failure says nothing of today
             self._since = self._failed = now
-        return max(SHORTEST, min(SILENCE, self._since + self.seconds - now))
+        left = self._since + self.seconds - now
+        if request.method not in READS:
+            return max(SHORTEST, min(SILENCE_OF_A_WRITE, left))
+        return SHORTEST if str(request.url) in self._mute else max(SHORTEST, min(SILENCE, left))
 
-    def answered(self) -> None:
+    def answered(self, request: httpx2.Request) -> None:
         self._since = None
+        self._mute.discard(str(request.url))
 
-    def failed(self) -> bool:
+    def failed(self, request: httpx2.Request) -> bool:
         """No answer came; returns whether the patience is at its end."""
         self._failed = time.monotonic()
+        self._mute.add(str(request.url))
         return self._since is not None and self._failed - self._since >= self.seconds - 1.0
 
     def allows(self, wait: float) -> bool:
@@ -91,20 +101,38 @@ def limit_waiting(patience: Patience | None = None) -> None:
 
 class _Client(httpx2.Client):
     def send(self, request: httpx2.Request, *, stream: bool = False, **how: Any) -> httpx2.Response:
-        """As httpx sends, and within the limits of the patience.
+        """As httpx sends, within the limits of the patience; a question that meets a short trouble is asked again.
 
         Raises:
             NoAnswer: The patience is at its end, or the Hub asks to wait longer.
             WebPage: What answers is not the Hub, nor its storage.
-            httpx2.TimeoutException: No answer came in time; another try may be made.
+            httpx2.TransportError: No answer came; another try may be made.
         """
-        limit = _patience.begin()
+        may_repeat = request.method in READS and _patience.last is None  # in an outage, nothing is asked twice
+        for wait in (*(WAITS if may_repeat else ()), None):
+            try:
+                response = self._send_once(request, stream, how)
+            except (httpx2.TransportError, NoAnswer) as error:
+                _patience.last = trouble(error)
+                if wait is None or not isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError):
+                    raise
+            else:
+                _patience.last = trouble(HfHubHTTPError("", response=response)) if response.is_error else None
+                if wait is None or (response.status_code < 500 and response.status_code != 429):
+                    break
+                wait = max(wait, asks_to_wait(response) or 0.0)
+                response.close()
+            time.sleep(wait or 0.0)
+        return response
+
+    def _send_once(self, request: httpx2.Request, stream: bool, how: dict[str, Any]) -> httpx2.Response:
+        limit = _patience.begin(request)
         given = request.extensions.get("timeout") or {}
         kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: min(given.get(kind) or SILENCE, limit) for kind in kinds}
+        request.extensions["timeout"] = {kind: min(given.get(kind) or limit, limit) for kind in kinds}
         send = super().send
         try:
-            if int(request.headers.get("Content-Length", 0)) > BIG:
+            if "Transfer-Encoding" in request.headers or int(request.headers.get("Content-Length", 0)) > BIG:
                 response = send(request, stream=True, **how)
             else:
                 response = _within(limit, lambda: send(request, stream=True, **how), request)
@@ -113,7 +141,7 @@ class _Client(httpx2.Client):
             if not stream:
                 response.read()
         except httpx2.TimeoutException as error:
-            if _patience.failed():
+            if _patience.failed(request):
                 raise _silent(request) from error
             raise
         return response
@@ -138,13 +166,15 @@ class _Timed(httpx2.SyncByteStream):
                 if waited > self._limit + size / SLOWEST:
                     raise httpx2.ReadTimeout("the answer drips", request=self._request)
                 if size > BIG:
-                    _patience.answered()
+                    _patience.answered(self._request)
                 yield part
         except httpx2.TimeoutException as error:
-            if _patience.failed():
+            if _patience.failed(self._request):
                 raise _silent(self._request) from error
             raise
-        _patience.answered()
+        except httpx2.NetworkError as error:  # huggingface_hub goes on behind what it has after the other kind alone
+            raise httpx2.RemoteProtocolError(str(error), request=self._request) from error
+        _patience.answered(self._request)
 
     def close(self) -> None:
         self._parts.close()
@@ -253,10 +283,28 @@ def status_of(error: BaseException | None) -> int | None:
         response = getattr(one, "response", None)
         if response is not None:
             return int(response.status_code)
-        told = XET_STATUS.search(str(one))
-        if told:
-            return int(told[1])
+        xet = XET_ERROR.match(str(one))
+        if xet and xet[1]:
+            return int(xet[1])
     return None
+
+
+def refusing_storage(error: BaseException) -> str | None:
+    """The host of the storage that refused a file, or does not know it; None where it was the Hub that refused.
+
+    The address of a file in storage is signed for a while, or has a token of its own: what it refuses is not about the
+    token of the user.
+    """
+    if status_of(error) not in (401, 403, 404):
+        return None
+    response = response_of(error)
+    if response is not None:
+        is_storage = "Authorization" not in response.request.headers
+        address = str(response.request.url) if is_storage else ""
+    else:
+        address = next((xet[2] or "" for one in causes(error) if (xet := XET_ERROR.match(str(one)))), "")
+    url = httpx2.URL(address)
+    return url.host if url.host and not HUB_PATHS.search(url.path) else None
 
 
 def trouble(error: BaseException) -> str | None:
@@ -265,10 +313,10 @@ def trouble(error: BaseException) -> str | None:
     if known is not None:
         return f"{known}."
     status, response = status_of(error), response_of(error)
-    if status in (401, 403) and response is not None and _is_from_storage(response):
+    if host := refusing_storage(error):
         return (
-            f"the storage of the Hub ({response.request.url.host}) refuses the file ({status}), which is not about the "
-            "token: its signed address has expired, or a proxy changes requests. Try again, and look at HTTPS_PROXY."
+            f"the storage of the Hub ({host}) refuses a file ({status}), which is not about your token: what it was "
+            "given has expired, or a proxy changes requests. Try again, and look at HTTPS_PROXY if it is set."
         )
     if status == 429:
         wait = asks_to_wait(response) if response is not None else None
@@ -281,6 +329,15 @@ def trouble(error: BaseException) -> str | None:
         name, text = type(one).__name__, one_line(str(one)) or "no reason was given"
         if isinstance(one, json.JSONDecodeError | FileMetadataError):
             return f"what answers at {constants.ENDPOINT} is not the Hub. Look at HF_ENDPOINT and HTTPS_PROXY if set."
+        if "Consistency check failed" in text:  # huggingface_hub's, which names the signed address
+            return (
+                "what came of a file is not all of it, or a web page in its place. Try again, and look at HTTPS_PROXY."
+            )
+        if isinstance(one, ConnectionError) and XET_ERROR.match(str(one)):
+            return (
+                f"the storage of the Hub does not answer as it should ({text}). Try again later; where a proxy or "
+                "firewall is in the way, set HF_HUB_DISABLE_XET=1, and files go by another road."
+            )
         if not isinstance(one, httpx2.TransportError):
             continue
         if isinstance(one, httpx2.ConnectError):
@@ -291,10 +348,9 @@ def trouble(error: BaseException) -> str | None:
     return None
 
 
-def _is_from_storage(response: httpx2.Response) -> bool:
-    """Whether it answers a request that takes no token: the address of a file in storage is signed."""
-    request = response.request
-    return "Authorization" not in request.headers and not HUB_PATHS.search(request.url.path)
+def last_trouble() -> str | None:
+    """As `trouble`, of the last request of this process: `datasets` does not say what made it give up."""
+    return _patience.last
 
 
 def told(error: BaseException) -> str:

@@ -231,7 +231,15 @@ def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Pa
         ({"repo_id": "me/again", "private": True}, "is public, and the recipe says `private: true`"),
         ({"repo_id": "me/absent", "create_pr": True}, "a pull request needs a repository that exists"),
         ({"repo_id": "me/taken", "create_pr": True}, "may open a pull request on me/taken"),
-        ({"repo_id": "me/new", "what": "both", "merged_repo_id": "others/new"}, "may not write under others"),
+        (
+            {"repo_id": "me/new", "what": "both", "merged_repo_id": "others/new"},
+            "push.merged_repo_id: nothing could be",
+        ),
+        # The parent of a chain is not a pull request, as the adapter must name its commit.
+        (
+            {"repo_id": "me/taken", "create_pr": True, "parent_repo_id": "others/b"},
+            "push.parent_repo_id: nothing could",
+        ),
     ]
     before = set(hub.repos)
     pusher = Pusher(hub, tmp_path)

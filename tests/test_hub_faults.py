@@ -51,6 +51,15 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
             LFS,
             "the Hub asks to wait 15 minutes before another try (429).",
         ),
+        "429-by-storage": (lambda hub: hub.fail("PUT /lfs/", 429, Retry_After="3600"), LFS, "asks to wait 60 minutes"),
+        "429-by-xet": (lambda hub: hub.fail("xet-write", 429, Retry_After="3600"), XET, "asks to wait 60 minutes"),
+        "403-by-storage": (
+            lambda hub: hub.fail("PUT /lfs/", 403, times=4),
+            LFS,
+            "(403), which is not about your token",
+        ),
+        "403-by-xet": (lambda hub: hub.fail("/v1/xorbs", 403, times=4), XET, "(403), which is not about your token"),
+        "page-by-storage": (lambda hub: hub.hide("PUT /lfs/", times=4), LFS, "a web page came in place of the answer"),
         "login-page": (lambda hub: hub.hide(COMMIT, times=4), LFS, "a web page came in place of the answer of the Hub"),
         "no-room": (
             lambda hub: setattr(hub, "full", "No storage is left" + f" {hub.token}" * 20),

@@ -26,7 +26,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from pyarrow.lib import ArrowException
 
-from hfpipe.connection import trouble
+from hfpipe.connection import last_trouble, trouble
 from hfpipe.errors import DataError, MachineError, RecipeError, Unreachable, UserError
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
@@ -97,8 +97,6 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
         return _from_hub(error, source)  # `datasets` wraps a Hub that does not answer into a missing file
     if isinstance(error, FileNotFoundError | StopIteration | HFValidationError):
         return _missing_files(error, source)
-    if isinstance(error, OSError) and error.errno is None:  # Arrow's, for a damaged file
-        return _unreadable(error, source, files)
     if isinstance(error, OSError):
         full = " The disk is full: HF_HOME may name another." if error.errno == errno.ENOSPC else ""
         return MachineError(f"{_name(source)} cannot be read on this machine: {_first_line(error)}{full}")
@@ -147,7 +145,7 @@ def _unreachable(error: BaseException, source: Source) -> MachineError:
         error = error.__cause__  # `datasets` hides what it was
     offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
     why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error).rstrip(".")
-    if not offline and (known := trouble(error)):
+    if not offline and (known := trouble(error) or last_trouble()):
         return Unreachable(f"{_name(source)}: {known} What is in the cache needs no Hub.", known.rstrip("."))
     advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
     message = f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."

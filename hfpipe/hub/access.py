@@ -23,7 +23,8 @@ def check(asked: list[dict[str, Any]]) -> list[str]:
     """Asks the Hub whether `upload` could write to some repositories.
 
     Args:
-        asked: For each: repo_id, what, run (the name of the run), private, revision, tag, create_pr.
+        asked: For each: repo_id, the word of the recipe that says it, run (the name of the run), private, revision,
+            tag, create_pr.
 
     Returns:
         One line for each, that it could.
@@ -42,7 +43,7 @@ def check(asked: list[dict[str, Any]]) -> list[str]:
             except (UserError, Exception) as error:  # the clients raise a dozen unrelated types
                 if wait is None or isinstance(error, UserError) or not is_passing(error):
                     reason = str(error) if isinstance(error, UserError) else explain(error, one["repo_id"])
-                    where = f"push.repo_id: nothing could be pushed to {one['repo_id']}"
+                    where = f"push.{one['word']}: nothing could be pushed to {one['repo_id']}"
                     raise MachineError(f"{where}: {reason}") from error
                 time.sleep(wait)
     return lines

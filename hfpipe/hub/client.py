@@ -7,7 +7,18 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 
-from hfpipe.connection import NoAnswer, Patience, WebPage, limit_waiting, one_line, status_of, told, trouble, unwrapped
+from hfpipe.connection import (
+    NoAnswer,
+    Patience,
+    WebPage,
+    limit_waiting,
+    one_line,
+    refusing_storage,
+    status_of,
+    told,
+    trouble,
+    unwrapped,
+)
 from hfpipe.errors import MachineError
 
 
@@ -62,7 +73,8 @@ def is_passing(error: BaseException) -> bool:
         # A ConnectionError is Xet's, which has tried for minutes already; a ValueError will be one again, unless it is
         # about an answer that is no JSON.
         return isinstance(error, json.JSONDecodeError) or not isinstance(error, (ValueError, ConnectionError))
-    return status >= 500 or status in (408, 409, 412, 429) or isinstance(error, WebPage)
+    passing = status >= 500 or status in (408, 409, 412, 429)
+    return passing or isinstance(error, WebPage) or refusing_storage(error) is not None
 
 
 def explain(error: BaseException, repo_id: str) -> str:

@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
-from huggingface_hub.errors import RevisionNotFoundError
 
 from hfpipe import ranks
 from hfpipe.connection import NoAnswer, causes
 from hfpipe.files import write_json
-from hfpipe.metrics import space_of
+from hfpipe.metrics import script_of, space_of
 from hfpipe.recipe import Recipe, Source, Suite
 from hfpipe.report.card import hub_id, is_on_hub
 
@@ -105,22 +103,13 @@ def _ask(asked: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
 
 def _fill(facts: dict[str, Any], kind: str, id: str, revision: str) -> None:
     if kind == "space":
-        facts["revision"] = _space_commit(id, revision)
+        facts["revision"] = Path(script_of(id, None if revision == DEFAULT else revision)).parent.name
         return
     ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
     facts["revision"] = ask(id, revision=revision, timeout=SECONDS).sha
     card = hf_hub_download(id, "README.md", repo_type=kind, revision=facts["revision"], etag_timeout=SECONDS)
     data = ModelCard.load(card, ignore_metadata_errors=True).data
     facts |= {name: data.get(name) for name in FACTS}
-
-
-def _space_commit(id: str, revision: str) -> str | None:
-    if revision != DEFAULT:
-        return HfApi().space_info(id, revision=revision, timeout=SECONDS).sha
-    try:
-        return HfApi().space_info(id, revision=f"v{version('evaluate')}", timeout=SECONDS).sha
-    except RevisionNotFoundError:
-        return HfApi().space_info(id, timeout=SECONDS).sha
 
 
 def _pinned_suite(suite: Suite, commits: dict[str, str]) -> Suite:

@@ -115,7 +115,12 @@ def check_access(recipe: Recipe, *, deadline_seconds: float = CHECKING) -> list[
             "which nobody else has. Write `what: merged`."
         )
     words = {"repo_id", "private", "revision", "tag", "create_pr"}
-    asked = [one.model_dump(include=words) | {"run": recipe.name} for one in pushes]
+    own = [one.repo_id for one in pushes_of(recipe, recipe.push)]
+    said = dict(zip(own, ("repo_id", "merged_repo_id"), strict=False))
+    asked = [
+        one.model_dump(include=words) | {"run": recipe.name, "word": said.get(one.repo_id, "parent_repo_id")}
+        for one in pushes
+    ]
     try:
         return list(_in_own_process({"check": asked}, deadline_seconds)["lines"])
     except MachineError as error:

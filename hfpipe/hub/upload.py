@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -18,10 +19,12 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from hfpipe.connection import Patience, asks_to_wait, response_of, status_of
 from hfpipe.errors import MachineError, UserError
@@ -38,6 +41,7 @@ REPLACED_BY_A_MODEL = (
     "adapter_model.safetensors",
 )
 NOTHING_IGNORED = "# every file of a push is meant\n"  # in place of the repository's .gitignore
+XET_PATIENCE = "10s"  # that Xet's own client tries anything; then `upload` does, and says so
 GRACE = 5.0  # seconds past its deadline
 WAITS = (1.0, 3.0, 8.0, 2.0)  # seconds between the tries, where the Hub does not say how long; then one last look
 
@@ -82,7 +86,10 @@ def _send(api: HfApi, task: dict[str, Any], only_look: bool) -> dict[str, Any] |
     if not api.repo_exists(repo):
         api.create_repo(repo, private=task["private"] is not False, exist_ok=True)
     elif task["private"] and api.repo_info(repo).private is False:
-        raise MachineError(f"{repo} is public, and `private: true` was asked for. Make it private on its page first.")
+        raise MachineError(
+            f"{repo} is public, and `private: true` was asked for. Make it private on its page, or write `private: "
+            "false` (--no-private)."
+        )
     if branch:
         api.create_branch(repo, branch=branch, exist_ok=True)
     url = f"{api.endpoint}/{repo}" + (f"/tree/{branch}" if branch else "")
@@ -125,6 +132,7 @@ def _send_weights(
             of the repository names, although it is asked here to pay no heed to that.
     """
     added = [one for one in operations if isinstance(one, CommitOperationAdd)]
+    _ask_for_xet(api, repo, branch, pr)
     api.preupload_lfs_files(
         repo, added, revision=branch, create_pr=pr, num_threads=4, free_memory=False, gitignore_content=NOTHING_IGNORED
     )
@@ -133,6 +141,16 @@ def _send_weights(
         raise MachineError(
             f"the Hub would leave out {', '.join(ignored)}, which a .gitignore in {repo} names. Delete that file there."
         )
+
+
+def _ask_for_xet(api: HfApi, repo: str, branch: str | None, pr: bool) -> None:
+    """Asks for the right to write into the storage of Xet, as its client does, which does not tell what is wrong."""
+    if constants.HF_HUB_DISABLE_XET:
+        return
+    url = f"{api.endpoint}/api/models/{repo}/xet-write-token/{quote(branch or 'main', safe='')}"
+    answer = get_session().get(url, headers=build_hf_headers(token=api.token), params={"create_pr": 1} if pr else None)
+    if answer.status_code != 404:  # of a Hub without Xet
+        hf_raise_for_status(answer)
 
 
 def _in_pull_request(
@@ -214,6 +232,7 @@ def main() -> int:
     """Reads a task from standard input and writes one line of JSON to standard output."""
     try:
         task = json.load(sys.stdin)
+        os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", XET_PATIENCE)  # it keeps on for minutes, silently
         signal.alarm(math.ceil(task["seconds"] + GRACE))  # where nobody ends this process, it does so itself
         answer = {"lines": check(task["check"])} if "check" in task else upload(task)
         code = 0

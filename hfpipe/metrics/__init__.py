@@ -5,10 +5,17 @@ To add one: a subclass of `RowMetric` here, its line in `OURS`, and its name in 
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx2
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from hfpipe.connection import trouble
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.recipe.faults import did_you_mean, listed
 
@@ -77,18 +84,43 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
         return getattr(import_module(f"hfpipe.metrics.{file}"), class_name)(name, **(options or {}))
     import evaluate
 
+    space = space_of(name)
     try:
-        return evaluate.load(name, keep_in_memory=True, revision=(options or {}).get("revision"))
-    except FileNotFoundError as error:
+        return evaluate.load(script_of(space, (options or {}).get("revision")) if space else name, keep_in_memory=True)
+    except (FileNotFoundError, RepositoryNotFoundError) as error:
+        if known := trouble(error):
+            raise MachineError(f"metric {name!r} cannot be fetched: {known}") from error
+        where = f"on the Hub ({space})" if space else "a script here"
         raise RecipeError(
-            f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OURS))}), nor on the Hub "
-            f"(evaluate-metric/{name}), nor a local script. Check the spelling, and the network: another metric than "
-            f"hfpipe's own is fetched the first time.{did_you_mean(name, OURS)}"
+            f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OURS))}), nor {where}. Check the spelling, "
+            f"and the network: another metric than hfpipe's own is fetched the first time.{did_you_mean(name, OURS)}"
         ) from error
     except ImportError as error:
         raise MachineError(f"metric {name!r}: {error}") from error
-    except OSError as error:
-        raise MachineError(f"metric {name!r} cannot be fetched: {error}") from error
+    except (OSError, httpx2.TransportError) as error:
+        raise MachineError(f"metric {name!r} cannot be fetched: {trouble(error) or error}") from error
+
+
+def script_of(space: str, revision: str | None) -> str:
+    """Fetches the script of a metric that is a Space of the Hub, and what stands beside it.
+
+    `evaluate.load` would fetch it too, but waits for minutes and then says of everything that there is no such metric.
+
+    Args:
+        space: Its Hub id.
+        revision: Commit or branch; without one, as `evaluate` chooses: the tag of its own version, or main.
+
+    Returns:
+        The path of the script, in a folder that is named as the commit.
+    """
+    fetch = partial(snapshot_download, space, repo_type="space", allow_patterns="*.py")
+    try:
+        folder = fetch(revision=revision or f"v{version('evaluate')}")
+    except RevisionNotFoundError:
+        if revision:
+            raise
+        folder = fetch()
+    return f"{folder}/{space.rpartition('/')[2]}.py"
 
 
 def space_of(name: str) -> str | None:

@@ -11,6 +11,7 @@ Clients read `HF_ENDPOINT` and `HF_HUB_DISABLE_XET` when they are imported, henc
 - server.py: `HubServer`, its repositories, tokens and planted faults
 - answers.py: reads as a specification; `ROUTES` lists every request, each answered by the method of that name
 - metadata.py: what must hold of a model card's metadata
+- faults.py: what goes wrong
 - repos.py: repositories, commits, files
 - xet.py: the storage behind the newer of the two upload pipelines; the other, Git LFS, is in answers.py
 """

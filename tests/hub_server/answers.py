@@ -62,9 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {self.path}"
         self.hub.requests.append(request)
         fault = self.hub.next_fault(request)
-        if fault and fault.kind == "stall":
-            self.hub.stopping.wait(fault.seconds)
-        if fault and fault.kind in ("drop", "stall"):
+        if fault and fault.is_instead_of_an_answer(self.wfile, self.hub.stopping):
             self.close_connection = True
             return
         try:

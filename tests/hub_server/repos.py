@@ -100,15 +100,3 @@ def entries(commit: Commit, xet_hashes: dict[str, str]) -> dict[str, dict[str, A
             oid = hashlib.sha1(parent.encode()).hexdigest()
             found[parent] = {"type": "directory", "path": parent, "oid": oid, "size": 0, "lastCommit": last}
     return dict(sorted(found.items()))
-
-
-@dataclass
-class Fault:
-    """What to do with the next `times` requests whose `METHOD /path?query` holds `match`."""
-
-    match: str
-    kind: str  # status, drop, stall, page, cut (amid the reply), or lose (carried out, the reply never comes)
-    times: int
-    status: int = 503
-    seconds: float = 3600.0
-    headers: dict[str, str] = field(default_factory=dict)

@@ -8,7 +8,8 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from hub_server.answers import Handler
-from hub_server.repos import Commit, Fault, File, Repo, is_large
+from hub_server.faults import Fault
+from hub_server.repos import Commit, File, Repo, is_large
 from hub_server.xet import XetStore
 
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
@@ -114,6 +115,10 @@ class HubServer:
     def stall(self, match: str, seconds: float = 3600.0, times: int = 1) -> None:
         """Keep the connection open and say nothing."""
         self.faults.append(Fault(match, "stall", times, seconds=seconds))
+
+    def drip(self, match: str, times: int = 1) -> None:
+        """Answer one byte a second, which no limit on a silence ends."""
+        self.faults.append(Fault(match, "drip", times))
 
     def cut(self, match: str, times: int = 1) -> None:
         """Send half of the answer, then close the connection."""
