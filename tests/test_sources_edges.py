@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hub_server import HubServer
 
 from hfpipe.data.sources import friendly, load_rows
-from hfpipe.errors import DataError, RecipeError
+from hfpipe.errors import DataError, MachineError, RecipeError
 from hfpipe.recipe import Source
 
 streamed = pytest.mark.parametrize("streaming", [False, True])
@@ -54,6 +56,30 @@ def test_a_condition_reckons_with_numbers_only(read: Any) -> None:
 def test_an_operator_that_is_refused_is_shown(read: Any) -> None:
     with pytest.raises(RecipeError, match=r"'n \*\* 2'"):
         read(where="n ** 2 > 1")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"path": "https://huggingface.co/datasets/team/rows"}, "write the data set's name, 'team/rows'"),
+        ({"path": "jsonl", "data_files": "rows.jsonl"}, "Did you mean json?"),
+    ],
+)
+def test_a_path_that_is_nearly_right(words: dict[str, Any], says: str) -> None:
+    with pytest.raises((RecipeError, MachineError), match=re.escape(says)):
+        load_rows(Source(**words))
+
+
+@streamed
+def test_damaged_files_are_bad_data(tmp_path: Path, streaming: bool) -> None:
+    Dataset.from_list([{"text": f"t{n}"} for n in range(500)]).to_parquet(tmp_path / "rows.parquet")
+    content = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(content[:100] + bytes(200) + content[300:])
+    (tmp_path / "rows.json").write_text('[{"text": "a"}, {"text": "b"')
+    for path in ("parquet", "json"):
+        source = Source(path=path, data_files=str(tmp_path / f"rows.{path}"), streaming=streaming)
+        with pytest.raises(DataError, match="cannot be read"), friendly(source):
+            list(load_rows(source))
 
 
 @streamed

@@ -19,7 +19,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TypeVar
 
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.table import CastError
 from huggingface_hub import constants
@@ -160,6 +160,10 @@ def _missing_files(error: BaseException, source: Source) -> UserError:
         return RecipeError(f"{_name(source)}: no file matches {listed(missing)}. {_base(source)}")
     if isinstance(error, StopIteration):
         return DataError(f"{_name(source)}: there are no rows in {listed(patterns) or 'it'}.")
+    if isinstance(error, DataFilesNotFoundError) and not Path(source.path).exists():
+        return RecipeError(f"{_name(source)} is a data set of the Hub without files that `datasets` can read.")
+    if page := re.match(r"https?://[^/]+/datasets/([^/]+/[^/?#]+)", source.path):
+        return RecipeError(f"{_name(source)} is the address of a page; write the data set's name, {page[1]!r}.")
     if isinstance(error, HFValidationError) or not patterns:
         place = Path(source.path)
         what = "is a folder without data files" if place.is_dir() else "is no folder here and no data set of the Hub"
