@@ -14,8 +14,9 @@ import tiny
 from hub_server import HubServer
 
 from hfpipe.cli import main
-from hfpipe.data.dirt import Read, tidy, tidy_row, tidy_rows
+from hfpipe.data.dirt import Read, finding, judge, tidy, tidy_row, tidy_rows
 from hfpipe.data.sources import load_rows
+from hfpipe.errors import DataError
 from hfpipe.evaluation import suite_rows
 from hfpipe.recipe import Source, Suite
 
@@ -146,6 +147,23 @@ def test_one_bad_byte_costs_its_row_in_a_data_set_of_the_hub_too(tmp_path: Path,
             assert texts == repos[name][1], (mode, name)
             assert (rows, dirty) == ((3, ["row 1"]) if len(texts) == 2 else (1, [])), (mode, name)
             assert mended == ["control characters removed"][: len(texts) - 1], (mode, name)
+
+
+def test_dirt_is_judged_over_all_ranks_together() -> None:
+    """Four of 800 rows are dirty, all in the part of one of the ranks."""
+
+    def lane(rows: int, dirty: int, epochs: int = 1) -> dict:
+        return {"rows": rows, "epochs": epochs, "tokens": 9, "dirty": {"empty": dirty}, "dirty_ids": [f"d{dirty}"]}
+
+    source = Source(path="json")
+    ranks = [finding([lane(100, 4), lane(100, 0)], whole=True), *[finding([lane(300, 0)], whole=True)] * 2]
+    judge(source, ranks, 0.01)
+    with pytest.raises(DataError, match="4 of 800 rows"):
+        judge(source, ranks, 0.004)
+    begun = finding([lane(100, 4, epochs=0)], whole=False)
+    judge(source, [begun] * 9, 0.01)
+    with pytest.raises(DataError, match="40 of 1,000 rows"):
+        judge(source, [begun] * 10, 0.01)
 
 
 def parquet_with_bad_bytes(path: Path) -> None:

@@ -31,6 +31,7 @@ from hfpipe.recipe import Source
 MAX_CHARACTERS = 10_000_000  # of a document; what is longer is cut
 ROW_CHARACTERS = 1_000_000  # of a text of a row that is cut to max_length tokens later
 LISTED = 20  # ids of rows that the report names
+JUDGED_ROWS = 1_000  # of a source, before its share of dirty rows means anything
 
 CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\f\r"})
 SURROGATES = re.compile(f"[\ud800-\udfff{LONE}]")
@@ -159,6 +160,49 @@ def refuse_dirt(source: Source, dirty: Tally, rows: int, max_dirty_share: float)
         f"{max_dirty_share:.2%} that max_dirty_share allows. The first: {', '.join(dirty.ids)}. Mend them, leave them "
         f"out with `where`, or raise max_dirty_share of the stage.{dirty.encoding_advice}"
     )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What lanes have found in a source.
+
+    Args:
+        rows: Rows read.
+        different: At least so many of them are different ones.
+        whole: Whether every one of the lanes has read all that is its own.
+        tokens: Tokens of its documents.
+        dirty: Rows that were left out.
+    """
+
+    rows: int
+    different: int
+    whole: bool
+    tokens: int
+    dirty: Tally
+
+
+def finding(lanes: Sequence[Mapping[str, Any]], whole: bool) -> Finding:
+    """Sums up the facts of lanes on a source (see `Window`), of all lanes or of those that have begun."""
+    return Finding(
+        rows=sum(facts["rows"] for facts in lanes),
+        different=sum(facts["rows"] // (facts["epochs"] + 1) for facts in lanes),
+        whole=whole and all(facts["epochs"] for facts in lanes),
+        tokens=sum(facts["tokens"] for facts in lanes),
+        dirty=merged([Tally(facts["dirty"], facts["dirty_ids"]) for facts in lanes]),
+    )
+
+
+def judge(source: Source, findings: Sequence[Finding], max_dirty_share: float) -> None:
+    """Raises a DataError when a source has too many dirty rows, or not one document, in the lanes of all ranks."""
+    whole = all(found.whole for found in findings)
+    if whole or sum(found.different for found in findings) >= JUDGED_ROWS:
+        dirty = merged([found.dirty for found in findings])
+        refuse_dirt(source, dirty, sum(found.rows for found in findings), max_dirty_share)
+    if whole and not any(found.tokens for found in findings):
+        raise DataError(
+            f"source {source.path!r} has no document with text in it; look at its files, its `where`, `skip` and "
+            "`take`, and at what cleaning removes."
+        )
 
 
 @dataclass

@@ -42,8 +42,12 @@ def table_blocks(rows: Dataset, size: int, begin: int = 0) -> Iterator[dict[str,
 
 
 def can_be_arrow(rows: IterableDataset) -> bool:
-    """Whether a stream has Arrow's own values: not those that Python has made already, nor JSON, nor what is nested."""
-    plain = all(isinstance(feature, Value) for feature in (rows.features or {}).values())
+    """Whether a stream has Arrow's own values: not those that Python has made already, nor JSON, nor what is nested.
+
+    Nor views of strings, of which Arrow cannot take some.
+    """
+    features = (rows.features or {}).values()
+    plain = all(isinstance(feature, Value) and feature.dtype != "string_view" for feature in features)
     return rows._ex_iterable.iter_arrow is not None and rows.features is not None and plain
 
 

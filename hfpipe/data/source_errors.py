@@ -97,6 +97,8 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
         return _from_hub(error, source)  # `datasets` wraps a Hub that does not answer into a missing file
     if isinstance(error, FileNotFoundError | StopIteration | HFValidationError):
         return _missing_files(error, source)
+    if isinstance(error, OSError) and error.errno is None:  # Arrow's, for a damaged file
+        return _unreadable(error, source, files)
     if isinstance(error, OSError):
         full = " The disk is full: HF_HOME may name another." if error.errno == errno.ENOSPC else ""
         return MachineError(f"{_name(source)} cannot be read on this machine: {_first_line(error)}{full}")

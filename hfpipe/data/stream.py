@@ -12,6 +12,7 @@ is not in the state, so nothing is lost or seen twice.
 from __future__ import annotations
 
 import copy
+import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,19 +22,19 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hfpipe.data.ahead import Ahead
-from hfpipe.data.dirt import Tally, merged, refuse_dirt
+from hfpipe.data.dirt import Finding, Tally, finding, judge, merged
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
 from hfpipe.data.masking import Frame, tokens_of
 from hfpipe.data.reader import BLOCK, Reader, in_shards
 from hfpipe.data.sketch import counts_of
-from hfpipe.errors import DataError, RecipeError
+from hfpipe.errors import RecipeError
 from hfpipe.ranks import each, gather
 from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8
 WINDOW_DOCUMENTS = 500
-JUDGED_ROWS = 1_000
+JUDGED_BATCHES = 100
 COUNTED = ("rows", "tokens", "documents", "cut", "continued_rows")
 
 
@@ -77,8 +78,8 @@ class TokenStream:
             padded then, rows stand in for a lane that ends before the others, and all ranks serve the same number of
             batches.
         epochs: How often each source is read where it stops.
-        max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once a
-            rank has read `JUDGED_ROWS` different rows of the source, or all of its share.
+        max_dirty_share: Share of a source's rows that may be dirty (missing, empty, not a text). It is judged once
+            all ranks have read `JUDGED_ROWS` different rows of the source, or all of it.
         prefetch: Whether windows are built ahead in background threads.
         cleaned: Judges the rows of a source, given by its number, before it is read in lanes; see `Cleaner.shares`.
         frame: Of rows for a masked model, which carry their number and no positions; None for the next token.
@@ -142,6 +143,7 @@ class TokenStream:
         self.lanes = lanes
         self._positions = {lane: Position() for lane in range(self.rank, lanes, self.ranks)}
         self._served = 0  # rows that all ranks have served
+        self._found: list[Finding] | None = None
         self._finished = False
 
     def _shards(self) -> list[Dataset | IterableDataset]:
@@ -203,18 +205,16 @@ class TokenStream:
         ahead = Ahead(build) if self.prefetch else None
         take = ahead.take if ahead else lambda lane: build[lane]()
         try:
-            while True:
+            for count in itertools.count(1):
                 batch = [self._row(take, windows) for _ in range(rows)]
                 real = any(row is not None for row in batch)
                 ended = all(position.ended for position in self._positions.values())
-                if self.epochs is not None:
-                    said = gather((real or not ended, self._barren()))
-                    if barren := set.intersection(*(found for _, found in said)):
-                        raise DataError(
-                            f"source {self.origins[min(barren)].path!r} has no document with text in it; look at its "
-                            "files, its `where`, `skip` and `take`, and at what cleaning removes."
-                        )
-                    if not any(going for going, _ in said):
+                # What all ranks have found is judged together; where data may end they have to speak at each batch.
+                if self.epochs is not None or not count & (count - 1) or not count % JUDGED_BATCHES:
+                    said = gather((real or not ended, self._findings()))
+                    for number, source in enumerate(self.origins):
+                        judge(source, [found[number] for _, found in said], self.max_dirty_share)
+                    if self.epochs is not None and not any(going for going, _ in said):
                         self._finished = True  # Trainer asks again, for another epoch
                         return
                 yield [self._padding() if row is None else row for row in batch]
@@ -282,7 +282,7 @@ class TokenStream:
                 position.given = 0
             windows[lane] = take(lane)
             position.start, position.sources = windows[lane].start, windows[lane].sources
-            self._refuse_dirt()
+            self._found = None
             if not len(windows[lane].tokens):
                 break
         number = self._served + (self.rank - self._served) % self.ranks  # of the row in the run
@@ -306,27 +306,13 @@ class TokenStream:
             "labels": packed.labels[place],
         }
 
-    def _barren(self) -> set[int]:
-        """The sources in which every lane of this rank has found no document."""
-        lanes = [position.sources for position in self._positions.values()]
-        return {
-            number
-            for number in range(len(self.sources))
-            if all(lane and lane[number]["epochs"] and not lane[number]["tokens"] for lane in lanes)
-        }
-
-    def _refuse_dirt(self) -> None:
-        """Raises a DataError when too many rows of a source were dirty in this rank's lanes."""
-        begun = [position.sources for position in self._positions.values() if position.sources]
-        for number, origin in enumerate(self.origins):
-            lanes = [lane[number] for lane in begun]
-            rows = sum(facts["rows"] for facts in lanes)
-            read_once = len(begun) == len(self._positions) and all(facts["epochs"] for facts in lanes)
-            different = sum(facts["rows"] // (facts["epochs"] + 1) for facts in lanes)  # at least
-            if different < JUDGED_ROWS and not read_once:
-                continue
-            dirty = merged([Tally(facts["dirty"], facts["dirty_ids"]) for facts in lanes])
-            refuse_dirt(origin, dirty, rows, self.max_dirty_share)
+    def _findings(self) -> list[Finding]:
+        """What this rank's lanes have found in each source by the end of the windows begun."""
+        if self._found is None:
+            lanes = [position.sources for position in self._positions.values() if position.sources]
+            whole = len(lanes) == len(self._positions)
+            self._found = [finding([lane[number] for lane in lanes], whole) for number in range(len(self.sources))]
+        return self._found
 
     def _padding(self) -> dict[str, Any]:
         """A row that nothing is learned from."""
