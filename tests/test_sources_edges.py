@@ -65,7 +65,9 @@ def test_an_operator_that_is_refused_is_shown(read: Any) -> None:
         ({"path": "jsonl", "data_files": "rows.jsonl"}, "Did you mean json?"),
     ],
 )
-def test_a_path_that_is_nearly_right(words: dict[str, Any], says: str) -> None:
+def test_a_path_that_is_nearly_right(words: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     with pytest.raises((RecipeError, MachineError), match=re.escape(says)):
         load_rows(Source(**words))
 

@@ -148,10 +148,12 @@ def _unreachable(error: BaseException, source: Source) -> MachineError:
     offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
     why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error).rstrip(".")
     if not offline and (known := trouble(error) or last_trouble()):
-        return Unreachable(f"{_name(source)}: {known} What is in the cache needs no Hub.", known.rstrip("."))
+        message = f"{_name(source)}: {known} What is in the cache needs no Hub.{_builder_meant(source)}"
+        return Unreachable(message, known.rstrip("."))
     advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
     message = f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."
-    return MachineError(message + _builder_meant(source)) if offline else Unreachable(message, why)
+    message += _builder_meant(source)
+    return MachineError(message) if offline else Unreachable(message, why)
 
 
 def _missing_files(error: BaseException, source: Source) -> UserError:
