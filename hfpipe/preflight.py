@@ -178,13 +178,17 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
 def _marks(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
     """What is wrong with the beginnings and ends of the first rows of a source, in plain words."""
     sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
-    ids = [row["input_ids"] for row in encode_rows(sample, stage, tokenizer, None, 0, source)]
+    encoded = encode_rows(sample, stage, tokenizer, None, 0, source)
+    ids = [row["input_ids"] for row in encoded]
+    trained = [[token for token in row["labels"][-3:] if token != IGNORED] for row in encoded]  # a line feed may follow
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = {
         f"begin with two BOS tokens ({tokenizer.bos_token}): the data or the chat template has one, and the tokenizer "
         "adds another": sum(row[:2] == [bos, bos] for row in ids),
-        f"do not end with the EOS token ({tokenizer.eos_token}), so the model does not learn to stop there: the chat "
-        "template ends its turns otherwise": sum(eos not in row[-3:] for row in ids),  # a line feed may follow it
+        f"do not end with the EOS token ({tokenizer.eos_token}) as something to learn, so the model does not learn to "
+        "stop there: the chat template ends its turns otherwise, or has EOS outside of its generation marks": sum(
+            eos not in row for row in trained
+        ),
         f"are longer than max_length ({max_length}) and lose their end": sum(len(row) > max_length for row in ids),
     }
     return [f"{count / len(ids):.0%} of the sampled rows {what}" for what, count in found.items() if count]

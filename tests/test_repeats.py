@@ -63,7 +63,9 @@ def test_a_schedule_follows_the_score_upwards(tmp_path: Path) -> None:
     logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rates = {row["step"]: row["learning_rate"] for row in logged if "learning_rate" in row}
     best, expected = -1.0, 0.08
-    for step, value in json.loads((folder / "done.json").read_text())["early_stopping"]["evaluations"][:-1]:
+    evaluations = json.loads((folder / "done.json").read_text())["early_stopping"]["evaluations"]
+    assert len(dict(evaluations)) == len(evaluations), "the last step is scored once"
+    for step, value in evaluations[:-1]:
         expected *= 1.0 if value > best * 1.0001 else 0.5  # torch's threshold
         best = max(best, value)
         assert rates.get(step + 1, expected) == pytest.approx(expected)

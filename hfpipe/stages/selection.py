@@ -57,6 +57,7 @@ class Selection(TrainerCallback):
     def _score(self, **_: Any) -> dict[str, float]:
         """Trainer's `evaluate`: the score by Trainer's name for it."""
         suite = self.run.stage.early_stopping.suite  # type: ignore[union-attr]
+        self.trainer.control.should_evaluate = False  # Trainer's own does it; asked again at the end of the last epoch
         if self._is_over(self.trainer.state):  # of a run that was ended after its last evaluation and started again
             return {f"eval_{_key(self.run)}": float("nan")}
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()

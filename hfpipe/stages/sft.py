@@ -36,9 +36,9 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     lengths = [len(ids) for ids in rows["input_ids"]]
     plan = plan_of(stage, len(rows))
     source = plan.serve(run, rows, lengths)
-    arguments = trainer_arguments(
-        run, plan.max_steps, plan.per_device, plan.accumulation, dataset_kwargs={"skip_prepare_dataset": True}
-    )
+    # What of a row is trained on stands in its labels by now; asked again, SFTTrainer looks for conversations.
+    labelled = {"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
     model = with_adapter(run, model)
     exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=run.tokenizer)
