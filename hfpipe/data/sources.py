@@ -7,12 +7,11 @@ along where there is one. Streams stay streams, and tables stay on disk.
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, Value, load_from_disk
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi
 
@@ -21,6 +20,7 @@ from hfpipe.data.dirt import BESIDE_MESSAGES
 from hfpipe.data.ranges import stream_range
 from hfpipe.data.row_groups import load
 from hfpipe.data.source_errors import friendly
+from hfpipe.data.templates import Form, build, fields_of, form_of, texts_of
 from hfpipe.data.turns import as_conversation, is_conversation, turn_of
 from hfpipe.data.where import Where
 from hfpipe.errors import DataError, RecipeError
@@ -28,8 +28,6 @@ from hfpipe.recipe import Fold, Source
 from hfpipe.recipe.faults import did_you_mean, listed
 
 Rows: TypeAlias = Dataset | IterableDataset
-Template: TypeAlias = str | list[str]
-COLUMN = r"[^\[\]]+(\[\w+\])*"  # in a template
 Kind = Literal[
     "text",
     "prompt_completion",
@@ -200,7 +198,7 @@ def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[K
     """Only the columns of one role, as they are, renamed or built."""
     named_columns = dict(source.columns) if isinstance(source.columns, dict) else {}
     renamed = {role: column for role, column in named_columns.items() if isinstance(column, str)}
-    templates = dict(source.template or {})
+    templates: dict[str, Form] = {role: form_of(template) for role, template in (source.template or {}).items()}
     rows, features = _with_inner_columns(rows, features, source)
     columns = list(features)
     for role, listed_columns in named_columns.items():
@@ -209,8 +207,8 @@ def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[K
         if isinstance(listed_columns, list):
             templates[role] = [f"{{{column}}}" for column in listed_columns]
     for role, template in templates.items():
-        for text in [template] if isinstance(template, str) else template:
-            for field in _fields(text, role, source):
+        for text in texts_of(template):
+            for field in fields_of(text, role, source):
                 _require(field, columns, f"template.{role}", source)
                 if f"{{{field}[" in text and isinstance(features[field], Value):
                     raise RecipeError(
@@ -245,7 +243,7 @@ def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[K
         _check_type(features[column], role, column, source)
     swapped = any(column != role and column in taken for role, column in taken.items())  # a stream renames one by one
     if built or swapped or len(set(taken.values())) < len(taken):
-        rows = _build(rows, columns, taken, built)
+        rows = build(rows, columns, taken, built)
     else:
         rows = rows.select_columns(list(taken.values()))
         if changed := {column: role for role, column in taken.items() if column != role}:
@@ -258,7 +256,7 @@ def _with_inner_columns(rows: Rows, features: Features, source: Source) -> tuple
     given = source.columns.values() if isinstance(source.columns, dict) else ()
     named = [name for names in given for name in ([names] if isinstance(names, str) else names)]
     for template in (source.template or {}).values():
-        named += re.findall(r"{([^{}\[\]]+)", template if isinstance(template, str) else "".join(template))
+        named += re.findall(r"{([^{}\[\]]+)", "".join(texts_of(form_of(template))))
     if all(name in features or name.partition(".")[0] not in features for name in named):
         return rows, features
     flat = features.flatten()
@@ -277,34 +275,6 @@ def _take_out(batch: dict[str, list[Any]], columns: list[str]) -> dict[str, list
             values = [None if value is None else value[key] for value in values]
         taken[column] = values
     return taken
-
-
-def _fields(text: str, role: str, source: Source) -> list[str]:
-    """The columns that a template names."""
-    try:
-        parsed = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise RecipeError(
-            f"source {source.path!r}: template.{role}: {error}. A column is written {{column}}; braces of the text "
-            "itself are doubled: {{ and }}."
-        ) from error
-    fields = []
-    for _, field, form, conversion in parsed:
-        if field is None:
-            continue
-        if form or conversion or ".__" in field or not re.fullmatch(COLUMN, field):
-            raise RecipeError(
-                f"source {source.path!r}: template.{role}: {field!r} is not the plain name of a column. A column is "
-                "written {column}, one inside of another {column.inner}, and a part of a list {column[0]}, without "
-                "format; braces of the text are doubled: {{ and }}."
-            )
-        fields.append(_column(field))
-    return fields
-
-
-def _column(field: str) -> str:
-    """The column of a template's field: `choices` of `choices[0]`."""
-    return field.partition("[")[0]
 
 
 def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
@@ -335,59 +305,6 @@ def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
 
 def _kind(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
-
-
-def _build(rows: Rows, columns: list[str], taken: dict[str, str], built: dict[str, Template]) -> Rows:
-    """Builds roles by template, in batches."""
-    arguments: dict[str, Any] = {"batched": True, "fn_kwargs": {"taken": taken, "built": built}}
-    if isinstance(rows, Dataset):
-        arguments["desc"] = "template"
-    if rows.features is not None:
-        kept = {role: rows.features[column] for role, column in taken.items()}
-        forms = {
-            role: Value("string") if isinstance(form, str) else List(Value("string")) for role, form in built.items()
-        }
-        arguments["features"] = Features({**kept, **forms})
-    return rows.map(_fill, remove_columns=columns, **arguments)
-
-
-def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, Template]) -> dict[str, list[Any]]:
-    """The roles of a batch; where a value is missing, so is the text built of it, and the row counts as empty."""
-    filled = {role: batch[column] for role, column in taken.items()}
-    for role, template in built.items():
-        if isinstance(template, str):
-            filled[role] = _filled(batch, template)
-        else:
-            texts = zip(*(_filled(batch, one) for one in template), strict=True)
-            filled[role] = [None if None in row else list(row) for row in texts]
-    return filled
-
-
-def _filled(batch: dict[str, list[Any]], template: str) -> list[str | None]:
-    """A template with each row's values in it."""
-    parts = [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
-    fields = {_column(field) for _, field in parts if field}
-    rows = zip(*(batch[field] for field in fields), strict=True) if fields else ((),) * len(next(iter(batch.values())))
-    try:
-        return [
-            None if any(value is None for value in row) else _text_of(parts, dict(zip(fields, row, strict=True)))
-            for row in rows
-        ]
-    except (IndexError, KeyError, TypeError) as error:
-        raise DataError(f"the template {template!r} names a part that a row does not have: {error}.") from error
-
-
-def _text_of(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
-    """The text of one row; `str.format` would take the dot of `translation.en` for an attribute."""
-    said = []
-    for text, field in parts:
-        said.append(text)
-        if field:
-            value = row[_column(field)]
-            for part in re.findall(r"\[(\w+)\]", field):
-                value = value[int(part) if part.isdigit() else part]
-            said.append(str(value))
-    return "".join(said)
 
 
 def _with_features(rows: Rows, roles: list[str]) -> Rows:

@@ -9,39 +9,18 @@ from hfpipe.recipe.adapters import adapter_of, check_adapter, check_added_tokens
 from hfpipe.recipe.cleaning import check_cleaning
 from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
-from hfpipe.recipe.faults import Fault, did_you_mean, found, listed
+from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_names import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
 from hfpipe.recipe.pairs import check_pairs
 from hfpipe.recipe.push import check_push
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 from hfpipe.recipe.repeats import check_repeats
+from hfpipe.recipe.roles import FORMS, SUITE_FORMS, check_source
 from hfpipe.recipe.secret_values import check_secrets
 from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
 
 BASE = "base"
-FORMS = (  # the roles that a row may have together
-    ("text",),
-    ("prompt", "completion"),
-    ("messages", "tools", "chat_template_kwargs"),
-    ("sentence", "label"),
-    ("source", "target"),
-)
-TOGETHER = (("prompt", "completion"), ("source", "target"))
-SUITE_FORMS = (  # and what only a suite's may
-    ("prompt", "choices", "answer"),
-    ("good", "bad"),
-    ("more", "less"),
-    ("stereotype", "anti_stereotype", "unrelated", "term"),
-    ("context", "sentences", "target"),
-    (
-        *("prompt", "context", "question", "ans0", "ans1", "ans2", "label"),
-        *("answer_info", "additional_metadata", "context_condition", "question_polarity"),
-    ),
-)
-BUILTIN_TABLES = ("text", "package", "summary")
-BUILTIN_SPLITS = ("train", "test")
-
 _FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")
 # Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
 _DECIDED = {
@@ -72,10 +51,10 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from check_continued(stage, stages(data)[:position])
         yield from _check_weights(stage)
         for source in stage.sources:
-            yield from _check_source(source)
+            yield from check_source(source)
     yield from _check_architecture(data)
     for suite in suites(data):
-        yield from _check_source(suite.source, FORMS + SUITE_FORMS)
+        yield from check_source(suite.source, FORMS + SUITE_FORMS)
         yield from _check_metrics(suite)
         yield from _check_swap(suite)
         yield from _check_harness(suite)
@@ -272,19 +251,6 @@ def _check_weights(stage: RawStage) -> Iterator[Fault]:
             )
 
 
-def _check_source(source: Block, forms: tuple[tuple[str, ...], ...] = FORMS) -> Iterator[Fault]:
-    if "token" in source.data:
-        text = "a token does not belong in a file. Log in with `hf auth login`, or set HF_TOKEN."
-        yield Fault((*source.steps, "token"), text)
-    if source.data.get("path") == "builtin":
-        for key, allowed in (("name", BUILTIN_TABLES), ("split", BUILTIN_SPLITS)):
-            value = source.data.get(key)
-            if value is not None and value not in allowed:
-                text = f"found {found(value)}; allowed with `path: builtin` is one of {listed(allowed)}."
-                yield Fault((*source.steps, key), text + did_you_mean(value, allowed))
-    yield from _check_roles(source, forms)
-
-
 def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
     names = [name for name in sequence(suite.data.get("metrics")) if isinstance(name, str)]
     if (masked := [name for name in names if name in MASKED_METRICS]) and len(masked) < len(names):
@@ -342,35 +308,6 @@ def _check_swap(suite: RawSuite) -> Iterator[Fault]:
     if any(len(words) < 2 or list(words) != list(groups[0]) or not all(words.values()) for words in groups):
         text = "each mark needs the same two groups or more, each with words: {name: {women: [Anna], men: [Ali]}}."
         yield Fault(steps, text)
-
-
-def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[Fault]:
-    roles = list(dict.fromkeys(role for form in forms for role in form))
-    given: dict[Any, str] = {}
-    for key in ("columns", "template"):
-        for role, column in mapping(source.data.get(key)).items():
-            steps = (*source.steps, key, role)
-            if role not in roles:
-                only = any(role in form for form in SUITE_FORMS)
-                text = f"unknown role; the roles are {listed(roles)}.{did_you_mean(role, roles)}"
-                yield Fault(steps, f"is a role of a suite's rows: nothing is trained on it. {text}" if only else text)
-            elif role in given:
-                yield Fault(steps, f"`{given[role]}` gives this role already. Keep one.")
-            elif key == "template" and role == "messages":
-                yield Fault(steps, "a template makes text, and messages are a list. Use `columns: {messages: ...}`.")
-            elif isinstance(column, list) and role != "choices":
-                yield Fault(steps, "is one text, not a list; a row has several `choices` only.")
-            given[role] = key
-    for role, other in (*TOGETHER, *(pair[::-1] for pair in TOGETHER)):
-        is_choice = role in ("prompt", "target") and forms != FORMS  # the rest may be columns as they stand
-        if role in given and other not in given and not is_choice:
-            text = f"`{role}` is given without `{other}`, and the two go together. Add it: `{other}: <column>`."
-            yield Fault((*source.steps, given[role], role), text)
-    known = [role for role in roles if role in given]
-    if not any(set(known) <= set(form) for form in forms):
-        text = f"the source gives {listed(known)}; a row is "
-        text += ", or ".join(" and ".join(form) for form in forms if len(form) < 6)
-        yield Fault(source.steps, f"{text}. Keep one of them.")
 
 
 def _check_outcome(data: dict[str, Any]) -> Iterator[Fault]:

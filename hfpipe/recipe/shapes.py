@@ -15,7 +15,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description
 
 # A value that may be a word, a list or a block is told apart by its shape, so that a fault is reported once and not
 # once for each of the shapes. The tags appear in pydantic's paths; `structure.py` takes them out again.
-WORD, LIST, BLOCK = "<word>", "<list>", "<block>"
+WORD, LIST, BLOCK, TURNS = "<word>", "<list>", "<block>", "<turns>"
 
 
 def word_or_block(value: Any) -> str:
@@ -28,6 +28,11 @@ def list_or_block(value: Any) -> str:
 
 def list_or_word(value: Any) -> str:
     return LIST if isinstance(value, list) else WORD
+
+
+def turns_or_texts(value: Any) -> str:
+    turns = isinstance(value, list) and any(isinstance(one, (dict, BaseModel)) for one in value)
+    return TURNS if turns else list_or_word(value)
 
 
 def _as_share(value: Any) -> Any:
@@ -67,3 +72,17 @@ class Words(BaseModel):
 
 # A text, or a list of them: the choices of a row, each a column or a template of its own.
 TextOrTexts = Annotated[Annotated[str, Tag(WORD)] | Annotated[list[str], Tag(LIST)], Discriminator(list_or_word)]
+
+
+class Turn(Words):
+    """A turn of a conversation, whose content is a template."""
+
+    role: Token = Field(description="who speaks: system, user or assistant")
+    content: str = Field(description="what is said, with {column} for what stands in a column")
+
+
+# What a role of a row is built by: a text with columns in it, several (choices), or the turns of a conversation.
+Template = Annotated[
+    Annotated[str, Tag(WORD)] | Annotated[list[str], Tag(LIST)] | Annotated[list[Turn], Tag(TURNS)],
+    Discriminator(turns_or_texts),
+]

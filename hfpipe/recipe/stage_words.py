@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from hfpipe.recipe.shapes import BLOCK, LIST, WORD, Name, Share, TextOrTexts, Words, list_or_block, word_or_block
+from hfpipe.recipe.shapes import (
+    BLOCK,
+    LIST,
+    WORD,
+    Name,
+    Share,
+    Template,
+    TextOrTexts,
+    Words,
+    list_or_block,
+    word_or_block,
+)
 
 
 class Fold(Words):
@@ -49,7 +60,7 @@ class Source(Words):
         ]
         | None
     ) = Field(None, description="role: column, for columns with other names, e.g. {text: content}")
-    template: dict[str, TextOrTexts] | None = Field(
+    template: dict[str, Template] | None = Field(
         None, description='builds roles from columns, e.g. {prompt: "Q: {question}\\nA:", completion: " {answer}"}'
     )
     src_lang: str | None = Field(None, description="language code of `source`, of tokenizers that have them (NLLB)")

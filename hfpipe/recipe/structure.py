@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
 from hfpipe.recipe.raw import kind_of, sequence
-from hfpipe.recipe.shapes import BLOCK, LIST, WORD
+from hfpipe.recipe.shapes import BLOCK, LIST, TURNS, WORD, Turn
 from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
 from hfpipe.recipe.stage_words import KINDS, Deduplicate, EarlyStopping, Fold, Quantization, Replay
 from hfpipe.recipe.words import (
@@ -129,7 +129,7 @@ def _translate(error: ErrorDetails, data: dict[str, Any]) -> Fault | None:
 
 def _plain_steps(location: tuple[int | str, ...]) -> Steps:
     """A path without what pydantic adds to it: the kind behind a stage's index, and the tags of shapes."""
-    steps = [step for step in location if step not in (WORD, LIST, BLOCK, "[key]")]
+    steps = [step for step in location if step not in (WORD, LIST, BLOCK, TURNS, "[key]")]
     if len(steps) > 2 and steps[0] == "stages" and steps[2] in KINDS:
         del steps[2]
     return tuple(steps)
@@ -149,6 +149,8 @@ def _block_at(steps: Steps, data: dict[str, Any]) -> type[BaseModel]:
         return KINDS[kind_of(sequence(data["stages"])[steps[1]]) or "sft"]
     if len(steps) == 2 and steps[0] == "evaluate":
         return Suite
+    if "template" in steps[:-1]:
+        return Turn
     return _BLOCKS.get(steps[-1], Recipe)
 
 
@@ -176,7 +178,7 @@ def _unknown_key(steps: Steps, data: dict[str, Any]) -> str:
         if elsewhere:
             return f"is a key of a {elsewhere[0]} stage, not of a {kind} stage."
         return f"unknown key of a {kind} stage. {_near_or_all(key, block)}"
-    title = {Recipe: "a recipe", Suite: "a suite"}.get(block) or f"`{steps[-2]}`"
+    title = {Recipe: "a recipe", Suite: "a suite", Turn: "a turn"}.get(block) or f"`{steps[-2]}`"
     return f"unknown key of {title}. {_near_or_all(key, block)}"
 
 

@@ -1,0 +1,128 @@
+"""Roles that a recipe builds by template: texts with columns in them, several choices, turns of a conversation."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Any, TypeAlias
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from hfpipe.errors import DataError, RecipeError
+from hfpipe.recipe import Source
+
+Form: TypeAlias = str | list[str] | list[tuple[str, str]]  # a text, choices, or turns as (role, content)
+COLUMN = r"[^\[\]]+(\[\w+\])*"  # in a template
+
+
+def form_of(template: Any) -> Form:
+    """A template of a recipe as plain values, which `datasets` can hash."""
+    if isinstance(template, str) or isinstance(template[0], str):
+        return template
+    return [(turn.role, turn.content) for turn in template]
+
+
+def texts_of(form: Form) -> list[str]:
+    """The texts of a template."""
+    return [form] if isinstance(form, str) else [one if isinstance(one, str) else one[1] for one in form]
+
+
+def fields_of(text: str, role: str, source: Source) -> list[str]:
+    """The columns that a template names."""
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise RecipeError(
+            f"source {source.path!r}: template.{role}: {error}. A column is written {{column}}; braces of the text "
+            "itself are doubled: {{ and }}."
+        ) from error
+    fields = []
+    for _, field, form, conversion in parsed:
+        if field is None:
+            continue
+        if form or conversion or ".__" in field or not re.fullmatch(COLUMN, field):
+            raise RecipeError(
+                f"source {source.path!r}: template.{role}: {field!r} is not the plain name of a column. A column is "
+                "written {column}, one inside of another {column.inner}, and a part of a list {column[0]}, without "
+                "format; braces of the text are doubled: {{ and }}."
+            )
+        fields.append(_column(field))
+    return fields
+
+
+def _column(field: str) -> str:
+    """The column of a template's field: `choices` of `choices[0]`."""
+    return field.partition("[")[0]
+
+
+def build(
+    rows: Dataset | IterableDataset, columns: list[str], taken: dict[str, str], built: dict[str, Form]
+) -> Dataset | IterableDataset:
+    """Builds roles by template, in batches.
+
+    Args:
+        rows: Rows.
+        columns: All their columns.
+        taken: Column by role, of those that stay as they are.
+        built: Template by role.
+    """
+    arguments: dict[str, Any] = {"batched": True, "fn_kwargs": {"taken": taken, "built": built}}
+    if isinstance(rows, Dataset):
+        arguments["desc"] = "template"
+    if rows.features is not None:
+        kept = {role: rows.features[column] for role, column in taken.items()}
+        arguments["features"] = Features({**kept, **{role: _feature_of(form) for role, form in built.items()}})
+    return rows.map(_fill, remove_columns=columns, **arguments)
+
+
+def _feature_of(form: Form) -> Any:
+    if isinstance(form, str):
+        return Value("string")
+    text = Value("string")
+    return List(text) if isinstance(form[0], str) else List({"role": text, "content": text})
+
+
+def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, Form]) -> dict[str, list[Any]]:
+    """The roles of a batch; where a value is missing, so is the text built of it, and the row counts as empty."""
+    filled = {role: batch[column] for role, column in taken.items()}
+    for role, form in built.items():
+        if isinstance(form, str):
+            filled[role] = _filled(batch, form)
+            continue
+        speakers = [None if isinstance(one, str) else one[0] for one in form]
+        texts = zip(*(_filled(batch, text) for text in texts_of(form)), strict=True)
+        filled[role] = [None if None in row else _together(speakers, row) for row in texts]
+    return filled
+
+
+def _together(speakers: list[str | None], texts: tuple[Any, ...]) -> list[Any]:
+    """Choices, or the turns of those who speak."""
+    pairs = zip(speakers, texts, strict=True)
+    return [text if who is None else {"role": who, "content": text} for who, text in pairs]
+
+
+def _filled(batch: dict[str, list[Any]], template: str) -> list[str | None]:
+    """A template with each row's values in it."""
+    parts = [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
+    fields = {_column(field) for _, field in parts if field}
+    rows = zip(*(batch[field] for field in fields), strict=True) if fields else ((),) * len(next(iter(batch.values())))
+    try:
+        return [
+            None if any(value is None for value in row) else _text_of(parts, dict(zip(fields, row, strict=True)))
+            for row in rows
+        ]
+    except (IndexError, KeyError, TypeError) as error:
+        raise DataError(f"the template {template!r} names a part that a row does not have: {error}.") from error
+
+
+def _text_of(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
+    """The text of one row; `str.format` would take the dot of `translation.en` for an attribute."""
+    said = []
+    for text, field in parts:
+        said.append(text)
+        if field:
+            value = row[_column(field)]
+            for part in re.findall(r"\[(\w+)\]", field):
+                value = value[int(part) if part.isdigit() else part]
+            said.append(str(value))
+    return "".join(said)

@@ -1,0 +1,77 @@
+"""Conversations built by template out of any table, and what a template may not be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hfpipe.cli import main
+from hfpipe.data.dirt import Read, tidy_rows
+from hfpipe.data.sources import load_rows
+from hfpipe.recipe import Source, dump_recipe, load_recipe
+
+TURNS = [
+    {"role": "system", "content": "Answer in {pair.to}."},
+    {"role": "user", "content": "{pair.en}"},
+    {"role": "assistant", "content": "{{{pair.de}}}"},
+]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_turns_are_built_of_columns_and_a_row_with_a_gap_is_left_out(tmp_path: Path, streamed: bool) -> None:
+    rows = [{"id": "a", "pair": {"en": "cat", "de": "Katze", "to": "German"}, "tools": None}]
+    rows.append({"id": "b", "pair": {"en": "dog", "de": None, "to": "German"}, "tools": None})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    block = {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "template": {"messages": TURNS}}
+    source = Source.model_validate({**block, "streaming": streamed})
+    read = Read()
+    found = list(tidy_rows(load_rows(source, kinds=("messages",)), source, read))
+    assert [(row["id"], row["messages"]) for row in found] == [
+        (
+            "a",
+            [
+                {"role": "system", "content": "Answer in German."},
+                {"role": "user", "content": "cat"},
+                {"role": "assistant", "content": "{Katze}"},
+            ],
+        )
+    ]
+    assert len(read.dirty) == 1
+
+
+RECIPE = """
+name: x
+model: {id: me/small}
+stages:
+  - name: chat
+    kind: sft
+    data: [{path: me/talk, template: TEMPLATE}]
+"""
+
+
+def test_a_recipe_with_turns_is_written_as_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(RECIPE.replace("TEMPLATE", json.dumps({"messages": TURNS})))
+    recipe = load_recipe(tmp_path / "one.yaml")
+    (tmp_path / "two.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "two.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"messages": "{text}"}, ["template.messages: is a list of turns", "role: user"]),
+        ({"prompt": TURNS, "completion": "{a}"}, ["template.prompt: is a text, and has no turns"]),
+        ({"messages": [{"role": "user", "contnet": "{a}"}]}, ["contnet", "a turn", "Did you mean content?"]),
+        ({"messages": [{"role": "user"}]}, ["messages.0.content: missing"]),
+        ({"messages": []}, ["is a list of turns"]),
+    ],
+)
+def test_a_mistake_in_a_template_is_told_at_its_place(
+    template: dict, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("TEMPLATE", json.dumps(template)))
+    assert main(["check", "--fast", str(path)]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
