@@ -11,6 +11,7 @@ import pytest
 
 from hfpipe.data.builtin import LABELS, SPLITS, TABLES, builtin
 from hfpipe.data.docstrings import docstrings_of
+from hfpipe.data.numbers import chinese, english, german
 from hfpipe.errors import MachineError, RecipeError
 
 LOAD = "from hfpipe.data.builtin import builtin; print(builtin()['id'][:5])"
@@ -119,3 +120,20 @@ def test_sources_are_read_and_not_run(tmp_path: Path) -> None:
     found = docstrings_of(files)
     assert [(row["module"], row["name"]) for row in found] == [("good", ""), ("good", "Door"), ("good", "Door.open")]
     assert [row["signature"] for row in found] == ["", "", "open(self, wide=True)"]
+
+
+def test_numbers_are_said_in_three_languages_and_held_out_apart() -> None:
+    said = {number: (english(number), german(number), chinese(number)) for number in (0, 1, 16, 21, 101, 1010, 2300)}
+    assert said == {
+        0: ("zero", "null", "零"),
+        1: ("one", "eins", "一"),
+        16: ("sixteen", "sechzehn", "十六"),
+        21: ("twenty-one", "einundzwanzig", "二十一"),
+        101: ("one hundred and one", "einhunderteins", "一百零一"),
+        1010: ("one thousand and ten", "eintausendzehn", "一千零一十"),
+        2300: ("two thousand three hundred", "zweitausenddreihundert", "二千三百"),
+    }
+    train, test = (builtin("numbers", split) for split in ("train", "test"))
+    assert len(train) + len(test) == 10_000
+    for language in ("en", "de", "zh"):
+        assert len({*train[language], *test[language]}) == 10_000, "no two numbers are said alike"

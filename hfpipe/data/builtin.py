@@ -4,7 +4,8 @@ It is English prose on every machine that runs hfpipe: no download, no account. 
 
 - `text`: documents with columns like FineWeb's;
 - `package`: which package does this docstring belong to? prompt and completion, the same number of each package;
-- `summary`: from a function's signature to the first sentence of its docstring.
+- `summary`: from a function's signature to the first sentence of its docstring;
+- `numbers`: numbers in English, German and Chinese words, see numbers.py.
 
 Paragraphs that occur twice are dropped, whatever identifiers they name (transformers repeats thousands). A stable hash
 of its first words then decides whether a document is held out (`test`); one that shares a long line or its first words
@@ -35,10 +36,11 @@ from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 
 from hfpipe.data import docstrings
+from hfpipe.data.numbers import numbers
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.recipe.faults import did_you_mean, listed
 
-FORMAT = 1  # raise it when the documents change: part of the cache's name
+FORMAT = 2  # raise it when the documents change: part of the cache's name
 PYTHON = "python"  # the standard library, among the packages
 # What hfpipe requires, and what that requires, in a fixed order; a package that is not installed gives nothing.
 PACKAGES = (
@@ -46,7 +48,7 @@ PACKAGES = (
     *("numpy", "packaging", "pandas", "peft", "pyarrow", "pydantic", "sympy", "torch", "transformers", "trl"),
 )
 NOT_PROSE = {"test", "tests", "testing", "site-packages", "dist-packages", "lib2to3", "idlelib", "turtledemo"}
-TABLES = ("text", "package", "summary")
+TABLES = ("text", "package", "summary", "numbers")
 SPLITS = ("train", "test")
 TEST_DRAW = 0.1  # of the documents that may be held out: about 5 % of all
 PLAIN_WORD = re.compile(r"(?<![\w`.])[A-Za-z]?[a-z]+(?![\w`(])")
@@ -62,8 +64,8 @@ def builtin(name: str = "text", split: str = "train") -> Dataset:
     """One table of the built-in corpus; the first call reads the sources (seconds), later ones a cache.
 
     Args:
-        name: `text` (text, id, url, module, package, token_count), `package` (id, prompt, completion, label) or
-            `summary` (id, prompt, completion). `token_count` counts words and marks, not a tokenizer's tokens.
+        name: `text` (text, id, url, module, package, token_count), `package` (id, prompt, completion, label), `summary`
+            (id, prompt, completion) or `numbers`. `token_count` counts words and marks, not a tokenizer's tokens.
         split: `train` or `test`.
 
     Returns:
@@ -126,6 +128,7 @@ def _write_cache(folder: Path) -> None:
                 rows = [row for row in documents if row["split"] == split]
                 for name, table in (("text", _text), ("package", _package), ("summary", _summary)):
                     _write_arrow(beside / f"{name}-{split}.arrow", table(rows))
+                _write_arrow(beside / f"numbers-{split}.arrow", numbers(split))
             beside.chmod(0o755)  # mkdtemp lets nobody else read
             if not folder.exists():
                 os.rename(beside, folder)
