@@ -83,6 +83,27 @@ def test_every_adapter_lowers_the_loss_and_is_scored(trained: Path) -> None:
             assert found[name, "sounds", "bits_per_byte"] < found["base", "sounds", "bits_per_byte"] - 0.01, name
 
 
+def test_a_4_bit_base_is_the_same_after_an_evaluation_for_dora_and_for_gradients(trained: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from hfpipe.model.adapter import add_adapter
+    from hfpipe.model.load import ModelRef, load_model
+    from hfpipe.recipe import Quantization, load_recipe
+
+    options, ids = load_recipe(trained / "recipe.yaml").model, torch.arange(5, 25)[None]
+    nf4 = Quantization.model_validate({"type": "nf4"})
+    base = load_model(ModelRef(str(trained / "stages/base/model"), options, quantization=nf4))
+    model = add_adapter(base, {"type": "lora", "r": 4, "use_dora": True, "init_lora_weights": False}, 0)
+    found = []
+    for _ in range(2):
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        with torch.no_grad():
+            found.append((model.eval()(ids).logits, grads))
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(before, after)
+
+
 def test_what_was_taken_from_the_base_is_in_the_adapter_at_twice_its_rank(trained: Path) -> None:
     for name, more in (("pissa", set()), ("olora", {"magnitude", "lm_head"})):
         folder = trained / "stages" / name / "model"
@@ -171,6 +192,14 @@ def test_a_prompt_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
     message = capsys.readouterr().err
     assert message.count("cannot be merged into the weights") == 3
+
+
+def test_the_merge_of_a_prompt_is_refused_in_words(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(trained), "--stage", "prompt"]) == 2
+    message = capsys.readouterr().err
+    assert "is of type prompt_tuning, which PEFT cannot merge into the weights" in message
+    assert "hfpipe push" in message
+    assert not (trained / "stages/prompt/merged").exists()
 
 
 def test_peft_s_own_refusal_is_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -292,7 +292,7 @@ def load_model(
         )
     make_room(model, ref.vocabulary)
     if ref.quantization:
-        _leave_unfit_kernels(model)
+        _leave_packing(model)
     else:
         torch.nn.Module.to(model, device())
     model.eval()
@@ -305,13 +305,15 @@ def head_of(adapter: ModelRef) -> dict[str, Any] | None:
     return read_head(Path(adapter.path)) if config.get("task_type") == "SEQ_CLS" else None
 
 
-def _leave_unfit_kernels(model: Any) -> None:
-    """Keeps 4-bit layers of odd sizes from bitsandbytes' kernel for CPUs, which fails on them when nothing is trained.
+def _leave_packing(model: Any) -> None:
+    """Keeps 4-bit layers from bitsandbytes' kernel for CPUs that compute in bfloat16 (AVX512-BF16).
 
-    It packs 32 outputs by blocks of 64 inputs (`_convert_weight_packed_for_cpu`). Without it a layer is made whole.
+    At the first evaluation it packs the weights (`_convert_weight_packed_for_cpu`), for good. Training after that gets
+    no gradient through the layer, DoRA reads the packed numbers as weights, and layers whose sides are no multiples of
+    32 and 64 fail. It is faster for one token at a time, and slower for more.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu") and (module.out_features % 32 or module.in_features % 64):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from hfpipe.errors import BudgetExceeded, RecipeError
 from hfpipe.files import whole_folder
 from hfpipe.model.adapter import TOLERANCE, ProbeText, divergence, probe, require_equal
-from hfpipe.model.load import ModelRef, clear_errors, head_of, load_model
+from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, head_of, load_model
 from hfpipe.model.shards import save_changed
+from hfpipe.recipe.adapters import is_mergeable_type
 
 FULL, DEQUANTIZED = "in full precision", "made whole from its quantized weights"  # what an adapter is merged into
 ROUNDED = "rounded"  # folder of a base made whole, for the time of the merge
@@ -72,9 +74,15 @@ def merge_adapter(
 
     Raises:
         BudgetExceeded: The best merge loses more than `max_loss`.
-        RecipeError: PEFT cannot merge this kind of adapter.
+        RecipeError: PEFT cannot merge this kind of adapter, or not on this model.
         RuntimeError: The merged model is not the adapter's.
     """
+    kind = json.loads((Path(adapter.path) / ADAPTER_CONFIG).read_text())["peft_type"].lower()
+    if not is_mergeable_type(kind):
+        raise RecipeError(
+            f"the adapter in {adapter.path} is of type {kind}, which PEFT cannot merge into the weights. It works "
+            "beside its base: `hfpipe push RUN` sends it as it is. To have a merged model, train a `lora:`."
+        )
     stored = _as_stored(adapter)
     full = dataclasses.replace(stored, quantization=None)
     bases = {FULL: full.base}

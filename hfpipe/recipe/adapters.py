@@ -42,7 +42,12 @@ def is_mergeable(stage: RawStage) -> bool:
     """Whether the stage's adapter can become part of the weights; a prompt cannot."""
     adapter = adapter_of(stage)
     kind = text_of(adapter.data.get("type")) if adapter else None
-    return kind is None or not (is_prompt_learning(kind) or kind in _NOT_MERGED)
+    return kind is None or is_mergeable_type(kind)
+
+
+def is_mergeable_type(kind: str) -> bool:
+    """Whether PEFT can make an adapter of this type part of the weights."""
+    return not (is_prompt_learning(kind) or kind in _NOT_MERGED)
 
 
 def check_adapter(stage: RawStage) -> Iterator[Fault]:
