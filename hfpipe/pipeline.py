@@ -53,7 +53,7 @@ def run_recipe(recipe: Recipe) -> Path:
     recipe = run.recipe  # with the commit of every data set
     if not all(run.is_done(stage.name) for stage in recipe.stages):
         require_arguments(recipe, run.base.tokenizer)
-        require_adapters(recipe, run.base.ref)
+        require_adapters(recipe, run.base.ref, run.base.added)
         for line in ranks.on_main(lambda: check_access(recipe)):
             ranks.say(f"push: {line}")
         base = run.base

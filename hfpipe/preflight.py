@@ -21,11 +21,11 @@ from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
-from hfpipe.model.base import require_task, texts_for_tokenizer
+from hfpipe.model.base import require_task, rows_of_embeddings, texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable, shapes_of
-from hfpipe.model.tokens import prepare_tokenizer, require_room, template_warning
+from hfpipe.model.tokens import added_ids, prepare_tokenizer, require_room, template_warning
 from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
 from hfpipe.recipe import Recipe, Source, Stage
@@ -50,9 +50,10 @@ def preflight(recipe: Recipe) -> None:
     if recipe.model.id is not None:
         base = ModelRef(recipe.model.id, recipe.model, revision=recipe.model.revision)
         require_task(recipe, base)
-        require_adapters(recipe, base)
     require_cleaning(recipe)
     tokenizer = run_tokenizer(recipe)
+    if recipe.model.id is not None:
+        require_adapters(recipe, base, added_ids(tokenizer, recipe.model.tokenizer, rows_of_embeddings(base)))
     model = _shapes(recipe, tokenizer)
     parameters, embedding = model.num_parameters(), model.get_input_embeddings().weight.numel()
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")

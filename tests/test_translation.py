@@ -318,6 +318,36 @@ def test_marian_is_trained_with_its_own_tokenizer(marian: Path, tmp_path: Path) 
         assert tokenizer.decode(output[0], skip_special_tokens=True).startswith(answer["generation"]["prediction"][:8])
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_added_tokens_are_trained_for_encoder_and_decoder(whole: bool, marian: Path, tmp_path: Path) -> None:
+    content = from_folder(tmp_path, marian / "model") | {"merge": True}
+    content["model"]["tokenizer"] = {"add_tokens": ["owl", "hoot"]}
+    content["stages"][0]["lora"] = {"r": 4, **({"modules_to_save": ["embed_tokens", "lm_head"]} if whole else {})}
+    stage = run(tmp_path, content) / "stages/words"
+    ids = AutoTokenizer.from_pretrained(stage / "model")("owl and owl", return_tensors="pt")["input_ids"]
+    adapter = AutoPeftModelForSeq2SeqLM.from_pretrained(stage / "model").eval()
+    merged = AutoModelForSeq2SeqLM.from_pretrained(stage / "merged")
+    with torch.no_grad():
+        found = [model(input_ids=ids, decoder_input_ids=ids).logits for model in (adapter, merged)]
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
+    sides = [merged.get_encoder().embed_tokens.weight, merged.get_decoder().embed_tokens.weight]
+    assert torch.equal(*sides) is not whole
+    for weight in sides:
+        assert (weight[-1] - weight[:-2].mean(0)).abs().max() > 1e-4, "the row is where it began"
+
+
+def test_embeddings_that_nothing_reads_are_not_trained(
+    marian: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = from_folder(tmp_path, marian / "model")
+    content["stages"][0]["lora"] = {"r": 4, "modules_to_save": ["shared"]}
+    assert main(["check", str(tiny.write(tmp_path, content))]) == 2
+    message = capsys.readouterr().err
+    assert "stages.words" in message
+    assert "which the model reads as model.encoder.embed_tokens and model.decoder.embed_tokens too" in message
+    assert "Write `modules_to_save: [embed_tokens]`, or train all weights" in message
+
+
 @pytest.mark.parametrize("family", ["nllb", "mbart", "mbart50", "m2m100"])
 def test_language_codes_stand_where_each_family_has_them(family: str, marian: Path, tmp_path: Path) -> None:
     ids = {piece: place for place, piece in enumerate(letters("<s>", "<pad>", "</s>", "<unk>"))}

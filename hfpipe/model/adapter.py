@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, task_of_type
 from hfpipe.model.scoring import within_positions
 from hfpipe.model.seq2seq import decoder_input
+from hfpipe.model.tokens import train_rows
 from hfpipe.recipe import Recipe
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
@@ -54,13 +56,48 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
                 raise ValueError(f"`modules_to_save` names {name!r}, and no module is called so")
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
+        _require_read(adapted)
         PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
         return _with_head_bias(adapted)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.") from error
 
 
-def require_adapters(recipe: Recipe, ref: ModelRef) -> None:
+def _require_read(model: PeftModel) -> None:
+    """Refuses embeddings that are trained where nothing reads them.
+
+    PEFT replaces a module under one name. Encoders and decoders read the embeddings that they share under theirs, and
+    of Marian's, which are one module, PEFT does not know it.
+
+    Raises:
+        ValueError: They are.
+    """
+    modules = list(model.get_base_model().named_modules(remove_duplicate=False))
+    wrappers = {name: module for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper)}
+    embeddings = {
+        name: module.original_module.weight
+        for name, module in wrappers.items()
+        if isinstance(module.original_module, torch.nn.Embedding)
+    }
+    inside = tuple(f"{name}." for name in wrappers)
+    readers = [
+        (name, module)
+        for name, module in modules
+        if isinstance(module, torch.nn.Embedding) and not name.startswith(inside)
+    ]
+    for trained, weight in embeddings.items():
+        left = [name for name, module in readers if module.weight is weight and not name.endswith("shared")]
+        if left:
+            whole = "Train all weights"
+            if not isinstance(wrappers[trained], TrainableTokensWrapper):
+                whole = f"Write `modules_to_save: [{left[-1].rpartition('.')[2]}]`, or train all weights"
+            raise ValueError(
+                f"it would train the embeddings {trained!r}, which the model reads as {' and '.join(left)} too, where "
+                f"they would stay as they are. {whole}"
+            )
+
+
+def require_adapters(recipe: Recipe, ref: ModelRef, added: tuple[int, ...]) -> None:
     """Refuses an adapter that does not fit the base, before anything is scored or trained.
 
     Tried on a model of the base's shapes, without weights; what only the weights can tell is told by the stage.
@@ -68,9 +105,11 @@ def require_adapters(recipe: Recipe, ref: ModelRef) -> None:
     Args:
         recipe: The recipe.
         ref: The base.
+        added: Ids of the tokens that the adapters have to train, see `added_ids`.
 
     Raises:
-        RecipeError: PEFT refuses the values of a stage, or they name modules that the model does not have.
+        RecipeError: PEFT refuses the values of a stage, or they name modules that the model does not have, or the
+            adapter cannot train the added tokens.
     """
     trained = [stage for stage in recipe.stages if stage.adapter is not None and stage.parent_adapter != "continue"]
     options = {"trust_remote_code": ref.options.trust_remote_code}
@@ -81,9 +120,10 @@ def require_adapters(recipe: Recipe, ref: ModelRef) -> None:
             block["task_type"] = task
         try:
             with torch.device("meta"):
-                add_adapter(AUTO_CLASSES[stage.task].from_config(config, **options), block, recipe.seed)
+                model = AUTO_CLASSES[stage.task].from_config(config, **options)
+                add_adapter(model, train_rows(model, block, added), recipe.seed)
         except RecipeError as error:
-            if isinstance(error.__cause__, ValueError):
+            if error.__cause__ is None or isinstance(error.__cause__, ValueError):
                 raise RecipeError(f"stages.{stage.name}: {error}") from error
         except Exception:  # shapes alone do not tell
             continue

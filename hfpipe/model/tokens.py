@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -86,6 +87,12 @@ def make_room(model: Any, size: int | None) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.resize_token_embeddings(size)
+    embeddings = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is embeddings]
+    for name in names[1:]:  # an encoder and a decoder got one module in place of two: by its other name PEFT misses it
+        again = copy.copy(embeddings)
+        again._parameters = dict(embeddings._parameters)
+        model.set_submodule(name, again)
 
 
 def train_rows(model: Any, block: dict[str, Any], ids: tuple[int, ...]) -> dict[str, Any]:
@@ -105,8 +112,13 @@ def train_rows(model: Any, block: dict[str, Any], ids: tuple[int, ...]) -> dict[
     names = {module: name for name, module in model.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     own = names[embeddings].rpartition(".")[2]
+    readers = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and module.weight is embeddings.weight
+    }
     named = [name for key in ("modules_to_save", "target_modules") for name in _listed(block.get(key))]
-    if not ids or block.get("trainable_token_indices") or own in named:
+    if not ids or block.get("trainable_token_indices") or readers & set(named):
         return block
     if head is not None and head.bias is not None:
         raise RecipeError(

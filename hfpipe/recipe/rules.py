@@ -103,7 +103,7 @@ def _check_tokenizer(tokenizer: Block, *, loaded: bool) -> Iterator[Fault]:
     elif has_train and loaded:
         text = "a new tokenizer does not fit the embeddings of a loaded model. Remove it, or start from `architecture`."
         yield Fault((*tokenizer.steps, "train"), text)
-    elif not has_id and not has_train and not (loaded and tokenizer.data.keys() & _ADDITIONS):
+    elif not has_id and not has_train and not (loaded and tokenizer.data.keys() <= _ADDITIONS):
         yield Fault(tokenizer.steps, "needs `id` (a tokenizer to load) or `train: {vocab_size: ...}`.")
 
 
