@@ -80,7 +80,7 @@ def test_a_merge_keeps_the_precision_of_the_base_and_holds_little_of_it_in_memor
         size += file.stat().st_size
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     assert size > 60e6
-    assert peak[0] - before < size / 3
+    assert peak[0] - before < size / 2  # replaced in memory it would be more than the model
     names = {file.name for file in (tmp_path / "merged").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
