@@ -101,6 +101,22 @@ def test_a_number_among_texts_costs_one_row_wherever_it_stands(tmp_path: Path, s
     assert [row["messages"] for row in rows] == turns
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_line_that_is_no_json_costs_its_row(tmp_path: Path, streaming: bool, numbers: bool) -> None:
+    lines = [json.dumps({"id": f"d{n}", "text": f"{n} and so on"}) for n in range(300)]
+    lines[100], lines[-1] = "no row", lines[-1][:17]
+    if numbers:  # so that the column is of several types
+        lines[50] = '{"id": "number", "text": 50}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source, read = Source(path="json", data_files=str(tmp_path / "rows.jsonl"), streaming=streaming), Read()
+    texts = [row["text"] for row in tidy_rows(load_rows(source), source, read)]
+    dirty = [50] * numbers + [100, 299]
+    assert texts == [f"{n} and so on" for n in range(300) if n not in dirty]
+    assert read.dirty.counts == {"missing": 2} | ({"not a text": 1} if numbers else {})
+    assert read.dirty.ids == ["number"] * numbers + ["row 100", "row 299"]
+
+
 CLIENT = """
 import json, sys
 from datasets import config

@@ -356,7 +356,8 @@ class TokenStream:
             `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `replayed`, `dirty` and
             `mended` rows by reason (see `dirt.py`), those `removed` by cleaning, and the ids of some of each.
         """
-        positions = [position for part in gather(list(self._positions.values())) for position in part]
+        by_lane = {lane: position for part in gather(self._positions) for lane, position in part.items()}
+        positions = [by_lane[lane] for lane in sorted(by_lane)]  # the same on any number of ranks
         total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
         begun = [position.sources for position in positions if position.sources]
         tokens = sum(facts["tokens"] for lane in begun for facts in lane)

@@ -2,13 +2,15 @@
 
 `datasets` reads a file that is a list without asking for its encoding. Of a column that holds texts here and numbers
 there it makes JSON, but not of texts that are JSON already; and where the first part of the files has texts alone, it
-takes that JSON for text. Its functions for this have no place for another rule, so they are replaced.
+takes that JSON for text. One line that is no JSON, such as the last of a download that was cut off, ends the reading.
+Its functions for this have no place for another rule, so they are replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
@@ -16,10 +18,12 @@ from datasets import Features, List, Value
 from datasets.packaged_modules.json import json as theirs
 from datasets.packaged_modules.json.json import Json, JsonConfig
 from datasets.utils.json import ujson_dumps, ujson_loads
+from pyarrow import json as arrow_json
 
 from hfpipe.data.lenient import JSON_ENCODING
 
 Steps = Sequence[str | int]  # names of fields; 0 for the values of a list
+BROKEN = 0.1  # share of lines from which a file is no file of JSON lines
 
 
 @dataclass
@@ -53,8 +57,21 @@ class MarkingJson(Json):
 
 
 def _loads(data: str | bytes) -> Any:
-    """JSON's values; a file that is a list comes as bytes."""
-    return ujson_loads(data.decode(JSON_ENCODING) if isinstance(data, bytes) and data[:1] == b"[" else data)
+    """JSON's values; a file that is a list comes as bytes, and so does a line, of which `_Arrow` judges."""
+    if not isinstance(data, bytes):
+        return ujson_loads(data)
+    if data[:1] == b"[":
+        return ujson_loads(data.decode(JSON_ENCODING))
+    return _row(data)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row; None where the line is none."""
+    try:
+        row = ujson_loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _holds_text(feature: Any, path: Steps) -> bool:
@@ -94,12 +111,34 @@ def _with_json(value: Any, path: Steps) -> Any:
 
 
 def _lines_with_json(lines: bytes, paths: Sequence[Steps]) -> bytes:
-    rows = [ujson_loads(line) for line in lines.splitlines()]
+    rows: list[Any] = [_row(line) or {} for line in lines.splitlines() if line.strip()]
     for path in paths:
         rows = [_with_json(row, path) for row in rows]
     return "\n".join(map(ujson_dumps, rows)).encode()
 
 
+class _Arrow:
+    """Arrow's reader of lines, for which one that is no JSON is a row without a value, as long as few are."""
+
+    ReadOptions = arrow_json.ReadOptions
+
+    @staticmethod
+    def read_json(lines: BytesIO, read_options: arrow_json.ReadOptions) -> pa.Table:
+        try:
+            return arrow_json.read_json(lines, read_options=read_options)
+        except pa.ArrowInvalid as error:
+            rows = lines.getvalue().split(b"\n")
+            if not str(error).startswith("JSON parse error") or "Column(/" in str(error):  # another type in a column
+                raise
+            broken = [number for number, row in enumerate(rows) if row.strip() and _row(row) is None]
+            if not 0 < len(broken) < BROKEN * len(rows):
+                raise
+            for number in broken:
+                rows[number] = b"{}"
+            return arrow_json.read_json(BytesIO(b"\n".join(rows)), read_options=read_options)
+
+
+theirs.paj = _Arrow
 theirs.ujson_loads = _loads
 theirs.json_encode_field = _with_json
 theirs.json_encode_fields_in_json_lines = _lines_with_json
