@@ -165,6 +165,28 @@ def test_one_bad_byte_costs_its_row_in_a_data_set_of_the_hub_too(tmp_path: Path,
             assert mended == ["control characters removed"][: len(texts) - 1], (mode, name)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["file", "gzip"])
+def test_lines_paragraphs_and_documents_are_read_past_bad_bytes(tmp_path: Path, form: str, streaming: bool) -> None:
+    texts = ["one\ntwo\n\n\nthree\n\nfour", "caf\u00e9\r\n\r\nfive\rsix\n\n"]
+    for number, text in enumerate(texts):
+        file = tmp_path / f"{number}.txt{'.gz' if form == 'gzip' else ''}"
+        content = text.encode("latin-1" if number else "utf-8")
+        file.write_bytes(gzip.compress(content) if form == "gzip" else content)
+    wanted = {
+        "line": ["one", "two", "three", "four", "five", "six"],
+        "paragraph": ["one\ntwo", "\nthree", "four", "five\nsix"],
+        "document": [texts[0]],
+    }
+    for by, rows in wanted.items():
+        words = {"path": "text", "data_files": str(tmp_path / "*.txt*"), "streaming": streaming, "sample_by": by}
+        read = Read()
+        assert [row["text"] for row in tidy_rows(load_rows(Source(**words)), Source(**words), read)] == rows
+        assert read.dirty.counts["not UTF-8"] == 1
+    words["encoding"] = "latin-1"
+    assert [row["text"] for row in load_rows(Source(**words))][1].startswith("caf\u00e9\n\nfive")
+
+
 def test_dirt_is_judged_over_all_ranks_together() -> None:
     """Four of 800 rows are dirty, all in the part of one of the ranks."""
 

@@ -27,17 +27,25 @@ class MarkingText(Text):
     BUILDER_CONFIG_CLASS = MarkingTextConfig
 
     def _generate_tables(self, base_files: Any, files_iterables: Any) -> Iterator[tuple[Key, pa.Table]]:
-        if self.config.sample_by != "line":
-            yield from super()._generate_tables(base_files, files_iterables)
-            return
         [name] = list(self.config.features or ["text"])
         for shard, files in enumerate(files_iterables):
             for file in files:
                 with open(file, "rb") as raw:  # in a stream `datasets` puts its own `open` in this place
                     text = TextIOWrapper(raw, self.config.encoding, self.config.encoding_errors)
-                    part = 0
-                    while lines := text.readlines(self.config.chunksize):
-                        if not self.config.keep_linebreaks:
-                            lines = [line.removesuffix("\n") for line in lines]
-                        yield Key(shard, part), self._cast_table(pa.table({name: pa.array(lines, pa.string())}))
-                        part += 1
+                    for part, rows in enumerate(self._rows_of(text)):
+                        yield Key(shard, part), self._cast_table(pa.table({name: pa.array(rows, pa.string())}))
+
+    def _rows_of(self, text: TextIOWrapper) -> Iterator[list[str]]:
+        """The rows of a file, many at a time."""
+        if self.config.sample_by == "document":
+            yield [text.read()]
+            return
+        rest = ""
+        while lines := text.readlines(self.config.chunksize):
+            if self.config.sample_by == "line":
+                yield lines if self.config.keep_linebreaks else [line.removesuffix("\n") for line in lines]
+            else:
+                *paragraphs, rest = (rest + "".join(lines)).split("\n\n")
+                yield [*filter(None, paragraphs)]
+        if rest:
+            yield [rest]
