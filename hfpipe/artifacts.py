@@ -95,6 +95,7 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
         if stage is not None:
             raise RecipeError(f"--stage {stage}: {name} is not a run folder, so it has no stages. Leave it out.")
         return ModelRef(_fetched(name), recipe.model)
+    _require_one_run(folder)
     every = load_recipe(folder / "recipe.yaml").stages
     finished = {one.name: one for one in every if (folder / "stages" / one.name / "done.json").exists()}
     if not finished:
@@ -103,6 +104,17 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
         raise RecipeError(f"--stage {stage}: {name} has no such finished stage; it has {', '.join(finished)}.")
     chosen = finished[stage or list(finished)[-1]]
     return ModelRef(str(model_of(folder / "stages" / chosen.name)), recipe.model, quantization=chosen.quantized)
+
+
+def _require_one_run(folder: Path) -> None:
+    """Refuses the folder of a run that was repeated, which has a model for each repeat."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.seeds or recipe.cross_validation:
+        repeats = sorted(place.parent.name for place in folder.glob("*/recipe.yaml"))
+        named = f"{folder / repeats[0]}" if repeats else "one of them"
+        raise RecipeError(
+            f"{folder} holds {len(repeats)} repeats ({', '.join(repeats)}), each a run of its own. Name one: {named}."
+        )
 
 
 def _fetched(name: str) -> str:
@@ -131,6 +143,7 @@ def merge_run(folder: Path, stage: str | None) -> str:
         RecipeError: There is no such adapter.
     """
     recipe = load_recipe(folder / "recipe.yaml")
+    _require_one_run(folder)
     adapters = [
         other.name
         for other in recipe.stages

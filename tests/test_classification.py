@@ -149,6 +149,29 @@ def test_a_number_by_qlora_on_a_cpu(tmp_path: Path) -> None:
     assert config.problem_type == "regression"
 
 
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_a_head_stays_whole_on_a_quantized_body(model_type: str, tmp_path: Path) -> None:
+    """BERT's pooler lies in its body, and T5's head has a name of its own."""
+    pytest.importorskip("bitsandbytes")
+    content = written(tmp_path, "one", lora={"r": 4, "target_modules": "all-linear"}, quantization="nf4")
+    content["model"]["architecture"] = {
+        "bert": tiny.ENCODER,
+        "t5": {"model_type": "t5", "d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4},
+    }[model_type]
+    content["stages"][0]["training"] = {"max_steps": 4, "max_length": 64}
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    stage = tmp_path / "run/stages/kinds"
+    name = {"bert": "bert.pooler.dense", "t5": "classification_head.dense"}[model_type]
+    with safe_open(stage / "model/adapter_model.safetensors", "pt") as tensors:
+        assert any(f"{name}.weight" in key for key in tensors.keys())  # noqa: SIM118
+    plain = AutoModelForSequenceClassification.from_pretrained(stage / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(stage / "merged")
+    for line, (said, _) in zip((tmp_path / "test.jsonl").read_text().splitlines(), records(tmp_path), strict=True):
+        with torch.no_grad():
+            logits = plain(**tokenizer(json.loads(line)["text"], return_tensors="pt")).logits[0]
+        assert plain.config.id2label[int(logits.argmax())] == said
+
+
 def test_balanced_weights_help_the_rare_classes(tmp_path: Path) -> None:
     found = {}
     for name, weights in (("plain", {}), ("balanced", {"class_weights": "balanced"})):

@@ -125,6 +125,12 @@ def test_seeds_give_mean_and_spread_and_each_repeat_is_the_plain_run(
     assert main(["run", str(alone)]) == 0
     assert tiny.scores(tmp_path / "alone") == tiny.scores(run / "seed-2")
     assert main(["report", str(run)]) == 0
+    capsys.readouterr()
+    for command in (["merge", str(run)], ["evaluate", str(run), str(path)]):
+        assert main(command) == 2
+        assert f"holds 2 repeats (seed-1, seed-2), each a run of its own. Name one: {run}/seed-1" in (
+            capsys.readouterr().err
+        )
 
 
 def test_every_row_is_held_out_once_and_never_trained_on_in_that_repeat(tmp_path: Path) -> None:

@@ -155,6 +155,18 @@ def test_an_adapter_and_its_merge_say_the_same_to_plain_peft_and_transformers(fi
     assert not torch.allclose(trained, base, atol=1e-3)
 
 
+def test_an_adapter_on_a_base_in_four_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    content = written(tmp_path, rows=24, merge=True)
+    content["stages"][0] |= {"lora": {"r": 4, "target_modules": "all-linear"}, "quantization": "nf4"}
+    content["stages"][0]["training"] = {"max_steps": 3, "learning_rate": "2e-3"}
+    content["evaluate"]["sounds"]["metrics"] = ["perplexity"]
+    stage = run(tmp_path, content) / "stages/words"
+    row = json.loads((stage / "merge.json").read_text())["suites"][0]
+    assert row["merged"] == pytest.approx(row["adapter"], rel=0.01)
+    assert not any("absmax" in name for name in load_file(stage / "merged/model.safetensors"))
+
+
 def test_the_card_says_what_it_is_for_and_how_it_is_loaded(finished: Path) -> None:
     folder = prepare_artifact(
         finished / "run", Push(repo_id="me/sounds", what="merged"), load_recipe(finished / "run/recipe.yaml")

@@ -13,8 +13,10 @@ from hfpipe.model.scoring import by_length, within_positions
 
 SUFFIX = "ForSequenceClassification"
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # transformers' words
-# Modules between the body and the classes, by the names transformers gives them: never stored in 4 or 8 bits.
-HEAD_MODULES = ["score", "classifier", "pre_classifier", "pooler", "head", "lm_head"]
+# Modules between the body and the classes, by the names transformers gives them: never stored in 4 or 8 bits. They are
+# regular expressions, for the pooler of BERT lies in its body (`bert.pooler.dense`).
+_HEADS = ("score", "classifier", "pre_classifier", "pooler", "head", "classification_head", "lm_head")
+HEAD_MODULES = [rf"(.*\.)?{name}" for name in (*_HEADS, "sequence_summary", "logits_proj")]
 SAVED_BY_PEFT = ("classifier", "score")  # PeftModelForSequenceClassification
 DEFAULT_MAX_LENGTH = 512
 

@@ -148,6 +148,7 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
         if (
             isinstance(cause, RepositoryNotFoundError)
             or status == 401
+            or isinstance(cause, HFValidationError)  # a path that is no folder
             or "is not a valid model identifier" in str(error)
         ):
             raise RecipeError(_not_found(what, path)) from error
