@@ -14,6 +14,7 @@ import pytest
 from datasets import Dataset
 from hub_server import HubServer
 
+from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.sources import friendly, load_rows
 from hfpipe.errors import DataError, MachineError, RecipeError
 from hfpipe.recipe import Source
@@ -70,6 +71,18 @@ def test_a_path_that_is_nearly_right(words: dict[str, Any], says: str, monkeypat
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     with pytest.raises((RecipeError, MachineError), match=re.escape(says)):
         load_rows(Source(**words))
+
+
+@streamed
+def test_bytes_are_made_text_as_the_error_says(tmp_path: Path, streaming: bool) -> None:
+    """Some programs write text into Parquet without saying that it is."""
+    Dataset.from_list([{"text": "caf\u00e9".encode()}, {"text": b"caf\xe9"}]).to_parquet(tmp_path / "rows.parquet")
+    words = {"path": "parquet", "data_files": str(tmp_path / "rows.parquet"), "streaming": streaming}
+    with pytest.raises(DataError, match=re.escape('`template: {text: "{text}"}`')):
+        load_rows(Source(**words))
+    source, read = Source(**words, template={"text": "{text}"}), Read()
+    assert [row["text"] for row in tidy_rows(load_rows(source), source, read)] == ["caf\u00e9"]
+    assert read.dirty.counts == {"not UTF-8": 1}
 
 
 @streamed

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, Value
 
@@ -28,7 +27,6 @@ HANDLER, JSON_ENCODING = "hfpipe_mark", "hfpipe_json"
 _ESCAPES = re.compile(
     rb"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
-_CONTROL = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")  # JSON wants them escaped
 
 
 def table_blocks(rows: Dataset, size: int, begin: int = 0) -> Iterator[dict[str, list[Any]]]:
@@ -84,8 +82,6 @@ def _mark(error: UnicodeError) -> tuple[str, int]:
 
 def _decode_json(data: Buffer, errors: str = "strict") -> tuple[str, int]:
     marked = data = bytes(data)
-    if (np.frombuffer(data, np.uint8) < 32).sum() > sum(map(data.count, (b"\n", b"\r", b"\t"))):  # a search is slow
-        marked = data = _CONTROL.sub(lambda found: b"\\u%04x" % ord(found[0]), data)
     if b"\\ud" in data or b"\\uD" in data:
         marked = _ESCAPES.sub(lambda found: found[0] if len(found[2]) > 6 else found[1] + LONE.encode(), data)
     return marked.decode("utf-8", HANDLER if errors == "strict" else errors), len(data)

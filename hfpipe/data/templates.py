@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from hfpipe.data.lenient import HANDLER
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.recipe import Source
 
@@ -124,5 +125,5 @@ def _text_of(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
             value = row[_column(field)]
             for part in re.findall(r"\[(\w+)\]", field):
                 value = value[int(part) if part.isdigit() else part]
-            said.append(str(value))
+            said.append(value.decode(errors=HANDLER) if isinstance(value, bytes) else str(value))
     return "".join(said)

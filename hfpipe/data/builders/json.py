@@ -8,6 +8,7 @@ Its functions for this have no place for another rule, so they are replaced.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +24,7 @@ from pyarrow import json as arrow_json
 from hfpipe.data.lenient import JSON_ENCODING
 
 Steps = Sequence[str | int]  # names of fields; 0 for the values of a list
+CONTROL = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")  # JSON wants them escaped
 BROKEN = 0.1  # share of lines from which a file is no file of JSON lines
 
 
@@ -118,7 +120,10 @@ def _lines_with_json(lines: bytes, paths: Sequence[Steps]) -> bytes:
 
 
 class _Arrow:
-    """Arrow's reader of lines, for which one that is no JSON is a row without a value, as long as few are."""
+    """Arrow's reader of lines. One that is no JSON is a row without a value, as long as few are.
+
+    Control characters that are not escaped are let pass.
+    """
 
     ReadOptions = arrow_json.ReadOptions
 
@@ -127,11 +132,11 @@ class _Arrow:
         try:
             return arrow_json.read_json(lines, read_options=read_options)
         except pa.ArrowInvalid as error:
-            rows = lines.getvalue().split(b"\n")
             if not str(error).startswith("JSON parse error") or "Column(/" in str(error):  # another type in a column
                 raise
+            rows = CONTROL.sub(lambda found: b"\\u%04x" % ord(found[0]), lines.getvalue()).split(b"\n")
             broken = [number for number, row in enumerate(rows) if row.strip() and _row(row) is None]
-            if not 0 < len(broken) < BROKEN * len(rows):
+            if len(broken) > BROKEN * len(rows):
                 raise
             for number in broken:
                 rows[number] = b"{}"
