@@ -11,11 +11,18 @@ import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from peft import PeftModel
+from plain import make_encoder
 from safetensors import safe_open
 from scipy import stats
 from sklearn import metrics
 from sklearn.preprocessing import MultiLabelBinarizer
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from hfpipe.cli import main
 from hfpipe.data.labels import known_names, plain_labels
@@ -282,3 +289,33 @@ def test_a_mistake_gets_one_paragraph(
     for word in words:
         assert word in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("family", "block"),
+    [
+        ("roberta", {"peft": {"type": "ia3"}}),  # whose head has layers of its own
+        ("roberta", {"peft": {"type": "ln_tuning", "target_modules": ["LayerNorm"]}}),
+        ("bert", {"lora": {"r": 4}, "quantization": "nf4"}),  # whose head begins within its body
+    ],
+)
+def test_every_adapter_of_an_encoder_merges_with_its_head(family: str, block: dict, tmp_path: Path) -> None:
+    if "quantization" in block:
+        pytest.importorskip("bitsandbytes")
+    base = make_encoder(tmp_path / "base")
+    if family == "roberta":
+        known = AutoConfig.from_pretrained(base)
+        sizes = {key: getattr(known, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+        config = RobertaConfig(**sizes, num_attention_heads=2, intermediate_size=64, pad_token_id=0)
+        RobertaForMaskedLM(config).save_pretrained(base)
+    content = written(tmp_path, "one", training={"num_train_epochs": 1, "max_length": 40}, **block)
+    content |= {"model": {"id": str(base)}, "merge": True, "shift": False, "energy": False}
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    stage, ids = tmp_path / "run/stages/kinds", torch.arange(5, 20)[None]
+    merged = AutoModelForSequenceClassification.from_pretrained(stage / "merged").eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(tiny.SOUNDS))
+    loaded = PeftModel.from_pretrained(plain, stage / "model").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(ids).logits, loaded(ids).logits, atol=0.05 if "lora" in block else 1e-5, rtol=0
+        )

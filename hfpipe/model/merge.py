@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
@@ -140,8 +140,9 @@ def _write_merged(model: PeftModel, path: str, folder: Path) -> torch.dtype:
 def _take_off(model: PeftModel) -> dict[str, BaseTunerLayer]:
     """Takes the adapter off the linear layers that share no weight, and returns its layers by the names of theirs.
 
-    Each still holds the layer that it was on, and merges into it when it is told to. The others, whose merge changes
-    what the model shares (tied embeddings) or is made of (modules to save), are left to PEFT.
+    Each still holds the layer that it was on, and merges into it when it is told to. Modules to save are put into their
+    places: PEFT does so with LoRA only where they have parts of their own (RoBERTa's head), and never with LN tuning.
+    The others, whose merge changes what the model shares (tied embeddings), are left to PEFT.
     """
     whole = model.get_base_model()
     holders = Counter(tensor.data_ptr() for tensor in whole.state_dict().values())
@@ -149,6 +150,8 @@ def _take_off(model: PeftModel) -> dict[str, BaseTunerLayer]:
     wrappers = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
     layers = {}
     for name, layer in modules:
+        if isinstance(layer, ModulesToSaveWrapper):
+            whole.set_submodule(name, layer.unload_and_optionally_merge_module(True, True, None))
         if not isinstance(layer, BaseTunerLayer) or name.startswith(wrappers):
             continue
         base = layer.get_base_layer()
