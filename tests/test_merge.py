@@ -14,7 +14,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from plain import make_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hfpipe.cli import main
 from hfpipe.model.create import train_tokenizer
@@ -116,6 +116,20 @@ def test_a_4_bit_base_with_transposed_weights_is_made_whole_for_its_adapter(tmp_
     assert found.base == "made whole from its quantized weights"
     assert found.loss < 1e-3 < found.costs["in full precision"]
     assert not (tmp_path / "merged" / "rounded").exists()
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_an_adapter_of_a_base_that_came_in_4_bits_is_merged_into_it_made_whole(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    full, place = make_model(tmp_path / "full", llama=True), tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    few = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(full, quantization_config=few, dtype=torch.float32)
+    base.save_pretrained(place)
+    folder = save_adapter(base, place, tmp_path / "adapter", task_type="CAUSAL_LM")
+    found = merge_adapter(ModelRef(str(folder), Model(id="base")), tokenizer, tmp_path / "merged", TEXTS, 0.1)
+    assert list(found.costs) == [found.base] == ["made whole from its quantized weights"]
+    assert found.loss < 1e-3
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 

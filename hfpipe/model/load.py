@@ -292,9 +292,8 @@ def load_model(
             **options,
         )
     make_room(model, ref.vocabulary)
-    if ref.quantization:
-        _leave_packing(model)
-    else:
+    _leave_packing(model)
+    if not ref.quantization:
         torch.nn.Module.to(model, device())
     model.eval()
     return (model, _modules_of(info)) if with_new_modules else model

@@ -85,14 +85,14 @@ def merge_adapter(
         )
     stored = _as_stored(adapter)
     full = dataclasses.replace(stored, quantization=None)
-    bases = {FULL: full.base}
+    bases = {} if _is_quantized(stored.base) else {FULL: full.base}
     costs = {}
     with whole_folder(folder) as beside:
-        if adapter.quantization is not None:
+        if adapter.quantization is not None or not bases:
             trained = probe(load_model(adapter), tokenizer, texts)
             bases[DEQUANTIZED] = _write_rounded(stored, beside / ROUNDED)
         before = {name: probe(load_model(full, base=base), tokenizer, texts) for name, base in bases.items()}
-        if adapter.quantization is None:
+        if DEQUANTIZED not in bases:
             trained = before[FULL]
         else:
             costs = {name: divergence(trained, found) for name, found in before.items()}
@@ -175,7 +175,12 @@ def _write_rounded(adapter: ModelRef, folder: Path) -> ModelRef:
     import bitsandbytes
 
     base, head = dataclasses.replace(adapter.base, quantization=None), head_of(adapter)
-    quantized, whole = load_model(adapter.base, head=head), load_model(base, head=head)
+    rounded_base = dataclasses.replace(base, path=str(folder), revision=None)
+    quantized = load_model(adapter.base, head=head)
+    if _is_quantized(base):  # there are no files in full precision to map
+        quantized.dequantize(quantized.dtype).save_pretrained(folder, save_original_format=False)
+        return rounded_base
+    whole = load_model(base, head=head)
 
     def rounded(name: str) -> torch.Tensor:
         weight = dequantize_module_weight(quantized.get_submodule(name))
@@ -184,7 +189,19 @@ def _write_rounded(adapter: ModelRef, folder: Path) -> ModelRef:
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     names = [name for name, module in quantized.named_modules() if isinstance(module, kinds)]
     save_changed(whole, folder, {f"{name}.weight": functools.partial(rounded, name) for name in names})
-    return dataclasses.replace(base, path=str(folder), revision=None)
+    return rounded_base
+
+
+def _config_of(base: ModelRef) -> Any:
+    with clear_errors("model", base.path):
+        return AutoConfig.from_pretrained(
+            base.path, revision=base.revision or "main", trust_remote_code=base.options.trust_remote_code
+        )
+
+
+def _is_quantized(base: ModelRef) -> bool:
+    """Whether the files of a base are in few bits already."""
+    return getattr(_config_of(base), "quantization_config", None) is not None
 
 
 def _as_stored(adapter: ModelRef) -> ModelRef:
@@ -192,10 +209,7 @@ def _as_stored(adapter: ModelRef) -> ModelRef:
     base = adapter.base
     if base.options.dtype != "auto":
         return adapter
-    with clear_errors("model", base.path):
-        config = AutoConfig.from_pretrained(
-            base.path, revision=base.revision or "main", trust_remote_code=base.options.trust_remote_code
-        )
+    config = _config_of(base)
     dtype = config.dtype if config.dtype in TOLERANCE else torch.float32
     named = base.options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     return dataclasses.replace(adapter, options=named)
