@@ -126,6 +126,37 @@ def test_a_suite_of_classes_that_no_stage_has_is_refused(tmp_path: Path, capsys:
     assert "no stage has the classes of its rows, such as 'c" in message
 
 
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ({"metrics": ["f1"], "metric_options": {"f1": {"average": "binary", "pos_label": "woof"}}}, ["class 'woof'"]),
+        ({"metrics": ["accuracy", "f1", "calibration_error", "matthews_correlation"]}, []),
+    ],
+)
+def test_metrics_that_refuse_the_right_answers_are_told_before_training(
+    suite: dict, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = chain(tmp_path, held=suite)
+    if not words:
+        assert main(["check", str(tiny.write(tmp_path, content))]) == 0
+        return
+    code, message = refused(tmp_path, content, capsys)
+    assert code == 2
+    for word in ("evaluate.kinds: f1", *words):
+        assert word in message
+
+
+def test_rouge_of_chinese_is_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = chain(tmp_path)
+    rows = [{"prompt": "moon", "completion": " 月亮"}, {"prompt": "sun", "completion": " 太阳"}]
+    (tmp_path / "zh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": "json", "data_files": str(tmp_path / "zh.jsonl"), "split": "train"}
+    content["evaluate"] = {"chinese": {"data": data, "metrics": ["bleu", "rougeL"]}}
+    code, message = refused(tmp_path, content, capsys)
+    assert code == 2
+    assert "evaluate.chinese: " in message
+
+
 @pytest.mark.parametrize("family", ["causal", "masked", "seq2seq"])
 def test_ids_beyond_the_embeddings_are_refused(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = chain(tmp_path)

@@ -342,6 +342,8 @@ def test_an_uneven_suite_on_two_ranks_scores_each_row_once(tmp_path: Path) -> No
     content["evaluate"]["pairs"] = {"data": source, "metrics": ["stereotype_score", "likelihood_difference"]}
     flips = {**content["evaluate"]["sounds"], "metrics": ["flip_rate"], "swap": [["cat", "dog"]]}
     content["evaluate"]["flips"] = flips
+    grammar = {**source, "columns": {"good": "more", "bad": "less"}}
+    content["evaluate"]["grammar"] = {"data": grammar, "metrics": ["accuracy"]}
     one = str(tiny.write(tmp_path, content))
     assert main(["run", one]) == 0
     config = Path(__file__).parent.parent / "recipes" / "accelerate" / "cpu.yaml"

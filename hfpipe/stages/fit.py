@@ -14,9 +14,12 @@ import numpy as np
 from hfpipe.answers import asked_of, tells_apart
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED, encode_for_training
+from hfpipe.data.labels import known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
 from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import RecipeError
+from hfpipe.evaluation import suite_metrics
+from hfpipe.metrics.rows import RowMetric
 from hfpipe.model.scoring import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
@@ -25,6 +28,8 @@ from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_s
 
 LABELS = 100_000  # rows of a source whose labels are looked at
 FIRST_ROWS = 20  # of a source, that are made into tokens
+TAKEN = ("prediction", "reference")
+METRIC_ROWS = 200  # of a suite, whose right answers a metric of texts is asked about
 
 Rows = list[dict[str, Any]]
 
@@ -58,6 +63,7 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
             _require_rows(recipe, stage, source, tokenizer)
     for name, rows in suites.items():
         _require_answerable(recipe, name, rows, task, heads)
+        _require_metrics(recipe.evaluate[name], name, rows, heads)
         if "source" in rows[0]:
             set_languages(tokenizer, recipe.evaluate[name].data)
 
@@ -87,6 +93,37 @@ def _require_answerable(recipe: Recipe, name: str, rows: Rows, task: str, heads:
                 f"stages.{stage.name}.early_stopping.suite: {name!r} can be asked {_WANTS[asked_of(suite, rows)[0]]}, "
                 f"and this stage trains {_MODELS[stage.task]}. Take another suite."
             )
+
+
+def _require_metrics(suite: Suite, name: str, rows: Rows, heads: Mapping[str, Head]) -> None:
+    """Asks the metrics of classes and of generated texts what they say of the right answers: a few refuse them.
+
+    Raises:
+        RecipeError: One does, by its options or for its kind.
+    """
+    if "sentence" in rows[0]:
+        need, classes = "choice", [head.names for head in heads.values() if head.problem != "regression"]
+        labels = [row["label"] for row in rows if not isinstance(row["label"], float)]
+        known = [names for names in (known_names(labels, of) for of in classes) if names]
+        sides = [[_named(label, names) for label in labels] for names in known]
+    else:
+        need = "generation"
+        texts = [row.get("target") or row.get("completion") or _last_turn(row) for row in rows[:METRIC_ROWS]]
+        sides = [texts] if all(texts) else []
+    for metric in suite_metrics(suite).values():
+        for right in sides if isinstance(metric, RowMetric) and (metric.needs, metric.takes) == (need, TAKEN) else ():
+            try:
+                metric.whole(right, right, metric.statistics(right, right))
+            except RecipeError as error:
+                raise RecipeError(f"evaluate.{name}: {error}") from error
+
+
+def _named(label: str | list[str], names: Mapping[str, str]) -> Any:
+    return [names.get(one, one) for one in label] if isinstance(label, list) else names.get(label, label)
+
+
+def _last_turn(row: dict[str, Any]) -> str | None:
+    return row["messages"][-1].get("content") if row.get("messages") else None
 
 
 def _answers(suite: Suite, rows: Rows, task: str, head: Head | None) -> bool:
