@@ -7,6 +7,7 @@ The clients of the Hub wait for ever for an answer that does not come, and sleep
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -23,16 +24,24 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from hfpipe.secrets import without_secrets
 
-SILENCE, SILENCE_OF_A_WRITE = 30.0, 60.0  # seconds that one answer may take; a commit is work
+SILENCE = max(30.0, float(constants.HF_HUB_DOWNLOAD_TIMEOUT))  # seconds that one answer may take
+SILENCE_OF_A_WRITE = 2 * SILENCE  # a commit is work
 SHORTEST = 5.0  # seconds that it may take once the Hub has been silent for all that its patience allows
 SLOWEST = 1000.0  # bytes per second; an answer that drips is none
 READS = ("GET", "HEAD")
 WAITS = (1.0, 3.0)  # seconds before a question that met a short trouble is asked again
 BIG = 100_000  # bytes; how long the sending of more takes is for the network to say
-PATIENCE = 60.0  # seconds that all tries together may take, and that the Hub may ask to wait
+PATIENCE = 2 * SILENCE  # seconds that all tries together may take, and that the Hub may ask to wait
 LONGEST_TEXT = 300  # characters of a message of the Hub or its client that are shown
-# hf_xet's errors are ConnectionErrors that have the status and the address in their text only.
-XET_ERROR = re.compile(r"(?:Network|Server) error: (?:.*HTTP status \w+ error \((\d+).*?(https?://[^\s)]+)?$)?")
+# hf_xet's errors have the status and the address in their text only.
+XET_ERROR = re.compile(
+    r"(?:Network error|Server error|Rate limited|CAS Client Error): (?:.*HTTP status \w+ error \((\d+).*?(https?://[^\s)]+)?$)?"
+)
+# hf_xet has a client of its own, which tries for many minutes; these are its settings, where the user has none.
+XET_TRIES = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "10s"}
+XET_READS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
+# When a thread of huggingface_hub cannot connect, it closes the client of all: others find none, or a closed one.
+RACES = re.compile(r"'NoneType' object has no attribute '(request|stream|get)'|client has been closed")
 HUB_PATHS = re.compile(r"/api/|/resolve/|\.git/")  # what the Hub itself answers; everything else is storage
 
 
@@ -94,6 +103,11 @@ def limit_waiting(patience: Patience | None = None) -> None:
     """
     global _patience
     _patience = patience or _patience
+    for name, value in (XET_TRIES | XET_READS).items():
+        if patience is None or name in XET_TRIES:
+            os.environ.setdefault(name, value)
+        elif os.environ.get(name) == value:  # of the command that started this process
+            del os.environ[name]
     if not isinstance(get_session(), _Client):  # the exchange closes the client that there was
         hooks = get_session().event_hooks
         set_client_factory(lambda: _Client(event_hooks=hooks, follow_redirects=True))
@@ -283,7 +297,7 @@ def status_of(error: BaseException | None) -> int | None:
         response = getattr(one, "response", None)
         if response is not None:
             return int(response.status_code)
-        xet = XET_ERROR.match(str(one))
+        xet = XET_ERROR.search(str(one))
         if xet and xet[1]:
             return int(xet[1])
     return None
@@ -302,7 +316,7 @@ def refusing_storage(error: BaseException) -> str | None:
         is_storage = "Authorization" not in response.request.headers
         address = str(response.request.url) if is_storage else ""
     else:
-        address = next((xet[2] or "" for one in causes(error) if (xet := XET_ERROR.match(str(one)))), "")
+        address = next((xet[2] or "" for one in causes(error) if (xet := XET_ERROR.search(str(one)))), "")
     url = httpx2.URL(address)
     return url.host if url.host and not HUB_PATHS.search(url.path) else None
 
@@ -329,11 +343,13 @@ def trouble(error: BaseException) -> str | None:
         name, text = type(one).__name__, one_line(str(one)) or "no reason was given"
         if isinstance(one, json.JSONDecodeError | FileMetadataError):
             return f"what answers at {constants.ENDPOINT} is not the Hub. Look at HF_ENDPOINT and HTTPS_PROXY if set."
+        if isinstance(one, AttributeError | RuntimeError) and RACES.search(text):
+            return "the connection to the Hub broke. Try again."
         if "Consistency check failed" in text:  # huggingface_hub's, which names the signed address
             return (
                 "what came of a file is not all of it, or a web page in its place. Try again, and look at HTTPS_PROXY."
             )
-        if isinstance(one, ConnectionError) and XET_ERROR.match(str(one)):
+        if isinstance(one, ConnectionError | RuntimeError) and XET_ERROR.search(str(one)):
             return (
                 f"the storage of the Hub does not answer as it should ({text}). Try again later; where a proxy or "
                 "firewall is in the way, set HF_HUB_DISABLE_XET=1, and files go by another road."

@@ -12,6 +12,12 @@ TOKEN = re.compile(
     r"|\bgh[pousr]_[A-Za-z0-9]{36}|\bAKIA[0-9A-Z]{16}\b"
 )
 PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]+:)[^/\s:@]+(?=@)")
+# In the query of a URL: signatures of storage, tokens, keys.
+SECRET_IN_QUERY = re.compile(
+    r"(://[^\s'\"<>]*?[?&](?:[\w-]*(?:token|signature|secret|password|credential|api[_-]?key|key-pair-id)|sig|key)=)"
+    r"(?!\*\*\*)[^&\s'\"<>#]+",
+    re.IGNORECASE,
+)
 SHORTEST = 8  # characters of a token of this machine: a shorter text would be found in harmless words
 
 
@@ -28,7 +34,7 @@ def own_tokens() -> list[str]:
 
 
 def has_secret(text: str) -> bool:
-    """Whether a text holds a token of Hugging Face, one of this machine's, or a URL with a password."""
+    """Whether a text holds a token of Hugging Face, one of this machine's, or a URL with a password or a signature."""
     return text != without_secrets(text)
 
 
@@ -36,4 +42,7 @@ def without_secrets(text: str) -> str:
     """The text with every such token and password made unreadable."""
     for token in own_tokens():
         text = text.replace(token, "hf_***")  # which is no alias in YAML, as *** would be
-    return PASSWORD_IN_URL.sub(r"\1***", TOKEN.sub("hf_***", text))
+    text = PASSWORD_IN_URL.sub(r"\1***", TOKEN.sub("hf_***", text))
+    while (masked := SECRET_IN_QUERY.sub(r"\1***", text)) != text:  # one of each URL at a time
+        text = masked
+    return text

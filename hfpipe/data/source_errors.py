@@ -104,7 +104,7 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
         return MachineError(f"{_name(source)} cannot be read on this machine: {_first_line(error)}{full}")
     if isinstance(error, ValueError):
         return _from_text(str(error), source) or (_unreadable(error, source, files) if _of_a_file(error) else None)
-    return None
+    return _unreachable(error, source) if trouble(error) else None  # of the storage of the Hub
 
 
 def _of_a_file(error: BaseException) -> bool:

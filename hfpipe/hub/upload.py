@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -41,7 +40,6 @@ REPLACED_BY_A_MODEL = (
     "adapter_model.safetensors",
 )
 NOTHING_IGNORED = "# every file of a push is meant\n"  # in place of the repository's .gitignore
-XET_PATIENCE = "10s"  # that Xet's own client tries anything; then `upload` does, and says so
 GRACE = 5.0  # seconds past its deadline
 WAITS = (1.0, 3.0, 8.0, 2.0)  # seconds between the tries, where the Hub does not say how long; then one last look
 
@@ -232,7 +230,6 @@ def main() -> int:
     """Reads a task from standard input and writes one line of JSON to standard output."""
     try:
         task = json.load(sys.stdin)
-        os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", XET_PATIENCE)  # it keeps on for minutes, silently
         signal.alarm(math.ceil(task["seconds"] + GRACE))  # where nobody ends this process, it does so itself
         answer = {"lines": check(task["check"])} if "check" in task else upload(task)
         code = 0

@@ -168,8 +168,10 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
         adapter = "It is an adapter and not a whole model: name its base, or merge it. "
         hint = adapter if (Path(path) / ADAPTER_CONFIG).is_file() else ""
         raise RecipeError(f"{what} {path!r} cannot be loaded. {hint}transformers says: {str(error)[:300]}") from error
-    except httpx2.TransportError as error:  # amid a download
-        raise MachineError(f"{what} {path!r} cannot be loaded: {trouble(error)}") from error
+    except (httpx2.TransportError, RuntimeError) as error:  # amid a download; the latter are Xet's
+        if known := trouble(error):
+            raise MachineError(f"{what} {path!r} cannot be loaded: {known}") from error
+        raise
 
 
 def pickles_only(path: str) -> str:

@@ -14,9 +14,9 @@ from hfpipe.secrets import has_secret
 _SECRET_KEY = re.compile(r"(^|_|-)(token|secret|password|passwd|key|authorization)$", re.IGNORECASE)
 _WAYS = ("anon", "browser", "cache", "cloud", "google_default")
 _TEXT = (
-    "holds a token or a password, and a recipe is copied into the run folder, the report and the Hub. Remove it from "
-    "the file: log in with `hf auth login` or set HF_TOKEN; other stores read their own variables, such as "
-    "AWS_SECRET_ACCESS_KEY."
+    "holds a token, a password or a signed address, and a recipe is copied into the run folder, the report and the "
+    "Hub. Remove it from the file: log in with `hf auth login` or set HF_TOKEN; other stores read their own variables, "
+    "such as AWS_SECRET_ACCESS_KEY."
 )
 
 
