@@ -76,13 +76,17 @@ def _evaluate(
     model = load_model(replace(ref, vocabulary=len(tokenizer)))
     require_room(tokenizer, model.get_input_embeddings().num_embeddings, ref.path)
     found = {}
+    first, second = (max(map(len, names)) for names in ([label], recipe.evaluate))
+    third = max((len(metric) for suite in recipe.evaluate.values() for metric in suite.metrics), default=0)
     for suite_name, suite in recipe.evaluate.items():
         if not can_score(suite, rows[suite_name], ref):
-            ranks.say(f"{label:16} {suite_name:16} not scored: its answers need another head than this model has")
+            ranks.say(
+                f"{label:{first}}  {suite_name:{second}}  not scored: its answers need another head than this model has"
+            )
             continue
         found[suite_name] = score_suite(suite_name, suite, rows[suite_name], model, tokenizer, label)
         for score in found[suite_name].scores:
-            ranks.say(f"{label:16} {suite_name:16} {score.metric:16} {number(score)}  (n={score.n})")
+            ranks.say(f"{label:{first}}  {suite_name:{second}}  {score.metric:{third}}  {number(score)}  (n={score.n})")
     if not found:
         raise RecipeError(f"no suite of the recipe asks what {name} can answer: it is a {task_of(ref)} model.")
     return found

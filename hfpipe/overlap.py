@@ -84,7 +84,7 @@ def _pairs(recipe: Recipe, suites: Mapping[str, Rows]) -> Iterable[dict[str, Any
                 held = [place for place in sorted({*found.exact, *found.partly}) if place in here]
                 yield {
                     "stage": stage.name,
-                    "source": source.path,
+                    "source": source.title,
                     "suite": name,
                     "rows": len(rows),
                     "looked_at": found.looked_at,

@@ -120,7 +120,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
         known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
         rows_known += count or 0
         tokens_known += (count or 0) * facts["tokens"]
-        print(f"data       {stage.name}: {source.path}: {known}; {facts['tokens']:.0f} tokens a row")
+        print(f"data       {stage.name}: {source.title}: {known}; {facts['tokens']:.0f} tokens a row")
         if source.cleaned:
             print(f"           cleaned first, in one pass over it: {cleaning_of(source)}")
         if facts["untrained"]:
@@ -131,7 +131,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
     replayed = [part for part in mixture(recipe, stage) if part.replayed]
     for part in replayed:
         unit = "tokens" if stage.kind == "pretrain" else "rows"
-        print(f"replay     {stage.name}: {part.share:.1%} of the {unit} from {part.source.path}")
+        print(f"replay     {stage.name}: {part.share:.1%} of the {unit} from {part.source.title}")
     global_batch = per_device * accumulation
     steps = stage.training.get("max_steps", -1)
     if steps <= 0:
@@ -170,7 +170,7 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     """
     sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
     if not sample:
-        raise DataError(f"stages.{stage.name}: {source.path} has no row with content among its first {SAMPLE_ROWS}.")
+        raise DataError(f"stages.{stage.name}: {source.title} has no row with content among its first {SAMPLE_ROWS}.")
     encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
     tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
@@ -222,7 +222,7 @@ def preview(recipe: Recipe, count: int) -> None:
             limit = stage.training.get("max_length") or 1024
             for number, row in enumerate(encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)):
                 trained = sum(label != IGNORED for label in row["labels"])
-                print(f"{stage.name}, {source.path}, row {number}: {len(row['input_ids'])} tokens, {trained} trained")
+                print(f"{stage.name}, {source.title}, row {number}: {len(row['input_ids'])} tokens, {trained} trained")
                 print(_painted(row, tokenizer, coloured))
                 print()
 

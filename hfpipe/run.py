@@ -24,6 +24,7 @@ from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.model.merge import merge_adapter
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
+from hfpipe.report.markdown import plain_number
 from hfpipe.scores import BASE, Score, stages_of
 
 PROBE_TEXTS = 4
@@ -131,7 +132,7 @@ def score_stage(run: Run, name: str) -> list[Score]:
             model = load_model(run.trained(name))
         found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
         for score in found.scores:
-            ranks.say(f"  {name}: {suite_name} {score.metric} {score.value:.4f} ± {score.stderr:.4f} (n={score.n})")
+            ranks.say(f"  {name}: {suite_name} {score.metric} {plain_number(score)} (n={score.n})")
         scores += found.scores
         known[suite_name] = {"hash": key, "scores": [dataclasses.asdict(score) for score in found.scores]}
         if ranks.is_main():

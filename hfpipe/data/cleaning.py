@@ -194,7 +194,7 @@ class Cleaner:
             beside.replace(path)
             found = ", ".join(f"{count:,} {why}" for why, count in counts_of(reasons).items()) or "nothing"
             seconds = time.perf_counter() - begin
-            ranks.say(f"  {source.path}: {len(reasons):,} rows cleaned in {seconds:.0f} s, removed: {found}")
+            ranks.say(f"  {source.title}: {len(reasons):,} rows cleaned in {seconds:.0f} s, removed: {found}")
 
         ranks.each(write_all)
         ranks.each(judge_all)

@@ -255,12 +255,12 @@ class TokenStream:
             count, what = (len(source), "documents") if isinstance(source, Dataset) else (source.num_shards, "shards")
             if count < self.lanes and not table:
                 lines.append(
-                    f"source {origin.path!r}: {count} {what} for {self.lanes} lanes: every lane reads all, and keeps "
+                    f"source {origin.title!r}: {count} {what} for {self.lanes} lanes: every lane reads all, and keeps "
                     "its own rows; more files would be quicker"
                 )
             elif count % self.lanes:
                 lines.append(
-                    f"source {origin.path!r}: {count:,} {what} do not divide by {self.lanes} lanes, which take the "
+                    f"source {origin.title!r}: {count:,} {what} do not divide by {self.lanes} lanes, which take the "
                     "shares in turn: each document is read as often"
                 )
         return lines
@@ -364,7 +364,7 @@ class TokenStream:
         sources = {}
         for number, origin in enumerate(self.origins):
             lanes = [lane[number] for lane in begun]
-            sources[f"{number}: {origin.path}"] = {
+            sources[f"{number}: {origin.title}"] = {
                 "epochs": min((facts["epochs"] for facts in lanes), default=0),
                 "token_share": round(sum(facts["tokens"] for facts in lanes) / max(tokens, 1), 4),
                 "rows": sum(facts["rows"] for facts in lanes),
@@ -372,9 +372,9 @@ class TokenStream:
             }
             for kind in ("dirty", "mended", "removed"):
                 found = merged([Tally(facts[kind], facts[f"{kind}_ids"]) for facts in lanes])
-                sources[f"{number}: {origin.path}"] |= {kind: found.counts, f"{kind}_ids": found.ids}
+                sources[f"{number}: {origin.title}"] |= {kind: found.counts, f"{kind}_ids": found.ids}
             if (removed := self._removed[number]) is not None:  # of all rows, and not of those that were met
-                sources[f"{number}: {origin.path}"]["removed"] = counts_of(np.concatenate(removed))
+                sources[f"{number}: {origin.title}"]["removed"] = counts_of(np.concatenate(removed))
         return {
             **total,
             "cut_share": round(total["cut"] / max(total["documents"], 1), 4),

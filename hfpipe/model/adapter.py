@@ -229,6 +229,11 @@ def verify_tensors(folder: Path, trained: dict[str, torch.Tensor] | None) -> Non
                 b_seen = True
                 b_moved = b_moved or bool(tensor.abs().max() > 0)
     if b_seen and not b_moved:
+        if trained is not None:
+            raise RecipeError(
+                f"stage {folder.parent.name}: the adapter learned nothing, every lora_B is still 0: the learning rate "
+                "was 0 at each step, or no gradient reached it. Look at learning_rate, warmup_steps and max_steps."
+            )
         raise RuntimeError(f"{folder}: every lora_B is zero: nothing was learned or the wrong weights were saved")
 
 

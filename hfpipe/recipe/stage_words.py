@@ -75,6 +75,12 @@ class Source(Words):
     decontaminate: bool = Field(False, description="leave out rows that overlap a suite by 13-word sequences")
 
     @property
+    def title(self) -> str:
+        """What it is called where a person reads it: the path, and the configuration that a data set of many has."""
+        name = self.passed_through.get("name")
+        return f"{self.path} {name}" if name is not None else self.path
+
+    @property
     def near(self) -> float | None:
         """The similarity from which documents are near duplicates; None where none are looked for."""
         block = Deduplicate.model_validate({}) if self.deduplicate == "near" else self.deduplicate

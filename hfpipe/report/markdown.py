@@ -60,6 +60,11 @@ def number(score: Score) -> str:
     if score.metric in SHARE_METRICS:
         error = "" if score.stderr is None else f" ± {score.stderr * 100:.1f}"
         return f"{score.value * 100:.1f}{error} %"
+    return plain_number(score)
+
+
+def plain_number(score: Score) -> str:
+    """A score with four digits, and the error of those that have one."""
     small_or_large = not 1e-3 <= abs(score.value) < 1e6 and score.value != 0
     form, error_form = (".4g", ".2g") if small_or_large else (".4f", ".4f")
     error = "" if score.stderr is None else f" ± {score.stderr:{error_form}}"
@@ -221,7 +226,7 @@ def _facts(folder: Path) -> str:
 
 
 def closing_lines(folder: Path) -> list[str]:
-    """What a person reads last: gains, losses, where things lie, and the next two commands."""
+    """What a person reads last: gains, losses, where things lie, and the next commands."""
     recipe = load_recipe(folder / "recipe.yaml")
     scores = read_scorecard(folder / "scorecard.json") if (folder / "scorecard.json").exists() else []
     lines = [""]
@@ -241,13 +246,10 @@ def closing_lines(folder: Path) -> list[str]:
     lines.append(f"report     {folder / 'report.html'}")
     what = "merged" if (last / "merged").exists() else "adapter" if is_adapter else "model"
     push = f"  {our_command()} push {folder} --repo-id YOU/{recipe.name} --what {what}"
-    return [
-        *lines,
-        "",
-        "next:",
-        *([] if recipe.push else [push]),  # a recipe with a `push:` does it now
-        f"  {our_command()} recipes --copy smollm2-fineweb",
-    ]
+    nexts = [] if recipe.push else [push]  # a recipe with a `push:` does it now
+    if recipe.model.id is None:  # a first try; whoever starts from a model of the Hub is beyond it
+        nexts.append(f"  {our_command()} recipes --copy smollm2-fineweb")
+    return [*lines, "", "next:", *nexts] if nexts else lines
 
 
 def our_command() -> str:

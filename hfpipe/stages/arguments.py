@@ -42,7 +42,7 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         "gradient_checkpointing": on_gpu,
         "save_strategy": "steps",
         "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, max_steps // 20),
+        "warmup_steps": min(max(1, max_steps // 20), max_steps - 1),  # its first step changes nothing
         "average_tokens_across_devices": True,
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,

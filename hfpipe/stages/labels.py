@@ -83,7 +83,7 @@ def labelled_rows(
                 found.labels.append(row["label"])
         found.whole = found.whole and (at_most is None or read.rows < at_most)
         refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
-        found.sources[f"{len(found.sources)}: {source.path}"] = read.facts() | removed
+        found.sources[f"{len(found.sources)}: {source.title}"] = read.facts() | removed
     if not found.texts:
         raise DataError(f"stages.{stage.name}: no row has a sentence and a label.")
     return found

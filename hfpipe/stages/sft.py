@@ -73,14 +73,14 @@ def _tokenized_rows(run: StageRun, stage: Sft, length: int | None) -> tuple[Data
             wanted = math.ceil(whole * earlier.share)
             part, found = _tokenize(run, earlier.source, length, at_most=wanted)
             if len(part) < wanted:
-                ranks.say(f"  {earlier.source.path}: {len(part):,} rows to replay, {wanted:,} would make up its share")
+                ranks.say(f"  {earlier.source.title}: {len(part):,} rows to replay, {wanted:,} would make up its share")
             parts.append(part)
             facts.append({**found, "replayed": True})
             sources.append(earlier.source)
     tokens = [sum(map(len, part["input_ids"])) for part in parts]
     for found, given in zip(facts, tokens, strict=True):
         found["token_share"] = round(given / sum(tokens), 4)
-    names = [f"{number}: {source.path}" for number, source in enumerate(sources)]
+    names = [f"{number}: {source.title}" for number, source in enumerate(sources)]
     return concatenate_datasets(parts), dict(zip(names, facts, strict=True))
 
 
@@ -104,9 +104,10 @@ def _tokenize(
     left = read.rows - len(read.dirty)
     if not tokenized:
         raise DataError(
-            f"stages.{run.stage.name}: {source.path} gave {left} rows and none of them has a token to train on. Look "
+            f"stages.{run.stage.name}: {source.title} gave {left} rows and none of them has a token to train on. Look "
             "at them with `hfpipe preview`; a prompt longer than max_length leaves no room for its completion."
         )
     if left > len(tokenized):
-        ranks.say(f"  {source.path}: {left - len(tokenized)} of {left} rows have no token to train on and are left out")
+        told = f"{left - len(tokenized)} of {left} rows have no token to train on and are left out"
+        ranks.say(f"  {source.title}: {told}")
     return Dataset.from_list(tokenized), read.facts() | removed

@@ -114,7 +114,7 @@ def _tokenized_rows(
     """Tokens of every pair of the stage, in a fixed order, on every rank alike; and what was read by source."""
     parts, facts = [], {}
     for number, source in enumerate(stage.data):
-        part, facts[f"{number}: {source.path}"] = _tokenize(run, source, lengths)
+        part, facts[f"{number}: {source.title}"] = _tokenize(run, source, lengths)
         parts.append(part)
     if any(source.weight is not None for source in stage.data):
         parts = weighted(parts, [source.weight or 1.0 for source in stage.data])
@@ -144,11 +144,11 @@ def _tokenize(run: StageRun, source: Source, lengths: tuple[int, int]) -> tuple[
     refuse_dirt(source, read.dirty, read.rows, run.stage.max_dirty_share)
     if not tables:
         raise DataError(f"stages.{run.stage.name}: {source.path!r} has no row with a source and a target.")
-    told = f"  {source.path}: {read.rows - len(read.dirty):,} pairs"
+    told = f"  {source.title}: {read.rows - len(read.dirty):,} pairs"
     if cut:
         told += f", {cut:,} of them cut to {lengths[0]} tokens of source or {lengths[1]} of target (max_length, "
         told += "max_target_length)"
     ranks.say(told)
     if unknown:
-        ranks.say(f"  {source.path}: the tokenizer cannot write {unknown / tokens:.2%} of the target tokens (<unk>)")
+        ranks.say(f"  {source.title}: the tokenizer cannot write {unknown / tokens:.2%} of the target tokens (<unk>)")
     return Dataset(pa.concat_tables(tables)), {**read.facts(), **removed, "cut": cut}
