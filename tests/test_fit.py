@@ -9,6 +9,7 @@ import tiny
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -184,3 +185,20 @@ def test_ids_beyond_the_embeddings_are_refused(family: str, tmp_path: Path, caps
     assert "'e' is 4,000" in message
     assert "do not belong together" in message
     assert main(["evaluate", str(tmp_path / "base"), str(tmp_path / "tiny.yaml")]) == 2
+
+
+def test_a_base_that_is_a_classifier_is_asked_its_own_classes(tmp_path: Path) -> None:
+    content = chain(tmp_path)
+    content["stages"] = [content["stages"][2]]
+    content["stages"][0]["data"][0]["columns"] = {"label": "animal"}  # the suite keeps the sounds
+    content["evaluate"] = {"kinds": content["evaluate"]["kinds"]}
+    content["evaluate"]["kinds"]["data"] = {**content["evaluate"]["kinds"]["data"], "columns": {"label": "sound"}}
+    again = {**content["stages"][0], "name": "again", "parent": "base"}
+    content["stages"].append(again)
+    names = dict(enumerate(sorted(tiny.SOUNDS.values())))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=300, **sizes, id2label=names, label2id={name: n for n, name in names.items()})
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    train_tokenizer(names.values(), 300, 128, "masked").save_pretrained(tmp_path / "base")
+    content["model"] = {"id": str(tmp_path / "base")}
+    assert main(["check", str(tiny.write(tmp_path, content))]) == 0

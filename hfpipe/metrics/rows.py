@@ -91,7 +91,8 @@ class Ratio(RowMetric):
     """A sum over a sum, (N, 2): means too, with ones below. Its standard error is the delta method's."""
 
     def value(self, sums: np.ndarray) -> np.ndarray:
-        return sums[..., 0] / np.maximum(sums[..., 1], np.finfo(float).tiny)
+        with np.errstate(over="ignore"):  # a row without a word, of which word_perplexity asks
+            return sums[..., 0] / np.maximum(sums[..., 1], np.finfo(float).tiny)
 
     def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
         above, below = statistics.T

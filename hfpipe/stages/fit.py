@@ -14,7 +14,7 @@ import numpy as np
 from hfpipe.answers import asked_of, tells_apart
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED, encode_for_training
-from hfpipe.data.labels import known_names
+from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
 from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
 from hfpipe.errors import RecipeError
@@ -23,6 +23,7 @@ from hfpipe.metrics.rows import RowMetric
 from hfpipe.model.scoring import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
+from hfpipe.scores import BASE
 from hfpipe.stages.common import require_positions
 from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
 
@@ -50,6 +51,9 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
         DataError: Data lacks columns, has labels that do not fit, or gives no row to train on.
     """
     heads: dict[str, Head] = {}
+    if task == "classification":
+        problem: Problem = model.config.problem_type or "single_label_classification"
+        heads[BASE] = Head(problem, list(model.config.id2label.values()))
     for stage in recipe.stages:
         require_positions(stage, model)
         if isinstance(stage, Classification):
@@ -84,7 +88,7 @@ def _require_answerable(recipe: Recipe, name: str, rows: Rows, task: str, heads:
     """
     suite = recipe.evaluate[name]
     able = [stage.name for stage in recipe.stages if _answers(suite, rows, stage.task, heads.get(stage.name))]
-    if not able and not _answers(suite, rows, task, None):
+    if not able and not _answers(suite, rows, task, heads.get(BASE)):
         raise RecipeError(f"evaluate.{name}: {_unanswered(suite, rows, task, recipe, heads)}")
     for stage in recipe.stages:
         block = stage.early_stopping
@@ -152,7 +156,7 @@ def _unanswered(suite: Suite, rows: Rows, task: str, recipe: Recipe, heads: Mapp
     wanted = asked_of(suite, rows)[0]
     if wanted == "classification" and heads:
         said = rows[0]["label"]
-        told = "; ".join(f"stages.{name} has {head}" for name, head in heads.items())
+        told = "; ".join(f"{name} has {head}" for name, head in heads.items())
         return (
             f"no stage has the classes of its rows, such as {said!r}: {told}. Correct its labels or those of the data."
         )
