@@ -28,6 +28,7 @@ from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.shift import measure_shift
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.arguments import require_arguments
+from hfpipe.stages.common import divide_batch
 from hfpipe.stages.fit import require_fitting
 
 
@@ -53,6 +54,8 @@ def run_recipe(recipe: Recipe) -> Path:
     recipe = run.recipe  # with the commit of every data set
     if not all(run.is_done(stage.name) for stage in recipe.stages):
         require_arguments(recipe, run.base.tokenizer)
+        for stage in recipe.stages:
+            divide_batch(stage)
         require_adapters(recipe, run.base.ref, run.base.added)
         for line in ranks.on_main(lambda: check_access(recipe)):
             ranks.say(f"push: {line}")

@@ -50,6 +50,7 @@ def run_repeats(recipe: Recipe) -> Path:
             run_recipe(repeat)
         except BudgetExceeded as error:
             over.append(error)
+        ranks.wait()  # the main process writes the scores after the others are done
         found[name] = read_scorecard(place / "scorecard.json")
         if ranks.is_main():
             write_json(folder / "repeats.json", summary(found, _shared_share(recipe)))

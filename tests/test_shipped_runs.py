@@ -16,9 +16,11 @@ import pytest
 from hub_server import HubServer
 from stand_ins import add_data, add_models
 
+from hfpipe import ranks
 from hfpipe.cli import main
 from hfpipe.recipe import load_recipe
 from hfpipe.shipped import shipped_recipes
+from hfpipe.stages.common import divide_batch
 
 RECIPES = {name: path for name, path in shipped_recipes().items() if "quickstart" not in name}
 SIZES = {
@@ -96,3 +98,13 @@ def test_an_adapter_of_one_step_learns_and_one_without_a_learning_rate_is_refuse
     assert code == 2, output
     assert "stage sst2: the adapter learned nothing" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_a_step_of_every_recipe_is_the_same_on_so_many_ranks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "ranks", lambda: count)
+    for path in RECIPES.values():
+        for stage in load_recipe(path).stages:
+            per_device, accumulation = divide_batch(stage)
+            assert per_device * accumulation * count == stage.global_batch_size, path.name
+            assert per_device <= stage.training["per_device_train_batch_size"], path.name

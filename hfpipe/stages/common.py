@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def weighted(parts: list[Dataset], weights: list[float]) -> list[Dataset]:
 def divide_batch(stage: Stage) -> tuple[int, int]:
     """Rows of a micro-batch on one rank, and micro-batches of a step.
 
+    With `global_batch_size`, `per_device_train_batch_size` is what a device has room for: where there are so many ranks
+    that a rank's share is not made of such micro-batches, they are smaller, and the step is the same.
+
     Raises:
         RecipeError: `global_batch_size` does not divide over the ranks; the message says which counts would.
     """
@@ -57,10 +61,10 @@ def divide_batch(stage: Stage) -> tuple[int, int]:
     if stage.global_batch_size is None:
         return per_device or DEFAULT_PER_DEVICE, stage.training.get("gradient_accumulation_steps", 1)
     size = stage.global_batch_size
-    if size % count or (per_device and size % (count * per_device)):
+    if size % count or size % (per_device or 1):
         rows = f"{per_device} rows on each of " if per_device else ""
-        unit = count * (per_device or 1)
-        fits = [n for n in range(1, size + 1) if size % (n * (per_device or 1)) == 0]
+        unit = math.lcm(count, per_device or 1)
+        fits = [] if size % (per_device or 1) else [n for n in range(1, size + 1) if size % n == 0]
         nearest = sorted({max(size // unit * unit, unit), (size // unit + 1) * unit})
         advice = f"It divides over {_list(fits)} ranks; " if fits else ""
         raise RecipeError(
@@ -68,8 +72,7 @@ def divide_batch(stage: Stage) -> tuple[int, int]:
             f"on {count} ranks, {_list(nearest)} would do."
         )
     share = size // count
-    if not per_device:
-        per_device = max(n for n in range(1, min(share, DEFAULT_PER_DEVICE) + 1) if share % n == 0)
+    per_device = max(n for n in range(1, min(share, per_device or DEFAULT_PER_DEVICE) + 1) if share % n == 0)
     return per_device, share // per_device
 
 
@@ -110,6 +113,11 @@ def require_positions(stage: Stage, model: Any) -> None:
 
 def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulation: int, **more: Any) -> Any:
     """The trainer's own arguments of a stage on its way; see `stage_arguments`."""
+    wanted = run.stage.training.get("per_device_train_batch_size", per_device)
+    if wanted != per_device:
+        ranks.say(
+            f"  {per_device} rows at once on a rank, not {wanted}: global_batch_size is {run.stage.global_batch_size}"
+        )
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     return stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, **batch, **more)
 
@@ -216,8 +224,7 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
     target = run.folder / "model"
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with torch.no_grad():
-        # Without autocast, which the trainer wraps around a forward pass (bf16, fp16): what is loaded has none.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+        model = trainer.accelerator.unwrap_model(trainer.model).eval()
         trained = None if sharded else probe(model, run.tokenizer, run.probe_texts)
     if not ranks.is_main() and not sharded:
         ranks.wait()
