@@ -19,26 +19,9 @@ from hfpipe.recipe.repeats import check_repeats
 from hfpipe.recipe.roles import FORMS, SUITE_FORMS, check_source
 from hfpipe.recipe.secret_values import check_secrets
 from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
+from hfpipe.recipe.training import check_training
 
 BASE = "base"
-_FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")
-# Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
-_DECIDED = {
-    "output_dir": "Use the recipe's `output_dir`.",
-    "resume_from_checkpoint": "Run the same command again: a run continues from its last whole checkpoint.",
-    "ignore_data_skip": "Leave it out: a resumed run continues in its data exactly where it stopped.",
-    "push_to_hub": "Use the recipe's `push:` block.",
-    "hub_model_id": "Use `push: {repo_id: ...}`.",
-    "hub_strategy": "Use `push: {checkpoints: every_save}`.",
-    "hub_private_repo": "Use `push: {private: ...}`: what it makes is private unless it says otherwise.",
-    "hub_revision": "Use `push: {revision: ...}`.",
-    "hub_always_push": "Leave it out: a checkpoint that comes while another is pushed is left out.",
-    "hub_token": "Leave it out: a token does not belong in a file. Log in with `hf auth login`, or set HF_TOKEN.",
-    "dataset_text_field": "Use `columns: {text: ...}` of the source.",
-    "remove_unused_columns": "Leave it out: rows hold what the model takes and nothing else.",
-    "seed": "Use the recipe's `seed`.",
-    "data_seed": "Use the recipe's `seed`.",
-}
 
 
 def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
@@ -127,26 +110,10 @@ def _check_names(data: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _check_stage(stage: RawStage) -> Iterator[Fault]:
-    training = stage.at("training")
-    for key in training.data:
-        if key in _DECIDED:
-            yield Fault((*training.steps, key), f"hfpipe decides this itself. {_DECIDED[key]}")
-    for key in ("eval_strategy", "load_best_model_at_end"):
-        if training.data.get(key) not in (None, False, "no") and "early_stopping" not in stage.data:
-            text = (
-                "a stage is scored while it trains by `early_stopping: {suite: ...}`, which keeps the best checkpoint."
-            )
-            yield Fault((*training.steps, key), f"{text} Write that instead.")
-    if training.data.get("lr_scheduler_type") in _FOLLOW_A_SCORE and "early_stopping" not in stage.data:
-        text = "follows a score, and this stage has none while it trains. Add `early_stopping: {suite: ...}` (with "
-        text += "`patience: null` it is trained to its end), or take another schedule, such as cosine."
-        yield Fault((*training.steps, "lr_scheduler_type"), text)
+    yield from check_training(stage)
     yield from check_adapter(stage)
-    if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
-        text = "follows from `global_batch_size`, which is set too. Keep one of the two."
-        yield Fault((*training.steps, "gradient_accumulation_steps"), text)
     if stage.kind == "pretrain":
-        yield from _check_length_of_training(stage, training)
+        yield from _check_length_of_training(stage, stage.at("training"))
         yield from _check_masking(stage)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainingArguments, TrainingArguments, get_scheduler
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
+from hfpipe import ranks
 from hfpipe.data.masking import Masking, frame_of
-from hfpipe.errors import RecipeError
+from hfpipe.errors import MachineError, RecipeError
 from hfpipe.model.load import compute_dtype
 from hfpipe.recipe import Pretrain, Recipe, Stage
 
@@ -24,11 +29,34 @@ ARGUMENTS: dict[str, type[TrainingArguments]] = {
 _SHARDING = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config")
 
 
+@contextmanager
+def clear_refusal(stage: Stage, who: str) -> Iterator[None]:
+    """Turns what a library says of a stage's `training:` into a UserError.
+
+    Args:
+        stage: The stage.
+        who: The library's class or function.
+
+    Raises:
+        RecipeError: A value is refused.
+        MachineError: A package is not installed.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        text = f"stages.{stage.name}.training: {who} refuses it: {' '.join(str(error).split()).rstrip('.')}."
+        lacking = isinstance(error, ImportError) or "install" in text  # some say so by a ValueError
+        if isinstance(error, RuntimeError) and not lacking:
+            raise
+        raise (MachineError if lacking else RecipeError)(text) from error
+
+
 def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **more: Any) -> Any:
     """The trainer's own arguments: hfpipe's defaults, over them the recipe's, over them what hfpipe decides itself.
 
     Raises:
         RecipeError: Their class refuses them.
+        MachineError: They need a package that is not installed.
     """
     cls = ARGUMENTS[stage.kind]
     on_gpu = torch.cuda.is_available()
@@ -59,10 +87,8 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         defaults.pop("gradient_checkpointing")
     if stage.early_stopping is not None:  # schedules that follow a score ask for it here
         decided["eval_strategy"] = "steps"
-    try:
+    with clear_refusal(stage, cls.__name__):
         arguments = cls(**{**defaults, **training, **decided, **more})
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"stages.{stage.name}.training: {cls.__name__} refuses it: {error}") from error
     arguments.eval_strategy = IntervalStrategy.NO  # a trainer would want rows; see stages/selection.py
     return arguments
 
@@ -71,17 +97,43 @@ def require_arguments(recipe: Recipe, tokenizer: Any) -> None:
     """Refuses values that a library would refuse when a stage begins, before anything is scored or trained.
 
     Raises:
-        RecipeError: The arguments' class, the schedule of the learning rate or the collator of masks refuses them.
+        RecipeError: The arguments' class, the optimizer, the schedule of the learning rate or the collator of masks
+            refuses them.
+        MachineError: They need a package that is not installed.
     """
     for stage in recipe.stages:
+        if stage.training.get("fsdp") and ranks.ranks() == 1:
+            raise RecipeError(
+                f"stages.{stage.name}.training.fsdp needs several ranks, and this is one process. Start the run by "
+                "`accelerate launch`, or leave it out."
+            )
         # A sharding set up here would hold for the base too, which is scored on one device.
         plain = {key: value for key, value in stage.training.items() if key not in _SHARDING}
         arguments = stage_arguments(stage.model_copy(update={"training": plain}), Path("."), recipe.seed, 1)
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
-        options = arguments.lr_scheduler_kwargs
-        try:
+        with clear_refusal(stage, "Trainer"):
+            arguments.get_process_log_level()
+            for callback in get_reporting_integration_callbacks(arguments.report_to):
+                callback()
+            if arguments.use_liger_kernel and not is_liger_kernel_available():
+                raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
+            if getattr(arguments, "activation_offloading", False) and not torch.accelerator.is_available():
+                raise ValueError("activation_offloading moves what lies on a GPU, and there is none")
+        with clear_refusal(stage, f"optim {arguments.optim}"):
+            optimizer = _optimizer(arguments)
+        with clear_refusal(stage, "lr_scheduler_type or its kwargs"):
+            options = arguments.lr_scheduler_kwargs
             get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"stages.{stage.name}.training: lr_scheduler_type or its kwargs: {error}.") from error
         if isinstance(stage, Pretrain) and stage.objective == "masked":
             frame_of(tokenizer, words=Masking(tokenizer, stage.masking or {}, recipe.seed).collator.whole_word_mask)
+
+
+def _optimizer(arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """The optimizer of one parameter; plain SGD stands for those that are made for a model."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ValueError as error:
+        if "model" not in str(error):
+            raise
+        kind, options = torch.optim.SGD, {"lr": arguments.learning_rate}
+    return kind([parameter], **options)

@@ -20,6 +20,7 @@ from hfpipe.data.loader import BatchLoader
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, read_head
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
+from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.common import StageRun, row_length, train, trainer_arguments, with_adapter
 from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
 from hfpipe.stages.plan import plan_of
@@ -51,9 +52,9 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     if stage.adapter is not None:  # the new modules of the head are trained in full beside it
         saved = outermost([*new, *(stage.adapter.get("modules_to_save") or [])])
         model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
-    trainer = Trainer(
-        model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=_Loss(problem, weights)
-    )
+    loss = _Loss(problem, weights)
+    with clear_refusal(stage, "Trainer"):
+        trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     ranks.say(f"  {len(rows):,} rows, {', '.join(names[:8]) + (', ...' if len(names) > 8 else '') or 'a number'}")
     loader = BatchLoader(
         source,

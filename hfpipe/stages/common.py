@@ -224,7 +224,8 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
     target = run.folder / "model"
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     with torch.no_grad():
-        model = trainer.accelerator.unwrap_model(trainer.model).eval()
+        # Without autocast, which the trainer wraps around a forward pass (bf16, fp16): what is loaded has none.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
         trained = None if sharded else probe(model, run.tokenizer, run.probe_texts)
     if not ranks.is_main() and not sharded:
         ranks.wait()

@@ -28,6 +28,7 @@ from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain
 from hfpipe.recipe.faults import listed
+from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
@@ -82,7 +83,8 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         model.config.use_cache = False  # a cache would let packed documents see each other
         _require_isolation(model)
     loss = masked_loss if masked else None
-    trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
+    with clear_refusal(stage, "Trainer"):
+        trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     loader = BatchLoader(
         stream, per_device, run.tokenizer.pad_token_id, collated=masking.collate if masking else collate
     )

@@ -19,6 +19,7 @@ from hfpipe.errors import DataError
 from hfpipe.model.load import load_model
 from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Sft, Source
+from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.common import StageRun, row_length, train, trainer_arguments, weighted, with_adapter
 from hfpipe.stages.plan import plan_of
 
@@ -41,7 +42,8 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
     model = with_adapter(run, model)
     exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=run.tokenizer)
+    with clear_refusal(stage, "SFTTrainer"):
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=run.tokenizer)
     for name, weight in model.named_parameters():
         if name in exact:  # SFTTrainer rounds an adapter on a quantized base to bfloat16, where small updates vanish
             weight.data = exact[name]

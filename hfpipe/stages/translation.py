@@ -21,6 +21,7 @@ from hfpipe.errors import DataError
 from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
 from hfpipe.recipe import Source, Translation
+from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.common import StageRun, require_positions, train, trainer_arguments, weighted, with_adapter
 from hfpipe.stages.plan import plan_of
 
@@ -38,12 +39,10 @@ def run_translation(run: StageRun) -> dict[str, Any]:
     source = plan.serve(run, rows, lengths)
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation)
     collator = DataCollatorForSeq2Seq(run.tokenizer)
-    trainer = Seq2SeqTrainer(
-        model=with_adapter(run, model, task_type="SEQ_2_SEQ_LM"),
-        args=arguments,
-        processing_class=run.tokenizer,
-        compute_loss_func=_Loss(arguments.label_smoothing_factor),
-    )
+    adapted = with_adapter(run, model, task_type="SEQ_2_SEQ_LM")
+    loss = _Loss(arguments.label_smoothing_factor)
+    with clear_refusal(stage, "Seq2SeqTrainer"):
+        trainer = Seq2SeqTrainer(model=adapted, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     end = end_token(run.tokenizer)
     loader = BatchLoader(
         source,

@@ -1,0 +1,74 @@
+"""Rules of `training:`: what hfpipe decides itself, and what a trainer would pass over or refuse hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hfpipe.recipe.faults import Fault
+from hfpipe.recipe.raw import Block, RawStage
+
+# Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
+_DECIDED = {
+    "output_dir": "Use the recipe's `output_dir`.",
+    "resume_from_checkpoint": "Run the same command again: a run continues from its last whole checkpoint.",
+    "ignore_data_skip": "Leave it out: a resumed run continues in its data exactly where it stopped.",
+    "push_to_hub": "Use the recipe's `push:` block.",
+    "hub_model_id": "Use `push: {repo_id: ...}`.",
+    "hub_strategy": "Use `push: {checkpoints: every_save}`.",
+    "hub_private_repo": "Use `push: {private: ...}`: what it makes is private unless it says otherwise.",
+    "hub_revision": "Use `push: {revision: ...}`.",
+    "hub_always_push": "Leave it out: a checkpoint that comes while another is pushed is left out.",
+    "hub_token": "Leave it out: a token does not belong in a file. Log in with `hf auth login`, or set HF_TOKEN.",
+    "dataset_text_field": "Use `columns: {text: ...}` of the source.",
+    "dataset_kwargs": "Leave it out: hfpipe makes the rows, token by token as TRL would.",
+    "remove_unused_columns": "Leave it out: rows hold what the model takes and nothing else.",
+    "seed": "Use the recipe's `seed`.",
+    "data_seed": "Use the recipe's `seed`.",
+    "model_init_kwargs": "Use the words of `model:`, such as `dtype` and `attn_implementation`.",
+    "trust_remote_code": "Use `model: {trust_remote_code: true}`.",
+    "chat_template_path": "Use `model: {tokenizer: {chat_template: ...}}`.",
+    "eos_token": "It is the tokenizer's: name one that has it with `model: {tokenizer: {id: ...}}`.",
+    "pad_token": "It is the tokenizer's: name one that has it with `model: {tokenizer: {id: ...}}`.",
+    "parallelism_config": "Write it in the file that `accelerate launch --config_file` is given.",
+}
+# Keys of which one value alone is what happens.
+_ONLY = {
+    "save_only_model": (False, "a run could not be continued exactly without its optimizer."),
+    "auto_find_batch_size": (False, "the batches follow from the recipe; write `per_device_train_batch_size`."),
+    "truncation_mode": ("keep_start", "rows that are too long are cut at their end."),
+    "padding_free": (False, "every example is a row of its own."),
+    "train_sampling_strategy": ("random", "rows are shuffled by the recipe's `seed`."),
+}
+_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")
+
+
+def check_training(stage: RawStage) -> Iterator[Fault]:
+    """Yields what `training:` of a stage may not say."""
+    training = stage.at("training")
+    for key, value in training.data.items():
+        place = (*training.steps, key)
+        if key in _DECIDED:
+            yield Fault(place, f"hfpipe decides this itself. {_DECIDED[key]}")
+        if key in _ONLY and value not in (None, _ONLY[key][0]):
+            yield Fault(place, f"cannot be {value!r}: {_ONLY[key][1]} Leave it out.")
+        if key in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
+            yield Fault(place, f"found {value}; allowed is a whole number from 1.")
+    if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
+        text = "follows from `global_batch_size`, which is set too. Keep one of the two."
+        yield Fault((*training.steps, "gradient_accumulation_steps"), text)
+    yield from _check_scores(training, "early_stopping" in stage.data)
+
+
+def _check_scores(training: Block, scored: bool) -> Iterator[Fault]:
+    """What asks for scores while a stage trains."""
+    text = "a stage is scored while it trains by `early_stopping: {suite: ...}`, which keeps the best checkpoint."
+    for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
+        if training.data.get(key) not in (None, False, "no") and not (scored and key != "eval_on_start"):
+            yield Fault((*training.steps, key), f"{text} Write that instead.")
+    if training.data.get("save_strategy") == "best":
+        yield Fault((*training.steps, "save_strategy"), f"{text} Write that, and leave this out.")
+    if training.data.get("lr_scheduler_type") in _FOLLOW_A_SCORE and not scored:
+        text = "follows a score, and this stage has none while it trains. Add `early_stopping: {suite: ...}` (with "
+        text += "`patience: null` it is trained to its end), or take another schedule, such as cosine."
+        yield Fault((*training.steps, "lr_scheduler_type"), text)

@@ -1,0 +1,66 @@
+"""`training:` is passed through to the trainers: what they would refuse or pass over is said before anything begins."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import recipe, write, write_data
+
+from hfpipe.cli import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def _stage(folder: Path, data: Path, kind: str, **training: object) -> Path:
+    """A recipe of one stage of the tiny recipe, with these fields in its `training:`."""
+    content = recipe(data) | {"output_dir": str(folder / "run"), "evaluate": {}}
+    content = {key: value for key, value in content.items() if key not in ("merge", "push")}
+    stage = next(stage for stage in content["stages"] if stage["kind"] == kind)
+    stage["training"] = {**stage["training"], "max_steps": 2, **training}
+    return write(folder, content | {"stages": [stage]})
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "told"),
+    [
+        ({"gradient_accumulation_steps": 0}, 2, "found 0; allowed is a whole number from 1"),
+        ({"per_device_train_batch_size": -1}, 2, "found -1; allowed is a whole number from 1"),
+        ({"save_only_model": True}, 2, "continued exactly"),
+        ({"truncation_mode": "keep_end"}, 2, "cut at their end"),
+        ({"train_sampling_strategy": "group_by_length"}, 2, "shuffled by the recipe's `seed`"),
+        ({"eos_token": "</s>"}, 2, "It is the tokenizer's"),
+        ({"model_init_kwargs": {"dtype": "float32"}}, 2, "words of `model:`"),
+        ({"eval_on_start": True}, 2, "early_stopping"),
+        ({"save_strategy": "best"}, 2, "early_stopping"),
+        ({"learning_rate": -1}, 2, "Invalid learning rate"),
+        ({"adam_beta1": 2.0}, 2, "Invalid beta"),
+        ({"report_to": "nonsense"}, 2, "nonsense is not supported"),
+        ({"report_to": "dvclive"}, 4, "install"),
+        ({"optim": "schedule_free_adamw"}, 4, "pip install schedulefree"),
+        ({"use_liger_kernel": True}, 4, "pip install liger-kernel"),
+        ({"fsdp": "full_shard"}, 2, "accelerate launch"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, 2, "lr_scheduler_kwargs"),
+        ({"log_level_replica": "loudly"}, 2, "loudly"),
+    ],
+)
+def test_what_a_trainer_would_refuse_is_refused_first(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], training: dict, code: int, told: str
+) -> None:
+    assert main(["run", str(_stage(tmp_path, data, "sft", **training))]) == code
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+    assert {path.name for path in (tmp_path / "run").glob("stages/*")} <= {"base"}
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_what_is_trained_by_autocast_is_what_is_saved(tmp_path: Path, data: Path, kind: str) -> None:
+    """All weights, and LoRA, in bfloat16's arithmetic: the saved model is compared with the trained one without it."""
+    assert main(["run", str(_stage(tmp_path, data, kind, bf16=True))]) == 0
+    name = {"pretrain": "prose", "sft": "sounds"}[kind]
+    assert json.loads((tmp_path / "run" / "stages" / name / "done.json").read_text())["steps"] == 2
