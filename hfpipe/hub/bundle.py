@@ -71,8 +71,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     scorecard = run_dir / "scorecard.json"
     scores = read_scorecard(scorecard) if scorecard.is_file() else []
     name = push.what if stage == pushed_stage(recipe, recipe.push or push) else f"{push.what}-{stage}"
-    target = run_dir / "push" / name
-    with whole_folder(target) as folder:
+    with whole_folder(target := run_dir / "push" / name) as folder:
         for file in sorted(made.rglob("*")):
             if file.is_file() and file.suffix in PUSHED and file.name not in NOT_PUSHED:
                 link(file, folder / file.relative_to(made))

@@ -85,16 +85,16 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     loss = masked_loss if masked else None
     with clear_refusal(stage, "Trainer"):
         trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
-    loader = BatchLoader(
-        stream, per_device, run.tokenizer.pad_token_id, collated=masking.collate if masking else collate
-    )
+    collated = masking.collate if masking else collate
+    loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id, collated=collated)
     facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length)
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
         source |= removed
-    tokens, documents, padding, cut = (
-        facts["data"][key] for key in ("tokens", "documents", "padding_share", "cut_share")
+    found = facts["data"]
+    ranks.say(
+        f"  {found['tokens']:,} tokens, {found['documents']:,} documents; padding {found['padding_share']:.2%}, "
+        f"documents cut {found['cut_share']:.1%}"
     )
-    ranks.say(f"  {tokens:,} tokens, {documents:,} documents; padding {padding:.2%}, documents cut {cut:.1%}")
     return facts
 
 
