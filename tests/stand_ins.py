@@ -146,8 +146,8 @@ def add_models(hub: HubServer, folder: Path) -> None:
 
 def fineweb(n: int) -> dict[str, Any]:
     where = {"dump": "CC-MAIN-2024-10", "url": f"http://example.com/{n}", "date": "2024-02-21T00:00:00Z"}
-    judged = {"file_path": "s3://none", "language": "en", "language_score": 0.9, "token_count": 75}
-    return {"text": " ".join(said() for _ in range(5)), "id": f"<urn:uuid:{n}>", **where, **judged}
+    judged = {"file_path": "s3://none", "language": "en", "language_score": 0.9, "token_count": 30}
+    return {"text": f"{said()} {said()}", "id": f"<urn:uuid:{n}>", **where, **judged}
 
 
 def smol_smoltalk(n: int) -> dict[str, Any]:
