@@ -193,9 +193,21 @@ def test_qlora_trains_on_a_cpu_and_merges(tmp_path: Path) -> None:
     assert merge["base"] == min(merge["costs"], key=merge["costs"].get)
     assert merge["costs"][whole] < merge["costs"][full] / 3, "the adapter was trained on the rounded weights"
     assert f"| sounds | {whole} |" in (run / "report.md").read_text()
-    (run / "stages" / "sounds" / "merged").rename(tmp_path / "merged")
-    assert main(["run", str(tmp_path / "tiny.yaml"), "--set", "merge={max_loss: 0.0}"]) == 3
-    assert not (run / "stages" / "sounds" / "merged").exists()
+
+
+def test_a_merge_that_would_lose_too_much_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bfloat16 the sum of base and adapter is rounded, so a merge loses something."""
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, merge={"max_loss": 0.0})
+    content["model"]["dtype"] = "bfloat16"
+    content["stages"][1]["training"]["learning_rate"] = 0.5
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 3
+    assert "would lose more than merge.max_loss" in capsys.readouterr().err
+    sounds = tmp_path / "run" / "stages" / "sounds"
+    assert (sounds / "model" / "adapter_model.safetensors").is_file()
+    assert not (sounds / "merged").exists()
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--set", "merge={max_loss: 10.0}"]) == 0
+    assert (sounds / "merged" / "model.safetensors").is_file()
 
 
 def test_a_budget_that_is_exceeded_ends_with_3_and_merges_nothing(
