@@ -11,13 +11,13 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 LAST_BUILD_SECONDS = 10.0  # how long `close` waits for what is being built
-THREADS = 2  # one reads and packs (Python) while the other tokenizes (Rust, without the interpreter's lock)
+THREADS = 3  # while one reads and packs (Python), two keep the tokenizer busy (Rust, without the interpreter's lock)
 
 
 class Ahead(Generic[T]):
     """Keeps one result of each builder ready: taking it asks for the next.
 
-    Results are built in the order in which they were taken, which is the order in which they will be needed. Two are
+    Results are built in the order in which they were taken, which is the order in which they will be needed. A few are
     built at a time and never two of one builder, which is asked for the next only when its last was taken: what comes
     of a builder does not depend on the threads. They are daemons, so a download that hangs does not keep the process
     alive; but one that still computes while the interpreter is taken down can abort the process, so they are ended
