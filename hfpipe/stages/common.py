@@ -259,4 +259,7 @@ def _record_base(folder: Path, run: StageRun) -> None:
     local = Path(run.parent.path)
     config["base_model_name_or_path"] = str(local.absolute()) if local.is_dir() else run.parent.path
     config["revision"] = run.parent.revision
+    for modules in ("target_modules", "exclude_modules"):  # sets to PEFT, whose order is another in each process
+        if isinstance(config.get(modules), list):
+            config[modules].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
