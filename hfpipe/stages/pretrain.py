@@ -90,12 +90,16 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length)
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
         source |= removed
-    found = facts["data"]
-    ranks.say(
+    ranks.say(_waste(facts["data"]))
+    return facts
+
+
+def _waste(found: dict[str, Any]) -> str:
+    """What was read, and how much of it was padded and cut, in a line of the log."""
+    return (
         f"  {found['tokens']:,} tokens, {found['documents']:,} documents; padding {found['padding_share']:.2%}, "
         f"documents cut {found['cut_share']:.1%}"
     )
-    return facts
 
 
 def _whole_epochs(stage: Pretrain) -> int | None:
