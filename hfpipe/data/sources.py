@@ -17,8 +17,8 @@ from huggingface_hub import HfApi
 
 from hfpipe.data.builtin import builtin
 from hfpipe.data.dirt import BESIDE_MESSAGES
+from hfpipe.data.loading import load
 from hfpipe.data.ranges import stream_range
-from hfpipe.data.row_groups import load
 from hfpipe.data.source_errors import friendly
 from hfpipe.data.templates import Form, build, fields_of, form_of, texts_of
 from hfpipe.data.turns import as_conversation, is_conversation, turn_of

@@ -9,6 +9,7 @@ Its functions for this have no place for another rule, so they are replaced.
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,11 +22,13 @@ from datasets.packaged_modules.json.json import Json, JsonConfig
 from datasets.utils.json import ujson_dumps, ujson_loads
 from pyarrow import json as arrow_json
 
+from hfpipe.data.builders.divisible import Divisible
 from hfpipe.data.lenient import JSON_ENCODING
 
 Steps = Sequence[str | int]  # names of fields; 0 for the values of a list
 CONTROL = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")  # JSON wants them escaped
 BROKEN = 0.1  # share of lines from which a file is no file of JSON lines
+LOOKED_AT = 100  # lines of a file that tell whether it is one
 
 
 @dataclass
@@ -35,10 +38,30 @@ class MarkingJsonConfig(JsonConfig):
     encoding: str = JSON_ENCODING
 
 
-class MarkingJson(Json):
+class MarkingJson(Divisible, Json):
     """Marks what cannot be decoded, and tells texts from other values."""
 
     BUILDER_CONFIG_CLASS = MarkingJsonConfig
+
+    @property
+    def divides(self) -> bool:
+        traces = self.info.features == theirs.AGENT_TRACES_FEATURES
+        return self.config.field is None and not traces and super().divides
+
+    def has_rows(self, first: bytes) -> bool:
+        lines = self._lines_of(first.removeprefix(BOM_UTF8))[:LOOKED_AT]
+        return not lines[0].startswith(b"[") and len(_broken(lines)) <= BROKEN * len(lines)
+
+    def mended(self, piece: bytes) -> bytes:
+        """Rows without a value for lines that are no JSON: of few lines they tell nothing about the file."""
+        lines = self._lines_of(piece) if piece.count(b"\n") < LOOKED_AT else []
+        for number in (broken := _broken(lines)):
+            lines[number] = b"{}"
+        return b"\n".join(lines).decode().encode(self.config.encoding) if broken else piece
+
+    def _lines_of(self, data: bytes) -> list[bytes]:
+        text = data.decode(self.config.encoding, self.config.encoding_errors or "strict")
+        return _escaped(text.encode()).split(b"\n")
 
     def _split_generators(self, dl_manager: Any) -> Any:
         """Reads the first list whole for its columns, which `datasets` leaves unknown in a stream."""
@@ -74,6 +97,16 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def _escaped(data: bytes) -> bytes:
+    """With the control characters as JSON wants them."""
+    return CONTROL.sub(lambda found: b"\\u%04x" % ord(found[0]), data)
+
+
+def _broken(lines: Sequence[bytes]) -> list[int]:
+    """Which lines are neither blank nor a row."""
+    return [number for number, line in enumerate(lines) if line.strip() and _row(line) is None]
 
 
 def _holds_text(feature: Any, path: Steps) -> bool:
@@ -134,8 +167,8 @@ class _Arrow:
         except pa.ArrowInvalid as error:
             if not str(error).startswith("JSON parse error") or "Column(/" in str(error):  # another type in a column
                 raise
-            rows = CONTROL.sub(lambda found: b"\\u%04x" % ord(found[0]), lines.getvalue()).split(b"\n")
-            broken = [number for number, row in enumerate(rows) if row.strip() and _row(row) is None]
+            rows = _escaped(lines.getvalue()).split(b"\n")
+            broken = _broken(rows)
             if len(broken) > BROKEN * len(rows):
                 raise
             for number in broken:

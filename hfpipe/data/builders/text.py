@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 from datasets.builder import Key
 from datasets.packaged_modules.text.text import Text, TextConfig
 
+from hfpipe.data.builders.divisible import Divisible
 from hfpipe.data.lenient import HANDLER
 
 
@@ -21,10 +22,25 @@ class MarkingTextConfig(TextConfig):
     encoding_errors: str | None = HANDLER
 
 
-class MarkingText(Text):
+class MarkingText(Divisible, Text):
     """Marks bytes that are not UTF-8, in files elsewhere too: `datasets` opens those without regard to the encoding."""
 
     BUILDER_CONFIG_CLASS = MarkingTextConfig
+
+    @property
+    def divides(self) -> bool:
+        return self.config.sample_by != "document" and super().divides
+
+    def rows_of(self, file: BinaryIO, size: int) -> bytes:
+        """Lines; or paragraphs, the last of which ends at the first blank line after one that is not."""
+        data = super().rows_of(file, size)
+        written = False
+        while self.config.sample_by == "paragraph" and data and (line := file.readline()):
+            data += line
+            if written and not line.strip(b"\r\n"):
+                break
+            written = bool(line.strip(b"\r\n"))
+        return data
 
     def _generate_tables(self, base_files: Any, files_iterables: Any) -> Iterator[tuple[Key, pa.Table]]:
         [name] = list(self.config.features or ["text"])

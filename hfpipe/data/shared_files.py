@@ -1,0 +1,102 @@
+"""Streams of files that lanes share by parts of each file, and that resume within one.
+
+`datasets` deals whole files out and finds its place in one by reading all that stands before it. FineWeb's files are of
+two gigabytes: fifteen of them make lanes of two files and of one, and a resume reads a file's worth. Here each lane has
+a run of the parts of every file, and a resume seeks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Self, TypeAlias
+
+import pyarrow as pa
+from datasets import DownloadConfig, IterableDataset
+from datasets.iterable_dataset import ArrowExamplesIterable
+from datasets.utils.file_utils import xopen
+
+from hfpipe.data.lenient import python_of
+
+MANY_FILES = 64  # so many can be dealt out without a look into them
+Tables: TypeAlias = Iterator[tuple[Any, int, pa.Table]]
+
+
+class SharedFiles(ArrowExamplesIterable):
+    """The parts of files that are one lane's.
+
+    Args:
+        builder: The builder of `datasets` that reads them.
+        arguments: Of its `_generate_tables`, for all files.
+        files: Every file of the stream.
+    """
+
+    def __init__(self, builder: Any, arguments: dict[str, Any], files: list[str]) -> None:
+        super().__init__(builder._generate_tables, arguments, None, True)
+        self.builder, self.files = builder, files
+        self.lane, self.lanes = 0, 1
+        config = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+        self.opened: Callable[..., Any] = partial(xopen, mode="rb", download_config=config)
+
+    def parts_of(self, file: str) -> int:
+        """How many parts a file has; looked up once for all lanes."""
+        raise NotImplementedError
+
+    def tables(self, state: dict[str, Any]) -> Tables:
+        """Tables from a place on, each with the rows that the state counts before it; keeps the state's other facts."""
+        raise NotImplementedError
+
+    def share(self, number: int) -> range:
+        """The lane's parts of a file; which lane gets the larger run changes by file.
+
+        Every lane goes through the files in their order: `skip` leaves out the first rows of each lane, and has to find
+        the first rows of the stream among them.
+        """
+        parts, part = self.parts_of(self.files[number]), (self.lane + number) % self.lanes
+        return range(part * parts // self.lanes, (part + 1) * parts // self.lanes)
+
+    @property
+    def num_shards(self) -> int:
+        """Parts of all files; where there are many files, the files."""
+        return len(self.files) if len(self.files) >= MANY_FILES else sum(map(self.parts_of, self.files))
+
+    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> Self:
+        shard = copy.copy(self)
+        shard.lane, shard.lanes, shard._state_dict = self.lane + self.lanes * index, self.lanes * num_shards, None
+        return shard
+
+    def reshard_data_sources(self) -> Self:
+        return self.shard_data_sources(1, 0)
+
+    def shuffle_data_sources(self, generator: Any) -> Self:
+        return self.reshard_data_sources()
+
+    def _iter_arrow(self) -> Iterator[tuple[Any, pa.Table]]:
+        state = self._state_dict or self._fresh()
+        for key, before, table in self.tables(state):
+            state["shard_example_idx"] = before + len(table)
+            yield key, table
+
+    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        state = self._state_dict or self._fresh()
+        for key, before, table in self.tables(state):
+            columns = python_of(table)
+            for row, values in enumerate(zip(*columns.values(), strict=True), start=1):
+                state["shard_example_idx"] = before + row
+                yield key, dict(zip(columns, values, strict=True))
+
+    def _fresh(self) -> dict[str, Any]:
+        """A state that nobody asks for."""
+        return copy.copy(self)._init_state_dict()
+
+
+def stream_of(rows: IterableDataset, examples: SharedFiles) -> IterableDataset:
+    """A stream with other examples."""
+    return IterableDataset(
+        ex_iterable=examples,
+        info=rows.info.copy(),
+        split=rows.split,
+        formatting=rows._formatting,
+        token_per_repo_id=rows._token_per_repo_id,
+    )
