@@ -62,11 +62,16 @@ def documents() -> list[dict]:
     return [{"id": f"d{n}", "text": f"{n} of the web " + "and so on " * (n % 9)} for n in range(FILES * ROWS)]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, hub: HubServer) -> Path:
+@pytest.fixture(params=["Parquet", "JSON lines"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path, hub: HubServer) -> Path:
     disable_progress_bars()
     rows, files = documents(), {"README.md": CARD}
-    for number in range(FILES):
+    lines = request.param == "JSON lines"
+    for number in range(2 if lines else FILES):
+        if lines:  # read in pieces, which lanes share
+            files["README.md"] = CARD.removesuffix(b"---\n") + b"  chunksize: 2000\n---\n"
+            files[f"data/{number}.jsonl"] = "\n".join(map(json.dumps, rows[number::2])).encode()
+            continue
         Dataset.from_list(rows[number::FILES]).to_parquet(tmp_path / "shard.parquet", batch_size=10)
         files[f"data/{number:02}.parquet"] = (tmp_path / "shard.parquet").read_bytes()
     hub.add_repo("dataset", "team/web", files)
