@@ -193,7 +193,8 @@ def test_dirty_rows_are_counted_and_left_out(tokenizer) -> None:
     assert "ab" in found
     assert len(found) == 21
     facts = next(iter(source.report()["sources"].values()))
-    assert set(facts["dirty"]) == {"missing", "empty"}
+    assert facts["epochs"] > 1
+    assert (facts["rows"], facts["dirty"]) == (23, {"missing": 1, "empty": 1}), "each once, however often it is read"
     assert {"none", "empty"} <= set(facts["dirty_ids"])
     with pytest.raises(DataError, match="no document with text"):
         take(stream([Dataset.from_list(rows[20:22])], tokenizer), 1)
@@ -267,7 +268,8 @@ def test_more_ranks_continue_at_a_row_that_they_do_not_divide(tokenizer) -> None
 def test_a_weight_holds_in_the_first_window(tokenizer) -> None:
     short, long = documents(4000, longest=3, prefix="s"), documents(400, seed=2, longest=200, prefix="l")
     source = stream([Dataset.from_list(short), Dataset.from_list(long)], tokenizer, lanes=1, window_documents=2000)
-    take(source, 1)
+    take(source, 400)
+    assert source.state_dict()["states"]["0"]["start"]["window"] == 0
     shares = [facts["token_share"] for facts in source.report()["sources"].values()]
     assert shares == pytest.approx([0.5, 0.5], abs=0.01)
 
@@ -301,6 +303,40 @@ def learned(rows: list[dict]) -> list[list[int]]:
     return [row["input_ids"][: end + 1].tolist() for row, end in zip(rows, ends, strict=True)]
 
 
+@pytest.mark.parametrize("lanes", [2, 8])
+def test_lanes_of_a_table_end_together_however_unequal_its_documents(tokenizer, lanes: int) -> None:
+    chance = random.Random(1)
+    rows = [{"id": f"{n}", "text": "one " * int(chance.lognormvariate(3, 1.2) + 1)} for n in range(400)]
+    rows[7] = {"id": None, "text": None}
+    source = stream([Dataset.from_list(rows)], tokenizer, lanes=lanes, exhausted="stop")
+    assert source.length() == len(stopped(source, rows=1))
+    facts = source.report()
+    assert facts["padding_share"] < 0.02
+    assert facts["documents"] == 399
+    assert next(iter(facts["sources"].values()))["dirty_ids"] == ["row 7"]
+
+
+@pytest.mark.parametrize("batches", [1, 9, 40])
+def test_the_report_tells_what_was_served_and_not_what_was_drawn_for_it(tokenizer, batches: int) -> None:
+    sources = [Dataset.from_list(documents(60, 1, 90, "s")), Dataset.from_list(documents(30, 2, 200, "l"))]
+    tokens = stream(sources, tokenizer, lanes=4, weights=[0.6, 0.4], window_documents=50)
+    served = [row for batch in take(tokens, batches, rows=8) for row in batch]
+    found: dict[str, Counter[str]] = {"tokens": Counter(), "documents": Counter()}
+    for lane in range(4):
+        begins, of = True, ""
+        for token in [token for row in served[lane::4] for token in row]:
+            if begins:
+                of = tokenizer.decode(token).strip()
+                found["documents"][of] += 1
+            found["tokens"][of] += 1
+            begins = token == tokenizer.eos_token_id
+    facts = tokens.report()
+    for prefix, rows, source in zip("sl", sources, facts["sources"].values(), strict=True):
+        assert {key: source[key] for key in found} == {key: counts[prefix] for key, counts in found.items()}
+        assert source["token_share"] == pytest.approx(source["tokens"] / facts["tokens"], abs=1e-4)
+        assert source["epochs"] == pytest.approx(source["documents"] / len(rows), abs=1e-4)
+
+
 def test_stop_serves_each_document_once_and_pads_the_tail(tmp_path: Path, tokenizer) -> None:
     for seed in range(8):
         chance = random.Random(seed)
@@ -324,8 +360,8 @@ def test_stop_serves_each_document_once_and_pads_the_tail(tmp_path: Path, tokeni
         assert learned(stopped(resumed, 1))[:8] == learned(rows)[begin : begin + 8]
 
 
-def test_all_ranks_stop_after_the_same_number_of_batches(tokenizer, monkeypatch) -> None:
-    source = Dataset.from_list([{"text": "one " * (200 if n % 2 else 3)} for n in range(40)])  # rank 1 has far more
+def test_all_ranks_stop_after_the_same_number_of_batches(tmp_path: Path, tokenizer, monkeypatch) -> None:
+    source = parquet(tmp_path, [{"text": "one " * (3 if n % 2 else 200)} for n in range(40)], 4)  # rank 0 has far more
     together, flags = Barrier(2), {}
 
     def gather_of_threads(value: object) -> list:
@@ -341,7 +377,7 @@ def test_all_ranks_stop_after_the_same_number_of_batches(tokenizer, monkeypatch)
         served = list(threads.map(stopped, parts))
     assert len(served[0]) == len(served[1]) > 10
     words = [sum(tokenizer.decode(row).count("one") for row in learned(rows)) for rows in served]
-    assert words == [20 * 3, 20 * 200]
+    assert words == [20 * 200, 20 * 3]
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

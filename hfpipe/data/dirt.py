@@ -128,7 +128,7 @@ class Tally:
         """Counts a row that has a name."""
         for why in reasons:
             self.counts[why] = self.counts.get(why, 0) + 1
-        if len(self.ids) < LISTED and name not in self.ids:  # every epoch meets it again
+        if len(self.ids) < LISTED and name not in self.ids:
             self.ids.append(name)
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ def merged(tallies: Sequence[Tally]) -> Tally:
     """Tallies of one source, over its lanes."""
     reasons = sorted({why for tally in tallies for why in tally.counts})
     counts = {why: sum(tally.counts.get(why, 0) for tally in tallies) for why in reasons}
-    names = dict.fromkeys(name for tally in tallies for name in tally.ids)  # over the epochs every lane meets them
+    names = dict.fromkeys(name for tally in tallies for name in tally.ids)
     return Tally(counts, [*names][:LISTED])
 
 
@@ -155,10 +155,12 @@ def refuse_dirt(source: Source, dirty: Tally, rows: int, max_dirty_share: float)
     """Raises a DataError when too many of the rows that were read of a source are dirty."""
     if len(dirty) <= max_dirty_share * rows:
         return
+    blank = " Of a text file with blank lines, `sample_by: paragraph` makes its paragraphs the documents."
     raise DataError(
         f"source {source.path!r}: {len(dirty):,} of {rows:,} rows read are dirty ({dirty}), more than the "
         f"{max_dirty_share:.2%} that max_dirty_share allows. The first: {', '.join(dirty.ids)}. Mend them, leave them "
         f"out with `where`, or raise max_dirty_share of the stage.{dirty.encoding_advice}"
+        f"{blank if source.path == 'text' and EMPTY in dirty.counts else ''}"
     )
 
 
@@ -167,15 +169,13 @@ class Finding:
     """What lanes have found in a source.
 
     Args:
-        rows: Rows read.
-        different: At least so many of them are different ones.
+        rows: Rows read, each counted once.
         whole: Whether every one of the lanes has read all that is its own.
         tokens: Tokens of its documents.
         dirty: Rows that were left out.
     """
 
     rows: int
-    different: int
     whole: bool
     tokens: int
     dirty: Tally
@@ -185,7 +185,6 @@ def finding(lanes: Sequence[Mapping[str, Any]], whole: bool) -> Finding:
     """Sums up the facts of lanes on a source (see `Window`), of all lanes or of those that have begun."""
     return Finding(
         rows=sum(facts["rows"] for facts in lanes),
-        different=sum(facts["rows"] // (facts["epochs"] + 1) for facts in lanes),
         whole=whole and all(facts["epochs"] for facts in lanes),
         tokens=sum(facts["tokens"] for facts in lanes),
         dirty=merged([Tally(facts["dirty"], facts["dirty_ids"]) for facts in lanes]),
@@ -195,9 +194,9 @@ def finding(lanes: Sequence[Mapping[str, Any]], whole: bool) -> Finding:
 def judge(source: Source, findings: Sequence[Finding], max_dirty_share: float) -> None:
     """Raises a DataError when a source has too many dirty rows, or not one document, in the lanes of all ranks."""
     whole = all(found.whole for found in findings)
-    if whole or sum(found.different for found in findings) >= JUDGED_ROWS:
-        dirty = merged([found.dirty for found in findings])
-        refuse_dirt(source, dirty, sum(found.rows for found in findings), max_dirty_share)
+    rows = sum(found.rows for found in findings)
+    if whole or rows >= JUDGED_ROWS:
+        refuse_dirt(source, merged([found.dirty for found in findings]), rows, max_dirty_share)
     if whole and not any(found.tokens for found in findings):
         raise DataError(
             f"source {source.path!r} has no document with text in it; look at its files, its `where`, `skip` and "

@@ -25,13 +25,16 @@ class Window(NamedTuple):
         start: The lane's state before the window was built.
         packed: The rows; none only where the lane has ended.
         tokens: (N,) tokens of each row that are not padding.
+        given: (N, S, 2) tokens of each row, and documents that begin in it, by source.
         last: Whether every source has ended, so that nothing comes after this window.
-        sources: Of each source so far: `tokens`, `epochs`, `rows`, and `Reader.tallies`.
+        sources: Of each source so far, as drawn: `tokens`, `epochs`, `documents` of an epoch, `rows`, and
+            `Reader.tallies`.
     """
 
     start: dict[str, Any]
     packed: Packed
     tokens: np.ndarray
+    given: np.ndarray
     last: bool
     sources: list[dict[str, Any]]
 
@@ -74,6 +77,7 @@ class Lane:
         self.characters = [0] * len(readers)
         self.rest = np.zeros(0, dtype=np.int32)
         self.rest_starts = np.zeros(0, dtype=bool)
+        self.rest_origins = np.zeros(0, dtype=np.int16)  # the source of each token
 
     def state(self) -> dict[str, Any]:
         """Where the lane stands between two windows, small and JSON-able."""
@@ -85,6 +89,7 @@ class Lane:
             "documents": list(self.documents),
             "rest": self.rest.tolist(),
             "rest_starts": np.flatnonzero(self.rest_starts).tolist(),
+            "rest_origins": self.rest_origins.tolist(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -95,6 +100,7 @@ class Lane:
         self.rest = np.array(state["rest"], dtype=np.int32)
         self.rest_starts = np.zeros(len(self.rest), dtype=bool)
         self.rest_starts[state["rest_starts"]] = True
+        self.rest_origins = np.array(state["rest_origins"], dtype=np.int16)
         for reader, saved in zip(self.readers, state["sources"], strict=True):
             reader.load(saved)
 
@@ -105,7 +111,7 @@ class Lane:
         next window; at the very end they are padded.
         """
         start = self.state()
-        tokens, starts = [self.rest], [self.rest_starts]
+        tokens, starts, origins = [self.rest], [self.rest_starts], [self.rest_origins]
         drawn = 0
         while sum(map(len, tokens)) < self.length:
             given = list(self.tokens)
@@ -115,8 +121,9 @@ class Lane:
             chance = np.random.default_rng([*self.seed, self.window, drawn])
             drawn += len(documents)
             ordered = self._in_order(documents, chance, given)
-            lengths = np.array([len(document) for document in ordered])
-            tokens.append(np.concatenate(ordered))
+            lengths = np.array([len(document) for _, document in ordered])
+            tokens.append(np.concatenate([document for _, document in ordered]))
+            origins.append(np.repeat(np.array([source for source, _ in ordered], dtype=np.int16), lengths))
             starts.append(np.zeros(len(tokens[-1]), dtype=bool))
             starts[-1][np.cumsum(lengths) - lengths] = True
         self.window += 1
@@ -124,14 +131,30 @@ class Lane:
         last = all(self.readers[source].ended for source in self._own)
         short = -len(flat) % self.length if last else 0
         packed = pack(np.pad(flat, (0, short), constant_values=self.pad), np.pad(flat_starts, (0, short)), self.length)
-        self.rest, self.rest_starts = packed.rest, packed.rest_starts
+        flat_origins, full = np.concatenate(origins), packed.input_ids.size
+        counts = self._given(flat_origins[:full], flat_starts)
+        self.rest, self.rest_starts, self.rest_origins = packed.rest, packed.rest_starts, flat_origins[full:]
         kept = np.full(len(packed.input_ids), self.length)
         if short:
             packed.labels[-1, -short:] = IGNORED
             kept[-1] -= short
-        return Window(start, packed, kept, last, self._source_facts())
+        return Window(start, packed, kept, counts, last, self._source_facts())
 
-    def _in_order(self, drawn: list[Document], chance: np.random.Generator, given: list[int]) -> list[np.ndarray]:
+    def _given(self, origins: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Tokens and beginnings of documents in each row by source; see `Window.given`.
+
+        Args:
+            origins: (T,) the source of each token of the rows, without padding.
+            starts: (T or more,) True where a document begins.
+        """
+        short = -len(origins) % self.length
+        rows = np.pad(origins, (0, short), constant_values=-1).reshape(-1, self.length)
+        begins = np.pad(starts[: len(origins)], (0, short)).reshape(-1, self.length)
+        of_sources = [rows == source for source in range(len(self.readers))]
+        counts = [[mine.sum(axis=1), (mine & begins).sum(axis=1)] for mine in of_sources]
+        return np.moveaxis(np.array(counts), -1, 0)
+
+    def _in_order(self, drawn: list[Document], chance: np.random.Generator, given: list[int]) -> list[Document]:
         """A window's documents as they are served: shuffled, and of a mixture so that the shares hold at every place.
 
         Args:
@@ -141,13 +164,13 @@ class Lane:
         """
         shuffled = [drawn[place] for place in chance.permutation(len(drawn))]
         if len(self.readers) == 1:
-            return [tokens for _, tokens in shuffled]
-        waiting = [[tokens for origin, tokens in shuffled if origin == source] for source in range(len(self.readers))]
-        ordered: list[np.ndarray] = []
+            return shuffled
+        waiting = [[one for one in shuffled if one[0] == source] for source in range(len(self.readers))]
+        ordered: list[Document] = []
         while len(ordered) < len(drawn):
             source = self._next([number for number, left in enumerate(waiting) if left], given, self.tokens)
             ordered.append(waiting[source].pop())
-            given[source] += len(ordered[-1])
+            given[source] += len(ordered[-1][1])
         return ordered
 
     def _draw(self) -> list[Document]:
@@ -228,6 +251,7 @@ class Lane:
             {
                 "tokens": tokens,
                 "epochs": reader.epoch,
+                "documents": reader.documents,
                 "rows": reader.rows,
                 **reader.tallies(),
             }

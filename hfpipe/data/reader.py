@@ -7,13 +7,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 
 from hfpipe.data.dirt import Tally, tidy
 from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
 from hfpipe.data.outage import Outage
 from hfpipe.data.sketch import REASONS
 from hfpipe.data.source_errors import friendly, readable
+from hfpipe.data.tables import Dealt
 from hfpipe.errors import DataError, Unreachable
 from hfpipe.recipe import Source
 
@@ -32,7 +33,7 @@ class Reader:
     blocks does a stream know its place, so the state is the place before the block at hand and the rows read since.
 
     Args:
-        rows: The source, with a column `text`.
+        rows: The source, with a column `text`; a table with the rows of each share.
         lane: Which share comes first.
         lanes: How many shares.
         source: What the rows were opened from, for messages.
@@ -44,7 +45,7 @@ class Reader:
 
     def __init__(
         self,
-        rows: Dataset | IterableDataset,
+        rows: Dealt | IterableDataset,
         lane: int,
         lanes: int,
         source: Source,
@@ -54,11 +55,13 @@ class Reader:
     ) -> None:
         self._all, self._lane, self._lanes, self.source, self._epochs = rows, lane, lanes, source, epochs
         self._removed = removed
-        self.removed = Tally()
         self.epoch = 0  # epochs that are finished
+        self.documents: int | None = None  # of the first of them
         self.ended = False
-        self.rows = 0  # read in all
+        # Counted in the first epoch alone, in which the lanes together read every row once.
+        self.rows = 0
         self.dirty, self.mended = Tally(), Tally()  # rows that were left out, and rows that were cut or mended
+        self.removed = Tally()
         self._read = 0  # rows of this epoch that were read
         self._usable = 0  # of them, documents that were not dirty
         self._fruitless = 0  # shares in a row that gave no document
@@ -87,28 +90,36 @@ class Reader:
             self._read += 1
             self._block_read += 1
             if judged is not None and judged[self._read - 1]:
-                self.removed.add((REASONS[int(judged[self._read - 1])],), self._name(row[1]))
+                self._count(self.removed, (REASONS[int(judged[self._read - 1])],), row)
                 continue
-            self.rows += 1
+            self.rows += not self.epoch
             text, found = tidy(row[0])
             if found:
-                (self.dirty if text is None else self.mended).add(found, self._name(row[1]))
+                self._count(self.dirty if text is None else self.mended, found, row)
             if text is not None:
                 self._usable += 1
                 texts.append(text)
         return texts
+
+    def _count(self, tally: Tally, reasons: Sequence[str], row: Row) -> None:
+        """Counts the row read last, the first time that it is read."""
+        if not self.epoch:
+            tally.add(reasons, self._name(row[1]))
 
     def _name(self, name: Any) -> str:
         """The id of the row read last, or its place in the source."""
         if name is not None:
             return str(name)
         row = self._read - 1
-        if isinstance(self._all, Dataset) or self._all.num_shards < self._lanes:
+        if isinstance(self._all, Dealt):
+            return f"row {self._all.places[self._number][row]}"
+        if self._all.num_shards < self._lanes:
             return f"row {row * self._lanes + self._number}"
         return f"row {row} of share {self._number}"
 
     def _end_epoch(self) -> None:
         self.epoch += 1
+        self.documents = self._usable if self.documents is None else self.documents
         self.ended = self.epoch == self._epochs
         self._fruitless = 0 if self._usable else self._fruitless + 1
         if self._fruitless == self._lanes and not self.ended:
@@ -122,8 +133,8 @@ class Reader:
 
     def _begin(self) -> None:
         """Begins an epoch, or continues it."""
-        if isinstance(self._all, Dataset):
-            blocks = table_blocks(share_of(self._all, self._number, self._lanes), BLOCK, begin=self._read)
+        if isinstance(self._all, Dealt):
+            blocks = table_blocks(self._all.share(self._number), BLOCK, begin=self._read)
             self._rows = (row for block in blocks for row in _rows_of(block))
         else:
             self._rows = self._connected_rows()
@@ -149,6 +160,7 @@ class Reader:
 
     def _stream_rows(self, outage: Outage) -> Iterator[Row]:
         """The rows of a stream from this place on, opened anew."""
+        assert isinstance(self._all, IterableDataset)
         with friendly(self.source):  # looks at files
             share = share_of(self._all, self._number, self._lanes)
         passed = self._block_read
@@ -169,6 +181,7 @@ class Reader:
         return {
             "epoch": self.epoch,
             "ended": self.ended,
+            "documents": self.documents,
             "fruitless": self._fruitless,
             "read": self._read,
             "usable": self._usable,
@@ -194,6 +207,7 @@ class Reader:
         """Continues where `state` was taken."""
         self.epoch, self.ended, self._fruitless = state["epoch"], state["ended"], state["fruitless"]
         self._read, self._usable = state["read"], state["usable"]
+        self.documents = state["documents"]
         self.rows = state["rows"]
         self.dirty = Tally(state["dirty"], state["dirty_ids"])
         self.mended = Tally(state["mended"], state["mended_ids"])
@@ -201,14 +215,12 @@ class Reader:
         self._block, self._block_state, self._block_read = state["block"], state["block_state"], state["block_read"]
 
 
-def share_of(rows: Dataset | IterableDataset, lane: int, lanes: int) -> Dataset | IterableDataset:
-    """A lane's share of a source.
+def share_of(rows: IterableDataset, lane: int, lanes: int) -> IterableDataset:
+    """A lane's share of a stream.
 
-    A stream with fewer shards than lanes is read whole by every lane, which keeps each its own rows: more reading, and
+    One with fewer shards than lanes is read whole by every lane, which keeps each its own rows: more reading, and
     the same rows. Streams made of one another share one place in the file, so each lane's is built anew by `shard`.
     """
-    if isinstance(rows, Dataset):
-        return rows.select(range(lane, len(rows), lanes))
     if rows.num_shards >= lanes:
         return rows.shard(num_shards=lanes, index=lane)
     whole = rows.shard(num_shards=1, index=0)
@@ -219,14 +231,13 @@ def share_of(rows: Dataset | IterableDataset, lane: int, lanes: int) -> Dataset 
     return whole.filter(lambda _, place: place % lanes == lane, with_indices=True)
 
 
-def in_shards(rows: Dataset | IterableDataset, lanes: int, source: Source) -> Dataset | IterableDataset:
+def in_shards(rows: IterableDataset, lanes: int, source: Source) -> IterableDataset:
     """A stream cut into as many shards as it has, if its files are fewer than the lanes; waits for the network."""
     outage, place = Outage(source), "the count of its files"
     while True:
         try:
             with friendly(source):
-                few = isinstance(rows, IterableDataset) and rows.num_shards < lanes
-                cut = rows.reshard() if few else rows
+                cut = rows.reshard() if rows.num_shards < lanes else rows
             outage.over(place)
             return cut
         except Unreachable as error:

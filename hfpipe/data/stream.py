@@ -15,19 +15,20 @@ import copy
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hfpipe.data.ahead import Ahead
-from hfpipe.data.dirt import Finding, Tally, finding, judge, merged
+from hfpipe.data.dirt import Finding, finding, judge
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.lane import Lane, Window
 from hfpipe.data.masking import Frame, tokens_of
 from hfpipe.data.reader import BLOCK, Reader, in_shards
-from hfpipe.data.sketch import counts_of
+from hfpipe.data.served import COUNTED, Position, report
+from hfpipe.data.tables import Dealt, deal
 from hfpipe.errors import RecipeError
 from hfpipe.ranks import each, gather
 from hfpipe.recipe import Source
@@ -35,26 +36,6 @@ from hfpipe.recipe import Source
 DEFAULT_LANES = 8
 WINDOW_DOCUMENTS = 500
 JUDGED_BATCHES = 100
-COUNTED = ("rows", "tokens", "documents", "cut", "continued_rows")
-
-
-@dataclass
-class Position:
-    """How far a lane has been served.
-
-    Args:
-        start: The lane's state before its window; None at the beginning.
-        given: Rows given out of that window.
-        counts: What was given so far, see `TokenStream.report`.
-        sources: What each source had given by the end of that window, see `Window`.
-        ended: Whether the lane has given its last row.
-    """
-
-    start: dict[str, Any] | None = None
-    given: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    ended: bool = False
 
 
 class TokenStream:
@@ -141,22 +122,28 @@ class TokenStream:
                 f"{', '.join(map(str, fits))} ranks, or give a new run `lanes:` that is a multiple of the ranks."
             )
         self.lanes = lanes
-        self._positions = {lane: Position() for lane in range(self.rank, lanes, self.ranks)}
+        nothing = [[0, 0]] * len(self.sources)
+        self._positions = {lane: Position(served=nothing) for lane in range(self.rank, lanes, self.ranks)}
         self._served = 0  # rows that all ranks have served
         self._found: list[Finding] | None = None
         self._finished = False
 
-    def _shards(self) -> list[Dataset | IterableDataset]:
-        """The sources, a stream cut into more shards where it has too few; that opens every file, so only then."""
-        return [in_shards(rows, self.lanes, origin) for rows, origin in zip(self.sources, self.origins, strict=True)]
+    def _shards(self) -> list[Dealt | IterableDataset]:
+        """The sources divided: tables dealt out, a stream cut into more shards where it has too few."""
+        return [
+            deal(rows, self.lanes, by_length=self.epochs is not None)
+            if isinstance(rows, Dataset)
+            else in_shards(rows, self.lanes, origin)
+            for rows, origin in zip(self.sources, self.origins, strict=True)
+        ]
 
-    def _clean(self, shards: Sequence[Dataset | IterableDataset]) -> None:
+    def _clean(self, shards: Sequence[Dealt | IterableDataset]) -> None:
         """Has the streams judged. Every rank has to call this."""
         for number, rows in enumerate(shards):
             if self._cleaned is not None and isinstance(rows, IterableDataset):
                 self._removed[number] = self._cleaned(number, rows, self.lanes)
 
-    def _lane(self, lane: int, shards: Sequence[Dataset | IterableDataset]) -> Lane:
+    def _lane(self, lane: int, shards: Sequence[Dealt | IterableDataset]) -> Lane:
         """A lane at its position."""
         each_epochs = [None if other else self.epochs for other in self.replayed]
         opened = Lane(
@@ -238,7 +225,7 @@ class TokenStream:
                 rows = max(rows, (-(-given // self.max_length) - 1) * self.lanes + lane + 1)
         return rows
 
-    def _tokens_of(self, shards: Sequence[Dataset | IterableDataset], share: int) -> int:
+    def _tokens_of(self, shards: Sequence[Dealt | IterableDataset], share: int) -> int:
         """Tokens of a share of every source."""
         count = 0
         for rows, origin, removed in zip(shards, self.origins, self._removed, strict=True):
@@ -250,9 +237,12 @@ class TokenStream:
     def notes(self) -> list[str]:
         """How the sources divide over the lanes, where that is worth a line of the log."""
         lines = []
-        for source, origin in zip(self._shards(), self.origins, strict=True):
+        for source, origin in zip(self.sources, self.origins, strict=True):
             table = isinstance(source, Dataset)
-            count, what = (len(source), "documents") if isinstance(source, Dataset) else (source.num_shards, "shards")
+            if isinstance(source, Dataset):
+                count, what = len(source), "documents"
+            else:
+                count, what = in_shards(source, self.lanes, origin).num_shards, "shards"
             if count < self.lanes and not table:
                 lines.append(
                     f"source {origin.title!r}: {count} {what} for {self.lanes} lanes: every lane reads all, and keeps "
@@ -298,6 +288,7 @@ class TokenStream:
         row_counts = (1, window.tokens[place], packed.documents[place], packed.cut[place], packed.continued[place])
         for name, count in zip(COUNTED, row_counts, strict=True):
             position.counts[name] += int(count)
+        position.served = (np.array(position.served) + window.given[place]).tolist()
         if self.frame is not None:
             return {"input_ids": self.frame.row(packed.input_ids[place][: window.tokens[place]]), "number": number}
         return {
@@ -346,42 +337,11 @@ class TokenStream:
         self._positions = {lane: Position(**copy.deepcopy(state["states"][str(lane)])) for lane in self._positions}
 
     def report(self) -> dict[str, Any]:
-        """What all ranks have served, and what the sources had given by the end of the windows begun.
-
-        Every rank has to call this.
-
-        Returns:
-            `rows`, `tokens` without padding, `documents` that began, those that were `cut` to go on in another row,
-            `continued_rows` that begin in the middle of one, `cut_share`, `padding_share`, `lanes`; and of each of the
-            `sources`: `epochs` (of the lane that has the fewest), `token_share`, `rows` read, `replayed`, `dirty` and
-            `mended` rows by reason (see `dirt.py`), those `removed` by cleaning, and the ids of some of each.
-        """
+        """What all ranks have served, see `served.report`. Every rank has to call this."""
         by_lane = {lane: position for part in gather(self._positions) for lane, position in part.items()}
         positions = [by_lane[lane] for lane in sorted(by_lane)]  # the same on any number of ranks
-        total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
-        begun = [position.sources for position in positions if position.sources]
-        tokens = sum(facts["tokens"] for lane in begun for facts in lane)
-        sources = {}
-        for number, origin in enumerate(self.origins):
-            lanes = [lane[number] for lane in begun]
-            sources[f"{number}: {origin.title}"] = {
-                "epochs": min((facts["epochs"] for facts in lanes), default=0),
-                "token_share": round(sum(facts["tokens"] for facts in lanes) / max(tokens, 1), 4),
-                "rows": sum(facts["rows"] for facts in lanes),
-                "replayed": self.replayed[number],
-            }
-            for kind in ("dirty", "mended", "removed"):
-                found = merged([Tally(facts[kind], facts[f"{kind}_ids"]) for facts in lanes])
-                sources[f"{number}: {origin.title}"] |= {kind: found.counts, f"{kind}_ids": found.ids}
-            if (removed := self._removed[number]) is not None:  # of all rows, and not of those that were met
-                sources[f"{number}: {origin.title}"]["removed"] = counts_of(np.concatenate(removed))
-        return {
-            **total,
-            "cut_share": round(total["cut"] / max(total["documents"], 1), 4),
-            "padding_share": round(1 - total["tokens"] / (total["rows"] * self.max_length), 4) if begun else 0.0,
-            "lanes": self.lanes,
-            "sources": sources,
-        }
+        rows = [len(source) if isinstance(source, Dataset) else None for source in self.sources]
+        return report(positions, self.max_length, self.origins, self.replayed, rows, self._removed)
 
 
 def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> int:

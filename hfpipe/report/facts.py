@@ -26,16 +26,16 @@ def fact_sections(folder: Path, recipe: Recipe) -> list[Section]:
 
 def data_section(folder: Path, recipe: Recipe) -> Section | None:
     """What each stage read of its sources: rows, epochs, shares, what was left out or mended, and packing."""
-    rows = [
-        ["stage", "source", "#rows read", "#epochs", "#share of the tokens", "left out", "cut or mended", "removed"]
-    ]
+    columns = ["stage", "source", "#rows read", "#documents trained on", "#epochs", "#share of the tokens"]
+    rows = [[*columns, "left out", "cut or mended", "removed"]]
     waste = []
     for stage in recipe.stages:
         done = folder / "stages" / stage.name / "done.json"
         data = json.loads(done.read_text()).get("data", {}) if done.exists() else {}
         for name, facts in data.get("sources", {}).items():
             path = name.partition(": ")[2] + (" (replayed)" if facts.get("replayed") else "")
-            cells = [stage.name, path, f"#{facts['rows']:,}", f"#{facts.get('epochs', '')}"]
+            cells = [stage.name, path, f"#{facts['rows']:,}"]
+            cells += [f"#{facts[key]:,}" if key in facts else "#" for key in ("documents", "epochs")]
             cells.append(f"#{facts['token_share']:.1%}" if "token_share" in facts else "#")
             rows.append([*cells, *(_tallied(facts, kind) for kind in ("dirty", "mended", "removed"))])
         if "cut_share" in data:

@@ -32,6 +32,7 @@ from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
+MUCH_PADDING = 0.05  # of the tokens, from which a remedy is named
 
 
 def run_pretrain(run: StageRun) -> dict[str, Any]:
@@ -96,8 +97,10 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
 
 def _waste(found: dict[str, Any]) -> str:
     """What was read, and how much of it was padded and cut, in a line of the log."""
+    unequal = found["padding_share"] > MUCH_PADDING and found["lanes"] > ranks.ranks()
     return (
-        f"  {found['tokens']:,} tokens, {found['documents']:,} documents; padding {found['padding_share']:.2%}, "
+        f"  {found['tokens']:,} tokens, {found['documents']:,} documents; padding {found['padding_share']:.2%}"
+        f"{' (some lanes ended long before others: fewer `lanes` pad less)' if unequal else ''}, "
         f"documents cut {found['cut_share']:.1%}"
     )
 
