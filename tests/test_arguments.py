@@ -1,10 +1,14 @@
 """`training:` is passed through to the trainers: what they would refuse or pass over is said before anything begins."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import recipe, write, write_data
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hfpipe.cli import main
 
@@ -64,3 +68,35 @@ def test_what_is_trained_by_autocast_is_what_is_saved(tmp_path: Path, data: Path
     assert main(["run", str(_stage(tmp_path, data, kind, bf16=True))]) == 0
     name = {"pretrain": "prose", "sft": "sounds"}[kind]
     assert json.loads((tmp_path / "run" / "stages" / name / "done.json").read_text())["steps"] == 2
+
+
+class AwayCallback(TrainerCallback):
+    """A tracker whose server goes away."""
+
+    def on_log(self, *given: object, **named: object) -> None:
+        raise ConnectionError("no way to https://me:a-password@tracker")
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "away", AwayCallback)
+    assert main(["run", str(_stage(tmp_path, data, "sft", report_to=["away"], logging_steps=1))]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Away failed and gets nothing more of this stage; the training goes on: no way to") == 1
+    assert "a-password" not in said
+
+
+def test_wandb_is_asked_to_log_in_before_anything_is_trained(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def login() -> None:
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login))
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", TrainerCallback)
+    assert main(["run", str(_stage(tmp_path, data, "sft", report_to=["wandb"]))]) == 4
+    said = capsys.readouterr().err
+    assert "stages.sounds.training.report_to: wandb says: No API key configured." in said
+    assert "WANDB_MODE=offline" in said
+    assert not (tmp_path / "run/stages/sounds").exists()

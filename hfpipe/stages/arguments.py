@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hfpipe.data.masking import Masking, frame_of
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.model.load import compute_dtype
 from hfpipe.recipe import Pretrain, Recipe, Stage
+from hfpipe.stages.trackers import require_login
 
 ARGUMENTS: dict[str, type[TrainingArguments]] = {
     "pretrain": TrainingArguments,
@@ -81,6 +83,7 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         "max_steps": max_steps,
         "ignore_data_skip": True,  # the source continues where the checkpoint stands, without a replay
         "remove_unused_columns": False,
+        "hub_private_repo": True,  # of a Space of trackio
         "save_total_limit": None,  # CheckpointCallback removes the old ones, once the new one is whole
     }
     if "activation_checkpointing" in training:
@@ -118,6 +121,7 @@ def require_arguments(recipe: Recipe, tokenizer: Any) -> None:
                 raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
             if getattr(arguments, "activation_offloading", False) and not torch.accelerator.is_available():
                 raise ValueError("activation_offloading moves what lies on a GPU, and there is none")
+        ranks.on_main(partial(require_login, stage.name, arguments.report_to))
         with clear_refusal(stage, f"optim {arguments.optim}"):
             optimizer = _optimizer(arguments)
         with clear_refusal(stage, "lr_scheduler_type or its kwargs"):

@@ -37,6 +37,7 @@ from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.run import StageRun
 from hfpipe.stages.selection import Selection
+from hfpipe.stages.trackers import guard_trackers
 
 DEFAULT_PER_DEVICE = 8
 
@@ -119,7 +120,9 @@ def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulati
             f"  {per_device} rows at once on a rank, not {wanted}: global_batch_size is {run.stage.global_batch_size}"
         )
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-    return stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, **batch, **more)
+    # Where a tracker takes a run of the same name for the same one, it has to be.
+    name = run.stage.training.get("run_name", f"{run.recipe.name}-{run.stage.name}-{run.hash[:6]}")
+    return stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, run_name=name, **batch, **more)
 
 
 def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
@@ -169,6 +172,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     with CheckpointCallback(loader, run.hash, keep) as checkpoints:
         trainer.remove_callback(PrinterCallback)  # LogCallback prints
+        guard_trackers(trainer)
         for callback in (checkpoints, *run.callbacks):
             trainer.add_callback(callback)
         run.cost.tokens_per_step = tokens_per_step
