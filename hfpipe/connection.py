@@ -7,6 +7,7 @@ The clients of the Hub wait for ever for an answer that does not come, and sleep
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import threading
@@ -108,9 +109,16 @@ def limit_waiting(patience: Patience | None = None) -> None:
             os.environ.setdefault(name, value)
         elif os.environ.get(name) == value:  # of the command that started this process
             del os.environ[name]
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_masked)  # its warnings show signed addresses; a second time adds nothing
     if not isinstance(get_session(), _Client):  # the exchange closes the client that there was
         hooks = get_session().event_hooks
         set_client_factory(lambda: _Client(event_hooks=hooks, follow_redirects=True))
+
+
+def _masked(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_secrets(record.getMessage()), ()
+    return True
 
 
 class _Client(httpx2.Client):
@@ -309,7 +317,7 @@ def refusing_storage(error: BaseException) -> str | None:
     The address of a file in storage is signed for a while, or has a token of its own: what it refuses is not about the
     token of the user.
     """
-    if status_of(error) not in (401, 403, 404):
+    if status_of(error) not in (401, 403, 404, 409, 412):
         return None
     response = response_of(error)
     if response is not None:

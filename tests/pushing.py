@@ -96,10 +96,10 @@ class Pusher:
     def __call__(self, **arguments: Any) -> subprocess.CompletedProcess[str]:
         return self.run(f"'URL', hub.push(Path('run'), **{arguments!r})")
 
-    def check(self, pushes: list[dict[str, Any]]) -> list[str]:
+    def check(self, pushes: list[dict[str, Any]], recipe: dict[str, Any] = RECIPE) -> list[str]:
         """What `check_access` says of recipes with these `push:` blocks, or its error."""
         for number, push in enumerate(pushes):
-            (self.folder / f"asked{number}.yaml").write_text(json.dumps(RECIPE | {"push": push}))
+            (self.folder / f"asked{number}.yaml").write_text(json.dumps(recipe | {"push": push}))
         done = self.run(f"json.dumps([asked(f'asked{{n}}.yaml') for n in range({len(pushes)})])")
         return json.loads(done.stdout)
 

@@ -221,7 +221,7 @@ def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Pa
     hub.fail("GET /api/models/team/there", 503)  # which passes
     cases: list[tuple[dict[str, Any], str]] = [
         ({"repo_id": "toy"}, "may write to me/toy, which will be made, private"),
-        ({"repo_id": "team/there"}, "may write to team/there, which exists and is public"),
+        ({"repo_id": "team/there"}, "may write to team/there, which exists and is public warning: everybody will see"),
         ({"repo_id": "others/toy"}, "may not write under others. Allowed: me, team."),
         ({"repo_id": "me/locked"}, "the token may not write to me/locked (403)"),
         ({"repo_id": "me/taken"}, "the name is taken: its main branch holds weights that this run did not make"),
@@ -252,6 +252,22 @@ def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Pa
     pusher.options = {"token": HubServer.read_token}
     assert "may only read" in pusher.check([{"repo_id": "me/toy"}])[0]
     assert set(hub.repos) == before
+
+
+def test_an_adapter_that_others_could_see_and_not_load_is_told_of(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("model", "me/base", private=True)
+    alone = RECIPE | {"stages": RECIPE["stages"][1:]}
+    pushes: list[dict[str, Any]] = [{"repo_id": "me/a", "private": False}, {"repo_id": "me/a"}]
+    pushes += [{"repo_id": "me/a", "private": False, "what": "merged"}]
+    told, *silent = Pusher(hub, tmp_path).check(pushes, alone)
+    assert "load it only with access to me/base, which is private" in told
+    assert [line for line in silent if "warning" in line] == []
+    run = make_run(tmp_path / "run", alone)
+    for access, line in (({"private": True}, "The base, me/base, was private"), ({"gated": "auto"}, "base is gated")):
+        facts = json.loads((run / "hub.json").read_text())
+        facts["model me/base@main"] = {"revision": "c" * 40} | access
+        (run / "hub.json").write_text(json.dumps(facts))
+        assert line in (prepare_again(run) / "README.md").read_text()
 
 
 def test_a_run_that_could_not_be_pushed_is_not_begun(hub: HubServer, tmp_path: Path) -> None:

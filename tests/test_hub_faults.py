@@ -34,6 +34,7 @@ def test_a_passing_trouble_is_overcome_by_one_commit(tmp_path: Path) -> None:
         assert done.returncode == 0, (name, done)
         assert "has it now" in done.stdout, name
         assert pushes(pusher.hub) == 1, name
+        assert "X-Amz-Signature=signed" not in done.stderr, name  # which the client shows, and opens the storage
 
 
 def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finishes_it(tmp_path: Path) -> None:
@@ -58,6 +59,8 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
             LFS,
             "(403), which is not about your token",
         ),
+        "409-by-storage": (lambda hub: hub.fail("PUT /lfs/", 409, times=4), LFS, "the storage of the Hub (127.0.0.1)"),
+        "create-409": (lambda hub: hub.fail("/repos/create", 409, times=4), LFS, "is not the Hub (KeyError: 'url')"),
         "403-by-xet": (lambda hub: hub.fail("/v1/xorbs", 403, times=4), XET, "(403), which is not about your token"),
         "page-by-storage": (lambda hub: hub.hide("PUT /lfs/", times=4), LFS, "a web page came in place of the answer"),
         "login-page": (lambda hub: hub.hide(COMMIT, times=4), LFS, "a web page came in place of the answer of the Hub"),

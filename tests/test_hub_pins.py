@@ -82,6 +82,8 @@ def test_commits_are_found_once_and_kept(hub: HubServer, tmp_path: Path) -> None
         "license_name": None,
         "license_link": None,
         "language": ["de"],
+        "private": False,
+        "gated": False,
     }
     (run / "stages" / "law").mkdir(parents=True)
     (run / "stages" / "law" / "stage.json").write_text("{}")

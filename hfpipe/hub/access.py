@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from hfpipe.connection import status_of
 from hfpipe.errors import MachineError, UserError
-from hfpipe.hub.client import access_token, explain, full_name, is_passing, logged_in, who_may_write
+from hfpipe.hub.client import access_token, explain, full_name, logged_in, who_may_write
 
-WAITS = (1.0, 3.0)  # seconds between the tries
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
@@ -24,52 +22,65 @@ def check(asked: list[dict[str, Any]]) -> list[str]:
 
     Args:
         asked: For each: repo_id, the word of the recipe that says it, run (the name of the run), private, revision,
-            tag, create_pr.
+            tag, create_pr; and for an adapter the base that it is loaded on: its id, and whether it is pushed as well.
 
     Returns:
-        One line for each, that it could.
+        One line for each, that it could; and one for an adapter that others could see, and not load.
 
     Raises:
         MachineError: It could not; the message says why, and what to do. What the Hub does not tell is taken as
             allowed.
     """
     api = logged_in()
-    lines = []
+    lines: list[str] = []
     for one in asked:
-        for wait in (*WAITS, None):
-            try:
-                lines.append(_check(api, one))
-                break
-            except (UserError, Exception) as error:  # the clients raise a dozen unrelated types
-                if wait is None or isinstance(error, UserError) or not is_passing(error):
-                    reason = str(error) if isinstance(error, UserError) else explain(error, one["repo_id"])
-                    where = f"push.{one['word']}: nothing could be pushed to {one['repo_id']}"
-                    raise MachineError(f"{where}: {reason}") from error
-                time.sleep(wait)
+        try:
+            lines += _check(api, one)
+        except (UserError, Exception) as error:  # the clients raise a dozen unrelated types
+            reason = str(error) if isinstance(error, UserError) else explain(error, one["repo_id"])
+            where = f"push.{one['word']}: nothing could be pushed to {one['repo_id']}"
+            raise MachineError(f"{where}: {reason}") from error
     return lines
 
 
-def _check(api: HfApi, asked: Mapping[str, Any]) -> str:
+def _check(api: HfApi, asked: Mapping[str, Any]) -> Iterator[str]:
     me = who_may_write(api)
     repo = full_name(asked["repo_id"], me)
     validate_repo_id(repo)
     if not asked["create_pr"]:  # which everybody may open who sees the repository
         _check_owner(me, repo)
-    if not api.repo_exists(repo):
-        if asked["create_pr"]:
-            raise MachineError("a pull request needs a repository that exists. Remove `create_pr`.")
-        return f"may write to {repo}, which will be made, {'public' if asked['private'] is False else 'private'}"
-    if not asked["create_pr"]:
-        _check_write(api, repo)
-    info = api.repo_info(repo)
-    if asked["private"] and info.private is False:
-        raise MachineError(
-            "it exists and is public, and the recipe says `private: true`. Make it private on its page, take another "
-            "name, or write `private: false`."
+    is_private = asked["private"] is not False
+    if api.repo_exists(repo):
+        if not asked["create_pr"]:
+            _check_write(api, repo)
+        is_private = api.repo_info(repo).private is not False
+        if asked["private"] and not is_private:
+            raise MachineError(
+                "it exists and is public, and the recipe says `private: true`. Make it private on its page, take "
+                "another name, or write `private: false`."
+            )
+        _check_names(api, repo, asked)
+        kind = "private" if is_private else "public"
+        yield f"may {'open a pull request on' if asked['create_pr'] else 'write to'} {repo}, which exists and is {kind}"
+    elif asked["create_pr"]:
+        raise MachineError("a pull request needs a repository that exists. Remove `create_pr`.")
+    else:
+        yield f"may write to {repo}, which will be made, {'private' if is_private else 'public'}"
+    if asked["base"] and not is_private and (reason := _why_not_for_all(api, asked, me)):
+        yield (
+            f"warning: everybody will see the adapter in {repo}, but load it only with access to {asked['base'][0]}, "
+            f"which is {reason}. A merged model (`what: merged`) needs no base."
         )
-    _check_names(api, repo, asked)
-    kind = "private" if info.private else "public"
-    return f"may {'open a pull request on' if asked['create_pr'] else 'write to'} {repo}, which exists and is {kind}"
+
+
+def _why_not_for_all(api: HfApi, asked: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
+    """Why not everybody can load the base of an adapter; None where they can, or where the Hub does not tell."""
+    base, is_pushed = asked["base"]
+    try:
+        info = api.model_info(full_name(base, dict(me)) if is_pushed else base)
+    except RepositoryNotFoundError:
+        return "private" if is_pushed and asked["private"] is not False else None
+    return "private" if info.private else "gated" if info.gated else None
 
 
 def _check_owner(me: Mapping[str, Any], repo: str) -> None:

@@ -14,7 +14,8 @@ from hfpipe.files import whole_folder, write_json, write_text
 from hfpipe.folders import model_of, strength_of
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
 from hfpipe.recipe.push import pushed_stage
-from hfpipe.report.card import Artefact, hub_id, is_on_hub, lineage, model_card
+from hfpipe.report.artefact import Artefact, lineage
+from hfpipe.report.card import hub_id, is_on_hub, model_card
 from hfpipe.report.facts import stage_costs
 from hfpipe.report.price import dial_section, dials_of
 from hfpipe.scores import read_scorecard

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi, constants, get_token
 
 from hfpipe.connection import (
@@ -100,5 +101,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     if status is not None and reason:
         return f"the Hub answered {status}: {reason}."
     error = unwrapped(error)
+    if isinstance(error, KeyError | httpx2.DecodingError):  # a client that reads the answer
+        return f"what answers at {constants.ENDPOINT} is not the Hub ({type(error).__name__}: {one_line(str(error))})."
     name, text = type(error).__name__, (one_line(str(error)) or "no reason was given")
     return f"{text}." if type(error) in (ValueError, RuntimeError) else f"{name}: {text}."

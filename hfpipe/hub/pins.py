@@ -27,6 +27,7 @@ DEFAULT = (
     "default"  # of a metric: the tag of the installed `evaluate`, and main where a Space has none, as it loads them
 )
 FACTS = ("license", "license_name", "license_link", "language")
+ACCESS = ("private", "gated")  # who may load it, as the Hub said at the start of the run
 
 
 def pin_recipe(recipe: Recipe, folder: Path) -> Recipe:
@@ -89,7 +90,7 @@ def _key(kind: str, id: str, revision: str) -> str:
 
 def _ask(asked: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
     """Commit, licence and languages of each; None for what cannot be asked: loading says what is wrong, if anything."""
-    found: dict[str, Any] = {key: dict.fromkeys(("revision", *FACTS)) for key in asked}
+    found: dict[str, Any] = {key: dict.fromkeys(("revision", *FACTS, *ACCESS)) for key in asked}
     if constants.is_offline_mode():
         return found
     for key, one in asked.items():
@@ -106,7 +107,8 @@ def _fill(facts: dict[str, Any], kind: str, id: str, revision: str) -> None:
         facts["revision"] = Path(script_of(id, None if revision == DEFAULT else revision)).parent.name
         return
     ask = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
-    facts["revision"] = ask(id, revision=revision, timeout=SECONDS).sha
+    info = ask(id, revision=revision, timeout=SECONDS)
+    facts |= {"revision": info.sha, "private": info.private, "gated": info.gated}
     card = hf_hub_download(id, "README.md", repo_type=kind, revision=facts["revision"], etag_timeout=SECONDS)
     data = ModelCard.load(card, ignore_metadata_errors=True).data
     facts |= {name: data.get(name) for name in FACTS}

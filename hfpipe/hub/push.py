@@ -117,8 +117,11 @@ def check_access(recipe: Recipe, *, deadline_seconds: float = CHECKING) -> list[
     words = {"repo_id", "private", "revision", "tag", "create_pr"}
     own = [one.repo_id for one in pushes_of(recipe, recipe.push)]
     said = dict(zip(own, ("repo_id", "merged_repo_id"), strict=False))
+    base = (recipe.model.id, False) if len(pushes) == len(own) else (pushes[0].repo_id, True)
     asked = [
-        one.model_dump(include=words) | {"run": recipe.name, "word": said.get(one.repo_id, "parent_repo_id")}
+        one.model_dump(include=words)
+        | {"run": recipe.name, "word": said.get(one.repo_id, "parent_repo_id")}
+        | {"base": base if one.what == "adapter" else None}
         for one in pushes
     ]
     try:

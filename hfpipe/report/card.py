@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.report.artefact import TASKS, Artefact, how_to_load, lineage
 from hfpipe.report.facts import cost_section
 from hfpipe.report.licence import licence_lines, stated
 from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, stages_of
@@ -36,49 +36,8 @@ BUILDERS = {
     "webdataset",
     "generator",
 }
-# By the task of the stage that made it: the Hub's name of the task, and the class that loads it.
-TASKS = {
-    "causal": ("text-generation", "AutoModelForCausalLM"),
-    "masked": ("fill-mask", "AutoModelForMaskedLM"),
-    "classification": ("text-classification", "AutoModelForSequenceClassification"),
-    "seq2seq": ("translation", "AutoModelForSeq2SeqLM"),
-}
 TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is of a summary
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes
-LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """What is pushed.
-
-    Args:
-        repo_id: Where it goes on the Hub.
-        what: `adapter`, `merged` or `model`.
-        stage: The stage that made it.
-        revision: The branch it goes to; None for main.
-        base: Hub id of the base model; None when the run started from nothing.
-        base_revision: Commit of the base that was used.
-        quantized: Whether its weights are stored in fewer bits.
-        license: Licence that the recipe states; None for the base's.
-        base_facts: What the base's card says on the Hub: license, license_name, license_link, language.
-        data_facts: The same of the data sets it was trained on, by Hub id.
-        dial: The section on its stage's dial; empty where there is none.
-        strength: What the stage was dialled to so as to stay inside the budgets; None at full strength.
-    """
-
-    repo_id: str
-    what: str
-    stage: str
-    revision: str | None = None
-    base: str | None = None
-    base_revision: str | None = None
-    quantized: bool = False
-    license: str | None = None
-    strength: float | None = None
-    base_facts: Mapping[str, Any] = field(default_factory=dict)
-    data_facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    dial: str = ""
 
 
 def model_card(
@@ -107,7 +66,7 @@ def model_card(
     sections = [
         f"# {artefact.repo_id.split('/')[-1]}",
         _what_it_is(artefact, recipe),
-        "## How to load it\n\n" + _how_to_load(artefact, recipe),
+        "## How to load it\n\n" + how_to_load(artefact, recipe),
         "## Scores\n\n" + _scores(artefact, scores),
         *([artefact.dial] if artefact.dial else []),
         "## Training\n\n" + _training(artefact, recipe),
@@ -116,12 +75,6 @@ def model_card(
         "## Limits\n\n" + _limits(artefact, environment),
     ]
     return f"---\n{_metadata(artefact, recipe, scores, spent).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def lineage(recipe: Recipe, stage: str) -> list[Stage]:
-    """The stages that an artefact went through, first to last."""
-    by_name = {one.name: one for one in recipe.stages}
-    return [by_name[name] for name in recipe.lineage(stage)[1:]]
 
 
 def is_on_hub(name: str) -> bool:
@@ -231,60 +184,6 @@ def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
         text += "stage started from to the trained one: the most gain inside the forgetting that the recipe allows. "
         text += "The strength is folded into the weights here; nothing has to be scaled."
     return text
-
-
-def _how_to_load(artefact: Artefact, recipe: Recipe) -> str:
-    trust = ", trust_remote_code=True" if recipe.model.trust_remote_code else ""
-    branch = f', revision="{artefact.revision}"' if artefact.revision else ""
-    last = lineage(recipe, artefact.stage)[-1]
-    _, auto = TASKS[last.task]
-    generates = last.task == "causal"  # what vLLM serves
-    head = f"from transformers import {auto}, AutoTokenizer"
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch}{trust})'
-    if last.task == "seq2seq":
-        tokenizer = _how_to_translate(last.data[0], tokenizer)
-    if artefact.what != "adapter":
-        load = f'model = {auto}.from_pretrained("{artefact.repo_id}"{branch}{trust})'
-        at = f" --revision {artefact.revision}" if artefact.revision else ""
-        at += " --trust-remote-code" if trust else ""
-        served = f"\n\nvLLM: `vllm serve {artefact.repo_id}{at}`" if generates else ""
-        return f"```python\n{head}\n\n{load}\n{tokenizer}\n```{served}"
-    commit = f', revision="{artefact.base_revision}"' if artefact.base_revision else ""
-    named = ", config=config" if last.task == "classification" else ""
-    if named:  # the classes are in the adapter's config.json
-        head = head.replace("import ", "import AutoConfig, ")
-    load = f'config = AutoConfig.from_pretrained("{artefact.repo_id}"{branch}{trust})\n' if named else ""
-    words = recipe.model.tokenizer
-    grows = words is not None and bool(words.add_tokens or words.add_special_tokens)
-    load += f'base = {auto}.from_pretrained("{artefact.base}"{commit}{named}{trust})\n{tokenizer}\n'
-    load += "base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))\n" if grows else ""
-    load += f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
-    code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n```"
-    if not generates or last.method != "LoRA" or grows:  # vLLM serves LoRA, and no rows of embeddings
-        return code
-    fields = last.adapter or {}
-    converted = str(fields.get("init_lora_weights", "")).startswith(("pissa", "olora"))
-    rank = fields.get("r", 8) * (2 if converted else 1)
-    at = f" --revision {artefact.base_revision}" if artefact.base_revision else ""
-    at += " --trust-remote-code" if trust else ""
-    at += f" --max-lora-rank {rank}" if rank > LORA_RANK_OF_VLLM else ""
-    name = artefact.repo_id.split("/")[-1]
-    vllm = f"vllm serve {artefact.base}{at} --enable-lora --lora-modules {name}={artefact.repo_id}"
-    return f"{code}\n\nvLLM: `{vllm}`"
-
-
-def _how_to_translate(source: Source, tokenizer: str) -> str:
-    """The lines that load the tokenizer and say a target."""
-    begin = ""
-    if source.src_lang and source.tgt_lang:
-        tokenizer = f'{tokenizer[:-1]}, src_lang="{source.src_lang}", tgt_lang="{source.tgt_lang}")'
-        begin = ', forced_bos_token_id=tokenizer(text_target="").input_ids[0]'
-    text = (source.template or {}).get("source") or "..."
-    return (
-        f'{tokenizer}\n\ninputs = tokenizer({text!r}, return_tensors="pt")\n'
-        f"output = model.generate(**inputs{begin}, max_new_tokens=200)\n"
-        "print(tokenizer.decode(output[0], skip_special_tokens=True))"
-    )
 
 
 def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:

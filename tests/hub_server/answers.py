@@ -320,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.hub.full:
                 objects.append({"oid": oid, "size": size, "error": {"code": 403, "message": self.hub.full}})
                 continue
-            upload: dict[str, Any] = {"href": f"{self.hub.url}/lfs/{oid}"}
+            upload: dict[str, Any] = {"href": f"{self.hub.url}/lfs/{oid}?X-Amz-Signature=signed"}
             if part_size and size > part_size:
                 parts = {str(n + 1): f"{self.hub.url}/lfs/{oid}/{n + 1}" for n in range(-(-size // part_size))}
                 upload["header"] = {"chunk_size": str(part_size)} | parts
