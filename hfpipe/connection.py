@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -60,13 +61,15 @@ class Patience:
     Args:
         seconds: For an answer, whatever is tried meanwhile.
         until: When (by `time.monotonic`) no answer is of use any more.
+        tries: How often in a row an address may be in trouble; its clients try six times, and are called again.
     """
 
-    def __init__(self, seconds: float = PATIENCE, until: float = float("inf")) -> None:
-        self.seconds, self.until = seconds, until
+    def __init__(self, seconds: float = PATIENCE, until: float = float("inf"), tries: float = float("inf")) -> None:
+        self.seconds, self.until, self.tries = seconds, until, tries
         self._since: float | None = None  # when the first request without an answer was sent
         self._failed = 0.0  # when the last one was given up
         self._mute: set[str] = set()  # addresses that gave no answer, while others did
+        self._troubles: Counter[tuple[str, str]] = Counter()  # of an address, since it gave an answer
         self.last: str | None = None  # what was the matter with the last request, in words
 
     def begin(self, request: httpx2.Request) -> float:
@@ -88,6 +91,17 @@ class Patience:
         self._failed = time.monotonic()
         self._mute.add(str(request.url))
         return self._since is not None and self._failed - self._since >= self.seconds - 1.0
+
+    def note(self, request: httpx2.Request, trouble: str | None) -> None:
+        """What was the matter with a request, in words; None for nothing.
+
+        Raises:
+            NoAnswer: It was the last try.
+        """
+        self.last, address = trouble, (request.method, f"{request.url.host}{request.url.path}")
+        self._troubles[address] = self._troubles[address] + 1 if trouble else 0
+        if trouble and self._troubles[address] >= self.tries:
+            raise NoAnswer(trouble.rstrip("."), response=httpx2.Response(504, request=request))
 
     def allows(self, wait: float) -> bool:
         return wait <= min(self.seconds, self.until - time.monotonic())
@@ -135,11 +149,11 @@ class _Client(httpx2.Client):
             try:
                 response = self._send_once(request, stream, how)
             except (httpx2.TransportError, NoAnswer) as error:
-                _patience.last = trouble(error)
+                _patience.note(request, trouble(error))
                 if wait is None or not isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError):
                     raise
             else:
-                _patience.last = trouble(HfHubHTTPError("", response=response)) if response.is_error else None
+                _patience.note(request, trouble(HfHubHTTPError("", response=response)) if response.is_error else None)
                 if wait is None or (response.status_code < 500 and response.status_code != 429):
                     break
                 wait = max(wait, asks_to_wait(response) or 0.0)
@@ -149,8 +163,7 @@ class _Client(httpx2.Client):
 
     def _send_once(self, request: httpx2.Request, stream: bool, how: dict[str, Any]) -> httpx2.Response:
         limit = _patience.begin(request)
-        given = request.extensions.get("timeout") or {}
-        kinds = ("connect", "read", "write", "pool")
+        given, kinds = request.extensions.get("timeout") or {}, ("connect", "read", "write", "pool")
         request.extensions["timeout"] = {kind: min(given.get(kind) or limit, limit) for kind in kinds}
         send = super().send
         try:
@@ -273,9 +286,8 @@ def asks_to_wait(response: httpx2.Response) -> float | None:
 
 def spoken(seconds: float) -> str:
     """A time in words: 45 seconds, 60 minutes, 25 hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+    unit, name = (1, "seconds") if seconds < 120 else (60, "minutes") if seconds < 7200 else (3600, "hours")
+    return f"{seconds / unit:.0f} {name}"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -331,8 +343,7 @@ def refusing_storage(error: BaseException) -> str | None:
 
 def trouble(error: BaseException) -> str | None:
     """What is the matter with the Hub or the way to it, and what helps; None where an error is about something else."""
-    known = next((one for one in causes(error) if isinstance(one, NoAnswer | WebPage)), None)
-    if known is not None:
+    if known := next((one for one in causes(error) if isinstance(one, NoAnswer | WebPage)), None):
         return f"{known}."
     status, response = status_of(error), response_of(error)
     if host := refusing_storage(error):

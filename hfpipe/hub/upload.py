@@ -40,6 +40,7 @@ REPLACED_BY_A_MODEL = (
     "adapter_model.safetensors",
 )
 NOTHING_IGNORED = "# every file of a push is meant\n"  # in place of the repository's .gitignore
+TRIES = 8  # of one address in a row: half a minute of errors that come at once
 GRACE = 5.0  # seconds past its deadline
 WAITS = (1.0, 3.0, 8.0, 2.0)  # seconds between the tries, where the Hub does not say how long; then one last look
 
@@ -57,7 +58,7 @@ def upload(task: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MachineError: It could not be done; the message says why.
     """
-    api = logged_in(Patience(task["seconds"], until=time.monotonic() + task["seconds"]))
+    api = logged_in(Patience(task["seconds"], time.monotonic() + task["seconds"], TRIES))
     for wait in (*WAITS, None):  # the last time it only looks whether the commit of the time before landed
         try:
             sent = _send(api, task, only_look=wait is None)
