@@ -182,6 +182,7 @@ def test_nothing_is_left_out_and_nothing_of_another_run_replaced(pusher: Pusher,
 
 
 def test_a_tag_names_the_pushed_commit_and_is_never_moved(pusher: Pusher, hub: HubServer) -> None:
+    hub.fail("POST /api/models/me/toy/tag", 409)  # which is no sign that it is there
     hub.lose_reply("POST /api/models/me/toy/tag")
     for _ in range(2):  # the second time everything is there already
         done = pusher(tag="v1")
@@ -226,6 +227,7 @@ def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Pa
         ({"repo_id": "me/locked"}, "the token may not write to me/locked (403)"),
         ({"repo_id": "me/taken"}, "the name is taken: its main branch holds weights that this run did not make"),
         ({"repo_id": "me/taken", "revision": "new"}, "may write to me/taken"),
+        ({"repo_id": "me/new", "license": "apache"}, "the Hub does not know the licence 'apache'"),
         ({"repo_id": "me/again"}, "may write to me/again"),
         ({"repo_id": "me/again", "tag": "v1"}, "has a tag 'v1' already"),
         ({"repo_id": "me/again", "private": True}, "is public, and the recipe says `private: true`"),

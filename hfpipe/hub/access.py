@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -22,7 +22,7 @@ def check(asked: list[dict[str, Any]]) -> list[str]:
 
     Args:
         asked: For each: repo_id, the word of the recipe that says it, run (the name of the run), private, revision,
-            tag, create_pr; and for an adapter the base that it is loaded on: its id, and whether it is pushed as well.
+            tag, create_pr, license; and base: of an adapter, the id of its base and whether that is pushed too.
 
     Returns:
         One line for each, that it could; and one for an adapter that others could see, and not load.
@@ -47,6 +47,8 @@ def _check(api: HfApi, asked: Mapping[str, Any]) -> Iterator[str]:
     me = who_may_write(api)
     repo = full_name(asked["repo_id"], me)
     validate_repo_id(repo)
+    if asked["license"]:
+        _check_license(asked["license"])
     if not asked["create_pr"]:  # which everybody may open who sees the repository
         _check_owner(me, repo)
     is_private = asked["private"] is not False
@@ -71,6 +73,17 @@ def _check(api: HfApi, asked: Mapping[str, Any]) -> Iterator[str]:
             f"warning: everybody will see the adapter in {repo}, but load it only with access to {asked['base'][0]}, "
             f"which is {reason}. A merged model (`what: merged`) needs no base."
         )
+
+
+def _check_license(license: str) -> None:
+    """The Hub refuses a card with a licence that it does not know."""
+    try:
+        ModelCard(f"---\nlicense: {license}\n---\n", ignore_metadata_errors=True).validate()
+    except ValueError as error:
+        names = "https://huggingface.co/docs/hub/repositories-licenses"
+        raise MachineError(f"the Hub does not know the licence {license!r}. Take one of {names}.") from error
+    except HfHubHTTPError:
+        pass  # no answer to the question
 
 
 def _why_not_for_all(api: HfApi, asked: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:

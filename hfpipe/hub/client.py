@@ -15,6 +15,7 @@ from hfpipe.connection import (
     limit_waiting,
     one_line,
     refusing_storage,
+    response_of,
     status_of,
     told,
     trouble,
@@ -74,7 +75,10 @@ def is_passing(error: BaseException) -> bool:
         # A ConnectionError is Xet's, which has tried for minutes already; a ValueError will be one again, unless it is
         # about an answer that is no JSON.
         return isinstance(error, json.JSONDecodeError) or not isinstance(error, (ValueError, ConnectionError))
-    passing = status >= 500 or status in (408, 409, 412, 429)
+    again = status >= 500 or status in (408, 429)
+    if again and response_of(error) is None:  # an error of Xet's client, which has tried it six times
+        return False
+    passing = again or status in (409, 412)
     return passing or isinstance(error, WebPage) or refusing_storage(error) is not None
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from hfpipe.errors import MachineError, RecipeError
 from hfpipe.folders import model_of
 from hfpipe.hub.bundle import ADAPTER_CONFIG, find_made, parent_in_run, prepare_artifact
 from hfpipe.recipe import Push, Recipe, load_recipe
-from hfpipe.recipe.push import check_push, parent_push, planned_pushes, pushed_stage, pushes_of
+from hfpipe.recipe.push import asked_words, check_push, parent_push, planned_pushes, pushed_stage, pushes_of
 from hfpipe.recipe.raw import stages
 from hfpipe.report.card import is_on_hub
 from hfpipe.report.markdown import our_command
@@ -114,7 +115,7 @@ def check_access(recipe: Recipe, *, deadline_seconds: float = CHECKING) -> list[
             f"push.what: '{recipe.push.what}', but the adapter's base is {recipe.model.id or 'made in this run'}, "
             "which nobody else has. Write `what: merged`."
         )
-    words = {"repo_id", "private", "revision", "tag", "create_pr"}
+    words = {"repo_id", "private", "revision", "tag", "create_pr", "license"}
     own = [one.repo_id for one in pushes_of(recipe, recipe.push)]
     said = dict(zip(own, ("repo_id", "merged_repo_id"), strict=False))
     base = (recipe.model.id, False) if len(pushes) == len(own) else (pushes[0].repo_id, True)
@@ -134,7 +135,7 @@ def check_access(recipe: Recipe, *, deadline_seconds: float = CHECKING) -> list[
 
 
 def _asked(run_dir: Path, recipe: Recipe, given: dict[str, Any]) -> Push:
-    words = (recipe.push.model_dump() if recipe.push else {}) | given
+    words = asked_words(recipe.push, given)
     if "repo_id" not in words:
         raise RecipeError(
             f"Nothing says where to push {run_dir}: give --repo-id OWNER/NAME, or `push: {{repo_id: OWNER/NAME}}` "
@@ -147,12 +148,19 @@ def _asked(run_dir: Path, recipe: Recipe, given: dict[str, Any]) -> Push:
     try:
         asked = Push(**words)
     except ValidationError as error:
-        found = "; ".join(f"{one['loc'][0]}: found {one['input']!r}. {one['msg']}" for one in error.errors())
-        raise RecipeError(f"push.{found}. Nothing was sent.") from error
+        found = "; ".join(f"{one['loc'][0]}: {_fault_of(one)}" for one in error.errors())
+        raise RecipeError(f"push.{found} Nothing was sent.") from error
     data = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    for fault in check_push(stages(data), {"push": words | {"checkpoints": "end"}}):  # they were for the training
+    for fault in check_push(stages(data), {"push": words}):
         raise RecipeError(f"{'.'.join(fault.steps)}: {fault.text}")
     return asked
+
+
+def _fault_of(error: ErrorDetails) -> str:
+    """A word of the command line that is not what it must be."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"found {error['input']!r}. {error['msg']}."
 
 
 def _command(run_dir: Path, given: dict[str, Any]) -> str:

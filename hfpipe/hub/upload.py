@@ -194,7 +194,7 @@ def _tag(api: HfApi, repo: str, tag: str | None, commit: str) -> None:
             f"({known[tag][:8]}). Take another tag."
         )
     if tag not in known:
-        api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
+        api.create_tag(repo, tag=tag, revision=commit)  # a 409 means that it must be looked at again
 
 
 def _missing(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from hfpipe.recipe.hub_names import License, Ref, RepoId, Title
 from hfpipe.recipe.metric_names import parts_of
 from hfpipe.recipe.shapes import BASE, BLOCK, LIST, WORD, Name, Share, Token, Words, list_or_block, word_or_block
 from hfpipe.recipe.stage_words import Source, Stage
@@ -115,9 +116,6 @@ class Suite(Words):
         }
 
 
-RepoId = Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]+$")]
-
-
 class Push(Words):
     """What goes to the Hub when the run is done."""
 
@@ -133,18 +131,18 @@ class Push(Words):
     private: bool | None = Field(
         None, description="private when absent; `true` also refuses to push to a repository that is public"
     )
-    revision: str | None = Field(None, description="a branch; made when it does not exist")
-    tag: str | None = Field(None, description="a name for the pushed commit, such as v1; never moved from another")
+    revision: Ref | None = Field(None, description="a branch; made when it does not exist")
+    tag: Ref | None = Field(None, description="a name for the pushed commit, such as v1; never moved from another")
     create_pr: bool = Field(False, description="open a pull request, or add to the open one of the same title")
-    commit_message: str | None = None
+    commit_message: Title | None = None
     checkpoints: Literal["end", "every_save"] = Field(
         "end", description="the trainer's hub_strategy: `every_save` also pushes every checkpoint, to a branch"
     )
-    license: str | None = Field(
+    license: License | None = Field(
         None, description="licence of what is pushed, as the Hub writes it; the base's if absent"
     )
     deadline_seconds: float | None = Field(
-        None, gt=0, description="time for each repository; 5 minutes and one more per 30 MB when absent"
+        None, gt=0, le=604_800, description="time for each repository; 5 minutes and one more per 30 MB when absent"
     )
 
 
