@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -408,6 +409,21 @@ def test_the_thread_ends_with_its_iterator_and_builds_no_more_than_one_window_ah
     assert len(read) <= 3 * 7  # the window that is served, the one ahead, and a part that a stream reads ahead
     served.close()
     assert active_count() == before
+
+
+@pytest.mark.parametrize(("cores", "named", "told"), [(2, None, "false"), (2, "true", "true"), (64, None, None)])
+def test_threads_that_fill_the_cores_have_the_tokenizer_use_no_others(
+    tokenizer, monkeypatch: pytest.MonkeyPatch, cores: int, named: str | None, told: str | None
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if named is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", named)
+    served = stream([Dataset.from_list(documents(100))], tokenizer).batches(1)
+    next(served)
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == told
+    served.close()
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == named
 
 
 def test_an_iterator_that_is_left_open_does_not_disturb_the_exit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
@@ -11,7 +12,13 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 LAST_BUILD_SECONDS = 10.0  # how long `close` waits for what is being built
-THREADS = 3  # while one reads and packs (Python), two keep the tokenizer busy (Rust, without the interpreter's lock)
+MOST_THREADS = 8  # more would wait for the interpreter's lock, for the part that is Python
+RUST_THREADS = "TOKENIZERS_PARALLELISM"
+
+
+def cores() -> int:
+    """The processor's cores for this rank."""
+    return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 class Ahead(Generic[T]):
@@ -36,8 +43,11 @@ class Ahead(Generic[T]):
         self._closed = False
         self._threads = [
             Thread(target=self._work, name=f"stream {number}", daemon=True)
-            for number in range(min(THREADS, len(builders)))
+            for number in range(min(cores() + 1, MOST_THREADS, len(builders)))
         ]
+        self._tells = len(self._threads) > cores() and RUST_THREADS not in os.environ
+        if self._tells:
+            os.environ[RUST_THREADS] = "false"
         for key in builders:
             self._asked.put(key)
         atexit.register(self.close)
@@ -63,6 +73,8 @@ class Ahead(Generic[T]):
         """Ends the threads, which finish what they are building unless that takes too long."""
         atexit.unregister(self.close)
         self._closed = True
+        if self._tells:
+            os.environ.pop(RUST_THREADS, None)
         for _ in self._threads:
             self._asked.put(None)
         deadline = time.monotonic() + LAST_BUILD_SECONDS
