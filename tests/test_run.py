@@ -265,7 +265,7 @@ def test_too_many_dirty_rows_end_the_run_with_their_names_and_exit_code_5(
     assert "bad250" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_a_source_that_stops_is_read_once_and_ends_the_training(tmp_path: Path) -> None:
+def test_a_source_that_stops_is_read_once_and_ends_the_training(tmp_path: Path, capsys) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, evaluate={}, merge=False)
     stage = content["stages"][0]
@@ -277,6 +277,7 @@ def test_a_source_that_stops_is_read_once_and_ends_the_training(tmp_path: Path) 
     assert done["data"]["documents"] == 300
     assert done["data"]["sources"]["0: json"]["epochs"] == 1
     assert done["steps"] < 1_000
+    assert f"the data ended at step {done['steps']} of 1,000" in capsys.readouterr().out
 
 
 def test_the_page_stands_alone_and_holds_the_numbers_of_the_scorecard(finished: Path) -> None:

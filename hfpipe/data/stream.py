@@ -126,7 +126,7 @@ class TokenStream:
         self._positions = {lane: Position(served=nothing) for lane in range(self.rank, lanes, self.ranks)}
         self._served = 0  # rows that all ranks have served
         self._found: list[Finding] | None = None
-        self._finished = False
+        self.ended = False  # every document was served
 
     def _shards(self) -> list[Dealt | IterableDataset]:
         """The sources divided: tables dealt out, a stream cut into more shards where it has too few."""
@@ -183,7 +183,7 @@ class TokenStream:
         Raises:
             DataError: A source has no usable document, too many dirty rows, or cannot be read.
         """
-        if self._finished:
+        if self.ended:
             return
         shards = self._shards()
         self._clean(shards)
@@ -202,7 +202,7 @@ class TokenStream:
                     for number, source in enumerate(self.origins):
                         judge(source, [found[number] for _, found in said], self.max_dirty_share)
                     if self.epochs is not None and not any(going for going, _ in said):
-                        self._finished = True  # Trainer asks again, for another epoch
+                        self.ended = True  # Trainer asks again, for another epoch
                         return
                 yield [self._padding() if row is None else row for row in batch]
         finally:

@@ -92,6 +92,11 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
         source |= removed
     ranks.say(_waste(facts["data"]))
+    if stream.ended and trainer.state.global_step < max_steps:
+        ranks.say(
+            f"  the data ended at step {trainer.state.global_step:,} of {max_steps:,}, for which the learning rate was "
+            "planned; with max_steps of about as many it ends with the data"
+        )
     return facts
 
 
