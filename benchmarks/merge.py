@@ -1,9 +1,10 @@
 """The memory of a merge beside the size of the model: what the process holds of its own, and what it maps.
 
-    python benchmarks/merge.py [--layers 24] [--dtype bfloat16] [--quantized]
+    python benchmarks/merge.py [--layers 24] [--dtype bfloat16] [--quantized nf4]
 
 Makes a random Llama and a random adapter of all its linear layers in a temporary folder, merges them as `hfpipe merge`
-does, and looks into /proc (Linux) while it goes. Memory of Python and the libraries is left out.
+does, and looks into /proc (Linux) while it goes. Memory of Python and the libraries is left out. With `--quantized` the
+adapter is one of the base in 4 or 8 bits; with `--files` the base's files are in few bits already.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import gc
 import json
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -24,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpipe.model.create import train_tokenizer
-from hfpipe.model.load import ModelRef
+from hfpipe.model.load import ModelRef, quantization_config
 from hfpipe.model.merge import merge_adapter
 from hfpipe.recipe import Model, Quantization
 
@@ -32,14 +34,23 @@ SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 
 TEXTS = ["The cat sat by the river and said mew.", "The dog sat by a tree and said bark."]
 
 
-def make_adapter(folder: Path, layers: int, dtype: torch.dtype) -> tuple[Path, Any]:
-    """Writes a random base and a random adapter of it; returns the adapter's folder and a tokenizer."""
+def make_adapter(folder: Path, layers: int, dtype: torch.dtype, few: Quantization | None = None) -> tuple[Path, Any]:
+    """Writes a random base, in few bits if so told, and a random adapter of it.
+
+    Returns:
+        The adapter's folder, and a tokenizer.
+    """
     tokenizer = train_tokenizer(TEXTS, 300, 512)
     config = AutoConfig.for_model("llama", vocab_size=32_000, num_hidden_layers=layers, **SIZES)
     base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     base.save_pretrained(folder / "base")
     lora = LoraConfig(r=8, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(folder / "adapter")
+    if few is not None:
+        config = quantization_config(few, "causal")
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, quantization_config=config)
+        shutil.rmtree(folder / "base")
+        base.save_pretrained(folder / "base")
     saved = folder / "adapter" / "adapter_config.json"
     named = json.loads(saved.read_text()) | {"base_model_name_or_path": str(folder / "base")}
     saved.write_text(json.dumps(named))
@@ -57,12 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", type=int, default=24, help="of 17 M weights each")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--quantized", action="store_true", help="an adapter of the base in 4 bits")
+    parser.add_argument("--quantized", choices=["nf4", "int8"], help="an adapter of the base in 4 or 8 bits")
+    parser.add_argument("--files", action="store_true", help="of a base whose files are in 4 or 8 bits")
     options = parser.parse_args()
-    quantization = Quantization.model_validate({"type": "nf4"}) if options.quantized else None
+    quantization = Quantization.model_validate({"type": options.quantized}) if options.quantized else None
+    few, quantization = (quantization, None) if options.files else (None, quantization)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        adapter, tokenizer = make_adapter(folder, options.layers, getattr(torch, options.dtype))
+        adapter, tokenizer = make_adapter(folder, options.layers, getattr(torch, options.dtype), few)
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what the making has freed would be used again, uncounted
         kinds = ("RssAnon", "VmRSS")

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hfpipe.errors import MachineError
+
+GIB = 2**30
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one piece; a reader sees the old file or the new one, never half of either."""
@@ -45,3 +49,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(path, ignore_errors=True)
     os.replace(beside, path)
+
+
+def require_disk(place: Path, need: int, what: str) -> None:
+    """Refuses work whose files would not find room.
+
+    Args:
+        place: A folder on the disk.
+        need: Bytes.
+        what: The work, for the message, with what it writes.
+
+    Raises:
+        MachineError: There is less than `need` free.
+    """
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise MachineError(
+            f"{what} takes about {need / GIB:.2f} GiB of disk, and {place.parent.absolute()} has {free / GIB:.2f} GiB "
+            "free. Nothing was written. Free some space, or move the run folder to a larger disk, and run again."
+        )

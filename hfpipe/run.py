@@ -9,19 +9,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_local_safetensors_metadata
+
 from hfpipe import ranks
 from hfpipe.answers import can_score
 from hfpipe.connection import limit_waiting
 from hfpipe.data.mixture import mixture
 from hfpipe.environment import environment
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
-from hfpipe.files import write_json, write_jsonl, write_text
+from hfpipe.files import GIB, write_json, write_jsonl, write_text
 from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
 from hfpipe.hub.pins import pin_recipe
 from hfpipe.metrics import needs_of
 from hfpipe.model.adapter import ProbeText
 from hfpipe.model.base import PreparedBase, prepare_base
-from hfpipe.model.load import ModelRef, load_model
+from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_model, weights_dtype
 from hfpipe.model.merge import merge_adapter
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.report.markdown import plain_number
@@ -196,7 +198,9 @@ def _score_merged(run: Run, name: str, merged: ModelRef) -> None:
         before = {row["metric"]: row["value"] for row in known.get(suite_name, {}).get("scores", [])}
         if not names or not before.keys() >= set(names):
             continue
-        model = model or load_model(merged)
+        model = model or _loaded_if_it_fits(merged)
+        if model is None:
+            break
         part = suite.model_copy(update={"metrics": names})
         for score in score_suite(suite_name, part, run.rows[suite_name], model, run.base.tokenizer, name).scores:
             row = {"suite": suite_name, "metric": score.metric, "adapter": before[score.metric], "merged": score.value}
@@ -205,6 +209,19 @@ def _score_merged(run: Run, name: str, merged: ModelRef) -> None:
     if ranks.is_main():
         path = run.stage_folder(name) / "merge.json"
         write_json(path, read_json(path) | {"suites": found})
+
+
+def _loaded_if_it_fits(merged: ModelRef) -> Any:
+    """A merged model to be scored; None where it is larger than the 4-bit model that was trained, and finds no room."""
+    weights = get_local_safetensors_metadata(merged.path)
+    size = sum(weights.parameter_count.values()) * weights_dtype(merged.options, frozen=True).itemsize
+    if all(ranks.gather(has_room(size, free_memory(device())))):
+        return load_model(merged)
+    ranks.say(
+        f"  not scored: the merged model takes {size / GIB:.1f} GiB, which are not free in the memory of the "
+        f"{'GPU' if device().type == 'cuda' else 'machine'}. On a larger one: hfpipe evaluate {merged.path} RECIPE"
+    )
+    return None
 
 
 def probe_texts(run: Run, each: int = PROBE_TEXTS) -> list[ProbeText]:

@@ -1,17 +1,13 @@
 """A merge: in the precision of the base, whole beside its tokenizer, within memory, and with its cost on the suites."""
 
-import ctypes
-import gc
 import json
-import re
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from merging import TEXTS, most_memory, save_adapter
+from peft import AutoPeftModelForCausalLM
 from plain import make_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -23,21 +19,6 @@ from hfpipe.model.merge import merge_adapter
 from hfpipe.recipe import Model, Quantization
 
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
-TEXTS = ["The cat sat by the river and said mew.", "The dog sat by a tree and said bark."]
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
-    return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0])
-
-
-def save_adapter(base: Any, place: Path, folder: Path, **options: Any) -> Path:
-    """A strong random adapter of the base that is saved in `place`."""
-    config = LoraConfig(r=4, lora_alpha=2, target_modules="all-linear", init_lora_weights=False, **options)
-    get_peft_model(base, config).save_pretrained(folder)
-    saved = folder / "adapter_config.json"
-    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"base_model_name_or_path": str(place)}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +39,8 @@ def test_a_merge_keeps_the_precision_of_the_base_and_holds_little_of_it_in_memor
     adapter: Path, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again, uncounted
-    before, peak, done = anonymous_bytes(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], anonymous_bytes())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    with most_memory() as most:
         found = merge_adapter(ModelRef(str(adapter), Model(id="base")), tokenizer, tmp_path / "merged", TEXTS, 0.1)
-    finally:
-        done.set()
-        thread.join()
     assert (found.base, found.dtype, found.costs) == ("in full precision", "bfloat16", {})
     assert 0 < found.loss < 0.01, "bfloat16 rounds the sum"
     size = 0
@@ -80,7 +48,7 @@ def test_a_merge_keeps_the_precision_of_the_base_and_holds_little_of_it_in_memor
         size += file.stat().st_size
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     assert size > 60e6
-    assert peak[0] - before < size / 2  # replaced in memory it would be more than the model
+    assert most[0] < size / 2  # replaced in memory it would be more than the model
     names = {file.name for file in (tmp_path / "merged").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from peft import PeftModel
@@ -86,6 +88,27 @@ def device() -> torch.device:
     return ranks.state().device
 
 
+def device_with_room(size: int) -> torch.device:
+    """This rank's device if a model of `size` bytes fits into what is free of its memory, else the CPU."""
+    place = device()
+    fits = place.type != "cuda" or has_room(size, free_memory(place))
+    return place if fits else torch.device("cpu")
+
+
+def free_memory(place: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the memory of this machine."""
+    if place.type != "cuda":
+        return psutil.virtual_memory().available
+    gc.collect()  # what was used before may hang in cycles
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(place)[0]
+
+
+def has_room(size: int, free: int) -> bool:
+    """Whether a model of `size` bytes may go where `free` bytes are, and leave some to compute in."""
+    return size + size // 10 + 2**28 <= free
+
+
 def compute_dtype() -> torch.dtype:
     """bfloat16 where the hardware computes in it, else float32."""
     return torch.bfloat16 if device().type == "cuda" and is_torch_bf16_gpu_available() else torch.float32
@@ -102,13 +125,14 @@ def weights_dtype(options: Model, *, frozen: bool) -> torch.dtype:
     return compute_dtype() if frozen else torch.float32
 
 
-def quantization_config(block: Quantization) -> BitsAndBytesConfig:
+def quantization_config(block: Quantization, task: str) -> BitsAndBytesConfig:
     """bitsandbytes' own configuration, with the compute dtype of this hardware where the recipe is silent."""
+    skipped = block.llm_int8_skip_modules
+    if task == "classification" and skipped is None:
+        skipped = HEAD_MODULES  # a head is trained, and new: it stays in full precision
     if block.type == "int8":
         return BitsAndBytesConfig(
-            load_in_8bit=True,
-            llm_int8_threshold=block.llm_int8_threshold,
-            llm_int8_skip_modules=block.llm_int8_skip_modules,
+            load_in_8bit=True, llm_int8_threshold=block.llm_int8_threshold, llm_int8_skip_modules=skipped
         )
     dtype = block.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(
@@ -117,7 +141,7 @@ def quantization_config(block: Quantization) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=block.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, dtype) if dtype else compute_dtype(),
         bnb_4bit_quant_storage=block.bnb_4bit_quant_storage,
-        llm_int8_skip_modules=block.llm_int8_skip_modules,
+        llm_int8_skip_modules=skipped,
     )
 
 
@@ -250,7 +274,7 @@ def load_model(
     frozen: bool = True,
     head: dict[str, Any] | None = None,
     with_new_modules: bool = False,
-    base: ModelRef | None = None,
+    place: torch.device | None = None,
 ) -> Any:
     """Loads the model a `ModelRef` names; an adapter comes on its own base.
 
@@ -259,23 +283,17 @@ def load_model(
         frozen: Whether its weights stay as they are (evaluation, or the base of an adapter), which decides their dtype.
         head: Fields of the config that make a classification head; None for the model as it is.
         with_new_modules: Whether to return the names of the modules with fresh weights too.
-        base: What an adapter comes on instead of its own base.
+        place: Where it goes instead of this rank's device; not with `quantization`.
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
     """
     if ref.is_adapter:
-        if not (Path(ref.path) / "adapter_model.safetensors").is_file():
-            raise RecipeError(pickles_only(ref.path))
-        return PeftModel.from_pretrained(load_model(base or ref.base, head=head_of(ref)), ref.path).eval()
+        return put_adapter(load_model(ref.base, head=head_of(ref), place=place), ref)
     task = "classification" if head is not None else task_of(ref)
     options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
     if ref.quantization:
-        block = ref.quantization
-        if task == "classification" and block.llm_int8_skip_modules is None:
-            # A head is trained, and new: it stays in full precision.
-            block = block.model_copy(update={"llm_int8_skip_modules": HEAD_MODULES})
-        options["quantization_config"] = quantization_config(block)
+        options["quantization_config"] = quantization_config(ref.quantization, task)
         options["device_map"] = {"": device()}
     if ref.options.attn_implementation:
         options["attn_implementation"] = ref.options.attn_implementation
@@ -296,9 +314,16 @@ def load_model(
     make_room(model, ref.vocabulary)
     _leave_packing(model)
     if not ref.quantization:
-        torch.nn.Module.to(model, device())
+        torch.nn.Module.to(model, place or device())
     model.eval()
     return (model, _modules_of(info)) if with_new_modules else model
+
+
+def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:
+    """Puts a saved adapter on a model that is loaded, in evaluation mode; the model becomes part of it."""
+    if not (Path(adapter.path) / "adapter_model.safetensors").is_file():
+        raise RecipeError(pickles_only(adapter.path))
+    return PeftModel.from_pretrained(base, adapter.path, torch_device=str(base.device)).eval()
 
 
 def head_of(adapter: ModelRef) -> dict[str, Any] | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,37 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
 
 from hfpipe.errors import BudgetExceeded, RecipeError
-from hfpipe.files import whole_folder
+from hfpipe.files import require_disk, whole_folder
 from hfpipe.model.adapter import TOLERANCE, ProbeText, difference, divergence, probe, require_equal
-from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, head_of, load_model
-from hfpipe.model.shards import save_changed
+from hfpipe.model.load import (
+    ADAPTER_CONFIG,
+    ModelRef,
+    clear_errors,
+    device,
+    device_with_room,
+    head_of,
+    load_model,
+    put_adapter,
+    weights_dtype,
+)
+from hfpipe.model.quantized import (
+    CPU,
+    LINEAR,
+    Layers,
+    layers_in_few_bits,
+    load_whole,
+    made_whole,
+    work_out_in_passes,
+    write_quantized,
+)
+from hfpipe.model.shards import bytes_of, give_back_memory, save_changed
 from hfpipe.recipe.adapters import is_mergeable_type
 
 FULL, DEQUANTIZED = "in full precision", "made whole from its quantized weights"  # what an adapter is merged into
-ROUNDED = "rounded"  # folder of a base made whole, for the time of the merge
-LINEAR = (torch.nn.Linear, Conv1D)
+QUANTIZED = "quantized"  # folder of the base in few bits, for the time of the merge
 NO_LOSS = 1e-5  # nats per token that come of the order of sums
 
 
@@ -62,8 +80,8 @@ def merge_adapter(
     tried: it rounds the adapter away.
 
     The weights of the base are read in the precision they are stored in, which maps the files into memory without a
-    copy, and PEFT merges one layer at a time into the new files: what a merge holds of its own does not grow with the
-    model.
+    copy. Rounded weights are worked out, and merged by PEFT, one layer at a time: what a merge holds of its own does
+    not grow with the model. See `quantized` for the base that the adapter was trained on.
 
     Args:
         adapter: The adapter's folder.
@@ -74,6 +92,7 @@ def merge_adapter(
 
     Raises:
         BudgetExceeded: The best merge loses more than `max_loss`.
+        MachineError: There is no room for the merged model on the disk.
         RecipeError: PEFT cannot merge this kind of adapter, or not on this model.
         RuntimeError: The merged model is not the adapter's.
     """
@@ -83,26 +102,32 @@ def merge_adapter(
             f"the adapter in {adapter.path} is of type {kind}, which PEFT cannot merge into the weights. It works "
             "beside its base: `hfpipe push RUN` sends it as it is. To have a merged model, train a `lora:`."
         )
-    stored = _as_stored(adapter)
-    full = dataclasses.replace(stored, quantization=None)
-    bases = {} if _is_quantized(stored.base) else {FULL: full.base}
-    costs = {}
+    full = dataclasses.replace(_as_stored(adapter), quantization=None)
+    came_quantized = _is_quantized(full.base)
+    bases: dict[str, Layers] = {} if came_quantized else {FULL: {}}
+    trained, costs = None, {}
     with whole_folder(folder) as beside:
-        if adapter.quantization is not None or not bases:
-            trained = probe(load_model(adapter), tokenizer, texts)
-            bases[DEQUANTIZED] = _write_rounded(stored, beside / ROUNDED)
-        before = {name: probe(load_model(full, base=base), tokenizer, texts) for name, base in bases.items()}
-        if DEQUANTIZED not in bases:
+        size = bytes_of(load_whole(full.base, head_of(adapter), beside))
+        require_disk(beside, size, "merging: the merged model")
+        if adapter.quantization is not None or came_quantized:
+            model, bases[DEQUANTIZED] = _as_trained(adapter, full, beside)
+            trained = probe(model, tokenizer, texts)
+            del model
+        place = device_with_room(size)
+        before = {
+            name: probe(_on_base(full, layers, place, beside), tokenizer, texts) for name, layers in bases.items()
+        }
+        if trained is None:
             trained = before[FULL]
         else:
             costs = {name: divergence(trained, found) for name, found in before.items()}
         chosen = min(costs, key=costs.__getitem__) if costs else FULL
         if costs:
             _require_within(costs[chosen], max_loss, adapter, costs)
-        dtype = _write_merged(load_model(full, base=bases[chosen]), adapter.path, beside)
+        dtype = _write_merged(_on_base(full, {}, CPU, beside), bases[chosen], adapter.path, beside)
         tokenizer.save_pretrained(beside)
-        shutil.rmtree(beside / ROUNDED, ignore_errors=True)
-        after = probe(load_model(dataclasses.replace(full, path=str(beside))), tokenizer, texts)
+        shutil.rmtree(beside / QUANTIZED, ignore_errors=True)
+        after = probe(load_model(dataclasses.replace(full, path=str(beside)), place=place), tokenizer, texts)
         loss = divergence(trained, after)
         _require_within(loss, max(max_loss, NO_LOSS), adapter, {chosen: loss})
         if dtype == torch.float32:
@@ -112,11 +137,40 @@ def merge_adapter(
     return Merged(chosen, costs, loss, found, str(dtype).removeprefix("torch."))
 
 
-def _write_merged(model: PeftModel, path: str, folder: Path) -> torch.dtype:
+def _as_trained(adapter: ModelRef, full: ModelRef, folder: Path) -> tuple[PeftModel, Layers]:
+    """The adapter on the quantized base that it was trained on, and the layers of that in few bits, by name.
+
+    A GPU that trained the adapter has room for it. Elsewhere the base is mapped from files, its own or those of
+    `write_quantized`.
+    """
+    base, head = adapter.base, head_of(adapter)
+    loaded = str(weights_dtype(adapter.options, frozen=True)).removeprefix("torch.")
+    if device().type == "cpu" and (adapter.quantization is not None or full.options.dtype != loaded):
+        base = write_quantized(base, full.base, folder / QUANTIZED, head)
+    model = load_model(base, head=head)
+    layers = layers_in_few_bits(model)
+    return put_adapter(model, adapter), layers
+
+
+def _on_base(adapter: ModelRef, layers: Layers, place: torch.device, folder: Path) -> PeftModel:
+    """The adapter on its base in the precision of its files, with the rounded weights of layers that are given.
+
+    See `load_whole` and `work_out_in_passes`. The models before it are let go.
+    """
+    gc.collect()
+    give_back_memory()
+    model = put_adapter(load_whole(adapter.base, head_of(adapter), folder), adapter)
+    torch.nn.Module.to(model, place)
+    work_out_in_passes(model, layers)
+    return model
+
+
+def _write_merged(model: PeftModel, layers: Layers, path: str, folder: Path) -> torch.dtype:
     """Writes the merged model of an adapter on its base; PEFT merges layer by layer while the files are written.
 
     Args:
         model: The adapter on its base. It is used up.
+        layers: The layers whose rounded weights take the place of the base's.
         path: The adapter's folder, for messages.
         folder: Where to.
 
@@ -127,13 +181,15 @@ def _write_merged(model: PeftModel, path: str, folder: Path) -> torch.dtype:
         RecipeError: PEFT cannot merge this kind of adapter.
     """
     try:
-        layers = _take_off(model)
+        adapted = _take_off(model)
         whole = model.merge_and_unload(safe_merge=True)  # what is left: embeddings, heads, modules to save
-        changed = {
-            f"{name}.{own}": functools.partial(_merge, layer, own)
+        changed: dict[str, Callable[[], torch.Tensor]] = {
+            f"{name}.weight": functools.partial(made_whole, layer, whole.get_parameter(f"{name}.weight"))
             for name, layer in layers.items()
-            for own, _ in layer.get_base_layer().named_parameters()
         }
+        for name, layer in adapted.items():
+            for own, _ in layer.get_base_layer().named_parameters():
+                changed[f"{name}.{own}"] = functools.partial(_merge, layer, own, layers.get(name))
         save_changed(whole, folder, changed)
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise RecipeError(f"peft cannot merge the adapter in {path}: {error}") from error
@@ -164,35 +220,26 @@ def _take_off(model: PeftModel) -> dict[str, BaseTunerLayer]:
     return layers
 
 
-def _merge(layer: BaseTunerLayer, own: str) -> torch.Tensor:
-    """A weight of the layer below an adapter's, merged; the model lets it go."""
+def _merge(layer: BaseTunerLayer, own: str, rounded: Any = None) -> torch.Tensor:
+    """A weight of the layer below an adapter's, merged; the model lets it go.
+
+    Args:
+        layer: The adapter's layer.
+        own: The name of the weight in the layer below.
+        rounded: The layer in few bits that the adapter is merged into, made whole, instead of the layer below.
+    """
+    below = layer.get_base_layer()
     if not layer.merged:
-        layer.merge(safe_merge=True)
-    parameter = layer.get_base_layer().get_parameter(own)
+        if rounded is not None:
+            weight = below.get_parameter("weight")
+            weight.data = made_whole(rounded, weight)
+        try:
+            layer.merge(safe_merge=True)
+        except RuntimeError as error:  # that a layer has no place for what the adapter holds
+            raise ValueError(str(error)) from error
+    parameter = below.get_parameter(own)
     tensor, parameter.data = parameter.data, parameter.new_empty(0)
     return tensor
-
-
-def _write_rounded(adapter: ModelRef, folder: Path) -> ModelRef:
-    """Writes the base of a quantized adapter with its weights as they are rounded, made whole again."""
-    import bitsandbytes
-
-    base, head = dataclasses.replace(adapter.base, quantization=None), head_of(adapter)
-    rounded_base = dataclasses.replace(base, path=str(folder), revision=None)
-    quantized = load_model(adapter.base, head=head)
-    if _is_quantized(base):  # there are no files in full precision to map
-        quantized.dequantize(quantized.dtype).save_pretrained(folder, save_original_format=False)
-        return rounded_base
-    whole = load_model(base, head=head)
-
-    def rounded(name: str) -> torch.Tensor:
-        weight = dequantize_module_weight(quantized.get_submodule(name))
-        return weight.T if isinstance(whole.get_submodule(name), Conv1D) else weight
-
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    names = [name for name, module in quantized.named_modules() if isinstance(module, kinds)]
-    save_changed(whole, folder, {f"{name}.weight": functools.partial(rounded, name) for name in names})
-    return rounded_base
 
 
 def _config_of(base: ModelRef) -> Any:

@@ -41,7 +41,12 @@ def save_changed(model: Any, folder: Path, changed: Mapping[str, Callable[[], to
         file = weights.weight_map[saved]
         begin, _ = weights.files_metadata[file].tensors[saved].data_offsets
         _overwrite(folder / file, saved, begin, changed[name]())
-        _give_back_memory()
+        give_back_memory()
+
+
+def bytes_of(model: Any) -> int:
+    """Bytes of a model's parameters, one that has several names counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -73,7 +78,7 @@ def _overwrite(file: Path, name: str, begin: int, tensor: torch.Tensor) -> None:
         whole.write(data.data)
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Has glibc return what is free to the system: it does not fill the holes that torch's aligned blocks leave."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
