@@ -13,6 +13,7 @@ import pytest
 import tiny
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import WeakFileLock
 from pushing import COMMIT, PLANTED, RECIPE, Pusher, make_run, pushes
 
 from hfpipe.errors import RecipeError
@@ -179,6 +180,16 @@ def test_nothing_is_left_out_and_nothing_of_another_run_replaced(pusher: Pusher,
         assert refused.returncode == 2
         assert len(refused.stdout.splitlines()) == 1
     assert pushes(hub) == 1
+
+
+def test_a_push_does_not_build_the_artefact_anew_under_another(pusher: Pusher, hub: HubServer) -> None:
+    (pusher.folder / "run/push").mkdir()
+    with WeakFileLock(pusher.folder / "run/push/lock"):
+        refused = pusher()
+    assert refused.returncode == 4
+    assert "another push of this run is under way" in refused.stdout
+    assert pushes(hub) == 0
+    assert pusher().returncode == 0
 
 
 def test_a_tag_names_the_pushed_commit_and_is_never_moved(pusher: Pusher, hub: HubServer) -> None:

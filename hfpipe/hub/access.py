@@ -82,8 +82,8 @@ def _check_license(license: str) -> None:
     except ValueError as error:
         names = "https://huggingface.co/docs/hub/repositories-licenses"
         raise MachineError(f"the Hub does not know the licence {license!r}. Take one of {names}.") from error
-    except HfHubHTTPError:
-        pass  # no answer to the question
+    except Exception:  # no answer to the question, which is not asked again
+        return
 
 
 def _why_not_for_all(api: HfApi, asked: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
@@ -93,6 +93,8 @@ def _why_not_for_all(api: HfApi, asked: Mapping[str, Any], me: Mapping[str, Any]
         info = api.model_info(full_name(base, dict(me)) if is_pushed else base)
     except RepositoryNotFoundError:
         return "private" if is_pushed and asked["private"] is not False else None
+    except HfHubHTTPError:  # no answer to the question
+        return None
     return "private" if info.private else "gated" if info.gated else None
 
 

@@ -11,10 +11,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import WeakFileLock
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -56,13 +58,32 @@ def push(run_dir: Path, **given: Any) -> str:
     asked = _asked(run_dir, recipe, given)
     again = _command(run_dir, given)
     url, parent = "", None
-    for one in _with_parent(run_dir, recipe, asked):
-        is_parent = one.stage != pushed_stage(recipe, asked)
-        folder = prepare_artifact(run_dir, one, recipe, parent if one.what == "adapter" else None)
-        done = _upload(folder, one, recipe.name, again)
-        parent = (done["repo_id"], done["commit"]) if is_parent else parent
-        url = str(done["url"])
+    with _alone(run_dir / "push" / "lock"):
+        for one in _with_parent(run_dir, recipe, asked):
+            is_parent = one.stage != pushed_stage(recipe, asked)
+            folder = prepare_artifact(run_dir, one, recipe, parent if one.what == "adapter" else None)
+            done = _upload(folder, one, recipe.name, again)
+            parent = (done["repo_id"], done["commit"]) if is_parent else parent
+            url = str(done["url"])
     return url
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Keeps a second push of the run out: it would build the artefact anew under the first.
+
+    Raises:
+        MachineError: One is under way.
+    """
+    lock.parent.mkdir(exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(lock, timeout=0.1))
+        except TimeoutError as error:
+            raise MachineError(
+                f"another push of this run is under way, which holds {lock}. Wait for its end."
+            ) from error
+        yield
 
 
 def _with_parent(run_dir: Path, recipe: Recipe, asked: Push) -> Iterator[Push]:

@@ -8,9 +8,11 @@ commit whose reply was lost.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -229,6 +231,7 @@ def _is_same(file: Path, remote: RepoFile | None) -> bool:
 
 def main() -> int:
     """Reads a task from standard input and writes one line of JSON to standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the process that started this one says that it was interrupted
     try:
         task = json.load(sys.stdin)
         signal.alarm(math.ceil(task["seconds"] + GRACE))  # where nobody ends this process, it does so itself
@@ -236,7 +239,8 @@ def main() -> int:
         code = 0
     except MachineError as error:
         answer, code = {"error": without_secrets(str(error))}, error.exit_code
-    print(json.dumps(answer), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # the one who asked is gone
+        os.write(sys.stdout.fileno(), f"{json.dumps(answer)}\n".encode())
     return code
 
 
