@@ -82,14 +82,15 @@ def _code(artefact: Artefact, recipe: Recipe) -> str:
     generates = last.task == "causal"  # what vLLM serves
     head = f"from transformers import {auto}, AutoTokenizer"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{artefact.repo_id}"{branch}{trust})'
+    use = ""
     if last.task == "seq2seq":
-        tokenizer = _how_to_translate(last.data[0], tokenizer)
+        tokenizer, use = _how_to_translate(last.data[0], tokenizer)
     if artefact.what != "adapter":
         load = f'model = {auto}.from_pretrained("{artefact.repo_id}"{branch}{trust})'
         at = f" --revision {artefact.revision}" if artefact.revision else ""
         at += " --trust-remote-code" if trust else ""
         served = f"\n\nvLLM: `vllm serve {artefact.repo_id}{at}`" if generates else ""
-        return f"```python\n{head}\n\n{load}\n{tokenizer}\n```{served}"
+        return f"```python\n{head}\n\n{load}\n{tokenizer}{use}\n```{served}"
     commit = f', revision="{artefact.base_revision}"' if artefact.base_revision else ""
     named = ", config=config" if last.task == "classification" else ""
     if named:  # the classes are in the adapter's config.json
@@ -100,7 +101,7 @@ def _code(artefact: Artefact, recipe: Recipe) -> str:
     load += f'base = {auto}.from_pretrained("{artefact.base}"{commit}{named}{trust})\n{tokenizer}\n'
     load += "base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))\n" if grows else ""
     load += f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
-    code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}\n```"
+    code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}{use}\n```"
     if not generates or last.method != "LoRA" or grows:  # vLLM serves LoRA, and no rows of embeddings
         return code
     fields = last.adapter or {}
@@ -114,15 +115,15 @@ def _code(artefact: Artefact, recipe: Recipe) -> str:
     return f"{code}\n\nvLLM: `{vllm}`"
 
 
-def _how_to_translate(source: Source, tokenizer: str) -> str:
-    """The lines that load the tokenizer and say a target."""
+def _how_to_translate(source: Source, tokenizer: str) -> tuple[str, str]:
+    """The line that loads the tokenizer, and what says a target."""
     begin = ""
     if source.src_lang and source.tgt_lang:
         tokenizer = f'{tokenizer[:-1]}, src_lang="{source.src_lang}", tgt_lang="{source.tgt_lang}")'
         begin = ', forced_bos_token_id=tokenizer(text_target="").input_ids[0]'
     text = (source.template or {}).get("source") or "..."
-    return (
-        f'{tokenizer}\n\ninputs = tokenizer({text!r}, return_tensors="pt")\n'
+    return tokenizer, (
+        f'\n\ninputs = tokenizer({text!r}, return_tensors="pt")\n'
         f"output = model.generate(**inputs{begin}, max_new_tokens=200)\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))"
     )

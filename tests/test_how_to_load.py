@@ -1,0 +1,38 @@
+"""The code of a model card: every name in it is there before it is used, for every kind of model."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hfpipe.recipe import load_recipe
+from hfpipe.report.artefact import Artefact, how_to_load
+
+STAGES: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "pretrain": {"objective": "masked", "training": {"max_steps": 1}},
+    "classification": {},
+    "translation": {"data": [{"path": "team/pairs", "src_lang": "eng_Latn", "tgt_lang": "deu_Latn"}]},
+}
+
+
+@pytest.mark.parametrize("what", ["adapter", "merged"])
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_code_of_a_card_uses_what_it_has_loaded(tmp_path: Path, kind: str, what: str) -> None:
+    stage = {"name": "s", "kind": kind, "data": [{"path": "team/data"}], "lora": {"r": 4}} | STAGES[kind]
+    recipe = {"name": "toy", "model": {"id": "me/base", "tokenizer": {"add_tokens": ["<x>"]}}, "stages": [stage]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    text = how_to_load(Artefact("me/toy", what, "s", base="me/base"), load_recipe(tmp_path / "r.yaml"))
+    code = text.split("```python\n")[1].split("```")[0]
+    known = set(dir(builtins))
+    for statement in ast.parse(code).body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        assert {name.id for name in names if isinstance(name.ctx, ast.Load)} <= known, ast.unparse(statement)
+        known |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        known |= {alias.name for alias in getattr(statement, "names", ())}
+    assert "model" in known
