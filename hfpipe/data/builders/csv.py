@@ -42,7 +42,8 @@ class MarkingCsv(Divisible, Csv):
         changed = {
             field.name for field in fields(usual) if getattr(self.config, field.name) != getattr(usual, field.name)
         }
-        return changed <= OF_ANY_PIECE and len(self.config.sep) == 1 and super().divides
+        plain = all(isinstance(sign, str) and len(sign) == 1 for sign in (self.config.sep, self.config.quotechar))
+        return changed <= OF_ANY_PIECE and plain and super().divides
 
     def head_of(self, file: BinaryIO) -> tuple[bytes, int]:
         """The names of the columns and the first row, by which pandas tells how many columns there are."""
