@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,9 @@ def served(stream: TokenStream, tokenizer) -> Counter:
     """The documents of a stream that stops."""
     rows = [row for batch in stream.batches(1) for row in batch]
     found: Counter = Counter()
-    for lane in range(stream.lanes):
-        ids = [token for row in rows[lane :: stream.lanes] for token in row["input_ids"].tolist()]
+    for lane, source in product(range(stream.lanes), range(len(stream.sources))):
+        mine = [row["input_ids"] for row in rows[lane :: stream.lanes] if row["source"] == source]
+        ids = [token for row in mine for token in row.tolist()]
         found += Counter(filter(None, tokenizer.decode(ids).split(tokenizer.eos_token)))
     return found
 

@@ -50,6 +50,15 @@ def test_shares_hold_for_lengths_from_two_words_to_three_thousand(tokenizer) -> 
     assert facts[1]["epochs"] > 1
 
 
+def test_shares_hold_when_there_are_books_longer_than_a_lanes_part_of_the_run(tokenizer) -> None:
+    sources = [table(3000, (1, 3), 1), table(10, (9000, 30000), 3), table(300, (50, 90), 2)]
+    weights = [0.45, 0.1, 0.45]
+    for steps in (10, 50):  # 2,560 tokens, and no book is shorter than 9,000
+        found = served(sources, tokenizer, steps=steps, weights=weights)
+        shares = [source["token_share"] for source in found["sources"].values()]
+        assert shares == pytest.approx(weights, abs=2 / (4 * steps)), "within two rows"
+
+
 def test_shares_hold_in_the_first_window_of_a_source_that_changes_its_script(tokenizer) -> None:
     """Ten times the tokens for a character from the 40th document of each lane on."""
     changing = [
@@ -59,8 +68,7 @@ def test_shares_hold_in_the_first_window_of_a_source_that_changes_its_script(tok
     stream = TokenStream(
         [Dataset.from_list(changing), table(3000, (20, 40), 1)], tokenizer, max_length=64, lanes=4, weights=[0.8, 0.2]
     )
-    list(zip(range(400), stream.batches(4), strict=False))
-    assert all(state["start"]["window"] == 0 for state in stream.state_dict()["states"].values())
+    list(zip(range(100), stream.batches(4), strict=False))
     shares = [source["token_share"] for source in stream.report()["sources"].values()]
     assert shares == pytest.approx([0.8, 0.2], abs=0.01)
 

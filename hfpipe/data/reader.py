@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -70,15 +71,20 @@ class Reader:
         self._block_read = 0  # rows read since
         self._rows: Iterator[Row] | None = None
 
-    def take(self, count: int) -> list[str]:
+    def take(self, count: int, characters: int = sys.maxsize) -> list[str]:
         """The next documents that are not dirty: `count` of them, or fewer at the end of what is read so often.
+
+        Args:
+            count: Documents.
+            characters: Those of all documents, after which no more are taken.
 
         Raises:
             DataError: No share has one.
             MachineError: The network was away for too long.
         """
         texts: list[str] = []
-        while len(texts) < count and not self.ended:
+        left = characters
+        while len(texts) < count and left > 0 and not self.ended:
             if self._rows is None:
                 self._begin()
             assert self._rows is not None
@@ -98,6 +104,7 @@ class Reader:
                 self._count(self.dirty if text is None else self.mended, found, row)
             if text is not None:
                 self._usable += 1
+                left -= len(text)
                 texts.append(text)
         return texts
 

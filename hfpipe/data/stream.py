@@ -24,7 +24,7 @@ from datasets import Dataset, IterableDataset
 from hfpipe.data.ahead import Ahead
 from hfpipe.data.dirt import Finding, finding, judge
 from hfpipe.data.encode import IGNORED
-from hfpipe.data.lane import Lane, Window
+from hfpipe.data.lane import WINDOW_CHARACTERS, Lane, Window
 from hfpipe.data.masking import Frame, tokens_of
 from hfpipe.data.reader import BLOCK, Reader, in_shards
 from hfpipe.data.served import COUNTED, Position, report
@@ -46,8 +46,8 @@ class TokenStream:
         tokenizer: A fast tokenizer; BOS is put before each document where it does so itself, EOS after each.
         max_length: L, tokens of a row.
         weights: Share of the tokens from each source; equal when absent.
-        lanes: Number of lanes; when absent the smallest multiple of the ranks from 8 up, or fewer where a table has
-            fewer rows than that.
+        lanes: Number of lanes; when absent the smallest multiple of the ranks from 8 up, or fewer where the tables have
+            no more rows than that.
         seed: Seed of the shuffles.
         rank: This rank.
         ranks: Number of ranks.
@@ -55,7 +55,7 @@ class TokenStream:
         origins: What the sources were opened from, for messages and the report.
         replayed: Of each source, whether it is another stage's, see `Lane`. Such a source begins anew in any case.
         exhausted: What becomes of a source that is read to its end. "repeat": it begins anew in that lane, and the
-            stream is endless. "stop": after `epochs` of them the others go on without it. The last row of a lane is
+            stream is endless. "stop": after `epochs` of them the others go on without it. Its last row in a lane is
             padded then, rows stand in for a lane that ends before the others, and all ranks serve the same number of
             batches.
         epochs: How often each source is read where it stops.
@@ -122,8 +122,8 @@ class TokenStream:
                 f"{', '.join(map(str, fits))} ranks, or give a new run `lanes:` that is a multiple of the ranks."
             )
         self.lanes = lanes
-        nothing = [[0, 0]] * len(self.sources)
-        self._positions = {lane: Position(served=nothing) for lane in range(self.rank, lanes, self.ranks)}
+        mine = range(self.rank, lanes, self.ranks)
+        self._positions = {lane: Position(served=[[0, 0] for _ in self.sources]) for lane in mine}
         self._served = 0  # rows that all ranks have served
         self._found: list[Finding] | None = None
         self.ended = False  # every document was served
@@ -156,7 +156,9 @@ class TokenStream:
             self.max_length,
             self.window_documents,
             self._eos[0],
-            [self.seed, lane],
+            self.seed,
+            lane,
+            self.lanes,
             self.replayed,
         )
         start = self._positions[lane].start
@@ -178,7 +180,8 @@ class TokenStream:
     def batches(self, rows: int) -> Iterator[list[dict[str, Any]]]:
         """Yields lists of `rows` rows from this rank's position on: `input_ids`, `position_ids`, `labels`, (L,) each.
 
-        With a frame they are `input_ids`, shorter than L only at the end of a lane, and `number`.
+        With a frame they are `input_ids`, shorter than L only at the end of a source in a lane, and `number`. Each has
+        the number of its `source` too, None of one that stands in for an ended lane.
 
         Raises:
             DataError: A source has no usable document, too many dirty rows, or cannot be read.
@@ -217,22 +220,24 @@ class TokenStream:
         shards = self._shards()
         self._clean(shards)
         parts = each(lambda: {share: self._tokens_of(shards, share) for share in self._positions})
-        tokens = {share: count for part in parts for share, count in part.items()}
+        tokens = {share: counts for part in parts for share, counts in part.items()}
         rows = 0
         for lane in range(self.lanes):
-            given = sum(tokens[(lane + epoch) % self.lanes] for epoch in range(self.epochs or 1))
+            read = [tokens[(lane + epoch) % self.lanes] for epoch in range(self.epochs or 1)]
+            given = sum(-(-sum(of_source) // self.max_length) for of_source in zip(*read, strict=True))
             if given:
-                rows = max(rows, (-(-given // self.max_length) - 1) * self.lanes + lane + 1)
+                rows = max(rows, (given - 1) * self.lanes + lane + 1)
         return rows
 
-    def _tokens_of(self, shards: Sequence[Dealt | IterableDataset], share: int) -> int:
-        """Tokens of a share of every source."""
-        count = 0
+    def _tokens_of(self, shards: Sequence[Dealt | IterableDataset], share: int) -> list[int]:
+        """Tokens of a share of each source."""
+        counts = []
         for rows, origin, removed in zip(shards, self.origins, self._removed, strict=True):
             reader = Reader(rows, share, self.lanes, origin, epochs=1, removed=removed)
-            while texts := reader.take(self.window_documents):
-                count += len(self._tokenize(texts)[0])
-        return count
+            counts.append(0)
+            while texts := reader.take(self.window_documents, WINDOW_CHARACTERS):
+                counts[-1] += len(self._tokenize(texts)[0])
+        return counts
 
     def notes(self) -> list[str]:
         """How the sources divide over the lanes, where that is worth a line of the log."""
@@ -267,34 +272,37 @@ class TokenStream:
         """This rank's next row; None from a lane that has ended."""
         lane = self._next_lane()
         position = self._positions[lane]
-        while lane not in windows or position.given == len(windows[lane].tokens):
+        while lane not in windows or position.given == len(windows[lane].origins):
             if lane in windows:
                 position.given = 0
             windows[lane] = take(lane)
             position.start, position.sources = windows[lane].start, windows[lane].sources
             self._found = None
-            if not len(windows[lane].tokens):
+            if not len(windows[lane].origins):
                 break
         number = self._served + (self.rank - self._served) % self.ranks  # of the row in the run
         self._served += self.ranks
         place, window = position.given, windows[lane]
-        if not len(window.tokens):
+        if not len(window.origins):
             position.counts["rows"] += 1
             position.ended = True
             return None
         position.given += 1
-        position.ended = window.last and position.given == len(window.tokens)
-        packed = window.packed
-        row_counts = (1, window.tokens[place], packed.documents[place], packed.cut[place], packed.continued[place])
+        position.ended = window.last and position.given == len(window.origins)
+        rows, source = window.rows, int(window.origins[place])
+        row_counts = (1, rows.tokens[place], rows.documents[place], rows.cut[place], rows.continued[place])
         for name, count in zip(COUNTED, row_counts, strict=True):
             position.counts[name] += int(count)
-        position.served = (np.array(position.served) + window.given[place]).tolist()
+        position.served[source][0] += int(rows.tokens[place])
+        position.served[source][1] += int(rows.documents[place])
         if self.frame is not None:
-            return {"input_ids": self.frame.row(packed.input_ids[place][: window.tokens[place]]), "number": number}
+            ids = self.frame.row(rows.input_ids[place][: rows.tokens[place]])
+            return {"input_ids": ids, "number": number, "source": source}
         return {
-            "input_ids": packed.input_ids[place],
-            "position_ids": packed.position_ids[place],
-            "labels": packed.labels[place],
+            "input_ids": rows.input_ids[place],
+            "position_ids": rows.position_ids[place],
+            "labels": rows.labels[place],
+            "source": source,
         }
 
     def _findings(self) -> list[Finding]:
@@ -308,11 +316,12 @@ class TokenStream:
     def _padding(self) -> dict[str, Any]:
         """A row that nothing is learned from."""
         if self.frame is not None:
-            return {"input_ids": self.frame.row(np.zeros(0)), "number": 0}
+            return {"input_ids": self.frame.row(np.zeros(0)), "number": 0, "source": None}
         return {
             "input_ids": np.full(self.max_length, self._eos[0], dtype=np.int32),
             "position_ids": np.arange(self.max_length, dtype=np.int32),
             "labels": np.full(self.max_length, IGNORED, dtype=np.int32),
+            "source": None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,7 +354,7 @@ class TokenStream:
 
 
 def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> int:
-    """The smallest multiple of the ranks from 8 up; for a table of fewer rows, the largest that gives each lane one."""
+    """The smallest multiple of the ranks from 8 up; for tables of fewer rows, the largest that gives each lane one."""
     lanes = -(-DEFAULT_LANES // ranks) * ranks
-    rows = min((len(source) for source in sources if isinstance(source, Dataset)), default=lanes)
+    rows = max(len(source) if isinstance(source, Dataset) else lanes for source in sources)
     return max(ranks, min(lanes, rows - rows % ranks))
