@@ -102,8 +102,8 @@ def test_the_card_shows_the_dial(tmp_path: Path) -> None:
     assert text == (prepare_again(run) / "README.md").read_text()
 
 
-def prepare_again(run: Path) -> Path:
-    return prepare_artifact(run, Push(repo_id="me/toy"), load_recipe(run / "recipe.yaml"))
+def prepare_again(run: Path, what: str = "adapter") -> Path:
+    return prepare_artifact(run, Push(repo_id="me/toy", what=what), load_recipe(run / "recipe.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,16 @@ def test_a_tag_names_the_pushed_commit_and_is_never_moved(pusher: Pusher, hub: H
     assert pushes(hub) == 2
 
 
-def test_the_card_says_that_the_base_s_own_code_ran(tmp_path: Path) -> None:
+def test_the_base_s_own_code_is_told_of_and_pushed_with_the_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    (run / "stages/chat/merged/modeling_odd.py").write_text("class OddForCausalLM: ...")
     assert "trust_remote_code" not in (prepare_again(run) / "README.md").read_text()
+    assert not list(prepare_again(run, "merged").glob("*.py"))
     file = run / "environment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"trust_remote_code": True}))
     model = {"model": {**RECIPE["model"], "trust_remote_code": True}}
     (run / "recipe.yaml").write_text(json.dumps(RECIPE | model))
+    assert (prepare_again(run, "merged") / "modeling_odd.py").is_file()  # without which it does not load
     card = (prepare_again(run) / "README.md").read_text()
     assert "The code in the base's repository ran" in card
     assert f'from_pretrained("me/base", revision="{"c" * 40}", trust_remote_code=True)' in card

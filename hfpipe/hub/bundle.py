@@ -74,7 +74,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     name = push.what if stage == pushed_stage(recipe, recipe.push or push) else f"{push.what}-{stage}"
     with whole_folder(target := run_dir / "push" / name) as folder:
         for file in sorted(made.rglob("*")):
-            if file.is_file() and file.suffix in PUSHED and file.name not in NOT_PUSHED:
+            if file.is_file() and file.suffix in pushed_suffixes(recipe) and file.name not in NOT_PUSHED:
                 link(file, folder / file.relative_to(made))
         for name, plot in plots.items():
             write_text(folder / name, plot)
@@ -87,6 +87,11 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         card = model_card(artefact, shared, scores, environment, stage_costs(run_dir, recipe))
         write_text(folder / "README.md", without_secrets(card))
     return target
+
+
+def pushed_suffixes(recipe: Recipe) -> set[str]:
+    """What files are pushed; of a model whose code is not in transformers, that code as well: nothing loads without."""
+    return PUSHED | ({".py"} if recipe.model.trust_remote_code else set())
 
 
 def _data_facts(run_dir: Path, recipe: Recipe, stage: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.files import whole_folder, write_json, write_text
-from hfpipe.hub.bundle import ADAPTER_CONFIG, PUSHED, link
+from hfpipe.hub.bundle import ADAPTER_CONFIG, link, pushed_suffixes
 from hfpipe.hub.push import deadline_of
 from hfpipe.model.adapter import CHANGE_THE_BASE
 from hfpipe.model.load import ModelRef
@@ -105,7 +105,7 @@ class PushCheckpoints(TrainerCallback):
         """Puts together what is pushed of a checkpoint; returns its size in bytes."""
         with whole_folder(self.folder) as folder:
             for file in checkpoint.iterdir():
-                if file.is_file() and file.suffix in PUSHED and file.name not in NOT_PUSHED:
+                if file.is_file() and file.suffix in pushed_suffixes(self.recipe) and file.name not in NOT_PUSHED:
                     link(file, folder / file.name)
             adapter = folder / ADAPTER_CONFIG
             if (

@@ -28,6 +28,7 @@ from hfpipe.recipe.push import asked_words, check_push, parent_push, planned_pus
 from hfpipe.recipe.raw import stages
 from hfpipe.report.card import is_on_hub
 from hfpipe.report.markdown import our_command
+from hfpipe.secrets import without_secrets
 
 START, SLOWEST = 300.0, 500_000.0  # seconds and bytes per second: an upload may take START + size / SLOWEST
 CHECKING = 90.0  # seconds that all questions before training may take
@@ -114,7 +115,7 @@ def _upload(folder: Path, push: Push, run: str, again: str) -> dict[str, Any]:
             f"Finish with: {again}"
         ) from error
     state = "has it now" if done["new"] else "had it already, nothing was sent"
-    print(f"{done['url']} {state} (commit {done['commit'][:8]}).", flush=True)
+    print(f"{without_secrets(done['url'])} {state} (commit {done['commit'][:8]}).", flush=True)
     return done
 
 
