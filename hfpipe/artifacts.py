@@ -15,7 +15,7 @@ from hfpipe.errors import RecipeError
 from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.files import write_json
 from hfpipe.folders import model_of
-from hfpipe.model.load import ModelRef, clear_errors, load_model, load_tokenizer, task_of
+from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, load_model, load_tokenizer, task_of
 from hfpipe.model.tokens import require_room
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.markdown import describe, number
@@ -156,6 +156,20 @@ def merge_run(folder: Path, stage: str | None) -> str:
     if not adapters or (stage is not None and stage not in adapters):
         there = f"finished adapters: {', '.join(adapters)}" if adapters else "the run has no finished adapter"
         raise RecipeError(f"{folder}: nothing to merge{f' in stage {stage!r}' if stage else ''}; {there}.")
+    name = stage or adapters[-1]
+    _require_base(folder, ModelRef(str(model_of(folder / "stages" / name)), recipe.model))
     quiet_libraries()
     with_place = recipe.model_copy(update={"output_dir": str(folder)})
-    return merged(open_run(with_place, folder), stage or adapters[-1]).path
+    return merged(open_run(with_place, folder), name).path
+
+
+def _require_base(folder: Path, adapter: ModelRef) -> None:
+    """Refuses to merge an adapter whose base was a folder that is not there now."""
+    base = adapter.base.path
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
+        raise RecipeError(
+            f"the adapter in {adapter.path} was trained on the base {base}, and there is no such folder now. Put it "
+            f"back; or, if it was moved, write its new place into {ADAPTER_CONFIG} of the adapter "
+            f"(base_model_name_or_path) and, if it is the model that the run began with, into "
+            f"{folder / 'recipe.yaml'} (model.id)."
+        )

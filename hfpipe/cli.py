@@ -70,6 +70,8 @@ def _machine_fault(error: Exception) -> MachineError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(f"the disk is full ({error.filename or 'while writing'}). Free some space and run again.")
+    if type(error).__name__ == "SafetensorError" and "No space left on device" in str(error):
+        return MachineError("the disk is full (while weights were written). Free some space and run again.")
     if isinstance(error, PermissionError):
         return MachineError(f"no permission to write or read {error.filename}.")
     return None

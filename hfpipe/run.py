@@ -170,19 +170,20 @@ def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], 
 
 def merged(run: Run, name: str) -> ModelRef:
     """The merged model of an adapter stage, made and verified if it is not there yet."""
-    folder = run.stage_folder(name) / "merged"
-    if not ranks.from_main(folder.exists()):
+    folder, told = run.stage_folder(name) / "merged", run.stage_folder(name) / "merge.json"
+    if not ranks.from_main(folder.exists() and told.exists()):
         if ranks.is_main():
             block = run.recipe.merge if isinstance(run.recipe.merge, Merge) else Merge.model_validate({})
             found = merge_adapter(
                 run.handed_on(name), run.base.tokenizer, folder, probe_texts(run, PROBE_TEXTS * 8), block.max_loss
             )
-            write_json(run.stage_folder(name) / "merge.json", dataclasses.asdict(found))
+            write_json(told, dataclasses.asdict(found))
             ranks.say(f"{name}: merged and verified (largest difference {found.difference:.1e} nats)")
             for base, cost in found.costs.items():
                 chosen = " (chosen)" if base == found.base else ""
                 ranks.say(f"  into the base {base}: {cost:.2g} nats per token lost{chosen}")
         ranks.wait()
+    if ranks.from_main("suites" not in read_json(told)):  # or a run that was killed meanwhile would never say
         _score_merged(run, name, ModelRef(str(folder), run.recipe.model))
     return ModelRef(str(folder), run.recipe.model)
 

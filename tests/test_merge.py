@@ -118,3 +118,27 @@ def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(tmp_path: Path)
     report = (tmp_path / "run/report.md").read_text()
     assert "## What merging cost" in report
     assert "sounds, general bits_per_byte:" in report
+    said = tmp_path / "run/stages/sounds/merge.json"
+    written = (tmp_path / "run/stages/sounds/merged/model.safetensors").stat().st_mtime_ns
+    said.write_text(json.dumps({key: value for key, value in merge.items() if key != "suites"}))  # as if killed there
+    assert main(["merge", str(tmp_path / "run")]) == 0
+    assert json.loads(said.read_text()) == merge
+    assert (tmp_path / "run/stages/sounds/merged/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_base_that_is_gone_is_said_with_where_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, shift=False, energy=False, merge=False, evaluate={})
+    content |= {"model": {"id": str(make_model(tmp_path / "base", llama=True))}, "stages": [content["stages"][1]]}
+    content["stages"][0]["quantization"] = "nf4"
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert main(["merge", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert f"was trained on the base {tmp_path / 'base'}, and there is no such folder now" in message
+    for named in ("run/recipe.yaml", "run/stages/sounds/model/adapter_config.json"):
+        file = tmp_path / named
+        assert file.name in message
+        file.write_text(file.read_text().replace(str(tmp_path / "base"), str(tmp_path / "moved")))
+    assert main(["merge", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/stages/sounds/merged/model.safetensors").is_file()

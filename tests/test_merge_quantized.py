@@ -164,6 +164,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.filterwarnings("ignore:.*")
 def test_a_bias_that_the_base_has_no_place_for_is_said(adapter: ModelRef, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     save_adapter(base, tmp_path / "base", tmp_path / "adapter", task_type="CAUSAL_LM", lora_bias=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from hfpipe.recipe import Recipe
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
 PROBE_SIZE = 2**25  # log-probabilities
+BATCH_SIZE = 2**24  # of them in a pass
 ProbeText = str | tuple[str, str]  # or a source and its target
 
 
@@ -244,29 +245,35 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[ProbeText], max_length: in
     An encoder-decoder model reads the source of a pair and says the target; of a lone text, both are the same. Where
     the vocabulary is large, only some of each text's tokens are looked at, so that a probe takes at most 128 MB.
     """
-    rows = []
-
-    def spread(logits: torch.Tensor) -> torch.Tensor:
-        most = max(1, PROBE_SIZE // (len(texts) * logits.shape[1]))
-        return logits[:: -(-len(logits) // most)].float().log_softmax(-1).cpu()
-
     limit = within_positions(model, max_length)
-    for both in texts:
-        text, said = (both, both) if isinstance(both, str) else both
-        ids = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")["input_ids"].to(model.device)
-        if not ids.numel():
-            continue
-        if is_classifier(model):  # (1, C), compared as they are: of one class the log-probability is always 0
-            rows.append(model(input_ids=ids).logits.float().cpu())
-        elif model.config.is_encoder_decoder:
-            labels = tokenizer(text_target=said, truncation=True, max_length=limit, return_tensors="pt")
-            shifted = decoder_input(model, labels["input_ids"].to(model.device))
-            logits = model(input_ids=ids, decoder_input_ids=shifted, use_cache=False).logits
-            rows.append(spread(logits[0]))
-        else:
-            options = {} if task_of_type(model.config.model_type) == "masked" else {"use_cache": False}
-            rows.append(spread(model(input_ids=ids, **options).logits[0]))
-    return torch.cat(rows)
+    config, classifies = model.config, is_classifier(model)
+    speaks = config.is_encoder_decoder and not classifies
+    pairs = [(text, text) if isinstance(text, str) else text for text in texts]
+    ids = [tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text, _ in pairs]
+    said = [tokenizer(text_target=text, truncation=True, max_length=limit)["input_ids"] for _, text in pairs if speaks]
+    read = {index: (row, said[index] if speaks else row) for index, row in enumerate(ids) if row}
+    cached = {} if classifies or task_of_type(config.model_type) == "masked" else {"use_cache": False}
+    rows: dict[int, torch.Tensor] = {}
+    for batch in _alike(read, config.get_text_config().vocab_size):
+        source, target = (torch.tensor([read[index][side] for index in batch], device=model.device) for side in (0, 1))
+        heard = {"decoder_input_ids": decoder_input(model, target)} if speaks else {}
+        for index, logits in zip(batch, model(input_ids=source, **heard, **cached).logits, strict=True):
+            if classifies:  # (C,), compared as they are: of one class the log-probability is always 0
+                rows[index] = logits[None].float().cpu()
+                continue
+            most = max(1, PROBE_SIZE // (len(texts) * logits.shape[1]))
+            rows[index] = logits[:: -(-len(logits) // most)].float().log_softmax(-1).cpu()
+    return torch.cat([rows[index] for index in sorted(rows)])
+
+
+def _alike(read: dict[int, tuple[list[int], list[int]]], vocabulary: int) -> Iterator[list[int]]:
+    """Batches of texts with as many tokens as one another, which need no padding, with logits of at most 64 MB."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, (source, target) in read.items():
+        by_size.setdefault((len(source), len(target)), []).append(index)
+    for (_, size), indices in by_size.items():
+        most = max(1, BATCH_SIZE // (size * vocabulary))
+        yield from (indices[start : start + most] for start in range(0, len(indices), most))
 
 
 def difference(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -294,7 +294,8 @@ def load_model(
     options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
     if ref.quantization:
         options["quantization_config"] = quantization_config(ref.quantization, task)
-        options["device_map"] = {"": device()}
+    if ref.quantization or place is not None:
+        options["device_map"] = {"": place or device()}
     if ref.options.attn_implementation:
         options["attn_implementation"] = ref.options.attn_implementation
     # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
