@@ -29,7 +29,7 @@ from hfpipe.shift import measure_shift
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.common import divide_batch
-from hfpipe.stages.fit import require_fitting
+from hfpipe.stages.fit import require_fitting, require_rows
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -60,6 +60,7 @@ def run_recipe(recipe: Recipe) -> Path:
         for line in ranks.on_main(lambda: check_access(recipe)):
             ranks.say(f"push: {line}")
         base = run.base
+        ranks.on_main(lambda: require_rows(recipe, base.tokenizer))
         ranks.on_main(lambda: require_fitting(recipe, base.tokenizer, run.rows, shapes_of(base.ref), task_of(base.ref)))
         require_no_overlap(recipe, run.rows, folder)
     scores = score_stage(run, BASE)

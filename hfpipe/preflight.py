@@ -16,7 +16,7 @@ from hfpipe.data.cleaning import cleaning_of, require_cleaning
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.mixture import mixture
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources import kinds_of, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
@@ -31,7 +31,7 @@ from hfpipe.pipeline import output_folder, quiet_libraries
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.common import divide_batch
-from hfpipe.stages.fit import encode_rows, kinds_of, long_rows, require_fitting
+from hfpipe.stages.fit import encode_rows, first_rows, long_rows, require_fitting
 
 SAMPLE_ROWS = 200
 GIB = 1 << 30
@@ -115,7 +115,8 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
     rows_known = 0
     for source in stage.data:
         rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
-        facts = sample_facts(rows, stage, tokenizer, max_length, source)
+        sample = first_rows(rows, recipe, stage, source, tokenizer, SAMPLE_ROWS)
+        facts = sample_facts(sample, stage, tokenizer, max_length, source)
         count = rows.num_rows if isinstance(rows, Dataset) else None
         known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
         rows_known += count or 0
@@ -126,7 +127,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
         if facts["untrained"]:
             print(f"           {facts['untrained']:.0%} of the sampled rows have no token to train on")
         if stage.kind == "sft":
-            for line in _marks(rows, stage, tokenizer, max_length, source):
+            for line in _marks(sample, stage, tokenizer, max_length, source):
                 print(f"           {line}")
     replayed = [part for part in mixture(recipe, stage) if part.replayed]
     for part in replayed:
@@ -162,13 +163,14 @@ def _memory_bytes(stage: Stage, parameters: int, embedding: int) -> float:
     return weights + 16 * 0.01 * parameters  # an adapter is about 1 % of its base
 
 
-def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Source) -> dict[str, float]:
+def sample_facts(
+    sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source
+) -> dict[str, float]:
     """Tokens a row and the share of rows without a trained token, over the first rows of a source.
 
     Raises:
-        DataError: The source is empty.
+        DataError: All of them are dirty.
     """
-    sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
     if not sample:
         raise DataError(f"stages.{stage.name}: {source.title} has no row with content among its first {SAMPLE_ROWS}.")
     encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
@@ -176,9 +178,8 @@ def sample_facts(rows: Any, stage: Stage, tokenizer: Any, max_length: int, sourc
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
 
 
-def _marks(rows: Any, stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
+def _marks(sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
     """What is wrong with the beginnings and ends of the first rows of a source, in plain words."""
-    sample = list(tidy_rows(rows.take(SAMPLE_ROWS), source, Read()))
     encoded = encode_rows(sample, stage, tokenizer, None, 0, source)
     ids = [row["input_ids"] for row in encoded]
     trained = [[token for token in row["labels"][-3:] if token != IGNORED] for row in encoded]  # a line feed may follow

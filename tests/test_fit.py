@@ -202,3 +202,29 @@ def test_a_base_that_is_a_classifier_is_asked_its_own_classes(tmp_path: Path) ->
     train_tokenizer(names.values(), 300, 128, "masked").save_pretrained(tmp_path / "base")
     content["model"] = {"id": str(tmp_path / "base")}
     assert main(["check", str(tiny.write(tmp_path, content))]) == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("words", [{"where": "id == 'nobody'"}, {"skip": 1000}])
+def test_a_second_stage_without_a_row_is_refused_before_the_first_is_trained(
+    tmp_path: Path, words: dict, streaming: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    first = content["stages"][0]
+    content["stages"] = [first, {**first, "name": "empty", "data": [{**first["data"][0], **words}]}]
+    content["stages"][1]["data"][0]["streaming"] = streaming
+    code, message = refused(tmp_path, content, capsys)
+    assert code == 5
+    for told in ("stages.empty", "`where`, `skip` and `take`"):
+        assert told in message
+
+
+def test_what_a_pretrain_stage_lacks_is_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    content["stages"] = content["stages"][:1]
+    content["stages"][0]["data"][0]["data_files"] = str(tmp_path / "sounds.jsonl")
+    code, message = refused(tmp_path, content, capsys)
+    assert code == 5
+    assert "has the columns id, animal, sound, note: no `text`." in message

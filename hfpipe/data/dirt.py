@@ -33,6 +33,7 @@ ROW_CHARACTERS = 1_000_000  # of a text of a row that is cut to max_length token
 LISTED = 20  # ids of rows that the report names
 JUDGED_ROWS = 1_000  # of a source, before its share of dirty rows means anything
 
+LOOK = "Look at its files, its `where`, `skip` and `take`, and at what cleaning removes."
 CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\f\r"})
 SURROGATES = re.compile(f"[\ud800-\udfff{LONE}]")
 COMPLETION_TURNS = "completion_turns"  # of `messages`, where the data has a prompt and a completion; see turns.py
@@ -198,10 +199,7 @@ def judge(source: Source, findings: Sequence[Finding], max_dirty_share: float) -
     if whole or rows >= JUDGED_ROWS:
         refuse_dirt(source, merged([found.dirty for found in findings]), rows, max_dirty_share)
     if whole and not any(found.tokens for found in findings):
-        raise DataError(
-            f"source {source.path!r} has no document with text in it; look at its files, its `where`, `skip` and "
-            "`take`, and at what cleaning removes."
-        )
+        raise DataError(f"source {source.path!r} has no document with text in it. {LOOK}")
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import IterableDataset
 
-from hfpipe.data.dirt import Tally, tidy
+from hfpipe.data.dirt import LOOK, Tally, tidy
 from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
 from hfpipe.data.outage import Outage
 from hfpipe.data.sketch import REASONS
@@ -133,7 +133,8 @@ class Reader:
             found = f"{self.rows} rows read, {self.dirty}" if self.rows else "no rows"
             found += f", removed: {self.removed}" if self.removed else ""
             raise DataError(
-                f"source {self.source.path!r} has no document with text in it ({found}).{self.dirty.encoding_advice}"
+                f"source {self.source.path!r} has no document with text in it ({found}). {LOOK}"
+                f"{self.dirty.encoding_advice}"
             )
         self._read, self._usable, self._rows = 0, 0, None
         self._block_state, self._block_read = None, 0

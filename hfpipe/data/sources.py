@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, Value, load_from_disk
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
@@ -24,7 +24,7 @@ from hfpipe.data.templates import Form, build, fields_of, form_of, texts_of
 from hfpipe.data.turns import as_conversation, is_conversation, turn_of
 from hfpipe.data.where import Where
 from hfpipe.errors import DataError, RecipeError
-from hfpipe.recipe import Fold, Source
+from hfpipe.recipe import Fold, Source, Stage
 from hfpipe.recipe.faults import did_you_mean, listed
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -68,7 +68,7 @@ MAY_HAVE: dict[Kind, tuple[str, ...]] = {  # roles beside these
 NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata", *BESIDE_MESSAGES)
 TEXT_KINDS: tuple[Kind, ...] = ("messages", "prompt_completion", "text")  # what a language model is trained on
 
-__all__ = ["fingerprint", "friendly", "load_rows", "roles_of"]
+__all__ = ["fingerprint", "friendly", "kinds_of", "load_rows", "roles_of"]
 
 
 def load_rows(
@@ -106,6 +106,12 @@ def load_rows(
         if source.fold is not None:
             rows = _in_fold(rows, source.fold)
         return _with_roles(rows, features, source, kinds)
+
+
+def kinds_of(stage: Stage) -> tuple[Kind, ...]:
+    """The kinds of rows that a stage is trained on."""
+    kinds: dict[str, tuple[Kind, ...]] = {"pretrain": ("text",), "sft": TEXT_KINDS}
+    return kinds.get(stage.kind) or (cast(Kind, stage.kind),)
 
 
 def roles_of(rows: Rows) -> Kind:
@@ -222,13 +228,14 @@ def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[K
     kinds = [kind for kind in asked or ROLES if kind in allowed and available >= set(ROLES[kind])]
     kinds.sort(key=lambda kind: not named <= whole[kind])
     if not kinds:
-        wanted = " nor ".join(" with ".join(f"`{role}`" for role in ROLES[kind]) for kind in allowed[:4])
+        wanted = [" with ".join(f"`{role}`" for role in ROLES[kind]) for kind in allowed[:4]]
+        lacking = f"neither {' nor '.join(wanted)}" if len(wanted) > 1 else f"no {wanted[0]}"
         first = ROLES[allowed[:4][-1]]
         inner = [name for name in features.flatten() if name not in features]
         places = (inner[0], inner[-1]) if inner else ("SOME_COLUMN", "OTHER_COLUMN")
         example = ", ".join(f"{role}: {place}" for role, place in zip(first, places, strict=False))
         raise DataError(
-            f"source {source.path!r} has the columns {listed(columns)}: neither {wanted}. Say what they mean: "
+            f"source {source.path!r} has the columns {listed(columns)}: {lacking}. Say what they mean: "
             f"`columns: {{{example}}}` renames, "
             '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
         )

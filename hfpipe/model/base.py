@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hfpipe import ranks
 from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources import kinds_of, load_rows
 from hfpipe.errors import DataError, RecipeError
 from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
@@ -117,8 +117,9 @@ def _create(recipe: Recipe, folder: Path) -> None:
 
 def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator[str]:
     """The first documents of each source of the first stage."""
-    for source in recipe.stages[0].data:
-        rows = load_rows(source, seed=recipe.seed)
+    stage = recipe.stages[0]
+    for source in stage.data:
+        rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
         for row in islice(tidy_rows(rows, source, Read()), training.take):
             text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
             text = text or "\n".join(str(turn.get("content") or "") for turn in row.get("messages") or ())

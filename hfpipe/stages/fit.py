@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from hfpipe.answers import asked_of, tells_apart
-from hfpipe.data.dirt import Read, tidy_rows
+from hfpipe.data.dirt import LOOK, Read, tidy_rows
 from hfpipe.data.encode import IGNORED, encode_for_training
 from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
-from hfpipe.data.sources import TEXT_KINDS, Kind, load_rows
-from hfpipe.errors import RecipeError
+from hfpipe.data.sources import kinds_of, load_rows
+from hfpipe.errors import DataError, RecipeError
 from hfpipe.evaluation import suite_metrics
 from hfpipe.metrics.rows import RowMetric
 from hfpipe.model.scoring import context_of
@@ -62,9 +62,6 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
             heads[stage.name] = head = head_of(stage, found, earlier)
             if found.whole or stage.labels or found.declared:
                 require_fitting_suites(recipe, stage, head, suites)
-            continue
-        for source in stage.data:
-            _require_rows(recipe, stage, source, tokenizer)
     for name, rows in suites.items():
         _require_answerable(recipe, name, rows, task, heads)
         _require_metrics(recipe.evaluate[name], name, rows, heads)
@@ -72,12 +69,39 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
             set_languages(tokenizer, recipe.evaluate[name].data)
 
 
-def _require_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) -> None:
-    """Makes tokens of the first rows of a source, which says what is wrong with its columns or with the template."""
-    rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage)).take(FIRST_ROWS)
-    first = list(tidy_rows(rows, source, Read()))
-    if first and stage.kind != "pretrain":  # a text of any length, of which nothing is asked
+def require_rows(recipe: Recipe, tokenizer: Any) -> None:
+    """Refuses data whose first rows no stage could be trained on; see `first_rows`. `check` looks at more of them."""
+    for stage in recipe.stages:
+        if stage.kind == "classification":  # whose labels are looked at, of far more rows
+            continue
+        for source in stage.data:
+            rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
+            first_rows(rows, recipe, stage, source, tokenizer, FIRST_ROWS)
+
+
+def first_rows(rows: Any, recipe: Recipe, stage: Stage, source: Source, tokenizer: Any, count: int) -> Rows:
+    """The first rows of a source without the dirty ones.
+
+    Tokens are made of them, which says what is wrong with its columns or with the template.
+
+    Args:
+        rows: What `load_rows` gave.
+        recipe: The recipe.
+        stage: The stage.
+        source: What the rows were opened from.
+        tokenizer: The run's tokenizer.
+        count: Rows to look at.
+
+    Raises:
+        DataError: There is no row, or no tokens can be made of one.
+    """
+    read = Read()
+    first = list(tidy_rows(rows.take(count), source, read))
+    if not read.rows:
+        raise DataError(f"stages.{stage.name}: {source.title} has no row. {LOOK}")
+    if first and stage.kind not in ("pretrain", "classification"):  # texts of any length, of which nothing is asked
         encode_rows(first, stage, tokenizer, stage.training.get("max_length") or 1024, recipe.seed, source)
+    return first
 
 
 def _require_answerable(recipe: Recipe, name: str, rows: Rows, task: str, heads: Mapping[str, Head]) -> None:
@@ -176,12 +200,6 @@ def long_rows(stage: Stage, model: Any) -> str | None:
         f"stages.{stage.name}.training.max_length is {asked:,}, and the model was made for {context:,} tokens "
         "(max_position_embeddings): longer rows are trained on, and may be learned badly"
     )
-
-
-def kinds_of(stage: Stage) -> tuple[Kind, ...]:
-    """The kinds of rows that a stage is trained on."""
-    kinds: dict[str, tuple[Kind, ...]] = {"pretrain": ("text",), "sft": TEXT_KINDS}
-    return kinds.get(stage.kind) or (cast(Kind, stage.kind),)
 
 
 def encode_rows(
