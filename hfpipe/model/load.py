@@ -249,16 +249,26 @@ def task_of_type(model_type: str) -> str:
     return "masked" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
+def config_of(ref: ModelRef) -> Any:
+    """transformers' config of a model that is not an adapter."""
+    with clear_errors("model", ref.path):
+        return AutoConfig.from_pretrained(
+            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
+        )
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether the files of a model are in few bits already."""
+    return getattr(config, "quantization_config", None) is not None
+
+
 def task_of(ref: ModelRef) -> str:
     """What the model of a `ModelRef` was made for: a key of `AUTO_CLASSES`."""
     if ref.is_adapter:
         adapter = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
         task = ADAPTER_TASKS.get(adapter.get("task_type"))
         return task or task_of(ref.base)
-    with clear_errors("model", ref.path):
-        config = AutoConfig.from_pretrained(
-            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
-        )
+    config = config_of(ref)
     names = config.architectures or []
     if any(name.endswith(SUFFIX) for name in names):
         return "classification"
@@ -296,6 +306,9 @@ def load_model(
         options["quantization_config"] = quantization_config(ref.quantization, task)
     if ref.quantization or place is not None:
         options["device_map"] = {"": place or device()}
+    dtype: Any = weights_dtype(ref.options, frozen=frozen)
+    if ref.options.dtype == "auto" and is_quantized(config_of(ref)):
+        dtype = "auto"  # transformers leaves their weights in the precision of the files; and so the biases
     if ref.options.attn_implementation:
         options["attn_implementation"] = ref.options.attn_implementation
     # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
@@ -306,7 +319,7 @@ def load_model(
         model, info = AUTO_CLASSES[task].from_pretrained(
             ref.path,
             revision=ref.revision or "main",
-            dtype=weights_dtype(ref.options, frozen=frozen),
+            dtype=dtype,
             trust_remote_code=ref.options.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,

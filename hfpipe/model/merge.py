@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from transformers import AutoConfig
 
 from hfpipe.errors import BudgetExceeded, RecipeError
 from hfpipe.files import require_disk, whole_folder
@@ -24,13 +23,13 @@ from hfpipe.model.adapter import TOLERANCE, ProbeText, difference, divergence, p
 from hfpipe.model.load import (
     ADAPTER_CONFIG,
     ModelRef,
-    clear_errors,
+    config_of,
     device,
     device_with_room,
     head_of,
+    is_quantized,
     load_model,
     put_adapter,
-    weights_dtype,
 )
 from hfpipe.model.quantized import (
     CPU,
@@ -103,7 +102,7 @@ def merge_adapter(
             "beside its base: `hfpipe push RUN` sends it as it is. To have a merged model, train a `lora:`."
         )
     full = dataclasses.replace(_as_stored(adapter), quantization=None)
-    came_quantized = _is_quantized(full.base)
+    came_quantized = is_quantized(config_of(full.base))
     bases: dict[str, Layers] = {} if came_quantized else {FULL: {}}
     trained, costs = None, {}
     with whole_folder(folder) as beside:
@@ -144,8 +143,7 @@ def _as_trained(adapter: ModelRef, full: ModelRef, folder: Path) -> tuple[PeftMo
     `write_quantized`.
     """
     base, head = adapter.base, head_of(adapter)
-    loaded = str(weights_dtype(adapter.options, frozen=True)).removeprefix("torch.")
-    if device().type == "cpu" and (adapter.quantization is not None or full.options.dtype != loaded):
+    if adapter.quantization is not None and device().type == "cpu":
         base = write_quantized(base, full.base, folder / QUANTIZED, head)
     model = load_model(base, head=head)
     layers = layers_in_few_bits(model)
@@ -242,24 +240,12 @@ def _merge(layer: BaseTunerLayer, own: str, rounded: Any = None) -> torch.Tensor
     return tensor
 
 
-def _config_of(base: ModelRef) -> Any:
-    with clear_errors("model", base.path):
-        return AutoConfig.from_pretrained(
-            base.path, revision=base.revision or "main", trust_remote_code=base.options.trust_remote_code
-        )
-
-
-def _is_quantized(base: ModelRef) -> bool:
-    """Whether the files of a base are in few bits already."""
-    return getattr(_config_of(base), "quantization_config", None) is not None
-
-
 def _as_stored(adapter: ModelRef) -> ModelRef:
     """The adapter with its base in the precision of its files, unless the recipe names another."""
     base = adapter.base
     if base.options.dtype != "auto":
         return adapter
-    config = _config_of(base)
+    config = config_of(base)
     dtype = config.dtype if config.dtype in TOLERANCE else torch.float32
     named = base.options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     return dataclasses.replace(adapter, options=named)

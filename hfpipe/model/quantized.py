@@ -67,25 +67,20 @@ def write_quantized(base: ModelRef, stored: ModelRef, folder: Path, head: dict[s
     Raises:
         MachineError: There is no room on the disk for these files and the merged model beside them.
     """
+    assert base.quantization is not None
     as_it_came = replace(stored, vocabulary=None)  # it grows when the files are loaded
     whole, fresh = load_model(as_it_came, head=head, with_new_modules=True, place=CPU)
-    dtype = weights_dtype(base.options, frozen=True)
-    tensors = _held(whole, fresh)
-    quantizer, packed = None, {f"{name}.weight" for name in layers_in_few_bits(whole)}
-    if base.quantization is not None:
-        task = "classification" if head is not None else task_of(stored)
-        config = quantization_config(base.quantization, task)
-        quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-        with torch.device("meta"):  # which layers are quantized is for transformers to say, as it does when it loads
-            shapes = type(whole)(copy.deepcopy(whole.config))
-            quantizer.preprocess_model(shapes, device_map=None)
-        packed = {f"{name}.weight" for name in layers_in_few_bits(shapes)}
-        whole.config.quantization_config = config
+    config = quantization_config(base.quantization, "classification" if head is not None else task_of(stored))
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    with torch.device("meta"):  # which layers are quantized is for transformers to say, as it does when it loads
+        shapes = type(whole)(copy.deepcopy(whole.config))
+        quantizer.preprocess_model(shapes, device_map=None)
+    packed = {f"{name}.weight" for name in layers_in_few_bits(shapes)}
+    dtype, tensors = weights_dtype(base.options, frozen=True), _held(whole, fresh)
 
     def written(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        if quantizer is not None and name in packed:
-            return _quantized(quantizer, shapes, name, tensor.to(dtype))
-        return {name: tensor.to(dtype) if tensor.is_floating_point() and name not in packed else tensor}
+        cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return _quantized(quantizer, shapes, name, cast) if name in packed else {name: cast}
 
     most = sum(tensor.numel() * (1 if name in packed else dtype.itemsize) for name, tensor in tensors.items())
     require_disk(folder.parent, most + bytes_of(whole), "merging: the quantized base and the merged model")
@@ -98,6 +93,7 @@ def write_quantized(base: ModelRef, stored: ModelRef, folder: Path, head: dict[s
             weight_map.update(dict.fromkeys(saved.keys(), file))
         give_back_memory()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    whole.config.quantization_config = config
     whole.config.save_pretrained(folder)
     if whole._auto_class is not None:  # code of its repository
         custom_object_save(whole, folder, config=whole.config)
@@ -139,8 +135,8 @@ def load_whole(stored: ModelRef, head: dict[str, Any] | None, folder: Path) -> A
     """Loads a base in the precision of its files, which are mapped into memory, without layers in few bits.
 
     Args:
-        stored: The base. If its files are quantized, their layers stand for weights that `made_whole` works out, and
-            are zero: mapped from files that hold nothing.
+        stored: The base, with its precision in `options`. If its files are quantized, the weights of those layers are
+            zero, mapped from files that hold nothing: `made_whole` works out what they stand for.
         head: See `load_model`.
         folder: A folder on the disk of the run, for those.
 
@@ -153,16 +149,18 @@ def load_whole(stored: ModelRef, head: dict[str, Any] | None, folder: Path) -> A
         return model
     # How it was loaded is undone when it is saved, which the quantizer's part cannot be.
     model._weight_conversions = [each for each in model._weight_conversions or () if not _is_quantizers(each)]
-    layers = layers_in_few_bits(model)
+    layers, dtype = layers_in_few_bits(model), getattr(torch, stored.options.dtype)
     if not layers:  # of another kind than bitsandbytes'
-        return model.dequantize(model.dtype)
+        return model.dequantize(dtype)
     for name, layer in layers.items():
         sides = (layer.out_features, layer.in_features)
         with torch.device("meta"):
             whole = Conv1D(*sides) if layer.source_cls is Conv1D else torch.nn.Linear(*sides[::-1])
-        zeros = _nothing(folder, whole.weight.shape, model.dtype)
+        zeros = _nothing(folder, whole.weight.shape, dtype)
         whole.weight, whole.bias = torch.nn.Parameter(zeros, requires_grad=False), layer.bias
         model.set_submodule(name, whole)
+    for parameter in model.parameters():  # transformers has left some in the precision of the files
+        parameter.data = parameter.data.to(dtype)
     quantizer.remove_quantization_config(model)
     return model
 
