@@ -19,7 +19,7 @@ STEPS, KILLS = 60, 3
 
 
 def recipe(folder: Path) -> Path:
-    """One pretrain stage on three Parquet files of several row groups, a step logged at a time."""
+    """One pretrain stage on three Parquet files of several row groups and a table, a step logged at a time."""
     disable_progress_bars()
     folder.mkdir()
     tiny.write_data(folder)
@@ -28,9 +28,10 @@ def recipe(folder: Path) -> Path:
         Dataset.from_list(rows[number::3]).to_parquet(folder / f"{number}.parquet", batch_size=17)
     content = tiny.recipe(folder, evaluate={}, merge=False)
     content["stages"] = content["stages"][:1]
-    source = {"path": "parquet", "data_files": str(folder / "*.parquet"), "streaming": True}
+    source = {"path": "parquet", "data_files": str(folder / "*.parquet"), "streaming": True, "weight": 0.7}
+    table = {"path": "json", "data_files": str(folder / "held.jsonl"), "weight": 0.3}
     training = {"max_steps": STEPS, "learning_rate": "2e-3", "max_length": 64, "save_steps": 4, "logging_steps": 1}
-    content["stages"][0] |= {"data": [source], "training": training}
+    content["stages"][0] |= {"data": [source, table], "training": training}
     return tiny.write(folder, content)
 
 
@@ -91,6 +92,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights_and_losses(wh
     assert [step for step, _ in losses(whole)] == list(range(1, STEPS + 1))
     assert data(folder) == data(whole)
     assert data(whole)["tokens"] == STEPS * 4 * 64
+    shares = [source["token_share"] for source in data(whole)["sources"].values()]
+    assert shares == pytest.approx([0.7, 0.3], abs=0.01)
     one, other = weights(whole), weights(folder)
     assert one.keys() == other.keys()
     for name in one:

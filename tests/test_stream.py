@@ -433,6 +433,20 @@ def test_threads_that_fill_the_cores_have_the_tokenizer_use_no_others(
     assert os.environ.get("TOKENIZERS_PARALLELISM") == named
 
 
+def test_a_window_of_books_is_bounded_by_their_characters(tokenizer) -> None:
+    read = []
+
+    def books() -> Iterator[dict]:
+        for _ in range(200):
+            read.append(1)
+            yield {"text": "one two three " * 15_000}  # 210,000 characters
+
+    source = stream([IterableDataset.from_generator(books)], tokenizer, lanes=1, window_documents=500, prefetch=False)
+    next(source.batches(1))
+    assert len(read) == 100, "a block of rows, and no second"
+    assert source.state_dict()["states"]["0"]["sources"][0]["rows"] == 10
+
+
 def test_an_iterator_that_is_left_open_does_not_disturb_the_exit() -> None:
     script = (
         "import time\nfrom hfpipe.data.ahead import Ahead\n"
