@@ -36,3 +36,17 @@ def test_the_code_of_a_card_uses_what_it_has_loaded(tmp_path: Path, kind: str, w
         known |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
         known |= {alias.name for alias in getattr(statement, "names", ())}
     assert "model" in known
+
+
+@pytest.mark.parametrize(
+    ("lora", "served"),
+    [({"r": 4, "bias": "none"}, True), ({"use_dora": True}, False), ({"modules_to_save": ["lm_head"]}, False)],
+)
+def test_vllm_is_named_for_the_adapters_that_it_takes(tmp_path: Path, lora: dict[str, Any], served: bool) -> None:
+    stage = {"name": "s", "kind": "sft", "data": [{"path": "team/data"}], "lora": lora}
+    (tmp_path / "r.yaml").write_text(json.dumps({"name": "toy", "model": {"id": "me/base"}, "stages": [stage]}))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    text = how_to_load(Artefact("me/toy", "adapter", "s", base="me/base"), recipe)
+    assert ("vllm serve me/base" in text, "vLLM serves no adapter of this kind" in text) == (served, not served)
+    branch = how_to_load(Artefact("me/toy", "adapter", "s", base="me/base", revision="dev"), recipe)
+    assert "vllm serve" not in branch  # it takes adapters of main

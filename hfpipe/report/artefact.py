@@ -15,6 +15,8 @@ TASKS = {
     "classification": ("text-classification", "AutoModelForSequenceClassification"),
     "seq2seq": ("translation", "AutoModelForSeq2SeqLM"),
 }
+# Fields of LoraConfig with which vLLM refuses an adapter, and the values that it takes: its lora/peft_helper.py.
+TAKEN_BY_VLLM = {"use_dora": (None, False), "modules_to_save": (None, []), "bias": (None, "none")}
 LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
 
 
@@ -102,9 +104,14 @@ def _code(artefact: Artefact, recipe: Recipe) -> str:
     load += "base.resize_token_embeddings(max(len(tokenizer), base.config.vocab_size))\n" if grows else ""
     load += f'model = PeftModel.from_pretrained(base, "{artefact.repo_id}"{branch})'
     code = f"```python\n{head}\nfrom peft import PeftModel\n\n{load}{use}\n```"
-    if not generates or last.method != "LoRA" or grows:  # vLLM serves LoRA, and no rows of embeddings
-        return code
     fields = last.adapter or {}
+    if not generates:
+        return code
+    taken = all(fields.get(key) in values for key, values in TAKEN_BY_VLLM.items())
+    if last.method != "LoRA" or grows or not taken:
+        return f"{code}\n\nvLLM serves no adapter of this kind; it serves the model that the adapter is merged into."
+    if artefact.revision:  # vLLM takes adapters of main
+        return code
     converted = str(fields.get("init_lora_weights", "")).startswith(("pissa", "olora"))
     rank = fields.get("r", 8) * (2 if converted else 1)
     at = f" --revision {artefact.base_revision}" if artefact.base_revision else ""
