@@ -32,6 +32,19 @@ def test_a_4_bit_adapter_trains_scores_and_merges_on_the_gpu(tmp_path: Path) -> 
     assert json.loads((run / "environment.json").read_text())["hardware"]["gpus"]
 
 
+def test_what_the_gpu_has_no_room_for_is_merged_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path)
+    content["stages"][1]["quantization"] = "nf4"
+    for module in ("hfpipe.model.load", "hfpipe.run"):
+        monkeypatch.setattr(f"{module}.has_room", lambda size, free: False)
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    merge = json.loads((tmp_path / "run/stages/sounds/merge.json").read_text())
+    assert merge["base"] == min(merge["costs"], key=merge["costs"].get)
+    assert merge["suites"] == [], "the merged model is scored on no suite"
+
+
 def test_a_killed_run_goes_on_to_the_scores_of_an_uninterrupted_one(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     assert main(["run", str(tiny.write(tmp_path, tiny.recipe(tmp_path)))]) == 0

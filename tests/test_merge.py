@@ -101,7 +101,9 @@ def test_an_adapter_of_a_base_that_came_in_4_bits_is_merged_into_it_made_whole(t
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(tmp_path: Path) -> None:
+def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, shift=False, energy=False)
     content["stages"] = [content["stages"][1]]
@@ -124,6 +126,11 @@ def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(tmp_path: Path)
     assert main(["merge", str(tmp_path / "run")]) == 0
     assert json.loads(said.read_text()) == merge
     assert (tmp_path / "run/stages/sounds/merged/model.safetensors").stat().st_mtime_ns == written
+    said.write_text(json.dumps({key: value for key, value in merge.items() if key != "suites"}))
+    monkeypatch.setattr("hfpipe.run.free_memory", lambda place: 2**20)
+    assert main(["merge", str(tmp_path / "run")]) == 0
+    assert "not scored: the merged model takes 0.0 GiB, which are not free" in capsys.readouterr().out
+    assert json.loads(said.read_text()) == merge | {"suites": []}
 
 
 def test_a_base_that_is_gone_is_said_with_where_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
