@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from merging import TEXTS, most_memory, save_adapter
-from peft import PeftModel
+from peft import IA3Config, PeftModel, get_peft_model
 from plain import make_encoder, make_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -141,6 +141,20 @@ def adapter(tmp_path: Path) -> ModelRef:
     base = llama(tmp_path / "base", hidden_size=64, intermediate_size=64, num_hidden_layers=2)
     save_adapter(base, tmp_path / "base", tmp_path / "adapter", task_type="CAUSAL_LM", use_dora=True)
     return ModelRef(str(tmp_path / "adapter"), Model(id="base"), quantization=block(type="nf4"))
+
+
+def test_another_method_than_lora_is_merged_into_quantized_files(adapter: ModelRef, tmp_path: Path) -> None:
+    few = {"quantization_config": quantization_config(block(type="nf4"), "causal"), "dtype": torch.float32}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base", **few).save_pretrained(tmp_path / "few")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    words = {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
+    scaled = get_peft_model(base, IA3Config(init_ia3_weights=False, **words))
+    scaled.peft_config["default"].base_model_name_or_path = str(tmp_path / "few")
+    scaled.save_pretrained(tmp_path / "ia3")
+    ref = ModelRef(str(tmp_path / "ia3"), Model(id="base"))
+    found = merge_adapter(ref, train_tokenizer(TEXTS, 300, 128), tmp_path / "merged", TEXTS, 0.1)
+    assert found.base == "made whole from its quantized weights"
+    assert found.loss < 0.01
 
 
 def test_a_merge_that_was_killed_is_made_anew(adapter: ModelRef, tmp_path: Path) -> None:

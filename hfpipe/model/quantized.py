@@ -162,6 +162,7 @@ def load_whole(stored: ModelRef, head: dict[str, Any] | None, folder: Path) -> A
     for parameter in model.parameters():  # transformers has left some in the precision of the files
         parameter.data = parameter.data.to(dtype)
     quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # PEFT asks, and would not merge IA3
     return model
 
 
