@@ -46,7 +46,7 @@ def test_shares_hold_for_lengths_from_two_words_to_three_thousand(tokenizer) -> 
     assert [source["token_share"] for source in facts] == pytest.approx([0.2, 0.5, 0.3], abs=0.01)
     for rows, source in zip(sources, facts, strict=True):
         assert source["rows"] <= len(rows), "each is counted once, however often it is read"
-        assert source["epochs"] == pytest.approx(source["documents"] / len(rows), abs=1e-4)
+        assert 0 <= source["documents"] / len(rows) - source["epochs"] <= 4 / len(rows) + 1e-4, "begun, not ended"
     assert facts[1]["epochs"] > 1
 
 

@@ -20,7 +20,7 @@ class Position:
     """How far a lane has been served.
 
     Args:
-        served: Tokens of each source that were given so far, and documents that began.
+        served: Tokens of each source that were given so far, documents that began, and those that ended.
         start: The lane's state before its window; None at the beginning.
         given: Rows given out of that window.
         counts: What was given so far, see `report`.
@@ -57,22 +57,22 @@ def report(
     Returns:
         `rows`, `tokens` without padding, `documents` that began, those that were `cut` to go on in another row,
         `continued_rows` that begin in the middle of one, `cut_share`, `padding_share`, `lanes`; and of each of the
-        `sources`: `tokens`, `token_share`, `documents`, `epochs` (documents by those of an epoch, which of a stream are
-        not known before it was read to its end: 0 until then), `replayed`; of what was read for that, a window of
-        each lane more, the different `rows`, the `dirty` and `mended` ones among them by reason (see `dirt.py`), those
-        `removed` by cleaning, and the ids of some of each.
+        `sources`: `tokens`, `token_share`, `documents`, `epochs` (whole documents by those of an epoch, which of a
+        stream are not known before it was read to its end: 0 until then), `replayed`; of what was read for that, a
+        window of each lane more, the different `rows`, the `dirty` and `mended` ones among them by reason (see
+        `dirt.py`), those `removed` by cleaning, and the ids of some of each.
     """
     total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
     begun = [position for position in positions if position.sources]
     sources = {}
     for number, origin in enumerate(origins):
-        tokens, documents = (sum(position.served[number][kind] for position in begun) for kind in (0, 1))
+        tokens, documents, whole = (sum(position.served[number][kind] for position in begun) for kind in range(3))
         lanes = [position.sources[number] for position in begun]
         of_lanes = [facts["documents"] for facts in lanes]
-        whole = len(lanes) == len(positions) and None not in of_lanes
-        of_epoch = sum(of_lanes) if whole else table_rows[number]
+        known = len(lanes) == len(positions) and None not in of_lanes
+        of_epoch = sum(of_lanes) if known else table_rows[number]
         sources[f"{number}: {origin.title}"] = facts = {
-            "epochs": round(documents / of_epoch, 4) if of_epoch else 0.0,
+            "epochs": round(whole / of_epoch, 4) if of_epoch else 0.0,
             "token_share": round(tokens / max(total["tokens"], 1), 4),
             "tokens": tokens,
             "documents": documents,

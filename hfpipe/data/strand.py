@@ -13,7 +13,10 @@ from hfpipe.data.reader import Reader
 
 
 class Rows(NamedTuple):
-    """Packed rows; see `packing.Packed`, and of each row the `tokens` (N,) that are not padding."""
+    """Packed rows; see `packing.Packed`.
+
+    Of each row also the `tokens` (N,) that are not padding, and the documents (N,) that `ended` in it.
+    """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -22,6 +25,7 @@ class Rows(NamedTuple):
     cut: np.ndarray
     continued: np.ndarray
     tokens: np.ndarray
+    ended: np.ndarray
 
     def part(self, begin: int, end: int) -> Rows:
         """The rows [begin, end)."""
@@ -130,7 +134,8 @@ class Strand:
         if short:
             packed.labels[-1, -short:] = IGNORED
             kept[-1] -= short
-        return Rows(*packed[:6], kept)
+        goes_on = np.append(packed.continued, len(packed.rest) > 0 and not packed.rest_starts[0])[1:]
+        return Rows(*packed[:6], kept, packed.documents + packed.continued - goes_on)
 
     def facts(self) -> dict[str, Any]:
         """What was drawn so far."""

@@ -123,7 +123,7 @@ class TokenStream:
             )
         self.lanes = lanes
         mine = range(self.rank, lanes, self.ranks)
-        self._positions = {lane: Position(served=[[0, 0] for _ in self.sources]) for lane in mine}
+        self._positions = {lane: Position(served=[[0, 0, 0] for _ in self.sources]) for lane in mine}
         self._served = 0  # rows that all ranks have served
         self._found: list[Finding] | None = None
         self.ended = False  # every document was served
@@ -293,8 +293,8 @@ class TokenStream:
         row_counts = (1, rows.tokens[place], rows.documents[place], rows.cut[place], rows.continued[place])
         for name, count in zip(COUNTED, row_counts, strict=True):
             position.counts[name] += int(count)
-        position.served[source][0] += int(rows.tokens[place])
-        position.served[source][1] += int(rows.documents[place])
+        for kind, counts in enumerate((rows.tokens, rows.documents, rows.ended)):
+            position.served[source][kind] += int(counts[place])
         if self.frame is not None:
             ids = self.frame.row(rows.input_ids[place][: rows.tokens[place]])
             return {"input_ids": ids, "number": number, "source": source}
