@@ -182,7 +182,7 @@ def test_the_budget_decides_anew_without_a_score_anew(
     shutil.copytree(dialled, tmp_path / "run")
     command = ["run", str(dialled.parent / "tiny.yaml"), "--set", f"output_dir={tmp_path / 'run'}", "--set"]
     done = tmp_path / "run" / "stages" / "sounds" / "done.json"
-    assert main([*command, "evaluate.general.budget=1%"]) == 3
+    assert main([*command, "evaluate.general.budget=0.1%"]) == 3
     said = capsys.readouterr()
     assert "No strength is inside the budgets, not even 0.1: general bits_per_byte." in said.out
     assert "at every strength that was tried" in said.err

@@ -171,10 +171,9 @@ class TokenStream:
         words = self.frame is not None and self.frame.words
         tokens, lengths = array("i"), []  # a NumPy array for each document would take twice as long
         for ids in tokens_of(texts, self._backend, words):
-            before = len(tokens)
-            for piece in (self._bos, ids, self._eos):
-                tokens.fromlist(piece)
-            lengths.append(len(tokens) - before)
+            ids += self._eos
+            tokens.fromlist(self._bos + ids if self._bos else ids)
+            lengths.append(len(self._bos) + len(ids))
         return np.frombuffer(tokens, dtype=np.int32), np.array(lengths)
 
     def batches(self, rows: int) -> Iterator[list[dict[str, Any]]]:
