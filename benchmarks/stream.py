@@ -46,6 +46,7 @@ from hfpipe.recipe import Source
 MAX_LENGTH = 1024
 ROWS = 8  # of a batch
 POSITIONS = (100, 1_000, 10_000)
+WAITED = 500  # batches: several windows of each lane
 
 
 def parquet(texts: Iterable[str], folder: Path, files: int = 8, copies: int = 1) -> str:
@@ -201,14 +202,17 @@ def measure_wait(texts: list[str], tokenizer: Any) -> None:
         batches = iter(loader)
         next(batches)  # the first is waited for
         loader.waited_seconds, begin = 0.0, time.perf_counter()
-        for _ in range(100):
+        for _ in range(WAITED):
             batch = next(batches)
             assert batch["labels"].dtype == torch.long
             assert (batch["labels"] != IGNORED).any()
             time.sleep(2 * each)
         waited = loader.waited_seconds / (time.perf_counter() - begin)
         batches.close()
-    print(f"wait: {waited:.2%} of the time of a model that takes {2 * each:.3f} s a batch, the stream {each:.3f} s")
+    print(
+        f"wait: {waited:.2%} of the time of a model that takes {2000 * each:.1f} ms a batch, the stream "
+        f"{1000 * each:.1f} ms: {1000 * loader.waited_seconds / WAITED:.2f} ms a batch, with the stacking of its rows"
+    )
 
 
 def main() -> None:
