@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfpipe.data import tables
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import collate
 from hfpipe.data.packing import isolation_leak, pack
@@ -473,12 +474,27 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter_and_eos_does(toke
         stream([source], own)
 
 
+@pytest.mark.parametrize("one_by_one", [100, 1000])
+def test_a_table_that_stops_is_dealt_out_so_that_lanes_end_together(
+    monkeypatch: pytest.MonkeyPatch, one_by_one: int
+) -> None:
+    monkeypatch.setattr(tables, "ONE_BY_ONE", one_by_one)
+    chance = random.Random(0)
+    texts = ["x" * int(chance.lognormvariate(4, 1.2)) for _ in range(300)]
+    dealt = tables.deal(Dataset.from_dict({"text": texts}), 8, by_length=True)
+    assert sorted(np.concatenate(dealt.places).tolist()) == list(range(300))
+    sizes = [sum(len(texts[place]) for place in places) for places in dealt.places]
+    assert max(sizes) < 1.05 * min(sizes)
+    turns = [sum(map(len, texts[lane::8])) for lane in range(8)]
+    assert max(turns) > 1.3 * min(turns), "rows of which some are far longer than others"
+
+
 def test_packing_keeps_every_token_and_marks_every_beginning() -> None:
     tokens = np.arange(1, 101, dtype=np.int32)
     starts = np.zeros(100, dtype=bool)
     starts[[0, 7, 30, 31, 64]] = True
-    packed = pack(tokens, starts, 16)
-    assert np.concatenate([packed.input_ids.ravel(), packed.rest]).tolist() == tokens.tolist()
+    packed, rest, _ = pack(tokens, starts, 16)
+    assert np.concatenate([packed.input_ids.ravel(), rest]).tolist() == tokens.tolist()
     zero = np.flatnonzero(packed.position_ids.ravel() == 0)
     assert zero.tolist() == sorted({0, 7, 30, 31, 64, *range(0, 96, 16)})
     assert (packed.labels.ravel()[zero] == IGNORED).all()
@@ -488,10 +504,11 @@ def test_packing_keeps_every_token_and_marks_every_beginning() -> None:
 def test_packing_counts_documents_that_begin_and_that_are_cut() -> None:
     starts = np.zeros(40, dtype=bool)
     starts[[0, 5, 16, 36]] = True  # rows of 8: document 1 is cut once, 2 goes over three rows, 0 and 3 are whole
-    packed = pack(np.arange(40, dtype=np.int32), starts, 8)
+    packed = pack(np.arange(40, dtype=np.int32), starts, 8).rows
     assert packed.documents.tolist() == [2, 0, 1, 0, 1]
     assert packed.cut.tolist() == [True, False, True, False, False]
     assert packed.continued.tolist() == [False, True, False, True, True]
+    assert packed.ended.tolist() == [1, 1, 0, 0, 2]
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}

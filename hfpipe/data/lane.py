@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfpipe.data.packing import Rows
 from hfpipe.data.reader import Reader
-from hfpipe.data.strand import Rows, Strand
+from hfpipe.data.strand import Strand
 
 WINDOW_CHARACTERS = 2_000_000  # of a window, which 500 books would make too large
 

@@ -13,8 +13,8 @@ from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import collate
 
 
-class Packed(NamedTuple):
-    """Rows, and what did not fill one.
+class Rows(NamedTuple):
+    """Packed rows.
 
     Args:
         input_ids: (N, L) tokens.
@@ -23,8 +23,8 @@ class Packed(NamedTuple):
         documents: (N,) documents that begin in each row.
         cut: (N,) True where the last of them goes on in the next row, and so loses its context there.
         continued: (N,) True where a row begins in the middle of a document.
-        rest: (R,) tokens that are left, R < L.
-        rest_starts: (R,) True where a document begins among them.
+        ended: (N,) documents that end in each row.
+        tokens: (N,) tokens of each row that are not padding.
     """
 
     input_ids: np.ndarray
@@ -33,6 +33,24 @@ class Packed(NamedTuple):
     documents: np.ndarray
     cut: np.ndarray
     continued: np.ndarray
+    ended: np.ndarray
+    tokens: np.ndarray
+
+    def part(self, begin: int, end: int) -> Rows:
+        """The rows [begin, end)."""
+        return Rows(*(field[begin:end] for field in self))
+
+
+class Packed(NamedTuple):
+    """Rows, and what did not fill one.
+
+    Args:
+        rows: The rows.
+        rest: (R,) tokens that are left, R < L.
+        rest_starts: (R,) True where a document begins among them.
+    """
+
+    rows: Rows
     rest: np.ndarray
     rest_starts: np.ndarray
 
@@ -55,7 +73,9 @@ def pack(tokens: np.ndarray, starts: np.ndarray, length: int) -> Packed:
     positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
     labels = np.where(begins, IGNORED, ids)
     cut = (documents > 0) & ~followed
-    return Packed(ids, positions, labels, documents, cut, continued, tokens[full:], starts[full:])
+    ended = documents + continued - ~followed
+    rows = Rows(ids, positions, labels, documents, cut, continued, ended, np.full(len(ids), length))
+    return Packed(rows, tokens[full:], starts[full:])
 
 
 @torch.no_grad()
@@ -82,7 +102,7 @@ def isolation_leak(model: Any, length: int = 32) -> float:
     starts = np.zeros(2 * length, dtype=bool)
     begins = [0, length * 5 // 8, length, length * 5 // 4]
     starts[begins] = True
-    packed = pack(tokens, starts, length)
+    packed = pack(tokens, starts, length).rows
     rows = [
         {"input_ids": ids, "position_ids": positions, "labels": labels}
         for ids, positions, labels in zip(packed.input_ids, packed.position_ids, packed.labels, strict=True)

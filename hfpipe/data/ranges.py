@@ -9,6 +9,8 @@ from __future__ import annotations
 from datasets import IterableDataset
 from datasets.iterable_dataset import SkipExamplesIterable, TakeExamplesIterable
 
+from hfpipe.data.shared_files import stream_of
+
 
 class FirstRows(TakeExamplesIterable):
     """The first n rows of a stream as one shard: only who reads from the beginning knows which they are."""
@@ -39,10 +41,4 @@ def stream_range(rows: IterableDataset, skip: int, take: int | None) -> Iterable
         examples = SkipExamplesIterable(examples, skip, split_when_sharding=False)
     if take is not None:
         examples = FirstRows(examples, take)
-    return IterableDataset(
-        ex_iterable=examples,
-        info=rows.info.copy(),
-        split=rows.split,
-        formatting=rows._formatting,
-        token_per_repo_id=rows._token_per_repo_id,
-    )
+    return stream_of(rows, examples)

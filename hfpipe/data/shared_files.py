@@ -91,7 +91,7 @@ class SharedFiles(ArrowExamplesIterable):
         return copy.copy(self)._init_state_dict()
 
 
-def stream_of(rows: IterableDataset, examples: SharedFiles) -> IterableDataset:
+def stream_of(rows: IterableDataset, examples: Any) -> IterableDataset:
     """A stream with other examples."""
     return IterableDataset(
         ex_iterable=examples,

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hfpipe.data.encode import IGNORED
-from hfpipe.data.packing import pack
+from hfpipe.data.packing import Rows, pack
 from hfpipe.data.reader import Reader
-
-
-class Rows(NamedTuple):
-    """Packed rows; see `packing.Packed`.
-
-    Of each row also the `tokens` (N,) that are not padding, and the documents (N,) that `ended` in it.
-    """
-
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    labels: np.ndarray
-    documents: np.ndarray
-    cut: np.ndarray
-    continued: np.ndarray
-    tokens: np.ndarray
-    ended: np.ndarray
-
-    def part(self, begin: int, end: int) -> Rows:
-        """The rows [begin, end)."""
-        return Rows(*(field[begin:end] for field in self))
 
 
 class Strand:
@@ -130,12 +110,10 @@ class Strand:
         tokens = np.pad(self._rest, (0, short), constant_values=self._pad)
         packed = pack(tokens, np.pad(self._rest_starts, (0, short)), self._length)
         self._rest, self._rest_starts = packed.rest, packed.rest_starts
-        kept = np.full(len(packed.input_ids), self._length)
         if short:
-            packed.labels[-1, -short:] = IGNORED
-            kept[-1] -= short
-        goes_on = np.append(packed.continued, len(packed.rest) > 0 and not packed.rest_starts[0])[1:]
-        return Rows(*packed[:6], kept, packed.documents + packed.continued - goes_on)
+            packed.rows.labels[-1, -short:] = IGNORED
+            packed.rows.tokens[-1] -= short
+        return packed.rows
 
     def facts(self) -> dict[str, Any]:
         """What was drawn so far."""

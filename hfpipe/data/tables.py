@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+ONE_BY_ONE = 100_000  # rows, at each start
 OF_A_ROW = 4  # bytes that the EOS token of a document counts for
 
 
@@ -39,17 +40,20 @@ def deal(rows: Dataset, lanes: int, *, by_length: bool) -> Dealt:
         rows: Rows with a column `text`.
         lanes: Number of shares.
         by_length: Whether lanes have to end together, because what one of them lacks is padded. The longest text that
-            is left goes to the share that has the least (Graham 1969, doi:10.1137/0117039).
+            is left goes to the share that has the least (Graham 1969, doi:10.1137/0117039); after `ONE_BY_ONE` of them,
+            which takes Python, the rest goes by turns, and differs by no more than the longest of it.
     """
     if not by_length:
         return Dealt(rows, [range(lane, len(rows), lanes) for lane in range(lanes)])
     sizes = _bytes_of(rows) + OF_A_ROW
+    order = np.argsort(-sizes, kind="stable")
     least = [(0, lane) for lane in range(lanes)]
     shares = np.empty(len(sizes), dtype=np.int32)
-    for place in np.argsort(-sizes, kind="stable"):
+    for place in order[:ONE_BY_ONE]:
         given, lane = least[0]
         shares[place] = lane
         heapq.heapreplace(least, (given + int(sizes[place]), lane))
+    shares[order[ONE_BY_ONE:]] = np.arange(max(len(order) - ONE_BY_ONE, 0)) % lanes
     return Dealt(rows, [np.flatnonzero(shares == lane) for lane in range(lanes)])
 
 

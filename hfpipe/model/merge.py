@@ -95,12 +95,7 @@ def merge_adapter(
         RecipeError: PEFT cannot merge this kind of adapter, or not on this model.
         RuntimeError: The merged model is not the adapter's.
     """
-    kind = json.loads((Path(adapter.path) / ADAPTER_CONFIG).read_text())["peft_type"].lower()
-    if not is_mergeable_type(kind):
-        raise RecipeError(
-            f"the adapter in {adapter.path} is of type {kind}, which PEFT cannot merge into the weights. It works "
-            "beside its base: `hfpipe push RUN` sends it as it is. To have a merged model, train a `lora:`."
-        )
+    _require_mergeable(adapter.path)
     full = dataclasses.replace(_as_stored(adapter), quantization=None)
     came_quantized = is_quantized(config_of(full.base))
     bases: dict[str, Layers] = {} if came_quantized else {FULL: {}}
@@ -134,6 +129,15 @@ def merge_adapter(
         else:  # the sum of base and adapter is rounded to half precision, which the loss says
             found = difference(before[chosen], after)
     return Merged(chosen, costs, loss, found, str(dtype).removeprefix("torch."))
+
+
+def _require_mergeable(path: str) -> None:
+    kind = json.loads((Path(path) / ADAPTER_CONFIG).read_text())["peft_type"].lower()
+    if not is_mergeable_type(kind):
+        raise RecipeError(
+            f"the adapter in {path} is of type {kind}, which PEFT cannot merge into the weights. It works beside its "
+            "base: `hfpipe push RUN` sends it as it is. To have a merged model, train a `lora:`."
+        )
 
 
 def _as_trained(adapter: ModelRef, full: ModelRef, folder: Path) -> tuple[PeftModel, Layers]:

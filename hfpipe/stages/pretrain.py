@@ -93,10 +93,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         source |= removed
     ranks.say(_waste(facts["data"]))
     if stream.ended and trainer.state.global_step < max_steps:
-        ranks.say(
-            f"  the data ended at step {trainer.state.global_step:,} of {max_steps:,}, for which the learning rate was "
-            "planned; with max_steps of about as many it ends with the data"
-        )
+        ranks.say(_ended_early(trainer.state.global_step, max_steps))
     return facts
 
 
@@ -107,6 +104,13 @@ def _waste(found: dict[str, Any]) -> str:
         f"  {found['tokens']:,} tokens, {found['documents']:,} documents; padding {found['padding_share']:.2%}"
         f"{' (some lanes ended long before others: fewer `lanes` pad less)' if unequal else ''}, "
         f"documents cut {found['cut_share']:.1%}"
+    )
+
+
+def _ended_early(step: int, max_steps: int) -> str:
+    return (
+        f"  the data ended at step {step:,} of {max_steps:,}, for which the learning rate was planned; with max_steps "
+        "of about as many it ends with the data"
     )
 
 
