@@ -19,6 +19,7 @@ from hfpipe.data.mixture import mixture
 from hfpipe.data.sources import kinds_of, load_rows
 from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
+from hfpipe.files import GIB
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import require_task, rows_of_embeddings, texts_for_tokenizer
@@ -34,7 +35,6 @@ from hfpipe.stages.common import divide_batch
 from hfpipe.stages.fit import encode_rows, first_rows, long_rows, require_fitting
 
 SAMPLE_ROWS = 200
-GIB = 1 << 30
 
 
 def preflight(recipe: Recipe) -> None:
