@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can do without
     try:
         options.command(options)
+        _part()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.exit_code == 5:  # bad data may be met on one rank only
             print(f"hfpipe: {without_secrets(str(error))}", file=sys.stderr)
@@ -58,6 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hfpipe: {without_secrets(str(known))}", file=sys.stderr)
         return known.exit_code
     return 0
+
+
+def _part() -> None:
+    """Ends what the ranks spoke through: its threads can abort a process that exits while they run."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _machine_fault(error: Exception) -> MachineError | None:
