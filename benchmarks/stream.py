@@ -34,7 +34,7 @@ from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
-from hfpipe.data.builtin import builtin
+from hfpipe.builtin.corpus import builtin
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.sources import load_rows

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.choices import choice_form, common_choices, split_last_word
 from hfpipe.data.continuations import (
     Pair,
@@ -23,7 +24,6 @@ from hfpipe.data.continuations import (
 from hfpipe.data.encode import encode, prompt_and_completion
 from hfpipe.data.labels import known_names
 from hfpipe.data.swaps import families, taken_back
-from hfpipe.errors import DataError, RecipeError
 from hfpipe.metrics.matches import names_of
 from hfpipe.model.classifier import classify
 from hfpipe.model.load import ModelRef, task_of

@@ -18,9 +18,9 @@ import torch
 import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.files import write_json, write_text
 from hfpipe.data.loader import BatchLoader
-from hfpipe.files import write_json, write_text
 
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hfpipe import __version__
-from hfpipe.errors import MachineError, RecipeError, UserError
-from hfpipe.secrets import without_secrets
+from hfpipe.core.errors import MachineError, RecipeError, UserError
+from hfpipe.core.secrets import without_secrets
 
 # The options of `hfpipe push`, which are the words of a recipe's `push:`.
 PUSH_WORDS = (
@@ -34,7 +34,7 @@ PUSH_WORDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code (see `hfpipe.errors`)."""
+    """Runs one command and returns the exit code (see `hfpipe.core.errors`)."""
     options = _parser().parse_args(arguments)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can do without
     try:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe import ranks
-from hfpipe.errors import Stopped
-from hfpipe.files import write_json
+from hfpipe.core import ranks
+from hfpipe.core.errors import Stopped
+from hfpipe.core.files import write_json
 from hfpipe.recipe import Energy
 
 SUMMED = ("steps", "tokens", "flops", "seconds", "training_seconds", "device_hours")

@@ -12,26 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hfpipe import ranks
 from hfpipe.answers import can_score
-from hfpipe.errors import RecipeError
+from hfpipe.core import ranks
+from hfpipe.core.errors import RecipeError
+from hfpipe.core.files import read_json, whole_folder, write_json, write_jsonl
+from hfpipe.core.run_layout import DIAL, predictions_at, strength_of
 from hfpipe.evaluation import score_suite
-from hfpipe.files import whole_folder, write_json, write_jsonl
-from hfpipe.folders import DIAL, predictions_at, strength_of
 from hfpipe.model.dial import open_dial
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
-from hfpipe.run import (
-    Run,
-    merged,
-    open_run,
-    probe_texts,
-    quiet_libraries,
-    read_json,
-    score_key,
-    score_stage,
-    with_paired,
-)
+from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, score_key, score_stage, with_paired
 from hfpipe.scores import BASE, Change, Score, of_lineage, over_budget
 from hfpipe.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import hfpipe
-from hfpipe import ranks
+from hfpipe.core import ranks
 from hfpipe.metrics import space_of
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Suite

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from hfpipe import ranks
-from hfpipe.errors import MachineError, RecipeError
+from hfpipe.core import ranks
+from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.metrics.rows import Z
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import did_you_mean

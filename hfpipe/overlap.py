@@ -9,13 +9,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import DataError
+from hfpipe.core.files import write_json
 from hfpipe.data.blocks import rows_of
 from hfpipe.data.overlap import SuiteIndex
 from hfpipe.data.shift import text_of
 from hfpipe.data.sources import load_rows
-from hfpipe.errors import DataError
-from hfpipe.files import write_json
 from hfpipe.recipe import Recipe, Source
 
 TABLE_ROWS, STREAM_ROWS = 100_000, 10_000  # looked at: about ten seconds, and what a network brings in as long

@@ -7,12 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
+from hfpipe.core.files import read_json, write_json
 from hfpipe.cost import CostMeter
 from hfpipe.data.cleaning import require_cleaning
 from hfpipe.dial import settle
-from hfpipe.errors import BudgetExceeded, MachineError, UserError
-from hfpipe.files import write_json
 from hfpipe.hub import check_access, push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.adapter import require_adapters
@@ -23,7 +23,7 @@ from hfpipe.recipe import Recipe
 from hfpipe.recipe.push import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
-from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, read_json, score_stage, with_paired
+from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.shift import measure_shift
 from hfpipe.stages import STAGES, StageRun

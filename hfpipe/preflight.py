@@ -12,14 +12,14 @@ import psutil
 import torch
 from datasets import Dataset
 
+from hfpipe.core.errors import DataError, MachineError
+from hfpipe.core.files import GIB
 from hfpipe.data.cleaning import cleaning_of, require_cleaning
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources import kinds_of, load_rows
-from hfpipe.errors import DataError, MachineError
 from hfpipe.evaluation import suite_metrics, suite_rows
-from hfpipe.files import GIB
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import require_task, rows_of_embeddings, texts_for_tokenizer

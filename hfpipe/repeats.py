@@ -15,9 +15,9 @@ from typing import Any
 
 from scipy import stats
 
-from hfpipe import ranks
-from hfpipe.errors import BudgetExceeded
-from hfpipe.files import write_json, write_text
+from hfpipe.core import ranks
+from hfpipe.core.errors import BudgetExceeded
+from hfpipe.core.files import write_json, write_text
 from hfpipe.pipeline import output_folder, run_recipe
 from hfpipe.recipe import Fold, Recipe, Suite, dump_recipe
 from hfpipe.recipe.repeats import HELD_OUT

@@ -11,14 +11,14 @@ from typing import Any
 
 from huggingface_hub import get_local_safetensors_metadata
 
-from hfpipe import ranks
 from hfpipe.answers import can_score
-from hfpipe.connection import limit_waiting
+from hfpipe.core import ranks
+from hfpipe.core.files import GIB, read_json, write_json, write_jsonl, write_text
+from hfpipe.core.http import limit_waiting
+from hfpipe.core.run_layout import MODEL, model_of, predictions_of, strength_of
 from hfpipe.data.mixture import mixture
 from hfpipe.environment import environment
 from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
-from hfpipe.files import GIB, write_json, write_jsonl, write_text
-from hfpipe.folders import MODEL, model_of, predictions_of, strength_of
 from hfpipe.hub.pins import pin_recipe
 from hfpipe.metrics import needs_of
 from hfpipe.model.adapter import ProbeText
@@ -238,7 +238,3 @@ def probe_texts(run: Run, each: int = PROBE_TEXTS) -> list[ProbeText]:
             if text:
                 texts.append(text[:400])
     return texts[: 2 * each] or ["The quick brown fox jumps."]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hfpipe.files import write_json
+from hfpipe.core.files import write_json
 from hfpipe.recipe.shapes import BASE as BASE
 
 # With five rows that all change one way, a sign test still gives p = 0.06: fewer than six tell no difference.

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.files import write_json
 from hfpipe.data.encode import encode
 from hfpipe.data.mixture import mixture
 from hfpipe.data.shift import CHARACTERS, domain_auc, sample_texts, text_of, token_divergence
-from hfpipe.files import write_json
 from hfpipe.metrics import load_metric
 from hfpipe.model.load import ModelRef, load_model, task_of
 from hfpipe.model.scoring import bits_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from hfpipe.errors import RecipeError
-from hfpipe.files import write_text
+from hfpipe.core.errors import RecipeError
+from hfpipe.core.files import write_text
 
 
 def recipes_folder() -> Path:

@@ -15,9 +15,9 @@ from plain import Plain, make_encoder, make_model, scored
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from hfpipe.cli import main
+from hfpipe.core.errors import DataError
 from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
 from hfpipe.data.swaps import replaced
-from hfpipe.errors import DataError
 from hfpipe.metrics import OURS, load_metric
 from hfpipe.metrics.limits import LIMITS, limits_of
 from hfpipe.recipe.metric_names import BIAS_METRICS, WITH_IDEAL

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import WeakFileLock
 from pushing import COMMIT, PLANTED, RECIPE, Pusher, make_run, pushes
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.hub import prepare_artifact
 from hfpipe.recipe import Push, load_recipe
 

@@ -1,14 +1,15 @@
-"""A module imports only from lower layers, and the recipe layer imports nothing heavy."""
+"""A module imports only from its own room or from lower ones, without circles, and reading a recipe stays light."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hfpipe"
-LAYERS = [
-    {"errors", "files", "folders", "recipe", "scores", "secrets", "shipped", "tradeoff"},
-    {"connection", "ranks", "data", "model", "metrics"},
+FLOORS = [  # from the ground up
+    {"core", "recipe", "scores", "shipped", "tradeoff"},
+    {"builtin", "data", "model", "metrics"},
     {"answers", "pair_answers", "harness", "evaluation", "checkpoints", "cost", "environment"}
     | {"overlap", "shift", "stages"},
     {"hub", "report"},
@@ -17,47 +18,86 @@ LAYERS = [
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "evaluate", "numpy", "pandas"}
+LIGHT = ("hfpipe.recipe", "hfpipe.cli", "hfpipe.core.errors", "hfpipe.core.files")
 
 
-def layer_of(part: str) -> int:
-    return next(number for number, parts in enumerate(LAYERS) if part in parts)
+def room_of(module: str) -> str:
+    return module.split(".")[1]
 
 
-def part_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def floor_of(module: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room_of(module) in rooms)
 
 
-def imports_of(tree: ast.AST) -> set[str]:
-    """Full names of everything a module imports."""
-    names = set()
-    for node in ast.walk(tree):
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = [name for name in PATHS if name != "hfpipe"]
+
+
+@cache
+def imports_of(module: str, *, inner: bool) -> frozenset[str]:
+    """Names of the modules that a module imports, of ours by file; `inner` counts imports inside of functions too."""
+    tree = ast.parse(PATHS[module].read_text())
+    nodes = ast.walk(tree) if inner else [node for part in tree.body for node in statements(part)]
+    names: set[str] = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in PATHS else node.module for name in whole}
+    return frozenset(names - {"hfpipe"})
 
 
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if part_of(path) != "__init__")
+def statements(node: ast.stmt) -> list[ast.AST]:
+    """Parts of a top-level statement that run when the module is imported."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or "TYPE_CHECKING" in ast.dump(node):
+        return []
+    return list(ast.walk(node))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_only_from_lower_layers(path: Path) -> None:
-    own = part_of(path)
-    for name in imports_of(ast.parse(path.read_text())):
-        top, _, rest = name.partition(".")
-        part = rest.partition(".")[0]
-        if top == "hfpipe" and part not in {"", own, "errors", "__version__"}:
-            if own != "cli":
-                assert layer_of(part) <= layer_of(own), f"{path} imports {name} from a higher layer"
-            if layer_of(own) == 0:
-                assert layer_of(part) == 0
-        if layer_of(own) == 0:
-            assert top not in HEAVY, f"{path} imports {name}, which is heavy"
+def reached_from(module: str, *, packages: bool) -> set[str]:
+    """Every module that one of ours imports, directly or by way of others; `packages` follows those they lie in too."""
+    found: set[str] = set()
+    open_ends = [module]
+    while open_ends:
+        name = open_ends.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name in PATHS:
+            open_ends += imports_of(name, inner=False)
+            parent = name.rpartition(".")[0]
+            open_ends += [parent] if packages and parent in PATHS else []
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_from_lower_floors(module: str) -> None:
+    for name in imports_of(module, inner=True):
+        if name in PATHS and room_of(name) != room_of(module):
+            assert floor_of(name) <= floor_of(module), f"{module} imports {name} from a higher floor"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    for module in MODULES:
+        for name in imports_of(module, inner=False):
+            if name in PATHS:
+                assert module not in reached_from(name, packages=False), f"{module} and {name} import each other"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_reading_a_recipe_imports_no_heavy_library(module: str) -> None:
+    heavy = {name for name in reached_from(module, packages=True) if name.partition(".")[0] in HEAVY}
+    assert not heavy, f"{module} imports {heavy}"
 
 
 def test_every_module_has_a_place_and_says_what_it_is_for() -> None:
-    for path in MODULES:
-        layer_of(part_of(path))
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+    for module in MODULES:
+        floor_of(module)
+        source = PATHS[module].read_text()
+        assert not source or ast.get_docstring(ast.parse(source)), f"{module} has no docstring"

@@ -15,7 +15,7 @@ from plain import make_encoder, make_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hfpipe.errors import MachineError, RecipeError
+from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import ModelRef, has_room, load_model, quantization_config
 from hfpipe.model.merge import merge_adapter

@@ -13,7 +13,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 from sklearn import metrics as sklearn_metrics
 
 from hfpipe.cli import main
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.metrics import OURS, load_metric
 from hfpipe.metrics.rows import paired_stderr, resampled_sums
 from hfpipe.recipe import load_recipe

@@ -11,8 +11,8 @@ import tiny
 from datasets import Dataset
 
 from hfpipe.cli import main
+from hfpipe.core.errors import DataError
 from hfpipe.data.stream import TokenStream
-from hfpipe.errors import DataError
 from hfpipe.model.create import train_tokenizer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

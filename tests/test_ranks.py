@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hfpipe import ranks
-from hfpipe.errors import DataError, Unreachable
+from hfpipe.core import ranks
+from hfpipe.core.errors import DataError, Unreachable
 
 RANKS = 3
 

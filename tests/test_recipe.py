@@ -10,7 +10,7 @@ from textwrap import dedent
 
 import pytest
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe import Recipe, dump_recipe, hash_of, load_recipe
 
 GOOD = """\

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pushing import RECIPE
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe import Push, load_recipe
 from hfpipe.recipe.push import asked_words
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING, GenerationConfig, TrainingArguments
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe import library, load_recipe, signatures
 from hfpipe.recipe.kinds import fits
 

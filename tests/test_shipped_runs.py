@@ -16,8 +16,8 @@ import pytest
 from hub_server import HubServer
 from stand_ins import add_data, add_models
 
-from hfpipe import ranks
 from hfpipe.cli import main
+from hfpipe.core import ranks
 from hfpipe.recipe import load_recipe
 from hfpipe.shipped import shipped_recipes
 from hfpipe.stages.common import divide_batch

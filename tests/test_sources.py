@@ -11,8 +11,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from hub_server import HubServer
 
+from hfpipe.core.errors import DataError, MachineError, RecipeError, UserError
 from hfpipe.data.sources import fingerprint, friendly, load_rows, roles_of
-from hfpipe.errors import DataError, MachineError, RecipeError, UserError
 from hfpipe.recipe import Source
 
 ROWS = [
@@ -357,7 +357,7 @@ def test_the_hub_and_its_refusals(hub: HubServer, tmp_path: Path) -> None:
 
 def test_without_a_network_it_says_so(tmp_path: Path) -> None:
     program = (
-        "from hfpipe.data.sources import fingerprint, load_rows; from hfpipe.errors import MachineError\n"
+        "from hfpipe.data.sources import fingerprint, load_rows; from hfpipe.core.errors import MachineError\n"
         "from hfpipe.recipe import Source\n"
         "print(fingerprint(Source(path='me/nothing')))\n"
         "try: load_rows(Source(path='me/nothing'))\nexcept MachineError as error: print(error)"

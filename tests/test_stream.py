@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data import tables
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import collate
@@ -28,7 +29,6 @@ from hfpipe.data.packing import isolation_leak, pack
 from hfpipe.data.ranges import stream_range
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
-from hfpipe.errors import DataError, RecipeError
 from hfpipe.model.create import train_tokenizer
 from hfpipe.recipe import Source
 

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from hfpipe.core.errors import Unreachable
 from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
 from hfpipe.data.outage import Outage
 from hfpipe.data.source_errors import friendly, readable
-from hfpipe.errors import Unreachable
 from hfpipe.recipe import Source
 
 Block = dict[str, list[Any]]

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.continuations import Pair
-from hfpipe.errors import DataError, RecipeError
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import MachineError
 from hfpipe.data.dirt import LISTED, Read, tidy_rows
 from hfpipe.data.overlap import SuiteIndex
 from hfpipe.data.reader import Reader
 from hfpipe.data.shift import text_of
 from hfpipe.data.sketch import counts_of, judge, remove_sketch, write_sketch
-from hfpipe.errors import MachineError
 from hfpipe.recipe import Recipe, Source, hash_of
 
 PIECES = 8  # of a table, for the ranks to share

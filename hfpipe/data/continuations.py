@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from hfpipe.core.errors import DataError
 from hfpipe.data.encode import Encoded
-from hfpipe.errors import DataError
 
 Pair = tuple[str, str]  # context, continuation
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from hfpipe.core.errors import DataError
 from hfpipe.data.blocks import blocks_of
 from hfpipe.data.lenient import LONE, UNDECODABLE
-from hfpipe.errors import DataError
 from hfpipe.recipe import Source
 
 MAX_CHARACTERS = 10_000_000  # of a document; what is longer is cut

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from hfpipe.core.errors import DataError
 from hfpipe.data.dirt import COMPLETION_TURNS
-from hfpipe.errors import DataError
 
 IGNORED = -100  # the label of a token that is not trained on
 

@@ -11,8 +11,8 @@ import torch
 from datasets import ClassLabel, Features, Value
 from datasets import List as ListOf
 
+from hfpipe.core.errors import DataError
 from hfpipe.data.encode import IGNORED
-from hfpipe.errors import DataError
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 

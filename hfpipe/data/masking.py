@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling
 
+from hfpipe.core.errors import RecipeError
 from hfpipe.data.loader import collate
-from hfpipe.errors import RecipeError
 
 WORD = 1 << 28  # the bit of a token that begins a word, above the tokens of any vocabulary
 

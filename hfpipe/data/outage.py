@@ -12,7 +12,7 @@ import time
 
 import datasets.config
 
-from hfpipe.errors import MachineError, Unreachable
+from hfpipe.core.errors import MachineError, Unreachable
 from hfpipe.recipe import Source
 
 PATIENCE_SECONDS = 420.0  # the other ranks wait at the next gradient, and with NCCL no longer than 600 s

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 from datasets import IterableDataset
 
+from hfpipe.core.errors import DataError, Unreachable
 from hfpipe.data.dirt import LOOK, Tally, tidy
 from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
 from hfpipe.data.outage import Outage
 from hfpipe.data.sketch import REASONS
 from hfpipe.data.source_errors import friendly, readable
 from hfpipe.data.tables import Dealt
-from hfpipe.errors import DataError, Unreachable
 from hfpipe.recipe import Source
 
 Row: TypeAlias = tuple[Any, Any]  # text and id

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hfpipe.core.errors import RecipeError
 from hfpipe.data.encode import IGNORED
-from hfpipe.errors import RecipeError
 
 
 class ShuffledRows:

@@ -26,8 +26,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from pyarrow.lib import ArrowException
 
-from hfpipe.connection import last_trouble, trouble
-from hfpipe.errors import DataError, MachineError, RecipeError, Unreachable, UserError
+from hfpipe.core.errors import DataError, MachineError, RecipeError, Unreachable, UserError
+from hfpipe.core.http import last_trouble
+from hfpipe.core.hub_errors import trouble
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
 

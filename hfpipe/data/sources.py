@@ -15,7 +15,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, Valu
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub import HfApi
 
-from hfpipe.data.builtin import builtin
+from hfpipe.builtin.corpus import builtin
+from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.dirt import BESIDE_MESSAGES
 from hfpipe.data.loading import load
 from hfpipe.data.ranges import stream_range
@@ -23,7 +24,6 @@ from hfpipe.data.source_errors import friendly
 from hfpipe.data.templates import Form, build, fields_of, form_of, texts_of
 from hfpipe.data.turns import as_conversation, is_conversation, turn_of
 from hfpipe.data.where import Where
-from hfpipe.errors import DataError, RecipeError
 from hfpipe.recipe import Fold, Source, Stage
 from hfpipe.recipe.faults import did_you_mean, listed
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hfpipe.errors import DataError
+from hfpipe.core.errors import DataError
 
 Row = dict[str, Any]
 GOLD = ("anti-stereotype", "stereotype", "unrelated")  # the order of the Hub's ClassLabel

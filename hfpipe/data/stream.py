@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from hfpipe.core.errors import RecipeError
+from hfpipe.core.ranks import each, gather
 from hfpipe.data.ahead import Ahead
 from hfpipe.data.dirt import Finding, finding, judge
 from hfpipe.data.encode import IGNORED
@@ -29,8 +31,6 @@ from hfpipe.data.masking import Frame, tokens_of
 from hfpipe.data.reader import BLOCK, Reader, in_shards
 from hfpipe.data.served import COUNTED, Position, report
 from hfpipe.data.tables import Dealt, deal
-from hfpipe.errors import RecipeError
-from hfpipe.ranks import each, gather
 from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.lenient import HANDLER
-from hfpipe.errors import DataError, RecipeError
 from hfpipe.recipe import Source
 
 Form: TypeAlias = str | list[str] | list[tuple[str, str]]  # a text, choices, or turns as (role, content)

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hfpipe.connection import status_of
-from hfpipe.errors import MachineError, UserError
+from hfpipe.core.errors import MachineError, UserError
+from hfpipe.core.hub_errors import status_of
 from hfpipe.hub.client import access_token, explain, full_name, logged_in, who_may_write
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")

@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hfpipe.errors import RecipeError
-from hfpipe.files import whole_folder, write_json, write_text
-from hfpipe.folders import model_of, strength_of
+from hfpipe.core.errors import RecipeError
+from hfpipe.core.files import whole_folder, write_json, write_text
+from hfpipe.core.run_layout import model_of, strength_of
+from hfpipe.core.secrets import without_secrets
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
 from hfpipe.recipe.push import pushed_stage
 from hfpipe.report.artefact import Artefact, lineage
@@ -19,7 +20,6 @@ from hfpipe.report.card import hub_id, is_on_hub, model_card
 from hfpipe.report.facts import stage_costs
 from hfpipe.report.price import dial_section, dials_of
 from hfpipe.scores import read_scorecard
-from hfpipe.secrets import without_secrets
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Weights, configurations, tokenizers; never a pickle.

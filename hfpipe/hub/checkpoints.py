@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe.files import whole_folder, write_json, write_text
+from hfpipe.core.files import whole_folder, write_json, write_text
 from hfpipe.hub.bundle import ADAPTER_CONFIG, link, pushed_suffixes
 from hfpipe.hub.push import deadline_of
 from hfpipe.model.adapter import CHANGE_THE_BASE

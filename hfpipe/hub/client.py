@@ -8,11 +8,11 @@ from typing import Any
 import httpx2
 from huggingface_hub import HfApi, constants, get_token
 
-from hfpipe.connection import (
+from hfpipe.core.errors import MachineError
+from hfpipe.core.http import Patience, limit_waiting
+from hfpipe.core.hub_errors import (
     NoAnswer,
-    Patience,
     WebPage,
-    limit_waiting,
     one_line,
     refusing_storage,
     response_of,
@@ -21,7 +21,6 @@ from hfpipe.connection import (
     trouble,
     unwrapped,
 )
-from hfpipe.errors import MachineError
 
 
 def logged_in(patience: Patience | None = None) -> HfApi:

@@ -13,9 +13,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 
-from hfpipe import ranks
-from hfpipe.connection import NoAnswer, causes
-from hfpipe.files import write_json
+from hfpipe.core import ranks
+from hfpipe.core.files import write_json
+from hfpipe.core.hub_errors import NoAnswer, causes
 from hfpipe.metrics import script_of, space_of
 from hfpipe.recipe import Recipe, Source, Suite
 from hfpipe.report.card import hub_id, is_on_hub

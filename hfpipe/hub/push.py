@@ -20,15 +20,15 @@ from huggingface_hub.utils import WeakFileLock
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from hfpipe.errors import MachineError, RecipeError
-from hfpipe.folders import model_of
+from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.files import our_command
+from hfpipe.core.run_layout import model_of
+from hfpipe.core.secrets import without_secrets
 from hfpipe.hub.bundle import ADAPTER_CONFIG, find_made, parent_in_run, prepare_artifact
 from hfpipe.recipe import Push, Recipe, load_recipe
 from hfpipe.recipe.push import asked_words, check_push, parent_push, planned_pushes, pushed_stage, pushes_of
 from hfpipe.recipe.raw import stages
 from hfpipe.report.card import is_on_hub
-from hfpipe.report.markdown import our_command
-from hfpipe.secrets import without_secrets
 
 START, SLOWEST = 300.0, 500_000.0  # seconds and bytes per second: an upload may take START + size / SLOWEST
 CHECKING = 90.0  # seconds that all questions before training may take

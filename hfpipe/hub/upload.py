@@ -27,11 +27,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from hfpipe.connection import Patience, asks_to_wait, response_of, status_of
-from hfpipe.errors import MachineError, UserError
+from hfpipe.core.errors import MachineError, UserError
+from hfpipe.core.http import Patience
+from hfpipe.core.hub_errors import asks_to_wait, response_of, status_of
+from hfpipe.core.secrets import without_secrets
 from hfpipe.hub.access import check, check_is_ours
 from hfpipe.hub.client import explain, full_name, is_passing, logged_in, who_may_write
-from hfpipe.secrets import without_secrets
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Of an earlier push of another kind or with other shards: `transformers` would load these instead of the new weights.

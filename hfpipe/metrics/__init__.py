@@ -15,8 +15,8 @@ import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from hfpipe.connection import trouble
-from hfpipe.errors import MachineError, RecipeError
+from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.hub_errors import trouble
 from hfpipe.recipe.faults import did_you_mean, listed
 
 OURS = {

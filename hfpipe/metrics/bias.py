@@ -11,7 +11,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.metrics.rows import Ratio, RowMetric, Share
 
 

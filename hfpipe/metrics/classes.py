@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.metrics.matches import names_of
 from hfpipe.metrics.rows import RowMetric, wilson
 

@@ -10,7 +10,7 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU, _get_tokenizer
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.metrics.rows import Ratio
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
 
-from hfpipe.errors import MachineError, RecipeError
+from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.metrics.rows import RowMetric
 
 SACREBLEU = {"bleu": BLEU, "chrf": CHRF, "ter": TER}

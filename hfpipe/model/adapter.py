@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, task_of_type
 from hfpipe.model.scoring import within_positions

@@ -12,11 +12,11 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import DataError, RecipeError
+from hfpipe.core.files import whole_folder, write_json
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.sources import kinds_of, load_rows
-from hfpipe.errors import DataError, RecipeError
-from hfpipe.files import whole_folder, write_json
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable

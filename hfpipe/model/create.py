@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.model.load import AUTO_CLASSES, task_of_type
 
 END_OF_TEXT = "<|endoftext|>"

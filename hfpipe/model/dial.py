@@ -20,7 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.model.adapter import ProbeText, probe, require_equal
 from hfpipe.model.classifier import read_head
 from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, load_model, task_of

@@ -31,9 +31,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import is_torch_bf16_gpu_available
 
-from hfpipe import ranks
-from hfpipe.connection import trouble
-from hfpipe.errors import MachineError, RecipeError
+from hfpipe.core import ranks
+from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.hub_errors import trouble
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.tokens import make_room
 from hfpipe.recipe import Model, Quantization

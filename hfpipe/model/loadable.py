@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import has_file
 
-from hfpipe.errors import MachineError, RecipeError
+from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, pickles_only, task_of
 from hfpipe.recipe import Recipe
 

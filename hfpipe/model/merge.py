@@ -17,8 +17,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-from hfpipe.errors import BudgetExceeded, RecipeError
-from hfpipe.files import require_disk, whole_folder
+from hfpipe.core.errors import BudgetExceeded, RecipeError
+from hfpipe.core.files import require_disk, whole_folder
 from hfpipe.model.adapter import TOLERANCE, ProbeText, difference, divergence, probe, require_equal
 from hfpipe.model.load import (
     ADAPTER_CONFIG,

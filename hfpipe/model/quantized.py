@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from hfpipe.files import require_disk
+from hfpipe.core.files import require_disk
 from hfpipe.model.load import ModelRef, load_model, quantization_config, task_of, weights_dtype
 from hfpipe.model.shards import bytes_of, give_back_memory
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from hfpipe.core.errors import RecipeError
 from hfpipe.data.encode import Encoded
-from hfpipe.errors import RecipeError
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hfpipe.core.errors import RecipeError
 from hfpipe.data.encode import IGNORED
-from hfpipe.errors import RecipeError
 from hfpipe.model.scoring import Likelihood, by_length
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe import Tokenizer
 
 # What chat templates mark turns and calls with: <|im_start|>, <start_of_turn>, </tool_call>, [INST].

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.secrets import without_secrets
+from hfpipe.core.secrets import without_secrets
 
 if TYPE_CHECKING:
     from hfpipe.recipe.yaml_lines import Document

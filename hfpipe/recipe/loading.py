@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe.continued import is_repeated, take_over
 from hfpipe.recipe.faults import report
 from hfpipe.recipe.overrides import apply_overrides

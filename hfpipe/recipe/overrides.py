@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe.faults import Fault, Place, Steps, did_you_mean, found, listed
 from hfpipe.recipe.yaml_lines import Document, read_value
 

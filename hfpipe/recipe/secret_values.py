@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from hfpipe.core.secrets import has_secret
 from hfpipe.recipe.faults import Fault, Steps
 from hfpipe.recipe.raw import Block, stages, suites
-from hfpipe.secrets import has_secret
 
 # Keys of fsspec's storage options that hold a secret, and the values of theirs that name a way to log in instead.
 _SECRET_KEY = re.compile(r"(^|_|-)(token|secret|password|passwd|key|authorization)$", re.IGNORECASE)

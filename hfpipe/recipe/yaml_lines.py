@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from hfpipe.errors import RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe.faults import Fault, Place, Steps
 
 _TAG = "tag:yaml.org,2002:"

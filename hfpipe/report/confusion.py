@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from hfpipe.folders import predictions_of
+from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
 from hfpipe.report.section import Section
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hfpipe.files import write_text
+from hfpipe.core.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored

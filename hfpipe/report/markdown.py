@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from hfpipe.files import write_text
-from hfpipe.folders import model_of, strength_of
+from hfpipe.core.files import our_command, write_text
+from hfpipe.core.run_layout import model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.recipe.metric_names import SHARE_METRICS
 from hfpipe.report.facts import fact_sections
@@ -250,11 +248,3 @@ def closing_lines(folder: Path) -> list[str]:
     if recipe.model.id is None:  # a first try; whoever starts from a model of the Hub is beyond it
         nexts.append(f"  {our_command()} recipes --copy smollm2-fineweb")
     return [*lines, "", "next:", *nexts] if nexts else lines
-
-
-def our_command() -> str:
-    """How this installation is called from here: it may lie in an environment that is not activated."""
-    if shutil.which("hfpipe"):
-        return "hfpipe"
-    python = Path(sys.executable)
-    return f"{python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python} -m hfpipe"

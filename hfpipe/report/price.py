@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from hfpipe.folders import strength_of
+from hfpipe.core.run_layout import strength_of
 from hfpipe.recipe import Recipe
 from hfpipe.report.section import Section
 from hfpipe.scores import Score, of_lineage, stages_of

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hfpipe.files import write_text
+from hfpipe.core.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.recipe.metric_names import SHARE_METRICS
 from hfpipe.report.html import PAGE

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hfpipe.folders import predictions_of
+from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
 from hfpipe.scores import BASE, Score
 

@@ -15,9 +15,9 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.data.masking import Masking, frame_of
-from hfpipe.errors import MachineError, RecipeError
 from hfpipe.model.load import compute_dtype
 from hfpipe.recipe import Pretrain, Recipe, Stage
 from hfpipe.stages.trackers import require_login

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import Trainer, set_seed
 
-from hfpipe import ranks
+from hfpipe.core import ranks
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.labels import balanced_weights, collate_labelled, label_ids
 from hfpipe.data.loader import BatchLoader

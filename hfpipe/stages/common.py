@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer
 
-from hfpipe import ranks
 from hfpipe.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
+from hfpipe.core import ranks
+from hfpipe.core.errors import DataError, RecipeError, Stopped
+from hfpipe.core.files import whole_folder
 from hfpipe.data.loader import BatchLoader
-from hfpipe.errors import DataError, RecipeError, Stopped
-from hfpipe.files import whole_folder
 from hfpipe.model.adapter import (
     TOLERANCE,
     adapter_state,

@@ -8,12 +8,12 @@ from itertools import islice
 from typing import Any
 
 from hfpipe.answers import require_known_classes, tells_apart
+from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning import Cleaner
 from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.labels import Problem, classes_of, plain_labels, problem_of
 from hfpipe.data.sources import load_rows
-from hfpipe.errors import DataError, RecipeError
 from hfpipe.recipe import Classification, Recipe
 
 

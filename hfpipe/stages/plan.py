@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from hfpipe import ranks
+from hfpipe.core import ranks
 from hfpipe.data.rows import ShuffledRows
 from hfpipe.recipe import Stage
 from hfpipe.stages.common import divide_batch

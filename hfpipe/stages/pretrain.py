@@ -13,7 +13,9 @@ from datasets import IterableDataset
 from torch.nn import functional
 from transformers import Trainer
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import RecipeError
+from hfpipe.core.files import write_json
 from hfpipe.data.dirt import Read, tidy_rows
 from hfpipe.data.encode import IGNORED
 from hfpipe.data.loader import BatchLoader, collate
@@ -22,8 +24,6 @@ from hfpipe.data.mixture import documents_of, mixture
 from hfpipe.data.packing import isolation_leak
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
-from hfpipe.errors import RecipeError
-from hfpipe.files import write_json
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hfpipe import ranks
-from hfpipe.errors import RecipeError
+from hfpipe.core import ranks
+from hfpipe.core.errors import RecipeError
 from hfpipe.evaluation import score_suite, suite_metrics
 from hfpipe.metrics import higher_is_better
 from hfpipe.stages.run import StageRun

@@ -9,13 +9,13 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from trl import SFTTrainer
 
-from hfpipe import ranks
+from hfpipe.core import ranks
+from hfpipe.core.errors import DataError
 from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
 from hfpipe.data.encode import encode_for_training
 from hfpipe.data.loader import BatchLoader
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources import TEXT_KINDS, load_rows
-from hfpipe.errors import DataError
 from hfpipe.model.load import load_model
 from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Sft, Source

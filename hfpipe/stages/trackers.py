@@ -9,8 +9,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hfpipe.connection import one_line
-from hfpipe.errors import MachineError
+from hfpipe.core.errors import MachineError
+from hfpipe.core.hub_errors import one_line
 
 
 def require_login(stage: str, report_to: Iterable[str]) -> None:

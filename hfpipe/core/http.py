@@ -6,25 +6,22 @@ The clients of the Hub wait for ever for an answer that does not come, and sleep
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextvars import copy_context
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
 from huggingface_hub import constants, get_session, set_client_factory
-from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
-from huggingface_hub.utils import parse_ratelimit_headers
+from huggingface_hub.errors import HfHubHTTPError
 
-from hfpipe.secrets import without_secrets
+from hfpipe.core.hub_errors import NoAnswer, WebPage, asks_to_wait, spoken, trouble
+from hfpipe.core.secrets import without_secrets
 
 SILENCE = max(30.0, float(constants.HF_HUB_DOWNLOAD_TIMEOUT))  # seconds that one answer may take
 SILENCE_OF_A_WRITE = 2 * SILENCE  # a commit is work
@@ -34,25 +31,9 @@ READS = ("GET", "HEAD")
 WAITS = (1.0, 3.0)  # seconds before a question that met a short trouble is asked again
 BIG = 100_000  # bytes; how long the sending of more takes is for the network to say
 PATIENCE = 2 * SILENCE  # seconds that all tries together may take, and that the Hub may ask to wait
-LONGEST_TEXT = 300  # characters of a message of the Hub or its client that are shown
-# hf_xet's errors have the status and the address in their text only.
-XET_ERROR = re.compile(
-    r"(?:Network error|Server error|Rate limited|CAS Client Error): (?:.*HTTP status \w+ error \((\d+).*?(https?://[^\s)]+)?$)?"
-)
 # hf_xet has a client of its own, which tries for many minutes; these are its settings, where the user has none.
 XET_TRIES = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "10s"}
 XET_READS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
-# When a thread of huggingface_hub cannot connect, it closes the client of all: others find none, or a closed one.
-RACES = re.compile(r"'NoneType' object has no attribute '(request|stream|get)'|client has been closed")
-HUB_PATHS = re.compile(r"/api/|/resolve/|\.git/")  # what the Hub itself answers; everything else is storage
-
-
-class NoAnswer(HfHubHTTPError):
-    """No try can help soon: the text says what the Hub did. The clients repeat no request that ends so."""
-
-
-class WebPage(HfHubHTTPError):
-    """A web page came in place of an answer."""
 
 
 class Patience:
@@ -268,133 +249,6 @@ def _who(request: httpx2.Request) -> str:
     return "the Hub" if host == httpx2.URL(constants.ENDPOINT).host else f"the storage of the Hub ({host})"
 
 
-def asks_to_wait(response: httpx2.Response) -> float | None:
-    """Seconds that an answer says to wait (`RateLimit`, once nothing remains, or `Retry-After`); None for none."""
-    if response.status_code not in (408, 429) and response.status_code < 500:
-        return None
-    limit = parse_ratelimit_headers(response.headers)  # every answer has it
-    if limit is not None and limit.remaining == 0 and response.status_code == 429:
-        return limit.reset_in_seconds + 1.0
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def spoken(seconds: float) -> str:
-    """A time in words: 45 seconds, 60 minutes, 25 hours."""
-    unit, name = (1, "seconds") if seconds < 120 else (60, "minutes") if seconds < 7200 else (3600, "hours")
-    return f"{seconds / unit:.0f} {name}"
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it, or what it came from."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def unwrapped(error: BaseException) -> BaseException:
-    """The error inside the RuntimeError in which the client puts what happens to one file of an upload."""
-    while type(error) is RuntimeError and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def response_of(error: BaseException | None) -> httpx2.Response | None:
-    """The answer behind an error, or behind what caused it."""
-    return next((found for one in causes(error) if (found := getattr(one, "response", None)) is not None), None)
-
-
-def status_of(error: BaseException | None) -> int | None:
-    """The Hub's status code behind an error, or behind what caused it."""
-    for one in causes(error):
-        response = getattr(one, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        xet = XET_ERROR.search(str(one))
-        if xet and xet[1]:
-            return int(xet[1])
-    return None
-
-
-def refusing_storage(error: BaseException) -> str | None:
-    """The host of the storage that refused a file, or does not know it; None where it was the Hub that refused.
-
-    The address of a file in storage is signed for a while, or has a token of its own: what it refuses is not about the
-    token of the user.
-    """
-    if status_of(error) not in (401, 403, 404, 409, 412):
-        return None
-    response = response_of(error)
-    if response is not None:
-        is_storage = "Authorization" not in response.request.headers
-        address = str(response.request.url) if is_storage else ""
-    else:
-        address = next((xet[2] or "" for one in causes(error) if (xet := XET_ERROR.search(str(one)))), "")
-    url = httpx2.URL(address)
-    return url.host if url.host and not HUB_PATHS.search(url.path) else None
-
-
-def trouble(error: BaseException) -> str | None:
-    """What is the matter with the Hub or the way to it, and what helps; None where an error is about something else."""
-    if known := next((one for one in causes(error) if isinstance(one, NoAnswer | WebPage)), None):
-        return f"{known}."
-    status, response = status_of(error), response_of(error)
-    if host := refusing_storage(error):
-        return (
-            f"the storage of the Hub ({host}) refuses a file ({status}), which is not about your token: what it was "
-            "given has expired, or a proxy changes requests. Try again, and look at HTTPS_PROXY if it is set."
-        )
-    if status == 429:
-        wait = asks_to_wait(response) if response is not None else None
-        return f"the Hub asks to slow down (429). Wait {spoken(wait) if wait else 'some minutes'}."
-    if status is not None and status >= 500:
-        return f"the Hub is in trouble (it answered {status}). Try again later."
-    if status is not None:
-        return None
-    for one in causes(error):
-        name, text = type(one).__name__, one_line(str(one)) or "no reason was given"
-        if isinstance(one, json.JSONDecodeError | FileMetadataError):
-            return f"what answers at {constants.ENDPOINT} is not the Hub. Look at HF_ENDPOINT and HTTPS_PROXY if set."
-        if isinstance(one, AttributeError | RuntimeError) and RACES.search(text):
-            return "the connection to the Hub broke. Try again."
-        if "Consistency check failed" in text:  # huggingface_hub's, which names the signed address
-            return (
-                "what came of a file is not all of it, or a web page in its place. Try again, and look at HTTPS_PROXY."
-            )
-        if isinstance(one, ConnectionError | RuntimeError) and XET_ERROR.search(str(one)):
-            return (
-                f"the storage of the Hub does not answer as it should ({text}). Try again later; where a proxy or "
-                "firewall is in the way, set HF_HUB_DISABLE_XET=1, and files go by another road."
-            )
-        if not isinstance(one, httpx2.TransportError):
-            continue
-        if isinstance(one, httpx2.ConnectError):
-            return f"the Hub cannot be reached ({text}). Look at the network, and at HF_ENDPOINT if it is set."
-        if isinstance(one, httpx2.TimeoutException):
-            return f"the Hub did not answer in time ({name}). Try again later."
-        return f"the connection to the Hub broke ({text}). Try again."
-    return None
-
-
 def last_trouble() -> str | None:
     """As `trouble`, of the last request of this process: `datasets` does not say what made it give up."""
     return _patience.last
-
-
-def told(error: BaseException) -> str:
-    """The reason that the Hub's answer gives, as far as it gives one."""
-    found = (one.server_message for one in causes(error) if isinstance(one, HfHubHTTPError) and one.server_message)
-    return one_line(next(found, ""))
-
-
-def one_line(text: str) -> str:
-    """A message of several lines as the end of a sentence, without secrets, of which a cut would leave a part."""
-    text = without_secrets(" ".join(text.split()))
-    return (text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...").rstrip(".")

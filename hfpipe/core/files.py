@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hfpipe.errors import MachineError
+from hfpipe.core.errors import MachineError
 
 GIB = 2**30
 
@@ -68,3 +69,15 @@ def require_disk(place: Path, need: int, what: str) -> None:
             f"{what} takes about {need / GIB:.2f} GiB of disk, and {place.parent.absolute()} has {free / GIB:.2f} GiB "
             "free. Nothing was written. Free some space, or move the run folder to a larger disk, and run again."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def our_command() -> str:
+    """How this installation is called from here: it may lie in an environment that is not activated."""
+    if shutil.which("hfpipe"):
+        return "hfpipe"
+    python = Path(sys.executable)
+    return f"{python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python} -m hfpipe"

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from hfpipe.errors import UserError
+from hfpipe.core.errors import UserError
 
 Found = TypeVar("Found")
 EXCHANGE_SECONDS = 60.0
