@@ -22,8 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from datasets import Dataset, disable_progress_bars, load_dataset
 
-from hfpipe.data.cleaning import Cleaner
-from hfpipe.data.sources import load_rows
+from hfpipe.data.dedup import Cleaner
+from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import load_tokenizer
 from hfpipe.recipe import Source

@@ -35,10 +35,10 @@ from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
 from hfpipe.builtin.corpus import builtin
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.loader import BatchLoader
-from hfpipe.data.sources import load_rows
-from hfpipe.data.stream import WINDOW_DOCUMENTS, TokenStream
+from hfpipe.data.dataloader import BatchLoader
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.stream.dataset import WINDOW_DOCUMENTS, TokenStream
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import load_tokenizer
 from hfpipe.recipe import Source

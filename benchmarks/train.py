@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from hfpipe.data.sources import load_rows
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.model.load import ModelRef, load_model, load_tokenizer
 from hfpipe.pipeline import run_recipe
 from hfpipe.recipe import Recipe

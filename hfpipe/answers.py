@@ -21,9 +21,9 @@ from hfpipe.data.continuations import (
     encode_whole,
     in_common,
 )
-from hfpipe.data.encode import encode, prompt_and_completion
 from hfpipe.data.labels import known_names
 from hfpipe.data.swaps import families, taken_back
+from hfpipe.data.tokenize import encode, prompt_and_completion
 from hfpipe.metrics.matches import names_of
 from hfpipe.model.classifier import classify
 from hfpipe.model.load import ModelRef, task_of

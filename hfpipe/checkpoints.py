@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hfpipe.core import ranks
 from hfpipe.core.files import write_json, write_text
-from hfpipe.data.loader import BatchLoader
+from hfpipe.data.dataloader import BatchLoader
 
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"

@@ -11,14 +11,14 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.core.files import read_json, write_json
 from hfpipe.cost import CostMeter
-from hfpipe.data.cleaning import require_cleaning
+from hfpipe.data.cleaning.contamination import require_no_overlap
+from hfpipe.data.dedup import require_cleaning
 from hfpipe.dial import settle
 from hfpipe.hub import check_access, push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.adapter import require_adapters
 from hfpipe.model.load import task_of
 from hfpipe.model.loadable import shapes_of
-from hfpipe.overlap import require_no_overlap
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push import pushed_stage
 from hfpipe.report import write_reports

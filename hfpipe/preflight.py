@@ -14,11 +14,13 @@ from datasets import Dataset
 
 from hfpipe.core.errors import DataError, MachineError
 from hfpipe.core.files import GIB
-from hfpipe.data.cleaning import cleaning_of, require_cleaning
-from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.encode import IGNORED
+from hfpipe.data.cleaning.contamination import overlap_lines, require_no_overlap
+from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.dedup import cleaning_of, require_cleaning
 from hfpipe.data.mixture import mixture
-from hfpipe.data.sources import kinds_of, load_rows
+from hfpipe.data.sources.formats import kinds_of
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.evaluation import suite_metrics, suite_rows
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
@@ -27,7 +29,6 @@ from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable, shapes_of
 from hfpipe.model.tokens import added_ids, prepare_tokenizer, require_room, template_warning
-from hfpipe.overlap import overlap_lines, require_no_overlap
 from hfpipe.pipeline import output_folder, quiet_libraries
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.arguments import require_arguments

@@ -10,9 +10,10 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.files import write_json
-from hfpipe.data.encode import encode
 from hfpipe.data.mixture import mixture
-from hfpipe.data.shift import CHARACTERS, domain_auc, sample_texts, text_of, token_divergence
+from hfpipe.data.shift import CHARACTERS, domain_auc, sample_texts, token_divergence
+from hfpipe.data.sources.formats import text_of
+from hfpipe.data.tokenize import encode
 from hfpipe.metrics import load_metric
 from hfpipe.model.load import ModelRef, load_model, task_of
 from hfpipe.model.scoring import bits_of

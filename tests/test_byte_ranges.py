@@ -16,13 +16,13 @@ import pytest
 import zstandard
 from datasets import IterableDataset
 
-from hfpipe.data import byte_ranges
-from hfpipe.data.builders import load_dataset
-from hfpipe.data.builders.csv import MarkingCsv
-from hfpipe.data.byte_ranges import ByteRanges, by_byte_range
-from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.reader import Reader
-from hfpipe.data.sources import load_rows
+from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.sources import line_files
+from hfpipe.data.sources.builders import load_dataset
+from hfpipe.data.sources.builders.csv import MarkingCsv
+from hfpipe.data.sources.line_files import ByteRanges, by_byte_range
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.stream.shard_reader import Reader
 from hfpipe.recipe import Source
 
 WORDS = ["größe", "a", 'say "x"', "line\nbreak", "x,y", "你好", "\\", "end\r\nof", "\t"]
@@ -139,7 +139,7 @@ def test_a_resume_parses_no_more_the_farther_it_stands(
         parsed.append(len(data))
         return tables_of(self, number, data)
 
-    monkeypatch.setattr(byte_ranges.ByteRanges, "_tables_of", counted)
+    monkeypatch.setattr(line_files.ByteRanges, "_tables_of", counted)
     reader, states = Reader(load_rows(source), 0, 2, source, epochs=1), []
     while not reader.ended:
         states.append((json.loads(json.dumps(reader.state())), reader.take(500)))

@@ -11,8 +11,8 @@ import tiny
 from datasets import Dataset, load_dataset
 
 from hfpipe.cli import main
-from hfpipe.data.cleaning import Cleaner
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.dedup import Cleaner
+from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.model.create import train_tokenizer
 from hfpipe.recipe import Source
 

@@ -15,8 +15,8 @@ from hub_server import HubServer
 
 from hfpipe.cli import main
 from hfpipe.core.errors import DataError
-from hfpipe.data.dirt import Read, finding, judge, tidy, tidy_row, tidy_rows
-from hfpipe.data.sources import load_rows
+from hfpipe.data.cleaning.text_rules import Read, finding, judge, tidy, tidy_row, tidy_rows
+from hfpipe.data.sources.load import load_rows
 from hfpipe.evaluation import suite_rows
 from hfpipe.recipe import Source, Suite
 

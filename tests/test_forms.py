@@ -15,9 +15,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import parquet
 
 from hfpipe.cli import main
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.sources import load_rows
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.stream.dataset import TokenStream
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.create import train_tokenizer
 from hfpipe.recipe import Source
 

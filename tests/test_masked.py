@@ -26,7 +26,7 @@ from hfpipe import checkpoints
 from hfpipe.cli import main
 from hfpipe.core.errors import RecipeError
 from hfpipe.data.masking import WORD, Masking, frame_of, tokens_of
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.model.masked import OPTIONS

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from hfpipe.cli import main
 from hfpipe.core.errors import DataError
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.model.create import train_tokenizer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

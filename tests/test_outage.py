@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetInfo, Features, IterableDataset, Value, dis
 from datasets.iterable_dataset import ArrowExamplesIterable
 from hub_server import HubServer
 
-from hfpipe.data.blocks import rows_of
+from hfpipe.data.sources.batches import rows_of
 from hfpipe.model.create import train_tokenizer
 from hfpipe.recipe import Source
 
@@ -82,7 +82,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, hub: HubServer) -> Pa
 @pytest.mark.parametrize("columns", [None, Features({"n": Value("int64")})], ids=["Python", "Arrow"])
 def test_rows_read_from_beginning_to_end_wait_too(columns: Features | None, monkeypatch, capsys) -> None:
     """What fine-tuning, suites and cleaning read of a stream."""
-    monkeypatch.setattr("hfpipe.data.outage.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("hfpipe.data.sources.retry.FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     faults = [17, 17, 40]
 

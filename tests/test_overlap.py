@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from hfpipe.cli import main
-from hfpipe.data.overlap import SuiteIndex
+from hfpipe.data.cleaning.contamination import SuiteIndex
 
 WORDS = [f"{first}{second}" for first in "bcdfgklmnprst" for second in ("ab", "en", "ir", "ol", "um")]
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.loader import collate
-from hfpipe.data.rows import ShuffledRows
+from hfpipe.data.dataloader import ShuffledRows, collate
+from hfpipe.data.tokenize import IGNORED
 
 ROWS = [{"input_ids": [n] * (1 + n * 7 % 13), "labels": [n] * (1 + n * 7 % 13)} for n in range(37)]
 LENGTHS = [len(row["input_ids"]) for row in ROWS]

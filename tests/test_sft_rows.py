@@ -12,8 +12,8 @@ from datasets import Dataset, load_dataset
 from trl import SFTConfig, SFTTrainer
 
 from hfpipe.cli import main
-from hfpipe.data.encode import encode_for_training
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.tokenize import encode_for_training
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.recipe import Source
 

@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from hub_server import HubServer
 
 from hfpipe.core.errors import DataError, MachineError, RecipeError, UserError
-from hfpipe.data.sources import fingerprint, friendly, load_rows, roles_of
+from hfpipe.data.sources.formats import roles_of
+from hfpipe.data.sources.load import fingerprint, friendly, load_rows
 from hfpipe.recipe import Source
 
 ROWS = [
@@ -314,7 +315,7 @@ def test_what_is_read_later_is_told_with_its_file(folder: Path) -> None:
 
 def test_the_same_words_give_the_same_cache_on_every_rank(folder: Path) -> None:
     program = (
-        "from hfpipe.data.sources import load_rows; from hfpipe.recipe import Source\n"
+        "from hfpipe.data.sources.load import load_rows; from hfpipe.recipe import Source\n"
         "print(load_rows(Source(path='json', data_files='rows.jsonl', where='n > 3', template={'text': '{n}'}))"
         "._fingerprint)"
     )
@@ -357,7 +358,7 @@ def test_the_hub_and_its_refusals(hub: HubServer, tmp_path: Path) -> None:
 
 def test_without_a_network_it_says_so(tmp_path: Path) -> None:
     program = (
-        "from hfpipe.data.sources import fingerprint, load_rows; from hfpipe.core.errors import MachineError\n"
+        "from hfpipe.data.sources.load import fingerprint, load_rows; from hfpipe.core.errors import MachineError\n"
         "from hfpipe.recipe import Source\n"
         "print(fingerprint(Source(path='me/nothing')))\n"
         "try: load_rows(Source(path='me/nothing'))\nexcept MachineError as error: print(error)"

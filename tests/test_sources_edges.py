@@ -15,8 +15,8 @@ from datasets import Dataset
 from hub_server import HubServer
 
 from hfpipe.core.errors import DataError, MachineError, RecipeError
-from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.sources import friendly, load_rows
+from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.sources.load import friendly, load_rows
 from hfpipe.recipe import Source
 
 streamed = pytest.mark.parametrize("streaming", [False, True])

@@ -22,13 +22,13 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpipe.core.errors import DataError, RecipeError
-from hfpipe.data import tables
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.loader import collate
-from hfpipe.data.packing import isolation_leak, pack
-from hfpipe.data.ranges import stream_range
-from hfpipe.data.sources import load_rows
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.dataloader import collate
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.sources.sharded_files import stream_range
+from hfpipe.data.stream import shard_reader
+from hfpipe.data.stream.dataset import TokenStream
+from hfpipe.data.stream.packing import isolation_leak, pack
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.create import train_tokenizer
 from hfpipe.recipe import Source
 
@@ -381,7 +381,7 @@ def test_all_ranks_stop_after_the_same_number_of_batches(tmp_path: Path, tokeniz
         together.wait(20)
         return values
 
-    monkeypatch.setattr("hfpipe.data.stream.gather", gather_of_threads)
+    monkeypatch.setattr("hfpipe.data.stream.dataset.gather", gather_of_threads)
     parts = [stream([source], tokenizer, lanes=4, rank=rank, ranks=2, exhausted="stop") for rank in range(2)]
     with ThreadPoolExecutor(2) as threads:
         served = list(threads.map(stopped, parts))
@@ -451,7 +451,7 @@ def test_a_window_of_books_is_bounded_by_their_characters(tokenizer) -> None:
 
 def test_an_iterator_that_is_left_open_does_not_disturb_the_exit() -> None:
     script = (
-        "import time\nfrom hfpipe.data.ahead import Ahead\n"
+        "import time\nfrom hfpipe.data.stream.prefetch import Ahead\n"
         "def build():\n    time.sleep(0.3)\n    print('built', flush=True)\n"
         "ahead = Ahead({0: build})\nahead.take(0)\ntime.sleep(0.1)\n"
     )
@@ -478,10 +478,10 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_matter_and_eos_does(toke
 def test_a_table_that_stops_is_dealt_out_so_that_lanes_end_together(
     monkeypatch: pytest.MonkeyPatch, one_by_one: int
 ) -> None:
-    monkeypatch.setattr(tables, "ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(shard_reader, "ONE_BY_ONE", one_by_one)
     chance = random.Random(0)
     texts = ["x" * int(chance.lognormvariate(4, 1.2)) for _ in range(300)]
-    dealt = tables.deal(Dataset.from_dict({"text": texts}), 8, by_length=True)
+    dealt = shard_reader.deal(Dataset.from_dict({"text": texts}), 8, by_length=True)
     assert sorted(np.concatenate(dealt.places).tolist()) == list(range(300))
     sizes = [sum(len(texts[place]) for place in places) for places in dealt.places]
     assert max(sizes) < 1.05 * min(sizes)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hfpipe.cli import main
-from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.sources import load_rows
+from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.sources.load import load_rows
 from hfpipe.recipe import Source, dump_recipe, load_recipe
 
 TURNS = [

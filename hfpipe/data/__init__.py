@@ -1,1 +1,1 @@
-"""Data: sources, the built-in corpus, tokens and labels, the stream, rows, batches."""
+"""Data: from the sources of a recipe to batches of token ids."""

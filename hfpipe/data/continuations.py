@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hfpipe.core.errors import DataError
-from hfpipe.data.encode import Encoded
+from hfpipe.data.tokenize import Encoded
 
 Pair = tuple[str, str]  # context, continuation
 

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Features, Value
 from datasets import List as ListOf
 
 from hfpipe.core.errors import DataError
-from hfpipe.data.encode import IGNORED
+from hfpipe.data.tokenize import IGNORED
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 

@@ -16,7 +16,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.data.loader import collate
+from hfpipe.data.dataloader import collate
 
 WORD = 1 << 28  # the bit of a token that begins a word, above the tokens of any vocabulary
 

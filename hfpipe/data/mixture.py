@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hfpipe.data.encode import chat_text
-from hfpipe.data.sources import TEXT_KINDS, Rows, load_rows, roles_of
+from hfpipe.data.sources.formats import TEXT_KINDS, Rows, roles_of
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.tokenize import chat_text
 from hfpipe.recipe import Recipe, Source, Stage
 
 

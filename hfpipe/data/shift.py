@@ -10,21 +10,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hfpipe.data.blocks import rows_of
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources.batches import rows_of
+from hfpipe.data.sources.formats import text_of
+from hfpipe.data.sources.load import load_rows
 from hfpipe.recipe import Source
 
 CHARACTERS = 2000  # of each text that are looked at
 FOLDS = 5
 LEAST_ROWS = 20  # of each side: fewer say nothing
 BOOTSTRAP = 200
-
-
-def text_of(row: dict[str, Any]) -> str:
-    """All that a row says, without its id and its label."""
-    if "messages" in row:
-        return "\n".join(str(turn.get("content") or "") for turn in row["messages"] or ())
-    return "".join(value for key, value in row.items() if key not in ("id", "label") and isinstance(value, str))
 
 
 def sample_texts(source: Source, count: int, seed: int) -> list[str]:

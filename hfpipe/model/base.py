@@ -15,8 +15,9 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.files import whole_folder, write_json
-from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.sources import kinds_of, load_rows
+from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.sources.formats import kinds_of
+from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
 from hfpipe.model.loadable import require_loadable

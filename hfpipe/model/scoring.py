@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.data.encode import Encoded
+from hfpipe.data.tokenize import Encoded
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.data.encode import IGNORED
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.scoring import Likelihood, by_length
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean

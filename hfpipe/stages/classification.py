@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import Trainer, set_seed
 
 from hfpipe.core import ranks
-from hfpipe.data.encode import IGNORED
+from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.labels import balanced_weights, collate_labelled, label_ids
-from hfpipe.data.loader import BatchLoader
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, read_head
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification

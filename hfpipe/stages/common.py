@@ -16,7 +16,7 @@ from hfpipe.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newe
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError, Stopped
 from hfpipe.core.files import whole_folder
-from hfpipe.data.loader import BatchLoader
+from hfpipe.data.dataloader import BatchLoader
 from hfpipe.model.adapter import (
     TOLERANCE,
     adapter_state,

@@ -13,11 +13,12 @@ import numpy as np
 
 from hfpipe.answers import asked_of, tells_apart
 from hfpipe.core.errors import DataError, RecipeError
-from hfpipe.data.dirt import LOOK, Read, tidy_rows
-from hfpipe.data.encode import IGNORED, encode_for_training
+from hfpipe.data.cleaning.text_rules import LOOK, Read, tidy_rows
 from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
-from hfpipe.data.sources import kinds_of, load_rows
+from hfpipe.data.sources.formats import kinds_of
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.tokenize import IGNORED, encode_for_training
 from hfpipe.evaluation import suite_metrics
 from hfpipe.metrics.rows import RowMetric
 from hfpipe.model.scoring import context_of

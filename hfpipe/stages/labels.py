@@ -9,11 +9,11 @@ from typing import Any
 
 from hfpipe.answers import require_known_classes, tells_apart
 from hfpipe.core.errors import DataError, RecipeError
-from hfpipe.data.cleaning import Cleaner
-from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
-from hfpipe.data.encode import IGNORED
+from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
+from hfpipe.data.dedup import Cleaner
 from hfpipe.data.labels import Problem, classes_of, plain_labels, problem_of
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.recipe import Classification, Recipe
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from hfpipe.core import ranks
-from hfpipe.data.rows import ShuffledRows
+from hfpipe.data.dataloader import ShuffledRows
 from hfpipe.recipe import Stage
 from hfpipe.stages.common import divide_batch
 from hfpipe.stages.run import StageRun

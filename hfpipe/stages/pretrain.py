@@ -16,14 +16,14 @@ from transformers import Trainer
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
-from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.loader import BatchLoader, collate
+from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.dataloader import BatchLoader, collate
 from hfpipe.data.masking import Masking, frame_of
 from hfpipe.data.mixture import documents_of, mixture
-from hfpipe.data.packing import isolation_leak
-from hfpipe.data.sources import load_rows
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.stream.dataset import TokenStream
+from hfpipe.data.stream.packing import isolation_leak
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hfpipe.cost import CostMeter
-from hfpipe.data.cleaning import Cleaner
+from hfpipe.data.dedup import Cleaner
 from hfpipe.data.mixture import mixture
 from hfpipe.model.adapter import ProbeText
 from hfpipe.model.load import ModelRef

@@ -11,11 +11,12 @@ from trl import SFTTrainer
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError
-from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
-from hfpipe.data.encode import encode_for_training
-from hfpipe.data.loader import BatchLoader
+from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
+from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.mixture import mixture
-from hfpipe.data.sources import TEXT_KINDS, load_rows
+from hfpipe.data.sources.formats import TEXT_KINDS
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.tokenize import encode_for_training
 from hfpipe.model.load import load_model
 from hfpipe.model.scoring import learned_positions
 from hfpipe.recipe import Sft, Source

@@ -14,10 +14,10 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError
-from hfpipe.data.dirt import Read, refuse_dirt, tidy_rows
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.loader import BatchLoader
-from hfpipe.data.sources import load_rows
+from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
+from hfpipe.data.dataloader import BatchLoader
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
 from hfpipe.recipe import Source, Translation

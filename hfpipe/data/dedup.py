@@ -20,11 +20,11 @@ from datasets import Dataset, IterableDataset
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError
-from hfpipe.data.dirt import LISTED, Read, tidy_rows
-from hfpipe.data.overlap import SuiteIndex
-from hfpipe.data.reader import Reader
-from hfpipe.data.shift import text_of
-from hfpipe.data.sketch import counts_of, judge, remove_sketch, write_sketch
+from hfpipe.data.cleaning.contamination import SuiteIndex
+from hfpipe.data.cleaning.minhash import counts_of, judge, remove_sketch, write_sketch
+from hfpipe.data.cleaning.text_rules import LISTED, Read, tidy_rows
+from hfpipe.data.sources.formats import text_of
+from hfpipe.data.stream.shard_reader import Reader
 from hfpipe.recipe import Recipe, Source, hash_of
 
 PIECES = 8  # of a table, for the ranks to share

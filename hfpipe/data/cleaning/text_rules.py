@@ -24,8 +24,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from hfpipe.core.errors import DataError
-from hfpipe.data.blocks import blocks_of
-from hfpipe.data.lenient import LONE, UNDECODABLE
+from hfpipe.data.sources.batches import blocks_of
+from hfpipe.data.sources.decoding import LONE, UNDECODABLE
+from hfpipe.data.sources.templates import BESIDE_MESSAGES, COMPLETION_TURNS
 from hfpipe.recipe import Source
 
 MAX_CHARACTERS = 10_000_000  # of a document; what is longer is cut
@@ -36,8 +37,6 @@ JUDGED_ROWS = 1_000  # of a source, before its share of dirty rows means anythin
 LOOK = "Look at its files, its `where`, `skip` and `take`, and at what cleaning removes."
 CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\f\r"})
 SURROGATES = re.compile(f"[\ud800-\udfff{LONE}]")
-COMPLETION_TURNS = "completion_turns"  # of `messages`, where the data has a prompt and a completion; see turns.py
-BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # TRL's columns, which a chat template is given too
 MISSING, NOT_TEXT, NOT_UTF8, EMPTY = "missing", "not a text", "not UTF-8", "empty"
 CUT, CONTROLS, HALVES = "cut for length", "control characters removed", "lone surrogates replaced"
 

@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 
-from hfpipe.data.builders.divisible import PIECE, Divisible
-from hfpipe.data.lenient import HANDLER
+from hfpipe.data.sources.builders.base import PIECE, Divisible
+from hfpipe.data.sources.decoding import HANDLER
 
 # Options under which a file of several pieces is read as one is; others, such as `skiprows`, count from its beginning.
 OF_ANY_PIECE = {

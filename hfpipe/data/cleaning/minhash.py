@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from hfpipe.data.overlap import COMMON, MULTIPLIER, SuiteIndex, grams_of, words_of
+from hfpipe.data.cleaning.contamination import COMMON, MULTIPLIER, SuiteIndex, grams_of, words_of
 
 NGRAM = 5
 PERMUTATIONS = 128  # the standard error of an estimated similarity of 0.8 is 0.035

@@ -21,8 +21,8 @@ from datasets import IterableDataset
 from datasets.iterable_dataset import ArrowExamplesIterable
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hfpipe.data.builders.divisible import Divisible
-from hfpipe.data.shared_files import SharedFiles, Tables, stream_of
+from hfpipe.data.sources.builders.base import Divisible
+from hfpipe.data.sources.sharded_files import SharedFiles, Tables, stream_of
 
 FIRST = 1 << 16  # bytes that are fetched for a look at the beginning of a file, or of a row
 PASSED_OVER = 1 << 20  # bytes that are read at a time up to a place

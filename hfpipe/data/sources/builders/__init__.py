@@ -12,11 +12,11 @@ from datasets.packaged_modules.csv import csv as their_csv
 from datasets.packaged_modules.json import json as their_json
 from datasets.packaged_modules.text import text as their_text
 
-from hfpipe.data import lenient
-from hfpipe.data.builders import csv, json, text
+from hfpipe.data.sources import decoding
+from hfpipe.data.sources.builders import csv, json, text
 
 __all__ = ["load_dataset"]
 
 for name, theirs, ours in (("csv", their_csv, csv), ("json", their_json, json), ("text", their_text, text)):
-    lines = [line for module in (theirs, ours, lenient) for line in inspect.getsource(module).splitlines()]
+    lines = [line for module in (theirs, ours, decoding) for line in inspect.getsource(module).splitlines()]
     _PACKAGED_DATASETS_MODULES[name] = (ours.__name__, _hash_python_lines(lines))

@@ -12,9 +12,9 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from hfpipe.core.errors import Unreachable
-from hfpipe.data.lenient import can_be_arrow, python_of, table_blocks
-from hfpipe.data.outage import Outage
-from hfpipe.data.source_errors import friendly, readable
+from hfpipe.data.sources.decoding import can_be_arrow, python_of, table_blocks
+from hfpipe.data.sources.errors import friendly, readable
+from hfpipe.data.sources.retry import Outage
 from hfpipe.recipe import Source
 
 Block = dict[str, list[Any]]

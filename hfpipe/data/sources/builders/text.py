@@ -11,8 +11,8 @@ import pyarrow as pa
 from datasets.builder import Key
 from datasets.packaged_modules.text.text import Text, TextConfig
 
-from hfpipe.data.builders.divisible import Divisible
-from hfpipe.data.lenient import HANDLER
+from hfpipe.data.sources.builders.base import Divisible
+from hfpipe.data.sources.decoding import HANDLER
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.loader import collate
+from hfpipe.data.dataloader import collate
+from hfpipe.data.tokenize import IGNORED
 
 
 class Rows(NamedTuple):

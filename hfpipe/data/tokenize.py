@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hfpipe.core.errors import DataError
-from hfpipe.data.dirt import COMPLETION_TURNS
+from hfpipe.data.sources.templates import COMPLETION_TURNS
 
 IGNORED = -100  # the label of a token that is not trained on
 

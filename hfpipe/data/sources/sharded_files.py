@@ -3,6 +3,10 @@
 `datasets` deals whole files out and finds its place in one by reading all that stands before it. FineWeb's files are of
 two gigabytes: fifteen of them make lanes of two files and of one, and a resume reads a file's worth. Here each lane has
 a run of the parts of every file, and a resume seeks.
+
+`IterableDataset.skip` and `.take` divide their number among the shards once the stream is sharded, and so take rows
+from the beginning of every shard: a stage that skips the rows of a suite would then be trained on most of them.
+`stream_range` reads no row outside of the range, however many lanes share the stream.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ from typing import Any, Self, TypeAlias
 
 import pyarrow as pa
 from datasets import DownloadConfig, IterableDataset
-from datasets.iterable_dataset import ArrowExamplesIterable
+from datasets.iterable_dataset import ArrowExamplesIterable, SkipExamplesIterable, TakeExamplesIterable
 from datasets.utils.file_utils import xopen
 
-from hfpipe.data.lenient import python_of
+from hfpipe.data.sources.decoding import python_of
 
 MANY_FILES = 64  # so many can be dealt out without a look into them
 Tables: TypeAlias = Iterator[tuple[Any, int, pa.Table]]
@@ -100,3 +104,35 @@ def stream_of(rows: IterableDataset, examples: Any) -> IterableDataset:
         formatting=rows._formatting,
         token_per_repo_id=rows._token_per_repo_id,
     )
+
+
+class FirstRows(TakeExamplesIterable):
+    """The first n rows of a stream as one shard: only who reads from the beginning knows which they are."""
+
+    @property
+    def num_shards(self) -> int:
+        return 1
+
+    def reshard_data_sources(self) -> FirstRows:
+        return self
+
+    def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> FirstRows:
+        # Anew in each shard, as every other stream does: the state of a stream that two lanes hold would be no one's.
+        return FirstRows(self.ex_iterable.shard_data_sources(1, 0), self.n if index == 0 else 0)
+
+
+def stream_range(rows: IterableDataset, skip: int, take: int | None) -> IterableDataset:
+    """The rows [skip, skip + take) of a stream.
+
+    Args:
+        rows: The stream.
+        skip: Rows to leave out at the beginning. Read in lanes and without `take`, each lane leaves out as many of its
+            own: more than was asked for, and the rows in question for certain.
+        take: Rows to keep; None for all.
+    """
+    examples = rows._ex_iterable
+    if skip:
+        examples = SkipExamplesIterable(examples, skip, split_when_sharding=False)
+    if take is not None:
+        examples = FirstRows(examples, take)
+    return stream_of(rows, examples)

@@ -23,14 +23,13 @@ from datasets import Dataset, IterableDataset
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.ranks import each, gather
-from hfpipe.data.ahead import Ahead
-from hfpipe.data.dirt import Finding, finding, judge
-from hfpipe.data.encode import IGNORED
-from hfpipe.data.lane import WINDOW_CHARACTERS, Lane, Window
+from hfpipe.data.cleaning.text_rules import Finding, finding, judge
 from hfpipe.data.masking import Frame, tokens_of
-from hfpipe.data.reader import BLOCK, Reader, in_shards
-from hfpipe.data.served import COUNTED, Position, report
-from hfpipe.data.tables import Dealt, deal
+from hfpipe.data.stream.lane import WINDOW_CHARACTERS, Lane, Window
+from hfpipe.data.stream.prefetch import Ahead
+from hfpipe.data.stream.progress import COUNTED, Position, report
+from hfpipe.data.stream.shard_reader import BLOCK, Dealt, Reader, deal, in_shards
+from hfpipe.data.tokenize import IGNORED
 from hfpipe.recipe import Source
 
 DEFAULT_LANES = 8

@@ -9,7 +9,7 @@ from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import parquet
 
-from hfpipe.data.shared_files import SharedFiles, Tables, stream_of
+from hfpipe.data.sources.sharded_files import SharedFiles, Tables, stream_of
 
 TABLE_ROWS = 1_000  # read at a time: a row group may be a whole file
 

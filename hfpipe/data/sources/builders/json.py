@@ -22,8 +22,8 @@ from datasets.packaged_modules.json.json import Json, JsonConfig
 from datasets.utils.json import ujson_dumps, ujson_loads
 from pyarrow import json as arrow_json
 
-from hfpipe.data.builders.divisible import Divisible
-from hfpipe.data.lenient import JSON_ENCODING
+from hfpipe.data.sources.builders.base import Divisible
+from hfpipe.data.sources.decoding import JSON_ENCODING
 
 Steps = Sequence[str | int]  # names of fields; 0 for the values of a list
 CONTROL = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f]")  # JSON wants them escaped

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hfpipe.data.dirt import Tally, merged
-from hfpipe.data.sketch import counts_of
+from hfpipe.data.cleaning.minhash import counts_of
+from hfpipe.data.cleaning.text_rules import Tally, merged
 from hfpipe.recipe import Source
 
 COUNTED = ("rows", "tokens", "documents", "cut", "continued_rows")

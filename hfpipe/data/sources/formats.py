@@ -1,33 +1,31 @@
-"""Sources: one `load_dataset` call of a recipe, to rows whose columns are roles.
-
-The roles are `text`, `prompt` + `completion`, `messages`, `sentence` + `label`, or `source` + `target`; `id` comes
-along where there is one. Streams stay streams, and tables stay on disk.
-"""
+"""Formats of rows: the columns of each, and how a source is brought to them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, Value, load_from_disk
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-from huggingface_hub import HfApi
+from datasets import Dataset, Features, IterableDataset, Json, Value
 
-from hfpipe.builtin.corpus import builtin
 from hfpipe.core.errors import DataError, RecipeError
-from hfpipe.data.dirt import BESIDE_MESSAGES
-from hfpipe.data.loading import load
-from hfpipe.data.ranges import stream_range
-from hfpipe.data.source_errors import friendly
-from hfpipe.data.templates import Form, build, fields_of, form_of, texts_of
-from hfpipe.data.turns import as_conversation, is_conversation, turn_of
-from hfpipe.data.where import Where
-from hfpipe.recipe import Fold, Source, Stage
+from hfpipe.data.sources.templates import (
+    BESIDE_MESSAGES,
+    Form,
+    as_conversation,
+    build,
+    fields_of,
+    form_of,
+    is_conversation,
+    texts_of,
+    turn_of,
+)
+from hfpipe.recipe import Source, Stage
 from hfpipe.recipe.faults import did_you_mean, listed
 
 Rows: TypeAlias = Dataset | IterableDataset
+
+
 Kind = Literal[
     "text",
     "prompt_completion",
@@ -42,6 +40,8 @@ Kind = Literal[
     "stereoset",
     "bbq",
 ]
+
+
 ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
@@ -60,52 +60,19 @@ ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
         *("answer_info", "additional_metadata", "context_condition", "question_polarity"),
     ),
 }
+
+
 MAY_HAVE: dict[Kind, tuple[str, ...]] = {  # roles beside these
     "messages": BESIDE_MESSAGES,
     "stereotypes": ("term",),
     "bbq": ("prompt",),
 }
+
+
 NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata", *BESIDE_MESSAGES)
+
+
 TEXT_KINDS: tuple[Kind, ...] = ("messages", "prompt_completion", "text")  # what a language model is trained on
-
-__all__ = ["fingerprint", "friendly", "kinds_of", "load_rows", "roles_of"]
-
-
-def load_rows(
-    source: Source, *, default_split: str = "train", seed: int = 0, kinds: tuple[Kind, ...] = tuple(ROLES)
-) -> Rows:
-    """Opens a source and gives its rows with the columns of one role, and `id` where there is one.
-
-    First `skip` and `take` cut the rows by their place, so that two sources which share no place share no row; then
-    `where` chooses among them, and `fold` a part of those; then `columns` and `template` name and build the roles.
-
-    Args:
-        source: The source as the recipe gives it.
-        default_split: The split where the recipe names none; files that are not given by split are `train`.
-        seed: Reserved for sources that draw; none does.
-        kinds: The kinds of rows that will do: `TEXT_KINDS` for a language model.
-
-    Returns:
-        A `Dataset`, or an `IterableDataset` when the source streams; its errors come while it is read: see `friendly`.
-
-    Raises:
-        RecipeError: The file, split or configuration does not exist, or `where` or `template` is written wrongly.
-        MachineError: The Hub cannot be reached or refuses.
-        DataError: The data cannot be read, or lacks the columns.
-    """
-    with friendly(source, opening=True):
-        rows = _open(source, default_split)
-    with friendly(source):
-        features = _features_of(rows, source)
-        rows = _cut(rows, source.skip, source.take)
-        if source.where is not None:
-            keep = Where(source.where, source.path)
-            for column in keep.columns:
-                _require(column, features, "where", source)
-            rows = rows.filter(keep, input_columns=keep.columns)
-        if source.fold is not None:
-            rows = _in_fold(rows, source.fold)
-        return _with_roles(rows, features, source, kinds)
 
 
 def kinds_of(stage: Stage) -> tuple[Kind, ...]:
@@ -118,78 +85,6 @@ def roles_of(rows: Rows) -> Kind:
     """Which kind of rows `load_rows` gave."""
     columns = rows.column_names if rows.column_names is not None else next(iter(rows), {})
     return next(kind for kind, roles in ROLES.items() if set(roles) <= set(columns))
-
-
-def fingerprint(source: Source) -> str | None:
-    """The commit of a data set on the Hub; None for what is local or cannot be asked now."""
-    path = source.path
-    if path == "builtin" or path in _PACKAGED_DATASETS_MODULES or Path(path).exists():
-        return None
-    try:
-        return HfApi().dataset_info(path, revision=source.passed_through.get("revision"), timeout=10).sha
-    except Exception:  # a fact for the record; loading says what is wrong
-        return None
-
-
-def _open(source: Source, default_split: str) -> Rows:
-    """The rows as they are stored."""
-    arguments = dict(source.passed_through)
-    files = arguments.get("data_files")
-    split = arguments.pop("split", None) or ("train" if isinstance(files, str | list) else default_split)
-    if source.path == "builtin":
-        return builtin(arguments.get("name") or "text", split)
-    folder = Path(source.path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = _saved(folder, split)
-        return saved.to_iterable_dataset() if arguments.get("streaming") else saved
-    needs_files = source.path in _PACKAGED_DATASETS_MODULES and source.path not in ("eval", "iceberg", "lance")
-    if needs_files and not files and not arguments.get("data_dir"):
-        raise RecipeError(
-            f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
-        )
-    return load(source.path, split=split, **arguments)
-
-
-def _saved(folder: Path, split: str) -> Dataset:
-    """A folder that `save_to_disk` wrote."""
-    saved = load_from_disk(str(folder))
-    if not isinstance(saved, DatasetDict):
-        return saved  # has no splits
-    if split not in saved:
-        hint = did_you_mean(split, saved)
-        raise RecipeError(f"source {str(folder)!r} has no split {split!r}; allowed: {listed(saved)}.{hint}")
-    return saved[split]
-
-
-def _cut(rows: Rows, skip: int, take: int | None) -> Rows:
-    if not skip and take is None:
-        return rows
-    if isinstance(rows, IterableDataset):
-        return stream_range(rows, skip, take)
-    end = len(rows) if take is None else min(skip + take, len(rows))
-    return rows.select(range(skip, end) if skip < end else [])  # `select` refuses an empty range at the end
-
-
-def _in_fold(rows: Rows, fold: Fold) -> Rows:
-    """The rows of one fold, or of all others, in their order. Streams are refused before: their rows have no place.
-
-    Dealt out at random: by turns, a table that is itself in turns would lend each fold rows of its own kind.
-    """
-    from sklearn.model_selection import KFold  # a second to import
-
-    number = fold.keep or fold.leave or 1
-    left, kept = list(KFold(fold.of, shuffle=True, random_state=0).split(range(len(rows))))[number - 1]
-    return rows.select(kept if fold.keep else left)
-
-
-def _features_of(rows: Rows, source: Source) -> Features:
-    """Columns and their types; a stream that does not know them is asked for its first row."""
-    if rows.features:
-        return rows.features
-    first = next(iter(rows), None)
-    if not first:
-        raise DataError(f"source {source.path!r} has no rows; look at its files and its split.")
-    return Dataset.from_list([first]).features
 
 
 def _require(column: str, columns: Iterable[str], key: str, source: Source) -> None:
@@ -319,3 +214,10 @@ def _with_features(rows: Rows, roles: list[str]) -> Rows:
     if rows.column_names is not None or "messages" in roles or set(roles) & {*NOT_TEXT[1:]}:
         return rows
     return rows.cast(Features({role: Value("string") for role in roles}))
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """All that a row says, without its id and its label."""
+    if "messages" in row:
+        return "\n".join(str(turn.get("content") or "") for turn in row["messages"] or ())
+    return "".join(value for key, value in row.items() if key not in ("id", "label") and isinstance(value, str))

@@ -1,0 +1,1 @@
+"""The stream: lanes and windows of packed rows, which resume at their place."""
