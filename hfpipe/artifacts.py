@@ -9,12 +9,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hfpipe.answers import can_score
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
 from hfpipe.core.run_layout import model_of
-from hfpipe.evaluation import Scored, paired_errors, score_suite, suite_rows
+from hfpipe.evaluation.answers import can_score
+from hfpipe.evaluation.suites import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, load_model, load_tokenizer, task_of
 from hfpipe.model.tokens import require_room
 from hfpipe.recipe import Recipe, load_recipe

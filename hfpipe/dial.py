@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hfpipe.answers import can_score
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import read_json, whole_folder, write_json, write_jsonl
 from hfpipe.core.run_layout import DIAL, predictions_at, strength_of
-from hfpipe.evaluation import score_suite
+from hfpipe.evaluation.answers import can_score
+from hfpipe.evaluation.suites import score_suite
 from hfpipe.model.dial import open_dial
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports

@@ -13,7 +13,7 @@ import torch
 
 import hfpipe
 from hfpipe.core import ranks
-from hfpipe.metrics import space_of
+from hfpipe.evaluation.metrics import space_of
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Suite
 

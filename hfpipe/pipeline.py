@@ -14,6 +14,7 @@ from hfpipe.cost import CostMeter
 from hfpipe.data.cleaning.contamination import require_no_overlap
 from hfpipe.data.dedup import require_cleaning
 from hfpipe.dial import settle
+from hfpipe.evaluation.shift import measure_shift
 from hfpipe.hub import check_access, push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.adapter import require_adapters
@@ -25,7 +26,6 @@ from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
 from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard
-from hfpipe.shift import measure_shift
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.common import divide_batch

@@ -21,7 +21,7 @@ from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import IGNORED
-from hfpipe.evaluation import suite_metrics, suite_rows
+from hfpipe.evaluation.suites import suite_metrics, suite_rows
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import require_task, rows_of_embeddings, texts_for_tokenizer

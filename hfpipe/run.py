@@ -11,16 +11,16 @@ from typing import Any
 
 from huggingface_hub import get_local_safetensors_metadata
 
-from hfpipe.answers import can_score
 from hfpipe.core import ranks
 from hfpipe.core.files import GIB, read_json, write_json, write_jsonl, write_text
 from hfpipe.core.http import limit_waiting
 from hfpipe.core.run_layout import MODEL, model_of, predictions_of, strength_of
 from hfpipe.data.mixture import mixture
 from hfpipe.environment import environment
-from hfpipe.evaluation import paired_errors, score_suite, suite_metrics, suite_rows
+from hfpipe.evaluation.answers import can_score
+from hfpipe.evaluation.metrics import needs_of
+from hfpipe.evaluation.suites import paired_errors, score_suite, suite_metrics, suite_rows
 from hfpipe.hub.pins import pin_recipe
-from hfpipe.metrics import needs_of
 from hfpipe.model.adapter import ProbeText
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_model, weights_dtype

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequ
 
 from hfpipe.cli import main
 from hfpipe.core.errors import DataError
-from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
-from hfpipe.data.swaps import replaced
-from hfpipe.metrics import OURS, load_metric
+from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
+from hfpipe.evaluation.counterfactuals import replaced
+from hfpipe.evaluation.metrics import OURS, load_metric
 from hfpipe.metrics.limits import LIMITS, limits_of
 from hfpipe.recipe.metric_names import BIAS_METRICS, WITH_IDEAL
 from hfpipe.scores import Change, Score, over_budget

@@ -17,7 +17,7 @@ from hfpipe.cli import main
 from hfpipe.core.errors import DataError
 from hfpipe.data.cleaning.text_rules import Read, finding, judge, tidy, tidy_row, tidy_rows
 from hfpipe.data.sources.load import load_rows
-from hfpipe.evaluation import suite_rows
+from hfpipe.evaluation.suites import suite_rows
 from hfpipe.recipe import Source, Suite
 
 LINES = [

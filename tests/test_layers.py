@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hfpipe"
 FLOORS = [  # from the ground up
     {"core", "recipe", "scores", "shipped", "tradeoff"},
-    {"builtin", "data", "model", "metrics"},
-    {"answers", "pair_answers", "harness", "evaluation", "checkpoints", "cost", "environment"}
-    | {"overlap", "shift", "stages"},
+    {"builtin", "data", "model"},
+    {"evaluation"},
+    {"checkpoints", "cost", "environment", "stages"},
     {"hub", "report"},
     {"dial", "pipeline", "run"},
     {"artifacts", "preflight", "repeats"},

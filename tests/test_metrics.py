@@ -14,8 +14,8 @@ from sklearn import metrics as sklearn_metrics
 
 from hfpipe.cli import main
 from hfpipe.core.errors import RecipeError
-from hfpipe.metrics import OURS, load_metric
-from hfpipe.metrics.rows import paired_stderr, resampled_sums
+from hfpipe.evaluation.metrics import OURS, load_metric
+from hfpipe.evaluation.metrics.rows import paired_stderr, resampled_sums
 from hfpipe.recipe import load_recipe
 from hfpipe.recipe.metric_names import MASKED_METRICS, OUR_METRICS
 from hfpipe.scores import Change, Score, over_budget

@@ -10,7 +10,7 @@ import tiny
 from scipy.spatial.distance import jensenshannon
 
 from hfpipe.cli import main
-from hfpipe.data.shift import domain_auc, jensen_shannon
+from hfpipe.evaluation.shift import domain_auc, jensen_shannon
 
 WORDS = [
     "the",

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from hfpipe.core import ranks
 from hfpipe.core.files import write_json
 from hfpipe.core.hub_errors import NoAnswer, causes
-from hfpipe.metrics import script_of, space_of
+from hfpipe.evaluation.metrics import script_of, space_of
 from hfpipe.recipe import Recipe, Source, Suite
 from hfpipe.report.card import hub_id, is_on_hub
 

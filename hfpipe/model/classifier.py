@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hfpipe.model.scoring import by_length, within_positions
-
 SUFFIX = "ForSequenceClassification"
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # transformers' words
 # Modules between the body and the classes, by the names transformers gives them: never stored in 4 or 8 bits. They are
@@ -62,48 +58,3 @@ def is_classifier(model: Any) -> bool:
     """Whether a model, or the one below an adapter, has a classification head."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__name__.endswith(SUFFIX)
-
-
-@torch.no_grad()
-def classify(
-    model: Any, texts: Sequence[str], tokenizer: Any, max_length: int, batch_size: int
-) -> list[tuple[Label, float]]:
-    """What a classifier says about each text.
-
-    Args:
-        model: A classifier in evaluation mode.
-        texts: Texts to judge.
-        tokenizer: The model's tokenizer.
-        max_length: Tokens to keep of each text, at most those that the model has positions for.
-        batch_size: Texts of a forward pass.
-
-    Returns:
-        The name of the likeliest class and its probability; of several classes at once the names of those with a
-        probability above one half, and the probability that all of them are right; of a regression the number, and 1.
-    """
-    config = model.config
-    limit = within_positions(model, max_length)
-    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    answers: list[tuple[Label, float]] = [("", 0.0)] * len(texts)
-    for indices in by_length([len(ids) for ids in encoded], batch_size):
-        longest = max(1, *(len(encoded[index]) for index in indices))
-        ids = torch.full((len(indices), longest), tokenizer.pad_token_id)
-        mask = torch.zeros((len(indices), longest), dtype=torch.long)
-        for place, index in enumerate(indices):
-            ids[place, : len(encoded[index])] = torch.as_tensor(encoded[index])
-            mask[place, : len(encoded[index])] = 1
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
-        for place, index in enumerate(indices):
-            answers[index] = _answer(logits[place], config)
-    return answers
-
-
-def _answer(logits: torch.Tensor, config: Any) -> tuple[Label, float]:
-    """One row of logits (C,) in words, and how sure it is."""
-    if config.problem_type == "regression":
-        return float(logits[0]), 1.0
-    if config.problem_type == "multi_label_classification":
-        named = [config.id2label[index] for index in range(len(logits)) if logits[index] > 0]
-        return named, float(logits.abs().sigmoid().prod())
-    likeliest = int(logits.argmax())
-    return str(config.id2label[likeliest]), float(logits.softmax(-1)[likeliest])

@@ -12,7 +12,6 @@ import torch
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.data.tokenize import IGNORED
-from hfpipe.model.scoring import Likelihood, by_length
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean
 
@@ -131,80 +130,6 @@ def decoder_input(model: Any, labels: torch.Tensor) -> torch.Tensor:
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = inner.config.decoder_start_token_id
     return shifted.masked_fill(shifted == IGNORED, inner.config.pad_token_id)
-
-
-@torch.no_grad()
-def target_likelihoods(model: Any, pairs: Sequence[Pair], pad_token_id: int, batch_size: int) -> list[Likelihood]:
-    """The likelihood of the text of each target, given its source.
-
-    Args:
-        model: The model in evaluation mode.
-        pairs: Encoded rows.
-        pad_token_id: Fills the right side of shorter sources.
-        batch_size: Rows of a forward pass.
-
-    Raises:
-        RecipeError: The model gives no finite numbers.
-    """
-    found = [Likelihood(0.0, True)] * len(pairs)
-    for indices in by_length([len(pair.input_ids) + len(pair.labels) for pair in pairs], batch_size):
-        rows = [pairs[index] for index in indices]
-        ids, mask = _padded([row.input_ids for row in rows], pad_token_id)
-        labels, _ = _padded([row.labels for row in rows], IGNORED)
-        where, _ = _padded([row.scored.astype(int).tolist() for row in rows], 0)
-        ids, mask, labels, where = (tensor.to(model.device) for tensor in (ids, mask, labels, where.bool()))
-        shifted = decoder_input(model, labels)
-        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
-        chosen, row_of = logits[where].float(), where.nonzero()[:, 0]
-        losses = torch.nn.functional.cross_entropy(chosen, labels[where], reduction="none")
-        if not torch.isfinite(losses).all():
-            raise RecipeError(
-                "the model's likelihoods are not finite numbers, so nothing can be scored: its training has diverged, "
-                "or its weights overflow in their dtype. Lower learning_rate, or set `model.dtype` to float32 or "
-                "bfloat16."
-            )
-        totals = torch.zeros(len(rows), dtype=torch.float64, device=losses.device).index_add_(
-            0, row_of, losses.double()
-        )
-        missed = torch.bincount(row_of[chosen.argmax(-1) != labels[where]], minlength=len(rows))
-        for index, total, misses in zip(indices, totals.tolist(), missed.tolist(), strict=True):
-            found[index] = Likelihood(total / math.log(2), not misses)
-    return found
-
-
-@torch.no_grad()
-def generate_targets(
-    model: Any, sources: Sequence[str], tokenizer: Any, batch_size: int, max_length: int, options: dict[str, Any]
-) -> list[str]:
-    """What an encoder-decoder model says to each source, without sampling unless the options ask for it.
-
-    What the options do not say is the model's own generation_config.json (beams, forbidden words). A language code
-    before or behind the target is given, as `target_marks` has it.
-
-    Args:
-        model: The model in evaluation mode.
-        sources: Texts to read.
-        tokenizer: The model's tokenizer, its languages set.
-        batch_size: Sources of a batch.
-        max_length: Tokens to keep of a source.
-        options: Fields of transformers' GenerationConfig.
-    """
-    before, behind = target_marks(tokenizer)
-    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": behind[0], "pad_token_id": tokenizer.pad_token_id}
-    if before:
-        settings["forced_bos_token_id"] = before[0]
-    elif len(behind) > 1:  # mBART's first tokenizer: `text </s> de_DE`, turned round to begin the decoder
-        settings["decoder_start_token_id"] = behind[1]
-    encoded, _ = _encode(tokenizer, "text", sources, max_length)
-    encoded = [ids or [behind[0]] for ids in encoded]
-    answers = [""] * len(sources)
-    for indices in by_length([len(ids) for ids in encoded], batch_size):
-        ids, mask = _padded([encoded[index] for index in indices], tokenizer.pad_token_id)
-        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        output = model.generate(**inputs, **{**settings, **options})
-        for index, answer in zip(indices, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            answers[index] = answer
-    return answers
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:

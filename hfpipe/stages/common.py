@@ -17,6 +17,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError, Stopped
 from hfpipe.core.files import whole_folder
 from hfpipe.data.dataloader import BatchLoader
+from hfpipe.evaluation.likelihood import learned_positions
 from hfpipe.model.adapter import (
     TOLERANCE,
     adapter_state,
@@ -30,7 +31,6 @@ from hfpipe.model.adapter import (
 )
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
-from hfpipe.model.scoring import learned_positions
 from hfpipe.model.seq2seq import most_tokens
 from hfpipe.model.tokens import train_rows
 from hfpipe.recipe import Stage

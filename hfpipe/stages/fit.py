@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hfpipe.answers import asked_of, tells_apart
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import LOOK, Read, tidy_rows
 from hfpipe.data.labels import Problem, known_names
@@ -19,9 +18,10 @@ from hfpipe.data.masking import Masking, frame_of, tokens_of
 from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import IGNORED, encode_for_training
-from hfpipe.evaluation import suite_metrics
-from hfpipe.metrics.rows import RowMetric
-from hfpipe.model.scoring import context_of
+from hfpipe.evaluation.answers import asked_of, tells_apart
+from hfpipe.evaluation.likelihood import context_of
+from hfpipe.evaluation.metrics.rows import RowMetric
+from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
 from hfpipe.scores import BASE

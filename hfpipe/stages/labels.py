@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from hfpipe.answers import require_known_classes, tells_apart
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.dedup import Cleaner
 from hfpipe.data.labels import Problem, classes_of, plain_labels, problem_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import IGNORED
+from hfpipe.evaluation.answers import require_known_classes, tells_apart
 from hfpipe.recipe import Classification, Recipe
 
 

@@ -12,8 +12,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.evaluation import score_suite, suite_metrics
-from hfpipe.metrics import higher_is_better
+from hfpipe.evaluation.metrics import higher_is_better
+from hfpipe.evaluation.suites import score_suite, suite_metrics
 from hfpipe.stages.run import StageRun
 
 EVALUATIONS = 10  # of a stage whose recipe has no `eval_steps`

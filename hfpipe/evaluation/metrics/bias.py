@@ -12,7 +12,7 @@ import evaluate
 import numpy as np
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.metrics.rows import Ratio, RowMetric, Share
+from hfpipe.evaluation.metrics.rows import Ratio, RowMetric, Share
 
 
 class StereotypeScore(Share):

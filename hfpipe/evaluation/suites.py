@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from hfpipe.answers import ANSWERS, answers_of
 from hfpipe.core.errors import DataError, MachineError, RecipeError
-from hfpipe.data.choices import plain_choices
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.sources.batches import rows_of
 from hfpipe.data.sources.decoding import unmarked
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.sources.templates import BESIDE_MESSAGES, COMPLETION_TURNS
-from hfpipe.data.stereotypes import bbq_rows, stereoset_rows
-from hfpipe.harness import harness_rows, score_harness
-from hfpipe.metrics import arguments_of, higher_is_better, load_metric, needs_of
-from hfpipe.metrics.rows import RowMetric, paired_stderr
+from hfpipe.evaluation.answers import ANSWERS, answers_of
+from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
+from hfpipe.evaluation.lm_eval import harness_rows, score_harness
+from hfpipe.evaluation.metrics import arguments_of, higher_is_better, load_metric, needs_of
+from hfpipe.evaluation.metrics.rows import RowMetric, paired_stderr
+from hfpipe.evaluation.multiple_choice import plain_choices
 from hfpipe.recipe import Suite
 from hfpipe.scores import Score
 

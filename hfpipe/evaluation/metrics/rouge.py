@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU, _get_tokenizer
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.metrics.rows import Ratio
+from hfpipe.evaluation.metrics.rows import Ratio
 
 
 class Words:

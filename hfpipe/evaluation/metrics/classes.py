@@ -1,4 +1,4 @@
-"""Of classes, beyond the share that is right: F1, precision, recall and the correlation of Matthews, by scikit-learn.
+"""Scores of classes beyond accuracy: F1, precision, recall, Matthews correlation, expected calibration error.
 
 The scores are scikit-learn's; the same from sums over rows serves the bootstrap, and a test holds the two together.
 """
@@ -11,8 +11,8 @@ import numpy as np
 from sklearn import metrics as sklearn_metrics
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.metrics.matches import names_of
-from hfpipe.metrics.rows import RowMetric, wilson
+from hfpipe.evaluation.metrics.matches import names_of
+from hfpipe.evaluation.metrics.rows import RowMetric, wilson
 
 AVERAGES = ("macro", "micro", "weighted", "binary")
 Answers = Sequence[str] | Sequence[list[str]]  # one class a row, or several
@@ -110,3 +110,27 @@ class MatthewsCorrelation(ClassMetric):
 def _indicators(answers: Answers, names: Sequence[str]) -> np.ndarray:
     """(N, C): 1 where a row's answer names a class."""
     return np.array([[name in names_of(answer) for name in names] for answer in answers], dtype=float)
+
+
+class CalibrationError(RowMetric):
+    """The mean distance between confidence and accuracy over 15 bins of confidence (Guo et al. 2017, arXiv:1706.04599).
+
+    Confidence is the probability of the chosen answer among the suite's answers. Resampled rows have a larger error as
+    a rule, since noise within a bin counts as error: of the interval, the upper end is the one to read.
+    """
+
+    needs = "choice"
+    takes = ("confidence", "correct")
+    types = ("float64", "int64")
+    higher_is_better = False
+    by_row = False
+    bins = 15
+
+    def statistics(self, predictions: Sequence[float], references: Sequence[int]) -> np.ndarray:
+        confidence, correct = np.asarray(predictions, dtype=float), np.asarray(references, dtype=float)
+        place = np.clip(np.ceil(confidence * self.bins).astype(int) - 1, 0, self.bins - 1)
+        bins = np.eye(self.bins)[place]
+        return np.column_stack([bins * (confidence - correct)[:, None], np.ones(len(place))])
+
+    def value(self, sums: np.ndarray) -> np.ndarray:
+        return np.abs(sums[..., :-1]).sum(-1) / sums[..., -1]

@@ -6,14 +6,17 @@ Each function gives one answer a row of this rank's share, in its order; None fo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
-from hfpipe.data.choices import choice_form, common_choices, split_last_word
-from hfpipe.data.continuations import (
+from hfpipe.data.labels import known_names
+from hfpipe.data.tokenize import encode, prompt_and_completion
+from hfpipe.evaluation.continuations import (
     Pair,
     encode_blank,
     encode_continuations,
@@ -21,15 +24,14 @@ from hfpipe.data.continuations import (
     encode_whole,
     in_common,
 )
-from hfpipe.data.labels import known_names
-from hfpipe.data.swaps import families, taken_back
-from hfpipe.data.tokenize import encode, prompt_and_completion
-from hfpipe.metrics.matches import names_of
-from hfpipe.model.classifier import classify
+from hfpipe.evaluation.counterfactuals import families, taken_back
+from hfpipe.evaluation.likelihood import bits_of, by_length, context_of, generate, likelihoods, within_positions
+from hfpipe.evaluation.masked import fill_masks, is_masked, pseudo_bits
+from hfpipe.evaluation.metrics.matches import names_of
+from hfpipe.evaluation.multiple_choice import choice_form, common_choices, split_last_word
+from hfpipe.evaluation.seq2seq import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood
+from hfpipe.model.classifier import Label
 from hfpipe.model.load import ModelRef, task_of
-from hfpipe.model.masked import fill_masks, is_masked, pseudo_bits
-from hfpipe.model.scoring import bits_of, context_of, generate, likelihoods, within_positions
-from hfpipe.pair_answers import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_names import MASKED_METRICS
@@ -326,3 +328,48 @@ def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) 
     for rank, share in enumerate(ranks.gather(answer(suite, mine, rows, model, tokenizer))):
         answers[rank :: ranks.ranks()] = share
     return answers
+
+
+@torch.no_grad()
+def classify(
+    model: Any, texts: Sequence[str], tokenizer: Any, max_length: int, batch_size: int
+) -> list[tuple[Label, float]]:
+    """What a classifier says about each text.
+
+    Args:
+        model: A classifier in evaluation mode.
+        texts: Texts to judge.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens to keep of each text, at most those that the model has positions for.
+        batch_size: Texts of a forward pass.
+
+    Returns:
+        The name of the likeliest class and its probability; of several classes at once the names of those with a
+        probability above one half, and the probability that all of them are right; of a regression the number, and 1.
+    """
+    config = model.config
+    limit = within_positions(model, max_length)
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    answers: list[tuple[Label, float]] = [("", 0.0)] * len(texts)
+    for indices in by_length([len(ids) for ids in encoded], batch_size):
+        longest = max(1, *(len(encoded[index]) for index in indices))
+        ids = torch.full((len(indices), longest), tokenizer.pad_token_id)
+        mask = torch.zeros((len(indices), longest), dtype=torch.long)
+        for place, index in enumerate(indices):
+            ids[place, : len(encoded[index])] = torch.as_tensor(encoded[index])
+            mask[place, : len(encoded[index])] = 1
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
+        for place, index in enumerate(indices):
+            answers[index] = _answer(logits[place], config)
+    return answers
+
+
+def _answer(logits: torch.Tensor, config: Any) -> tuple[Label, float]:
+    """One row of logits (C,) in words, and how sure it is."""
+    if config.problem_type == "regression":
+        return float(logits[0]), 1.0
+    if config.problem_type == "multi_label_classification":
+        named = [config.id2label[index] for index in range(len(logits)) if logits[index] > 0]
+        return named, float(logits.abs().sigmoid().prod())
+    likeliest = int(logits.argmax())
+    return str(config.id2label[likeliest]), float(logits.softmax(-1)[likeliest])

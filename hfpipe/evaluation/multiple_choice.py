@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfpipe.core.errors import DataError, RecipeError
-from hfpipe.data.continuations import Pair
+from hfpipe.evaluation.continuations import Pair
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 

@@ -1,23 +1,32 @@
-"""Distribution shift of a run: each stage's training data beside the general text and beside the suites of its task."""
+"""Distribution shift of a run: each stage's training data beside the general text and beside the suites of its task.
+
+Two sets of texts are compared by their token frequencies, by a classifier that tries to tell them apart, and by the
+bits per byte of the base.
+"""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from datasets import Dataset
 
 from hfpipe.core import ranks
 from hfpipe.core.files import write_json
 from hfpipe.data.mixture import mixture
-from hfpipe.data.shift import CHARACTERS, domain_auc, sample_texts, token_divergence
+from hfpipe.data.sources.batches import rows_of
 from hfpipe.data.sources.formats import text_of
+from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import encode
-from hfpipe.metrics import load_metric
+from hfpipe.evaluation.likelihood import bits_of
+from hfpipe.evaluation.metrics import load_metric
 from hfpipe.model.load import ModelRef, load_model, task_of
-from hfpipe.model.scoring import bits_of
-from hfpipe.recipe import Recipe, Shift, Stage, hash_of
+from hfpipe.recipe import Recipe, Shift, Source, Stage, hash_of
 
 MODEL_ROWS, MODEL_TOKENS, MODEL_BATCH = 100, 256, 8  # what the base is asked about: enough for two digits
 TOLD_APART, FAR = 0.7, 0.9  # of the classifier's AUC
@@ -127,3 +136,89 @@ def _harder_or_easier(trained: Mapping[str, float], held_out: Mapping[str, float
     if trained["high"] < held_out["low"]:
         return " The base finds the training data easier than this text: few steps at a low rate may do."
     return ""
+
+
+CHARACTERS = 2000  # of each text that are looked at
+FOLDS = 5
+LEAST_ROWS = 20  # of each side: fewer say nothing
+BOOTSTRAP = 200
+
+
+def sample_texts(source: Source, count: int, seed: int) -> list[str]:
+    """Texts of a source: drawn at random from a table, the first ones of a stream."""
+    rows = load_rows(source, seed=seed)
+    if isinstance(rows, Dataset):
+        rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))))
+    return [text for row in islice(rows_of(rows, source), count) if (text := text_of(row)[:CHARACTERS]).strip()]
+
+
+def jensen_shannon(one: np.ndarray, other: np.ndarray) -> float:
+    """Jensen-Shannon divergence (Lin 1991) of two vectors of counts, base 2: 0 where they are alike, 1 at most."""
+    p, q = one / one.sum(), other / other.sum()
+    middle = (p + q) / 2
+
+    def bits(part: np.ndarray) -> float:
+        seen = part > 0
+        return float(np.sum(part[seen] * np.log2(part[seen] / middle[seen])))
+
+    return max(0.0, (bits(p) + bits(q)) / 2)
+
+
+def token_divergence(one: Sequence[str], other: Sequence[str], tokenizer: Any) -> tuple[float, float]:
+    """Divergence of the token frequencies of two samples, and the noise floor.
+
+    The floor is the larger divergence of a sample from itself: of its even from its odd texts. A half has twice the
+    sampling noise of the whole, so a value above the floor is not noise.
+
+    Args:
+        one: Texts.
+        other: Texts.
+        tokenizer: The run's tokenizer.
+    """
+    size = len(tokenizer)
+
+    def counts(texts: Sequence[str]) -> np.ndarray:
+        encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return np.bincount(np.fromiter((token for ids in encoded for token in ids), np.int64), minlength=size)
+
+    halves = [(counts(texts[::2]), counts(texts[1::2])) for texts in (one, other)]
+    floor = max(jensen_shannon(even, odd) if even.sum() and odd.sum() else 1.0 for even, odd in halves)
+    (even, odd), (other_even, other_odd) = halves
+    return jensen_shannon(even + odd, other_even + other_odd), floor
+
+
+def domain_auc(one: Sequence[str], other: Sequence[str], seed: int) -> dict[str, float] | None:
+    """How well a linear classifier on hashed character n-grams tells two samples apart, on texts it has not seen.
+
+    Args:
+        one: Texts.
+        other: Texts.
+        seed: Of the folds and the bootstrap.
+
+    Returns:
+        `value` (0.5: not at all, 1: always), `low` and `high` (95 %, by a bootstrap over the texts); None where a
+        sample is too small.
+    """
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    if min(len(one), len(other)) < LEAST_ROWS:
+        return None
+    # Characters within words, which serves languages that put no space between words too.
+    vectorizer = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=2**18)
+    features = vectorizer.transform([*one, *other])
+    labels = np.repeat([0, 1], [len(one), len(other)])
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    classifier = LogisticRegression(C=10.0, class_weight="balanced", max_iter=200)
+    scores = cross_val_predict(classifier, features, labels, cv=folds, method="decision_function")
+    generator = np.random.default_rng(seed)
+    draws = []
+    for _ in range(BOOTSTRAP):
+        drawn = np.concatenate(
+            [generator.choice(np.flatnonzero(labels == side), (labels == side).sum()) for side in (0, 1)]
+        )
+        draws.append(roc_auc_score(labels[drawn], scores[drawn]))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"value": float(roc_auc_score(labels, scores)), "low": float(low), "high": float(high)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hfpipe.metrics.rows import Ratio, Share
+from hfpipe.evaluation.metrics.rows import Ratio, Share
 
 
 class Accuracy(Share):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from hfpipe.metrics.rows import Ratio, RowMetric
+from hfpipe.evaluation.metrics.rows import Ratio, RowMetric
 
 
 class MeanError(Ratio):

@@ -12,7 +12,7 @@ import torch
 from hfpipe.data.dataloader import collate
 from hfpipe.data.masking import Masking
 from hfpipe.data.tokenize import IGNORED, Encoded
-from hfpipe.model.scoring import by_length, require_finite, within_positions
+from hfpipe.evaluation.likelihood import by_length, require_finite, within_positions
 
 OPTIONS = {"mlm_probability": 0.15, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
 

@@ -15,7 +15,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.metrics.rows import RowMetric
+from hfpipe.evaluation.metrics.rows import RowMetric
 
 SACREBLEU = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
 KANA = re.compile(r"[\u3040-\u30ff]")

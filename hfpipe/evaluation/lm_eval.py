@@ -11,7 +11,7 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.metrics.rows import Z
+from hfpipe.evaluation.metrics.rows import Z
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import did_you_mean
 from hfpipe.scores import Score

@@ -29,7 +29,7 @@ OURS = {
     "bias_disambiguated": "bias.Bbq",
     "bits_per_byte": "likelihood.BitsPerByte",
     "bleu": "translation.SacreBleu",
-    "calibration_error": "calibration.CalibrationError",
+    "calibration_error": "classes.CalibrationError",
     "chrf": "translation.SacreBleu",
     "exact_match": "matches.ExactMatch",
     "f1": "classes.FScore",
@@ -40,8 +40,8 @@ OURS = {
     "likelihood_difference": "bias.LikelihoodDifference",
     "lms": "bias.StereoSet",
     "mae": "numbers.MeanError",
-    "masked_accuracy": "masked.MaskedAccuracy",
-    "masked_perplexity": "masked.MaskedPerplexity",
+    "masked_accuracy": "likelihood.MaskedAccuracy",
+    "masked_perplexity": "likelihood.MaskedPerplexity",
     "matthews_correlation": "classes.MatthewsCorrelation",
     "mse": "numbers.MeanError",
     "pearsonr": "numbers.Correlation",
@@ -81,7 +81,7 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
     """
     if name in OURS:
         file, class_name = OURS[name].split(".")
-        return getattr(import_module(f"hfpipe.metrics.{file}"), class_name)(name, **(options or {}))
+        return getattr(import_module(f"hfpipe.evaluation.metrics.{file}"), class_name)(name, **(options or {}))
     import evaluate
 
     space = space_of(name)

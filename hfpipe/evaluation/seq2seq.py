@@ -1,0 +1,145 @@
+"""What an encoder-decoder model answers to rows of source + target; see answers.py, which asks it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfpipe.core.errors import RecipeError
+from hfpipe.data.tokenize import IGNORED
+from hfpipe.evaluation.likelihood import Likelihood, by_length
+from hfpipe.model.seq2seq import (
+    Pair,
+    _encode,
+    _padded,
+    decoder_input,
+    encode_pairs,
+    most_tokens,
+    set_languages,
+    target_marks,
+)
+from hfpipe.recipe import Suite
+
+Rows = list[dict[str, Any]]
+Answers = list[dict[str, Any] | None]
+TEXT_LENGTH = 1024  # tokens of a text, a source or a target that are scored, unless the suite says otherwise
+MOST_GENERATED = 512
+
+
+def likelihoods_of(
+    suite: Suite, pairs: Sequence[tuple[str, str]], model: Any, tokenizer: Any, batch_size: int
+) -> tuple[list[Pair], list[Likelihood]]:
+    """Tokens and likelihood of targets, each given its source."""
+    set_languages(tokenizer, suite.data)
+    limit = _limit(suite, model)
+    encoded = encode_pairs(tokenizer, [source for source, _ in pairs], [target for _, target in pairs], limit, limit)
+    return encoded, target_likelihoods(model, encoded, tokenizer.pad_token_id, batch_size)
+
+
+def pair_likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """Bits, bytes and tokens of each row's target; the marks around it (EOS, a language code) are not counted."""
+    pairs = [(row["source"], row["target"]) for row in mine]
+    answers: Answers = []
+    for (_, text), pair, one in zip(
+        pairs, *likelihoods_of(suite, pairs, model, tokenizer, suite.batch_size), strict=True
+    ):
+        if pair.cut:  # without offsets, which not all of these tokenizers have, what is left of a text is its tokens'
+            text = tokenizer.decode(np.asarray(pair.labels)[pair.scored].tolist())
+        counts = {"bytes": len(text.encode()), "tokens": int(pair.scored.sum()), "words": len(text.split())}
+        answers.append({"bits": one.bits, **counts, "greedy": int(one.greedy)} if counts["tokens"] else None)
+    return answers
+
+
+def pair_generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """What the model says to each row's source, and the row's target."""
+    set_languages(tokenizer, suite.data)
+    options = dict(suite.generation)
+    if "max_new_tokens" not in options and "max_length" not in options:
+        # Of all rows, not of this rank's: what is generated must not depend on the number of ranks.
+        longest = max(len(ids) for ids in tokenizer(text_target=[row["target"] for row in rows])["input_ids"])
+        options["max_new_tokens"] = int(min(longest + 4, MOST_GENERATED, most_tokens(model) - 1))
+    sources = [row["source"] for row in mine]
+    said = generate_targets(model, sources, tokenizer, suite.batch_size, _limit(suite, model), options)
+    return [{"prediction": text, "reference": row["target"]} for text, row in zip(said, mine, strict=True)]
+
+
+def _limit(suite: Suite, model: Any) -> int:
+    return int(min(suite.max_length or TEXT_LENGTH, most_tokens(model)))
+
+
+@torch.no_grad()
+def target_likelihoods(model: Any, pairs: Sequence[Pair], pad_token_id: int, batch_size: int) -> list[Likelihood]:
+    """The likelihood of the text of each target, given its source.
+
+    Args:
+        model: The model in evaluation mode.
+        pairs: Encoded rows.
+        pad_token_id: Fills the right side of shorter sources.
+        batch_size: Rows of a forward pass.
+
+    Raises:
+        RecipeError: The model gives no finite numbers.
+    """
+    found = [Likelihood(0.0, True)] * len(pairs)
+    for indices in by_length([len(pair.input_ids) + len(pair.labels) for pair in pairs], batch_size):
+        rows = [pairs[index] for index in indices]
+        ids, mask = _padded([row.input_ids for row in rows], pad_token_id)
+        labels, _ = _padded([row.labels for row in rows], IGNORED)
+        where, _ = _padded([row.scored.astype(int).tolist() for row in rows], 0)
+        ids, mask, labels, where = (tensor.to(model.device) for tensor in (ids, mask, labels, where.bool()))
+        shifted = decoder_input(model, labels)
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
+        chosen, row_of = logits[where].float(), where.nonzero()[:, 0]
+        losses = torch.nn.functional.cross_entropy(chosen, labels[where], reduction="none")
+        if not torch.isfinite(losses).all():
+            raise RecipeError(
+                "the model's likelihoods are not finite numbers, so nothing can be scored: its training has diverged, "
+                "or its weights overflow in their dtype. Lower learning_rate, or set `model.dtype` to float32 or "
+                "bfloat16."
+            )
+        totals = torch.zeros(len(rows), dtype=torch.float64, device=losses.device).index_add_(
+            0, row_of, losses.double()
+        )
+        missed = torch.bincount(row_of[chosen.argmax(-1) != labels[where]], minlength=len(rows))
+        for index, total, misses in zip(indices, totals.tolist(), missed.tolist(), strict=True):
+            found[index] = Likelihood(total / math.log(2), not misses)
+    return found
+
+
+@torch.no_grad()
+def generate_targets(
+    model: Any, sources: Sequence[str], tokenizer: Any, batch_size: int, max_length: int, options: dict[str, Any]
+) -> list[str]:
+    """What an encoder-decoder model says to each source, without sampling unless the options ask for it.
+
+    What the options do not say is the model's own generation_config.json (beams, forbidden words). A language code
+    before or behind the target is given, as `target_marks` has it.
+
+    Args:
+        model: The model in evaluation mode.
+        sources: Texts to read.
+        tokenizer: The model's tokenizer, its languages set.
+        batch_size: Sources of a batch.
+        max_length: Tokens to keep of a source.
+        options: Fields of transformers' GenerationConfig.
+    """
+    before, behind = target_marks(tokenizer)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": behind[0], "pad_token_id": tokenizer.pad_token_id}
+    if before:
+        settings["forced_bos_token_id"] = before[0]
+    elif len(behind) > 1:  # mBART's first tokenizer: `text </s> de_DE`, turned round to begin the decoder
+        settings["decoder_start_token_id"] = behind[1]
+    encoded, _ = _encode(tokenizer, "text", sources, max_length)
+    encoded = [ids or [behind[0]] for ids in encoded]
+    answers = [""] * len(sources)
+    for indices in by_length([len(ids) for ids in encoded], batch_size):
+        ids, mask = _padded([encoded[index] for index in indices], tokenizer.pad_token_id)
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        output = model.generate(**inputs, **{**settings, **options})
+        for index, answer in zip(indices, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+            answers[index] = answer
+    return answers
