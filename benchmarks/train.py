@@ -23,7 +23,7 @@ import torch
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.model.load import ModelRef, load_model, load_tokenizer
-from hfpipe.pipeline import run_recipe
+from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Recipe
 
 ROWS, LENGTH = 8, 512

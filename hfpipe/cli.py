@@ -90,11 +90,11 @@ def _run(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
     if recipe.seeds or recipe.cross_validation:
-        from hfpipe.repeats import run_repeats
+        from hfpipe.pipeline.repeats import run_repeats
 
         run_repeats(recipe)
         return
-    from hfpipe.pipeline import run_recipe
+    from hfpipe.pipeline.run import run_recipe
 
     run_recipe(recipe)
 
@@ -107,14 +107,14 @@ def _check(options: argparse.Namespace) -> None:
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         print(f"{options.recipe}: no fault found. Stages: {stages}.")
         return
-    from hfpipe.preflight import preflight
+    from hfpipe.pipeline.check import preflight
 
     preflight(recipe)
     print(f"no fault found; start it with: hfpipe run {options.recipe}")
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from hfpipe.preflight import preview
+    from hfpipe.pipeline.check import preview
     from hfpipe.recipe import load_recipe
 
     preview(load_recipe(options.recipe, options.set), options.rows)
@@ -124,21 +124,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    from hfpipe.artifacts import evaluate_model
+    from hfpipe.pipeline.commands import evaluate_model
 
     evaluate_model(options.model, recipe, options.output, options.against, options.stage)
 
 
 def _merge(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
-    from hfpipe.artifacts import merge_run
+    from hfpipe.pipeline.commands import merge_run
 
     print(merge_run(folder, options.stage))
 
 
 def _dial(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
-    from hfpipe.dial import STRENGTHS, dial_run
+    from hfpipe.pipeline.dial import STRENGTHS, dial_run
 
     dial_run(folder, options.stage, options.strengths or STRENGTHS)
 

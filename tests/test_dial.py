@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from hfpipe.cli import main
-from hfpipe.model.dial import open_dial
+from hfpipe.model.interpolate import open_dial
 from hfpipe.model.load import ModelRef, load_model, load_tokenizer
 from hfpipe.recipe import load_recipe
 

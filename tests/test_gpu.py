@@ -37,7 +37,7 @@ def test_what_the_gpu_has_no_room_for_is_merged_on_the_cpu(tmp_path: Path, monke
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path)
     content["stages"][1]["quantization"] = "nf4"
-    for module in ("hfpipe.model.load", "hfpipe.run"):
+    for module in ("hfpipe.model.load", "hfpipe.pipeline.context"):
         monkeypatch.setattr(f"{module}.has_room", lambda size, free: False)
     assert main(["run", str(tiny.write(tmp_path, content))]) == 0
     merge = json.loads((tmp_path / "run/stages/sounds/merge.json").read_text())

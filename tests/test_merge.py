@@ -127,7 +127,7 @@ def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(
     assert json.loads(said.read_text()) == merge
     assert (tmp_path / "run/stages/sounds/merged/model.safetensors").stat().st_mtime_ns == written
     said.write_text(json.dumps({key: value for key, value in merge.items() if key != "suites"}))
-    monkeypatch.setattr("hfpipe.run.free_memory", lambda place: 2**20)
+    monkeypatch.setattr("hfpipe.pipeline.context.free_memory", lambda place: 2**20)
     assert main(["merge", str(tmp_path / "run")]) == 0
     assert "not scored: the merged model takes 0.0 GiB, which are not free" in capsys.readouterr().out
     assert json.loads(said.read_text()) == merge | {"suites": []}

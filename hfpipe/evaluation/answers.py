@@ -25,13 +25,14 @@ from hfpipe.evaluation.continuations import (
     in_common,
 )
 from hfpipe.evaluation.counterfactuals import families, taken_back
-from hfpipe.evaluation.likelihood import bits_of, by_length, context_of, generate, likelihoods, within_positions
-from hfpipe.evaluation.masked import fill_masks, is_masked, pseudo_bits
+from hfpipe.evaluation.likelihood import bits_of, by_length, generate, likelihoods
+from hfpipe.evaluation.masked import fill_masks, pseudo_bits
 from hfpipe.evaluation.metrics.matches import names_of
 from hfpipe.evaluation.multiple_choice import choice_form, common_choices, split_last_word
 from hfpipe.evaluation.seq2seq import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood
 from hfpipe.model.classifier import Label
-from hfpipe.model.load import ModelRef, task_of
+from hfpipe.model.load import ModelRef, is_masked, task_of
+from hfpipe.model.positions import context_of, within_positions
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_names import MASKED_METRICS

@@ -12,7 +12,8 @@ import torch
 from hfpipe.data.dataloader import collate
 from hfpipe.data.masking import Masking
 from hfpipe.data.tokenize import IGNORED, Encoded
-from hfpipe.evaluation.likelihood import by_length, require_finite, within_positions
+from hfpipe.evaluation.likelihood import by_length, require_finite
+from hfpipe.model.positions import within_positions
 
 OPTIONS = {"mlm_probability": 0.15, "mask_replace_prob": 1.0, "random_replace_prob": 0.0}
 
@@ -55,12 +56,6 @@ def fill_masks(
                 bits = float(losses[own].sum()) / math.log(2)
                 answers[index] = {"bits": bits, "hits": int(hits[own].sum()), "tokens": int(own.sum())}
     return answers
-
-
-def is_masked(model: Any) -> bool:
-    """Whether a model, or the one below an adapter, fills in masks."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__.endswith("ForMaskedLM")
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from transformers import AutoConfig, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.evaluation.likelihood import within_positions
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, task_of_type
+from hfpipe.model.positions import within_positions
 from hfpipe.model.seq2seq import decoder_input
-from hfpipe.model.tokens import train_rows
+from hfpipe.model.tokenizer import train_rows
 from hfpipe.recipe import Recipe
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.

@@ -1,7 +1,11 @@
-"""The base of a run: found on the Hub and pinned to its commit, or made from nothing; prepared once, then read."""
+"""The base of a run: found on the Hub and pinned to its commit, or made from nothing; prepared once, then read.
+
+A base that cannot be loaded as the stages ask is refused by its config and the names of its files, before any weight.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,19 +13,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash, has_file
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import DataError, RecipeError
+from hfpipe.core.errors import DataError, MachineError, RecipeError
 from hfpipe.core.files import whole_folder, write_json
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import create_model, train_tokenizer
-from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer, task_of, task_of_type
-from hfpipe.model.loadable import require_loadable
-from hfpipe.model.tokens import added_ids, prepare_tokenizer, require_room, template_warning
+from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, pickles_only, task_of, task_of_type
+from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, require_room, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 
 
@@ -167,3 +173,78 @@ def _commit_of(path: str, revision: str, trust_remote_code: bool) -> str | None:
     with clear_errors("model", path):
         AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         return extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
+
+
+LEAST_LINEAR = 0.5  # share of the weights beside the embeddings that quantization must reach
+
+
+def require_loadable(recipe: Recipe) -> None:
+    """Refuses a base that a stage could not load, or not as the recipe asks.
+
+    Raises:
+        RecipeError: The base is quantized already, and a stage trains all weights or quantizes them again; its weights
+            are pickles; or quantization would leave most of them as they are.
+        MachineError: A stage quantizes, and bitsandbytes is not installed.
+    """
+    quantized = [stage.name for stage in recipe.stages if stage.quantized]
+    if quantized and importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            f"stages.{quantized[0]}.quantization needs bitsandbytes, which is not installed: "
+            "pip install 'hfpipe[quantization]'. Or remove `quantization`."
+        )
+    options = recipe.model
+    if options.id is None:
+        return
+    with clear_errors("model", options.id):
+        config = AutoConfig.from_pretrained(
+            options.id, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    _require_unquantized(recipe, config)
+    with clear_errors("model", options.id):
+        pickled, safe = (
+            any(has_file(options.id, name, revision=options.revision) for name in names)
+            for names in ((WEIGHTS_NAME, WEIGHTS_INDEX_NAME), (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        )
+    if pickled and not safe:
+        raise RecipeError(pickles_only(options.id))
+    if quantized:
+        _require_linear(recipe, quantized[0], config)
+
+
+def _require_unquantized(recipe: Recipe, config: Any) -> None:
+    block = getattr(config, "quantization_config", None)
+    for stage in recipe.stages if block is not None else ():
+        if stage.adapter is not None and stage.quantized is None:
+            continue
+        method = block.get("quant_method", "") if isinstance(block, dict) else getattr(block, "quant_method", "")
+        found = "quantizes it again" if stage.quantized else "trains all of its weights, which cannot be trained"
+        remedy = "Remove `quantization`" if stage.quantized else "Add `lora: {r: 16}`"
+        raise RecipeError(
+            f"stages.{stage.name}: the base {recipe.model.id!r} is quantized already ({method}), and this stage "
+            f"{found}. {remedy}, or start from the model in full precision."
+        )
+
+
+def _require_linear(recipe: Recipe, stage: str, config: Any) -> None:
+    """bitsandbytes stores linear layers in few bits; the experts of a mixture, for one, are none to transformers."""
+    model = shapes_of(ModelRef(recipe.model.id or "", recipe.model, revision=recipe.model.revision))
+    ends = {id(end.weight): end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end}
+    layers = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = sum(weight.numel() for weight in layers if id(weight) not in ends)
+    whole = model.num_parameters() - sum(weight.numel() for weight in ends.values())
+    if linear < LEAST_LINEAR * whole:
+        raise RecipeError(
+            f"stages.{stage}.quantization: bitsandbytes stores linear layers in few bits, and {linear / whole:.0%} of "
+            f"the weights of {recipe.model.id!r} ({config.model_type}) are in one, the embeddings aside. The rest "
+            "would take the memory that it takes now. Remove `quantization`, or take another model."
+        )
+
+
+def shapes_of(ref: ModelRef) -> Any:
+    """The model of a `ModelRef` without its weights: on torch's meta device, where nothing takes memory."""
+    with clear_errors("model", ref.path):
+        config = AutoConfig.from_pretrained(
+            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
+        )
+    with torch.device("meta"):
+        return AUTO_CLASSES[task_of(ref)].from_config(config, trust_remote_code=ref.options.trust_remote_code)

@@ -35,7 +35,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.hub_errors import trouble
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
-from hfpipe.model.tokens import make_room
+from hfpipe.model.tokenizer import make_room
 from hfpipe.recipe import Model, Quantization
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -362,3 +362,9 @@ def _modules_of(info: dict[str, Any]) -> list[str]:
     """The modules whose weights a checkpoint does not hold, or holds in another shape."""
     names = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     return sorted({name.rpartition(".")[0] for name in names})
+
+
+def is_masked(model: Any) -> bool:
+    """Whether a model, or the one below an adapter, fills in masks."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__.endswith("ForMaskedLM")

@@ -17,7 +17,6 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError, Stopped
 from hfpipe.core.files import whole_folder
 from hfpipe.data.dataloader import BatchLoader
-from hfpipe.evaluation.likelihood import learned_positions
 from hfpipe.model.adapter import (
     TOLERANCE,
     adapter_state,
@@ -31,8 +30,9 @@ from hfpipe.model.adapter import (
 )
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
+from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
-from hfpipe.model.tokens import train_rows
+from hfpipe.model.tokenizer import train_rows
 from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.run import StageRun

@@ -19,9 +19,9 @@ from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import IGNORED, encode_for_training
 from hfpipe.evaluation.answers import asked_of, tells_apart
-from hfpipe.evaluation.likelihood import context_of
 from hfpipe.evaluation.metrics.rows import RowMetric
 from hfpipe.evaluation.suites import suite_metrics
+from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
 from hfpipe.scores import BASE

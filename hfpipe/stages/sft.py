@@ -17,8 +17,8 @@ from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.formats import TEXT_KINDS
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import encode_for_training
-from hfpipe.evaluation.likelihood import learned_positions
 from hfpipe.model.load import load_model
+from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.common import StageRun, row_length, train, trainer_arguments, weighted, with_adapter

@@ -24,12 +24,11 @@ from hfpipe.data.tokenize import IGNORED
 from hfpipe.evaluation.suites import suite_metrics, suite_rows
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
-from hfpipe.model.base import require_task, rows_of_embeddings, texts_for_tokenizer
+from hfpipe.model.base import require_loadable, require_task, rows_of_embeddings, shapes_of, texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
-from hfpipe.model.loadable import require_loadable, shapes_of
-from hfpipe.model.tokens import added_ids, prepare_tokenizer, require_room, template_warning
-from hfpipe.pipeline import output_folder, quiet_libraries
+from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, require_room, template_warning
+from hfpipe.pipeline.run import output_folder, quiet_libraries
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.common import divide_batch

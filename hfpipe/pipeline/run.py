@@ -13,18 +13,18 @@ from hfpipe.core.files import read_json, write_json
 from hfpipe.cost import CostMeter
 from hfpipe.data.cleaning.contamination import require_no_overlap
 from hfpipe.data.dedup import require_cleaning
-from hfpipe.dial import settle
 from hfpipe.evaluation.shift import measure_shift
 from hfpipe.hub import check_access, push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.adapter import require_adapters
+from hfpipe.model.base import shapes_of
 from hfpipe.model.load import task_of
-from hfpipe.model.loadable import shapes_of
+from hfpipe.pipeline.context import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
+from hfpipe.pipeline.dial import settle
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
-from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.arguments import require_arguments

@@ -16,7 +16,6 @@ from hfpipe.core.files import GIB, read_json, write_json, write_jsonl, write_tex
 from hfpipe.core.http import limit_waiting
 from hfpipe.core.run_layout import MODEL, model_of, predictions_of, strength_of
 from hfpipe.data.mixture import mixture
-from hfpipe.environment import environment
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.metrics import needs_of
 from hfpipe.evaluation.suites import paired_errors, score_suite, suite_metrics, suite_rows
@@ -25,6 +24,7 @@ from hfpipe.model.adapter import ProbeText
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_model, weights_dtype
 from hfpipe.model.merge import merge_adapter
+from hfpipe.pipeline.environment import environment
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.report.markdown import plain_number
 from hfpipe.scores import BASE, Score, stages_of

@@ -16,10 +16,10 @@ from hfpipe.core.run_layout import model_of
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.suites import Scored, paired_errors, score_suite, suite_rows
 from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, load_model, load_tokenizer, task_of
-from hfpipe.model.tokens import require_room
+from hfpipe.model.tokenizer import require_room
+from hfpipe.pipeline.context import merged, open_run, quiet_libraries
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.markdown import describe, number
-from hfpipe.run import merged, open_run, quiet_libraries
 from hfpipe.scores import Change
 
 

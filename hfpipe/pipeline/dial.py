@@ -18,10 +18,19 @@ from hfpipe.core.files import read_json, whole_folder, write_json, write_jsonl
 from hfpipe.core.run_layout import DIAL, predictions_at, strength_of
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.suites import score_suite
-from hfpipe.model.dial import open_dial
+from hfpipe.model.interpolate import open_dial
+from hfpipe.pipeline.context import (
+    Run,
+    merged,
+    open_run,
+    probe_texts,
+    quiet_libraries,
+    score_key,
+    score_stage,
+    with_paired,
+)
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
-from hfpipe.run import Run, merged, open_run, probe_texts, quiet_libraries, score_key, score_stage, with_paired
 from hfpipe.scores import BASE, Change, Score, of_lineage, over_budget
 from hfpipe.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
 
