@@ -176,7 +176,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from hfpipe.shipped import copy_recipe, list_recipes
+    from hfpipe.recipe.shipped import copy_recipe, list_recipes
 
     print(copy_recipe(options.copy) if options.copy else list_recipes())
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hfpipe.core.files import write_json
-from hfpipe.recipe.shapes import BASE as BASE
+from hfpipe.recipe.stage_config import BASE as BASE
 
 # With five rows that all change one way, a sign test still gives p = 0.06: fewer than six tell no difference.
 FEWEST_ROWS = 6

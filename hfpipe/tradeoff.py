@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from hfpipe.recipe.metric_names import BIAS_METRICS, FULL_MARKS
-from hfpipe.recipe.words import Suite
+from hfpipe.recipe.config import Suite
+from hfpipe.recipe.metric_table import BIAS_METRICS, FULL_MARKS
 from hfpipe.scores import Change, Score, forgetting, over_budget
 
 Key = tuple[str, str]

@@ -20,7 +20,7 @@ from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.counterfactuals import replaced
 from hfpipe.evaluation.metrics import OURS, load_metric
 from hfpipe.metrics.limits import LIMITS, limits_of
-from hfpipe.recipe.metric_names import BIAS_METRICS, WITH_IDEAL
+from hfpipe.recipe.metric_table import BIAS_METRICS, WITH_IDEAL
 from hfpipe.scores import Change, Score, over_budget
 
 

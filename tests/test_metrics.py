@@ -17,7 +17,7 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.evaluation.metrics import OURS, load_metric
 from hfpipe.evaluation.metrics.rows import paired_stderr, resampled_sums
 from hfpipe.recipe import load_recipe
-from hfpipe.recipe.metric_names import MASKED_METRICS, OUR_METRICS
+from hfpipe.recipe.metric_table import MASKED_METRICS, OUR_METRICS
 from hfpipe.scores import Change, Score, over_budget
 
 ENGLISH = [

@@ -11,7 +11,7 @@ from pushing import RECIPE
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.recipe import Push, load_recipe
-from hfpipe.recipe.push import asked_words
+from hfpipe.recipe.push_plan import asked_words
 
 
 def said(folder: Path, push: dict[str, Any]) -> str:

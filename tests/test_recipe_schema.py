@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hfpipe.recipe import json_schema
-from hfpipe.recipe.yaml_lines import Loader
+from hfpipe.recipe.document import Loader
 
 RECIPE = """
 name: small

@@ -10,8 +10,8 @@ import pytest
 from transformers import CONFIG_MAPPING, GenerationConfig, TrainingArguments
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.recipe import library, load_recipe, signatures
-from hfpipe.recipe.kinds import fits
+from hfpipe.recipe import load_recipe, signatures, source_reader
+from hfpipe.recipe.annotations import fits
 
 
 def real_fields(cls: type) -> dict[str, dataclasses.Field]:
@@ -105,14 +105,16 @@ def test_a_library_that_cannot_be_read_is_left_unchecked(tmp_path: Path, monkeyp
     path.write_text(
         "name: x\nmodel: {id: x}\nstages: [{name: a, kind: sft, data: [{path: json, sepp: 1}], training: {x: 1}}]\n"
     )
-    readers = [read for part in (signatures, library) for read in vars(part).values() if hasattr(read, "cache_clear")]
+    readers = [
+        read for part in (signatures, source_reader) for read in vars(part).values() if hasattr(read, "cache_clear")
+    ]
     with pytest.raises(RecipeError, match=r"(?s)sepp.*training\.x"):
         load_recipe(path)
     try:
         for missing in (lambda name: None, lambda name: (_ for _ in ()).throw(ImportError(name))):
             for reader in readers:
                 reader.cache_clear()
-            monkeypatch.setattr(library, "find_spec", missing)
+            monkeypatch.setattr(source_reader, "find_spec", missing)
             assert load_recipe(path).stages[0].training == {"x": 1}
     finally:
         monkeypatch.undo()

@@ -9,7 +9,7 @@ import yaml
 
 from hfpipe.cli import main
 from hfpipe.recipe import load_recipe
-from hfpipe.shipped import shipped_recipes
+from hfpipe.recipe.shipped import shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 RECIPES = shipped_recipes()

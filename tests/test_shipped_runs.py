@@ -19,7 +19,7 @@ from stand_ins import add_data, add_models
 from hfpipe.cli import main
 from hfpipe.core import ranks
 from hfpipe.recipe import load_recipe
-from hfpipe.shipped import shipped_recipes
+from hfpipe.recipe.shipped import shipped_recipes
 from hfpipe.stages.common import divide_batch
 
 RECIPES = {name: path for name, path in shipped_recipes().items() if "quickstart" not in name}

@@ -35,7 +35,7 @@ from hfpipe.model.load import ModelRef, is_masked, task_of
 from hfpipe.model.positions import context_of, within_positions
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
-from hfpipe.recipe.metric_names import MASKED_METRICS
+from hfpipe.recipe.metric_table import MASKED_METRICS
 
 
 def asked_of(suite: Suite, rows: Rows) -> list[str]:

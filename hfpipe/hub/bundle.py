@@ -14,9 +14,10 @@ from hfpipe.core.files import whole_folder, write_json, write_text
 from hfpipe.core.run_layout import model_of, strength_of
 from hfpipe.core.secrets import without_secrets
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
-from hfpipe.recipe.push import pushed_stage
+from hfpipe.recipe.config import hub_id, is_on_hub
+from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report.artefact import Artefact, lineage
-from hfpipe.report.card import hub_id, is_on_hub, model_card
+from hfpipe.report.card import model_card
 from hfpipe.report.facts import stage_costs
 from hfpipe.report.price import dial_section, dials_of
 from hfpipe.scores import read_scorecard

@@ -22,7 +22,7 @@ from hfpipe.hub.push import deadline_of
 from hfpipe.model.adapter import CHANGE_THE_BASE
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
-from hfpipe.report.card import is_on_hub
+from hfpipe.recipe.config import is_on_hub
 
 NOT_PUSHED = {"trainer_state.json", "manifest.json", "data_state.json"}
 PATIENCE = 60.0  # seconds that the end of a stage waits for the push that is under way; then that goes on alone

@@ -18,7 +18,7 @@ from hfpipe.core.files import write_json
 from hfpipe.core.hub_errors import NoAnswer, causes
 from hfpipe.evaluation.metrics import script_of, space_of
 from hfpipe.recipe import Recipe, Source, Suite
-from hfpipe.report.card import hub_id, is_on_hub
+from hfpipe.recipe.config import hub_id, is_on_hub
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HF_URL = re.compile(r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/")

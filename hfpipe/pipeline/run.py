@@ -22,7 +22,7 @@ from hfpipe.model.load import task_of
 from hfpipe.pipeline.context import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.pipeline.dial import settle
 from hfpipe.recipe import Recipe
-from hfpipe.recipe.push import pushed_stage
+from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
 from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard

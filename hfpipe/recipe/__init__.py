@@ -1,9 +1,20 @@
 """What a recipe may say: its words, loading and overrides, every fault at once. Imports no heavy library."""
 
+from hfpipe.recipe.config import (
+    CrossValidation,
+    Energy,
+    Merge,
+    Model,
+    Push,
+    Recipe,
+    Shift,
+    Suite,
+    Tokenizer,
+    TokenizerTraining,
+)
 from hfpipe.recipe.dump import dump_recipe, hash_of, shared_recipe
-from hfpipe.recipe.loading import load_recipe
 from hfpipe.recipe.schema import json_schema
-from hfpipe.recipe.stage_words import (
+from hfpipe.recipe.stage_config import (
     Classification,
     EarlyStopping,
     Fold,
@@ -16,18 +27,7 @@ from hfpipe.recipe.stage_words import (
     StageBase,
     Translation,
 )
-from hfpipe.recipe.words import (
-    CrossValidation,
-    Energy,
-    Merge,
-    Model,
-    Push,
-    Recipe,
-    Shift,
-    Suite,
-    Tokenizer,
-    TokenizerTraining,
-)
+from hfpipe.recipe.validate import load_recipe
 
 __all__ = [
     "Classification",

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from hfpipe.recipe.words import Recipe
-from hfpipe.recipe.yaml_lines import Dumper
+from hfpipe.recipe.config import Recipe
+from hfpipe.recipe.document import Dumper
 
 FROM_ROOT = re.compile(r"(?:file://)?(?:/[^/\s]+/|~[^/\s]*/|[A-Za-z]:[\\/])")  # of a path, not of a prompt as `/think`
 

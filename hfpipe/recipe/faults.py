@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.core.secrets import without_secrets
-
 if TYPE_CHECKING:
-    from hfpipe.recipe.yaml_lines import Document
+    pass
 
 Steps = tuple[Any, ...]  # keys and list indices from the top of the recipe: ("stages", 0, "training", "max_steps")
 
@@ -36,20 +34,6 @@ class Fault:
     steps: Steps
     text: str
     place: Place | None = None
-
-
-def report(document: Document, faults: Iterable[Fault]) -> str:
-    """All faults in reading order as one message, which begins with their number and ends with what to do."""
-    lines = {}
-    for fault in faults:
-        place = fault.place or document.place(fault.steps)
-        path = dotted(fault.steps, document.data)
-        separator = ": " if path else ""
-        lines[f"{place.text}: {path}{separator}{fault.text}"] = place.order
-    count = f"{len(lines)} faults" if len(lines) > 1 else "1 fault"
-    ordered = "\n".join(sorted(lines, key=lambda line: lines[line]))
-    remedy = "Nothing was loaded or started. Correct the recipe and run the same command again."
-    return without_secrets(f"{count} in {document.name}\n\n{ordered}\n\n{remedy}")
 
 
 def dotted(steps: Steps, data: Any) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfpipe.core.errors import RecipeError
+from hfpipe.recipe.document import Document, read_value
 from hfpipe.recipe.faults import Fault, Place, Steps, did_you_mean, found, listed
-from hfpipe.recipe.yaml_lines import Document, read_value
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> list[Fault]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from hfpipe.recipe.annotations import explain, fits
 from hfpipe.recipe.faults import Fault, did_you_mean, found_and_allowed
-from hfpipe.recipe.kinds import explain, fits
 from hfpipe.recipe.raw import Block, RawStage, stages, suites
 from hfpipe.recipe.signatures import (
     Field,
@@ -23,7 +23,7 @@ from hfpipe.recipe.signatures import (
     peft_types,
     training_fields,
 )
-from hfpipe.recipe.stage_words import Source
+from hfpipe.recipe.stage_config import Source
 
 ARGUMENTS_CLASS = {
     "pretrain": "TrainingArguments",

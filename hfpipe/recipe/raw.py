@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfpipe.recipe.faults import Steps, nearest
-from hfpipe.recipe.stage_words import KINDS
+from hfpipe.recipe.stage_config import KINDS
 
 
 @dataclass(frozen=True)

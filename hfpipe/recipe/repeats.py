@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
-from hfpipe.recipe.metric_names import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
+from hfpipe.recipe.metric_table import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 
 

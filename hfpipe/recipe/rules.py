@@ -10,10 +10,10 @@ from hfpipe.recipe.cleaning import check_cleaning
 from hfpipe.recipe.continued import check_continued
 from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
-from hfpipe.recipe.metric_names import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
+from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.overlap import check_overlap
 from hfpipe.recipe.pairs import check_pairs
-from hfpipe.recipe.push import check_push
+from hfpipe.recipe.push_plan import check_push
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 from hfpipe.recipe.repeats import check_repeats
 from hfpipe.recipe.roles import FORMS, SUITE_FORMS, check_source

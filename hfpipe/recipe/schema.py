@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfpipe.recipe.kinds import json_schema_of
+from hfpipe.recipe.annotations import json_schema_of
+from hfpipe.recipe.config import Recipe
 from hfpipe.recipe.passthrough import stage_fields
 from hfpipe.recipe.signatures import (
     UNKNOWN,
@@ -16,8 +17,7 @@ from hfpipe.recipe.signatures import (
     masking_fields,
     peft_types,
 )
-from hfpipe.recipe.stage_words import KINDS
-from hfpipe.recipe.words import Recipe
+from hfpipe.recipe.stage_config import KINDS
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
-from hfpipe.recipe.kinds import ANYTHING, NULL, Kind, kinds_of
-from hfpipe.recipe.library import (
+from hfpipe.recipe.annotations import ANYTHING, NULL, Kind, kinds_of
+from hfpipe.recipe.source_reader import (
     UNKNOWN,
     ancestry,
     assigned,

@@ -9,33 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.recipe.config import BUILDERS, hub_id
 from hfpipe.report.artefact import TASKS, Artefact, how_to_load, lineage
 from hfpipe.report.facts import cost_section
 from hfpipe.report.licence import licence_lines, stated
 from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, stages_of
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# `load_dataset` takes these for its own builders, and `builtin` is ours: none of them is a data set on the Hub.
-BUILDERS = {
-    "builtin",
-    "lm_eval",
-    "json",
-    "csv",
-    "parquet",
-    "arrow",
-    "text",
-    "xml",
-    "sql",
-    "pandas",
-    "webdataset",
-    "generator",
-}
 TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is of a summary
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes
 
@@ -75,17 +59,6 @@ def model_card(
         "## Limits\n\n" + _limits(artefact, environment),
     ]
     return f"---\n{_metadata(artefact, recipe, scores, spent).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def is_on_hub(name: str) -> bool:
-    """Whether a name is a Hub id, and not a folder of this machine."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
-
-
-def hub_id(source: Source) -> str | None:
-    """The Hub id of a source; None for a file, a folder or a builder."""
-    path = source.path
-    return path if path not in BUILDERS and is_on_hub(path) else None
 
 
 def _metadata(

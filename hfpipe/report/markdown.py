@@ -10,7 +10,7 @@ from typing import Any
 from hfpipe.core.files import our_command, write_text
 from hfpipe.core.run_layout import model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.recipe.metric_names import SHARE_METRICS
+from hfpipe.recipe.metric_table import SHARE_METRICS
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.price import price_markdown, price_sentences
 from hfpipe.report.samples import samples_markdown, samples_of

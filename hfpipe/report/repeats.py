@@ -10,7 +10,7 @@ from typing import Any
 
 from hfpipe.core.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.recipe.metric_names import SHARE_METRICS
+from hfpipe.recipe.metric_table import SHARE_METRICS
 from hfpipe.report.html import PAGE
 from hfpipe.report.section import Section
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfpipe.recipe.adapters import adapter_of
+from hfpipe.recipe.config import Push, Recipe
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.raw import RawStage, mapping, text_of
-from hfpipe.recipe.words import Push, Recipe
 
 NEEDS_AN_ADAPTER = ("adapter", "merged", "both")
 _ONLY_OF = {"merged_repo_id": ("both",), "parent_repo_id": ("adapter", "both")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import yaml
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.recipe.faults import Fault, Place, Steps
+from hfpipe.core.secrets import without_secrets
+from hfpipe.recipe.faults import Fault, Place, Steps, dotted
 
 _TAG = "tag:yaml.org,2002:"
 _RESOLVERS = (
@@ -240,3 +242,17 @@ def _float(text: str) -> float:
         return float(text)
     value = math.inf if special[2] == "inf" else math.nan
     return -value if special[1] == "-" else value
+
+
+def report(document: Document, faults: Iterable[Fault]) -> str:
+    """All faults in reading order as one message, which begins with their number and ends with what to do."""
+    lines = {}
+    for fault in faults:
+        place = fault.place or document.place(fault.steps)
+        path = dotted(fault.steps, document.data)
+        separator = ": " if path else ""
+        lines[f"{place.text}: {path}{separator}{fault.text}"] = place.order
+    count = f"{len(lines)} faults" if len(lines) > 1 else "1 fault"
+    ordered = "\n".join(sorted(lines, key=lambda line: lines[line]))
+    remedy = "Nothing was loaded or started. Correct the recipe and run the same command again."
+    return without_secrets(f"{count} in {document.name}\n\n{ordered}\n\n{remedy}")

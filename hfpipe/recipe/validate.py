@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
-from hfpipe.recipe.raw import kind_of, sequence
-from hfpipe.recipe.shapes import BLOCK, LIST, TURNS, WORD, Turn
-from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
-from hfpipe.recipe.stage_words import KINDS, Deduplicate, EarlyStopping, Fold, Quantization, Replay
-from hfpipe.recipe.words import (
+from hfpipe.core.errors import RecipeError
+from hfpipe.recipe.config import (
     CrossValidation,
     Energy,
     Merge,
@@ -24,6 +23,27 @@ from hfpipe.recipe.words import (
     Suite,
     Tokenizer,
     TokenizerTraining,
+)
+from hfpipe.recipe.continued import is_repeated, take_over
+from hfpipe.recipe.document import read_document, report
+from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
+from hfpipe.recipe.overrides import apply_overrides
+from hfpipe.recipe.passthrough import check_passed_through
+from hfpipe.recipe.raw import kind_of, sequence
+from hfpipe.recipe.rules import check_rules
+from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
+from hfpipe.recipe.stage_config import (
+    BLOCK,
+    KINDS,
+    LIST,
+    TURNS,
+    WORD,
+    Deduplicate,
+    EarlyStopping,
+    Fold,
+    Quantization,
+    Replay,
+    Turn,
 )
 
 _BLOCKS: dict[str, type[BaseModel]] = {
@@ -184,3 +204,40 @@ def _unknown_key(steps: Steps, data: dict[str, Any]) -> str:
 
 def _near_or_all(key: str, block: type[BaseModel]) -> str:
     return did_you_mean(key, block.model_fields).strip() or f"The keys are {listed(block.model_fields)}."
+
+
+# FOLDDOC From a file and overrides to a recipe, or to every fault in them at once.
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe, whole, before anything is loaded; imports no heavy library.
+
+    Args:
+        path: A YAML file.
+        overrides: Changes such as `stages.chat.lora.r=8`, under the same checks.
+
+    Raises:
+        RecipeError: The file cannot be read as YAML, or the recipe has faults: all of them, in the order of the file.
+    """
+    with _without_collection():
+        document = read_document(Path(path))
+        faults = [*document.faults, *apply_overrides(document, overrides)]
+        taken_over = take_over(document.data)
+        recipe, structural = check_structure(document.data)
+        further = [*check_passed_through(document.data), *check_rules(document.data)]
+    reported = {fault.steps for fault in structural}
+    faults += structural + [fault for fault in further if fault.steps not in reported]
+    faults = [fault for fault in faults if not is_repeated(fault, faults, taken_over)]
+    if faults or recipe is None:
+        raise RecipeError(report(document, faults))
+    return recipe
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Holds the garbage collector back, which would visit the nodes of parsed source again and again for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
