@@ -27,8 +27,9 @@ from hfpipe.core.secrets import without_secrets
 from hfpipe.hub.bundle import ADAPTER_CONFIG, find_made, parent_in_run, prepare_artifact
 from hfpipe.recipe import Push, Recipe, load_recipe
 from hfpipe.recipe.config import is_on_hub
-from hfpipe.recipe.push_plan import asked_words, check_push, parent_push, planned_pushes, pushed_stage, pushes_of
+from hfpipe.recipe.push_plan import asked_words, parent_push, planned_pushes, pushed_stage, pushes_of
 from hfpipe.recipe.raw import stages
+from hfpipe.recipe.rules.outcome import check_push
 
 START, SLOWEST = 300.0, 500_000.0  # seconds and bytes per second: an upload may take START + size / SLOWEST
 CHECKING = 90.0  # seconds that all questions before training may take

@@ -42,7 +42,7 @@ from hfpipe.model.quantized import (
     write_quantized,
 )
 from hfpipe.model.shards import bytes_of, give_back_memory, save_changed
-from hfpipe.recipe.adapters import is_mergeable_type
+from hfpipe.recipe.rules.adapters import is_mergeable_type
 
 FULL, DEQUANTIZED = "in full precision", "made whole from its quantized weights"  # what an adapter is merged into
 QUANTIZED = "quantized"  # folder of the base in few bits, for the time of the merge

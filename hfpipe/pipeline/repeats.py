@@ -20,7 +20,7 @@ from hfpipe.core.errors import BudgetExceeded
 from hfpipe.core.files import write_json, write_text
 from hfpipe.pipeline.run import output_folder, run_recipe
 from hfpipe.recipe import Fold, Recipe, Suite, dump_recipe
-from hfpipe.recipe.repeats import HELD_OUT
+from hfpipe.recipe.rules.outcome import HELD_OUT
 from hfpipe.report.repeats import repeat_lines, write_repeat_reports
 from hfpipe.scores import BASE, Score, read_scorecard
 

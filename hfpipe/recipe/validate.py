@@ -24,13 +24,13 @@ from hfpipe.recipe.config import (
     Tokenizer,
     TokenizerTraining,
 )
-from hfpipe.recipe.continued import is_repeated, take_over
 from hfpipe.recipe.document import read_document, report
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
 from hfpipe.recipe.overrides import apply_overrides
 from hfpipe.recipe.passthrough import check_passed_through
 from hfpipe.recipe.raw import kind_of, sequence
-from hfpipe.recipe.rules import check_rules
+from hfpipe.recipe.rules.adapters import is_repeated, take_over
+from hfpipe.recipe.rules.recipe import check_rules
 from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
 from hfpipe.recipe.stage_config import (
     BLOCK,

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hfpipe.recipe.adapters import adapter_of, check_adapter, check_added_tokens, check_dial, check_merges
-from hfpipe.recipe.cleaning import check_cleaning
-from hfpipe.recipe.continued import check_continued
-from hfpipe.recipe.countries import check_country
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
-from hfpipe.recipe.overlap import check_overlap
-from hfpipe.recipe.pairs import check_pairs
-from hfpipe.recipe.push_plan import check_push
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
-from hfpipe.recipe.repeats import check_repeats
-from hfpipe.recipe.roles import FORMS, SUITE_FORMS, check_source
-from hfpipe.recipe.secret_values import check_secrets
+from hfpipe.recipe.rules.adapters import (
+    adapter_of,
+    check_adapter,
+    check_added_tokens,
+    check_continued,
+    check_dial,
+    check_merges,
+)
+from hfpipe.recipe.rules.outcome import check_country, check_push, check_repeats, check_secrets
+from hfpipe.recipe.rules.sources import FORMS, SUITE_FORMS, check_cleaning, check_overlap, check_pairs, check_source
+from hfpipe.recipe.rules.training import check_training
 from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
-from hfpipe.recipe.training import check_training
 
 BASE = "base"
 
