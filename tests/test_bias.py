@@ -19,8 +19,8 @@ from hfpipe.core.errors import DataError
 from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.counterfactuals import replaced
 from hfpipe.evaluation.metrics import OURS, load_metric
-from hfpipe.metrics.limits import LIMITS, limits_of
 from hfpipe.recipe.metric_table import BIAS_METRICS, WITH_IDEAL
+from hfpipe.report.limits import LIMITS, limits_of
 from hfpipe.scores import Change, Score, over_budget
 
 

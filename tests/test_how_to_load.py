@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hfpipe.recipe import load_recipe
-from hfpipe.report.artefact import Artefact, how_to_load
+from hfpipe.report.usage import Artefact, how_to_load
 
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {},

@@ -16,10 +16,10 @@ from hfpipe.core.secrets import without_secrets
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
 from hfpipe.recipe.config import hub_id, is_on_hub
 from hfpipe.recipe.push_plan import pushed_stage
-from hfpipe.report.artefact import Artefact, lineage
 from hfpipe.report.card import model_card
 from hfpipe.report.facts import stage_costs
 from hfpipe.report.price import dial_section, dials_of
+from hfpipe.report.usage import Artefact, lineage
 from hfpipe.scores import read_scorecard
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -158,7 +158,7 @@ def _dial_of(run_dir: Path, stage: str, recipe: Recipe) -> tuple[str, dict[str, 
     dial = next((dial for dial in dials_of(run_dir, recipe) if dial["stage"] == stage), None)
     if dial is None:
         return "", {}
-    from hfpipe.report.price_plots import dial_plots  # it takes matplotlib a second to come
+    from hfpipe.report.plots import dial_plots  # it takes matplotlib a second to come
 
     plots = {f"dial-{number}.svg": plot for number, plot in enumerate(dial_plots(dial), start=1)}
     images = " ".join(f"![Strengths of {stage}]({name})" for name in plots)

@@ -8,16 +8,15 @@ run gives the same card, and a repeated push changes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.recipe.config import BUILDERS, hub_id
-from hfpipe.report.artefact import TASKS, Artefact, how_to_load, lineage
 from hfpipe.report.facts import cost_section
-from hfpipe.report.licence import licence_lines, stated
+from hfpipe.report.usage import TASKS, Artefact, how_to_load, lineage
 from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, stages_of
 
 TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is of a summary
@@ -269,3 +268,50 @@ def _limits(artefact: Artefact, environment: Mapping[str, Any]) -> str:
     license = artefact.license or base_license
     lines += [f"- {line}" for line in licence_lines(license, artefact.base, base_license, artefact.data_facts)]
     return "\n".join(lines)
+
+
+# FOLDDOC The licence of what is pushed: the base's, and where it does not agree with those of the data sets, that is said.
+# What a licence asks that another may not, by its name on the Hub: https://huggingface.co/docs/hub/repositories-licenses
+TERMS = {
+    "forbids commercial use": re.compile(r"-nc\b|noncommercial|-research"),
+    "forbids to pass on what is made of it": re.compile(r"-nd\b"),
+    "asks that what is made of it carries the same licence": re.compile(r"-sa\b|^(a|l)?gpl|^odbl|^cdla-sharing|^eupl"),
+    "has terms of its own": re.compile(r"^(other|unknown|llama|gemma|openrail|bigscience|creativeml|deepfloyd)"),
+}
+
+
+def stated(facts: Mapping[str, Any]) -> str | None:
+    """The one licence that a card of the Hub names."""
+    license = facts.get("license")
+    return license if isinstance(license, str) and license else None
+
+
+def terms_of(license: str) -> set[str]:
+    return {term for term, pattern in TERMS.items() if pattern.search(license.lower())}
+
+
+def licence_lines(
+    license: str | None, base: str | None, base_license: str | None, data: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """What a reader must know about the licence: where it comes from, and every conflict.
+
+    Args:
+        license: What the card states; None for nothing.
+        base: Hub id of the base model; None for a model that was trained from nothing.
+        base_license: Its licence; None where it is not known.
+        data: What the cards of the data sets say, by Hub id.
+    """
+    if license is None:
+        yield "No licence is stated here: that of the base and of the data sets must be looked up."
+    if license and base_license and license != base_license:
+        yield f"**Licence conflict**: stated here is {license}, and the base {base} is under {base_license}."
+    for id, facts in data.items():
+        theirs = stated(facts)
+        if theirs is None:
+            yield f"The licence of the data set {id} is not known."
+        elif more := sorted(terms_of(theirs) - terms_of(license or "")):
+            here = f"{license} does not" if license else "no licence is stated here"
+            yield (
+                f"**Licence conflict**: the data set {id} is under {theirs}, which {' and '.join(more)}; {here}. "
+                "Whether that reaches a model trained on it has to be settled before the model is used so."
+            )

@@ -10,8 +10,8 @@ from typing import Any
 from hfpipe.core.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
+from hfpipe.report.layout import PAGE
 from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored
-from hfpipe.report.page import PAGE
 from hfpipe.report.plots import loss_curve, score_by_stage
 from hfpipe.report.price import price_html, price_sentences
 from hfpipe.report.samples import samples_html, samples_of

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from hfpipe.core.run_layout import strength_of
 from hfpipe.recipe import Recipe
-from hfpipe.report.section import Section
+from hfpipe.report.layout import Section
+from hfpipe.report.plots import Placed
 from hfpipe.scores import Score, of_lineage, stages_of
-from hfpipe.tradeoff import Comparison, Estimate, Point, compare, kept_keys, kept_suites, point, scales_of
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A stage on the plane of gain and forgetting, against the model it started from.
-
-    Args:
-        stage: Its name.
-        parent: That of what it started from.
-        method: What it trained: full, LoRA, ...
-        where: Its gain and forgetting.
-    """
-
-    stage: str
-    parent: str
-    method: str
-    where: Point
+from hfpipe.tradeoff import Comparison, Estimate, compare, kept_keys, kept_suites, point, scales_of
 
 
 def placed(recipe: Recipe, scores: Sequence[Score]) -> list[Placed]:
@@ -183,7 +166,7 @@ def price_markdown(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> lis
 
 def price_html(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[str]:
     """Both sections in HTML, with their plots."""
-    from hfpipe.report.price_plots import dial_plots, tradeoff_plots
+    from hfpipe.report.plots import dial_plots, tradeoff_plots
 
     parts = []
     section = tradeoff_section(folder, recipe, scores)

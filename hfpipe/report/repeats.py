@@ -12,7 +12,7 @@ from hfpipe.core.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.recipe.metric_table import SHARE_METRICS
 from hfpipe.report.html import PAGE
-from hfpipe.report.section import Section
+from hfpipe.report.layout import Section
 
 REPEATS = "repeats.json"
 
