@@ -21,7 +21,7 @@ from hfpipe.evaluation.counterfactuals import replaced
 from hfpipe.evaluation.metrics import OURS, load_metric
 from hfpipe.recipe.metric_table import BIAS_METRICS, WITH_IDEAL
 from hfpipe.report.limits import LIMITS, limits_of
-from hfpipe.scores import Change, Score, over_budget
+from hfpipe.scores.scorecard import Change, Score, over_budget
 
 
 @pytest.fixture(scope="module")

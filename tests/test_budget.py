@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from hfpipe.recipe import load_recipe
-from hfpipe.scores import Score, of_lineage, over_budget
+from hfpipe.scores.scorecard import Score, of_lineage, over_budget
 
 
 def score(stage: str, value: float, stderr: float = 0.01, **changes: object) -> Score:

@@ -18,7 +18,7 @@ from hfpipe.evaluation.metrics import OURS, load_metric
 from hfpipe.evaluation.metrics.rows import paired_stderr, resampled_sums
 from hfpipe.recipe import load_recipe
 from hfpipe.recipe.metric_table import MASKED_METRICS, OUR_METRICS
-from hfpipe.scores import Change, Score, over_budget
+from hfpipe.scores.scorecard import Change, Score, over_budget
 
 ENGLISH = [
     ("The cat sat on the mat.", "The cat is sitting on the mat."),

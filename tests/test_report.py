@@ -12,10 +12,10 @@ import tiny
 
 from hfpipe.cli import main
 from hfpipe.recipe import load_recipe
-from hfpipe.report.markdown import describe
 from hfpipe.report.price import comparisons
 from hfpipe.report.samples import samples_of
-from hfpipe.scores import Change, Score, write_scorecard
+from hfpipe.scores.scorecard import Change, Score, write_scorecard
+from hfpipe.scores.wording import describe
 
 HOSTILE = "<script>alert(1)</script> & `co|de`\n```\n# مرحبا بالعالم 你好世界 " + "w" * 900
 

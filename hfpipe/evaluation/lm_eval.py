@@ -14,7 +14,7 @@ from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.evaluation.metrics.rows import Z
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import did_you_mean
-from hfpipe.scores import Score
+from hfpipe.scores.scorecard import Score
 
 BOOTSTRAP = 1000  # for the standard errors of the metrics that have no formula
 

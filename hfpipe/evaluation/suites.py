@@ -23,7 +23,7 @@ from hfpipe.evaluation.metrics import arguments_of, higher_is_better, load_metri
 from hfpipe.evaluation.metrics.rows import RowMetric, paired_stderr
 from hfpipe.evaluation.multiple_choice import plain_choices
 from hfpipe.recipe import Suite
-from hfpipe.scores import Score
+from hfpipe.scores.scorecard import Score
 
 BOOTSTRAP_SAMPLES = 200
 ASKED = 1000  # characters of a question that are kept beside its answer

@@ -20,7 +20,7 @@ from hfpipe.report.card import model_card
 from hfpipe.report.facts import stage_costs
 from hfpipe.report.price import dial_section, dials_of
 from hfpipe.report.usage import Artefact, lineage
-from hfpipe.scores import read_scorecard
+from hfpipe.scores.scorecard import read_scorecard
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Weights, configurations, tokenizers; never a pickle.

@@ -19,8 +19,8 @@ from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, load_model
 from hfpipe.model.tokenizer import require_room
 from hfpipe.pipeline.context import merged, open_run, quiet_libraries
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.report.markdown import describe, number
-from hfpipe.scores import Change
+from hfpipe.scores.scorecard import Change
+from hfpipe.scores.wording import describe, number
 
 
 def evaluate_model(

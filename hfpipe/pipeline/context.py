@@ -26,8 +26,8 @@ from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_mode
 from hfpipe.model.merge import merge_adapter
 from hfpipe.pipeline.environment import environment
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
-from hfpipe.report.markdown import plain_number
-from hfpipe.scores import BASE, Score, stages_of
+from hfpipe.scores.scorecard import BASE, Score, stages_of
+from hfpipe.scores.wording import plain_number
 
 PROBE_TEXTS = 4
 

@@ -31,8 +31,8 @@ from hfpipe.pipeline.context import (
 )
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
-from hfpipe.scores import BASE, Change, Score, of_lineage, over_budget
-from hfpipe.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
+from hfpipe.scores.scorecard import BASE, Change, Score, of_lineage, over_budget
+from hfpipe.scores.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 

@@ -22,7 +22,7 @@ from hfpipe.pipeline.run import output_folder, run_recipe
 from hfpipe.recipe import Fold, Recipe, Suite, dump_recipe
 from hfpipe.recipe.rules.outcome import HELD_OUT
 from hfpipe.report.repeats import repeat_lines, write_repeat_reports
-from hfpipe.scores import BASE, Score, read_scorecard
+from hfpipe.scores.scorecard import BASE, Score, read_scorecard
 
 
 def run_repeats(recipe: Recipe) -> Path:

@@ -25,7 +25,7 @@ from hfpipe.recipe import Recipe
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
-from hfpipe.scores import BASE, Score, of_lineage, over_budget, write_scorecard
+from hfpipe.scores.scorecard import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.common import divide_batch

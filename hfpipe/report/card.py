@@ -17,7 +17,7 @@ from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.recipe.config import BUILDERS, hub_id
 from hfpipe.report.facts import cost_section
 from hfpipe.report.usage import TASKS, Artefact, how_to_load, lineage
-from hfpipe.scores import Change, Score, forgetting, how_counted, of_lineage, stages_of
+from hfpipe.scores.scorecard import Change, Score, forgetting, how_counted, of_lineage, stages_of
 
 TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is of a summary
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes

@@ -11,11 +11,21 @@ from hfpipe.core.files import write_text
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
 from hfpipe.report.layout import PAGE
-from hfpipe.report.markdown import describe, describe_first, gains_and_losses, number, only_scored
+from hfpipe.report.markdown import gains_and_losses, only_scored
 from hfpipe.report.plots import loss_curve, score_by_stage
 from hfpipe.report.price import price_html, price_sentences
 from hfpipe.report.samples import samples_html, samples_of
-from hfpipe.scores import Change, Score, how_counted, last_change, of_lineage, over_budget, read_scorecard, stages_of
+from hfpipe.scores.scorecard import (
+    Change,
+    Score,
+    how_counted,
+    last_change,
+    of_lineage,
+    over_budget,
+    read_scorecard,
+    stages_of,
+)
+from hfpipe.scores.wording import describe, describe_first, number
 
 MOST_IN_A_VERDICT = 4  # changes that a person still reads in a sentence
 

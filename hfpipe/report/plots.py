@@ -18,8 +18,8 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from hfpipe.scores import Score
-from hfpipe.tradeoff import Point
+from hfpipe.scores.scorecard import Score
+from hfpipe.scores.tradeoff import Point
 
 INK = "#010203"  # drawn in this colour, written as currentColor: right on a light and on a dark page
 BLUE, ORANGE = "#3b76d6", "#d9742b"

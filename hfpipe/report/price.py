@@ -12,8 +12,8 @@ from hfpipe.core.run_layout import strength_of
 from hfpipe.recipe import Recipe
 from hfpipe.report.layout import Section
 from hfpipe.report.plots import Placed
-from hfpipe.scores import Score, of_lineage, stages_of
-from hfpipe.tradeoff import Comparison, Estimate, compare, kept_keys, kept_suites, point, scales_of
+from hfpipe.scores.scorecard import Score, of_lineage, stages_of
+from hfpipe.scores.tradeoff import Comparison, Estimate, compare, kept_keys, kept_suites, point, scales_of
 
 
 def placed(recipe: Recipe, scores: Sequence[Score]) -> list[Placed]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
-from hfpipe.scores import BASE, Score
+from hfpipe.scores.scorecard import BASE, Score
 
 EACH = 2  # rows of each sort and suite
 SHOWN = 500  # characters of a text

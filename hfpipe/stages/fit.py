@@ -24,7 +24,7 @@ from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
-from hfpipe.scores import BASE
+from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.common import require_positions
 from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
 

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from hfpipe.recipe.config import Suite
 from hfpipe.recipe.metric_table import BIAS_METRICS, FULL_MARKS
-from hfpipe.scores import Change, Score, forgetting, over_budget
+from hfpipe.scores.scorecard import Change, Score, forgetting, over_budget
 
 Key = tuple[str, str]
 
