@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from hfpipe.cli import main
-from hfpipe.cost import total_of
+from hfpipe.stages.cost import total_of
 
 # Runs in the process under test before anything else: no one connects anywhere, and who tries is written down.
 NO_NETWORK = """

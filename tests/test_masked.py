@@ -22,7 +22,6 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
-from hfpipe import checkpoints
 from hfpipe.cli import main
 from hfpipe.core.errors import RecipeError
 from hfpipe.data.masking import WORD, Masking, frame_of, tokens_of
@@ -33,6 +32,7 @@ from hfpipe.model.load import ModelRef, load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Model, load_recipe
 from hfpipe.report.card import Artefact, model_card
+from hfpipe.stages import checkpoints
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 

@@ -78,7 +78,7 @@ def test_an_interrupted_choice_is_the_uninterrupted_one(
 ) -> None:
     tiny.write_data(tmp_path)
     path = tiny.write(tmp_path, stopped_recipe(tmp_path))
-    from hfpipe.checkpoints import CheckpointCallback
+    from hfpipe.stages.checkpoints import CheckpointCallback
 
     done = json.loads((stopped / "stages" / "sounds" / "done.json").read_text())
     at, on_save = step or done["steps"], CheckpointCallback.on_save

@@ -20,7 +20,7 @@ from hfpipe.cli import main
 from hfpipe.core import ranks
 from hfpipe.recipe import load_recipe
 from hfpipe.recipe.shipped import shipped_recipes
-from hfpipe.stages.common import divide_batch
+from hfpipe.stages.trainer import divide_batch
 
 RECIPES = {name: path for name, path in shipped_recipes().items() if "quickstart" not in name}
 SIZES = {

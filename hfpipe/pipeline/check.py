@@ -31,8 +31,8 @@ from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, require_room, t
 from hfpipe.pipeline.run import output_folder, quiet_libraries
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.arguments import require_arguments
-from hfpipe.stages.common import divide_batch
-from hfpipe.stages.fit import encode_rows, first_rows, long_rows, require_fitting
+from hfpipe.stages.compatibility import encode_rows, first_rows, long_rows, require_fitting
+from hfpipe.stages.trainer import divide_batch
 
 SAMPLE_ROWS = 200
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.core.files import read_json, write_json
-from hfpipe.cost import CostMeter
 from hfpipe.data.cleaning.contamination import require_no_overlap
 from hfpipe.data.dedup import require_cleaning
 from hfpipe.evaluation.shift import measure_shift
@@ -28,8 +27,9 @@ from hfpipe.report.markdown import closing_lines
 from hfpipe.scores.scorecard import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.arguments import require_arguments
-from hfpipe.stages.common import divide_batch
-from hfpipe.stages.fit import require_fitting, require_rows
+from hfpipe.stages.compatibility import require_fitting, require_rows
+from hfpipe.stages.cost import CostMeter
+from hfpipe.stages.trainer import divide_batch
 
 
 def output_folder(recipe: Recipe) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hfpipe.stages.classification import run_classification
-from hfpipe.stages.common import StageRun
 from hfpipe.stages.pretrain import run_pretrain
 from hfpipe.stages.sft import run_sft
+from hfpipe.stages.trainer import StageRun
 from hfpipe.stages.translation import run_translation
 
 STAGES = {

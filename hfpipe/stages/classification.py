@@ -21,9 +21,8 @@ from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, 
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.common import StageRun, row_length, train, trainer_arguments, with_adapter
 from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
-from hfpipe.stages.plan import plan_of
+from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_arguments, with_adapter
 
 
 def run_classification(run: StageRun) -> dict[str, Any]:

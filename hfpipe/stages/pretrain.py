@@ -29,7 +29,7 @@ from hfpipe.model.load import load_model
 from hfpipe.recipe import Pretrain
 from hfpipe.recipe.faults import listed
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.common import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
+from hfpipe.stages.trainer import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
 MUCH_PADDING = 0.05  # of the tokens, from which a remedy is named

@@ -21,8 +21,7 @@ from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.common import StageRun, row_length, train, trainer_arguments, weighted, with_adapter
-from hfpipe.stages.plan import plan_of
+from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_arguments, weighted, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's
 

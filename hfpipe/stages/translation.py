@@ -22,8 +22,7 @@ from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
 from hfpipe.recipe import Source, Translation
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.common import StageRun, require_positions, train, trainer_arguments, weighted, with_adapter
-from hfpipe.stages.plan import plan_of
+from hfpipe.stages.trainer import StageRun, plan_of, require_positions, train, trainer_arguments, weighted, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
 

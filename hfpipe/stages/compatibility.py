@@ -25,8 +25,8 @@ from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
 from hfpipe.scores.scorecard import BASE
-from hfpipe.stages.common import require_positions
 from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
+from hfpipe.stages.trainer import require_positions
 
 LABELS = 100_000  # rows of a source whose labels are looked at
 FIRST_ROWS = 20  # of a source, that are made into tokens

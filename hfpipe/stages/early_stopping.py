@@ -14,7 +14,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.evaluation.metrics import higher_is_better
 from hfpipe.evaluation.suites import score_suite, suite_metrics
-from hfpipe.stages.run import StageRun
+from hfpipe.stages.context import StageRun
 
 EVALUATIONS = 10  # of a stage whose recipe has no `eval_steps`
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer
 
-from hfpipe.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError, Stopped
 from hfpipe.core.files import whole_folder
-from hfpipe.data.dataloader import BatchLoader
+from hfpipe.data.dataloader import BatchLoader, ShuffledRows
 from hfpipe.model.adapter import (
     TOLERANCE,
     adapter_state,
@@ -35,8 +36,9 @@ from hfpipe.model.seq2seq import most_tokens
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
-from hfpipe.stages.run import StageRun
-from hfpipe.stages.selection import Selection
+from hfpipe.stages.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
+from hfpipe.stages.context import StageRun
+from hfpipe.stages.early_stopping import Selection
 from hfpipe.stages.trackers import guard_trackers
 
 DEFAULT_PER_DEVICE = 8
@@ -267,3 +269,57 @@ def _record_base(folder: Path, run: StageRun) -> None:
         if isinstance(config.get(modules), list):
             config[modules].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+# FOLDDOC How the rows of a stage that has a table, and not a stream, come to steps.
+@dataclass(frozen=True)
+class Plan:
+    """The division of a stage's rows.
+
+    Args:
+        per_device: Rows of a micro-batch on one rank.
+        accumulation: Micro-batches of a step.
+        total: Rows to serve in all, over all epochs.
+    """
+
+    per_device: int
+    accumulation: int
+    total: int
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of a step over all ranks."""
+        return self.per_device * self.accumulation * ranks.ranks()
+
+    @property
+    def max_steps(self) -> int:
+        return math.ceil(self.total / self.global_batch)
+
+    def tokens_per_step(self, lengths: Sequence[int]) -> float:
+        """Tokens of a step over all ranks, on average."""
+        return self.global_batch * fmean(lengths)
+
+    def serve(self, run: StageRun, rows: Any, lengths: Sequence[int]) -> ShuffledRows:
+        """This rank's rows; see `ShuffledRows`."""
+        return ShuffledRows(
+            rows,
+            lengths,
+            total=self.total,
+            per_device=self.per_device,
+            accumulation=self.accumulation,
+            seed=run.recipe.seed,
+            rank=ranks.rank(),
+            ranks=ranks.ranks(),
+        )
+
+
+def plan_of(stage: Stage, rows: int) -> Plan:
+    """Divides `rows` rows by the recipe's `max_steps`, or else its `num_train_epochs`.
+
+    Raises:
+        RecipeError: As `divide_batch`.
+    """
+    per_device, accumulation = divide_batch(stage)
+    plan = Plan(per_device, accumulation, total=round(rows * stage.training.get("num_train_epochs", 1)))
+    steps = stage.training.get("max_steps", -1)
+    return Plan(per_device, accumulation, total=steps * plan.global_batch) if steps > 0 else plan

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hfpipe.cost import CostMeter
 from hfpipe.data.dedup import Cleaner
 from hfpipe.data.mixture import mixture
 from hfpipe.model.adapter import ProbeText
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
+from hfpipe.stages.cost import CostMeter
 
 
 @dataclass(frozen=True)
