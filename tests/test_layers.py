@@ -8,13 +8,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hfpipe"
 FLOORS = [  # from the ground up
-    {"core", "recipe", "scores", "shipped", "tradeoff"},
-    {"builtin", "data", "model"},
+    {"core"},
+    {"recipe"},
+    {"scores", "builtin"},
+    {"data", "report"},
+    {"model"},
     {"evaluation"},
-    {"checkpoints", "cost", "environment", "stages"},
-    {"hub", "report"},
-    {"dial", "pipeline", "run"},
-    {"artifacts", "preflight", "repeats"},
+    {"stages", "hub"},
+    {"pipeline"},
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "evaluate", "numpy", "pandas"}

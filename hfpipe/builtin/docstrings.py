@@ -1,6 +1,6 @@
 """Reads docstrings out of source files with `ast`; nothing is imported or run.
 
-`builtin.py` starts this file as a program, once for each part of the corpus: modules and paths come in as JSON on the
+`corpus.py` starts this file as a program, once for each part of the corpus: modules and paths come in as JSON on the
 standard input, docstrings go out as JSON. It needs nothing but the standard library, so that it starts at once, and it
 is no process of a pool, so that it works in a notebook and beneath a script without `if __name__ == "__main__"`.
 """

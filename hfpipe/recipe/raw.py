@@ -1,7 +1,7 @@
 """The recipe as plain data, seen block by block: what the checks look at before it is known to be well formed.
 
 Every check runs on every recipe, so that a fault in one block hides none in another. A block that is not what it should
-be is seen as empty here; `structure.py` reports it.
+be is seen as empty here; `validate.py` reports it.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from hfpipe.core.files import write_text
 
 def recipes_folder() -> Path:
     """`recipes/` of a checkout, or the copy inside an installed package."""
-    packaged = Path(__file__).parent / "shipped_recipes"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+    packaged = Path(__file__).parents[1] / "shipped_recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:

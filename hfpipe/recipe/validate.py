@@ -1,4 +1,4 @@
-"""Whether a recipe has the recipe's words: pydantic's findings in plain language."""
+"""From a file and overrides to a recipe, or to every fault in them at once in plain language."""
 
 from __future__ import annotations
 
@@ -206,7 +206,6 @@ def _near_or_all(key: str, block: type[BaseModel]) -> str:
     return did_you_mean(key, block.model_fields).strip() or f"The keys are {listed(block.model_fields)}."
 
 
-# FOLDDOC From a file and overrides to a recipe, or to every fault in them at once.
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe, whole, before anything is loaded; imports no heavy library.
 

@@ -270,7 +270,6 @@ def _limits(artefact: Artefact, environment: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# FOLDDOC The licence of what is pushed: the base's, and where it does not agree with those of the data sets, that is said.
 # What a licence asks that another may not, by its name on the Hub: https://huggingface.co/docs/hub/repositories-licenses
 TERMS = {
     "forbids commercial use": re.compile(r"-nc\b|noncommercial|-research"),

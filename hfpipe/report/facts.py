@@ -209,7 +209,6 @@ def _short(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
-# FOLDDOC Confusion matrices: which class was said where which was right, from the predictions that the last stage left.
 MOST_CLASSES = 30  # of a table that a person still reads
 LONGEST_NAME = 40
 

@@ -1,4 +1,4 @@
-"""A table of a report, in Markdown and in HTML."""
+"""Layout of a report: the HTML page with its style, and tables in Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class Section:
         return f"<h2>{escape(self.title)}</h2>{table}{notes}"
 
 
-# FOLDDOC The page that report.html is: its style, and where title and body go.
 PAGE = """<!doctype html>
 <html lang="en">
 <head>

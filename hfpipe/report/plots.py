@@ -1,4 +1,7 @@
-"""The plots of report.html, as SVG that stands in the page: no file beside it, the page's own text colour and fonts."""
+"""Plots of report.html, as SVG in the page: no file beside it, the page's own text colour and fonts.
+
+Besides curves and scores by stage: the stages on the plane of gain and forgetting, and the two along the dial.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,6 @@ def svg_of(figure: Figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
 
 
-# FOLDDOC The plots of the price: stages on the plane of gain and forgetting, and the two along the strengths of a dial.
 Z = 1.96  # 95 % of a normal distribution
 SIZE = (4.2, 2.9)
 

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Numbers, scores and changes in words, for the terminal, the report and the card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stages share: trainer arguments, the division of a global batch, training with resume, saving."""
+"""Training that the stages share: arguments, division of a global batch, steps and epochs, resume, saving."""
 
 from __future__ import annotations
 
@@ -271,7 +271,6 @@ def _record_base(folder: Path, run: StageRun) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-# FOLDDOC How the rows of a stage that has a table, and not a stream, come to steps.
 @dataclass(frozen=True)
 class Plan:
     """The division of a stage's rows.

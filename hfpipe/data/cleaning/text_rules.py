@@ -3,7 +3,7 @@
 The rules, in this order, for every text that is trained on:
 
 - a value that is missing, or is not a text: left out;
-- a text with bytes that are not UTF-8 (`lenient.py` marks them where a file is read): left out, for nobody knows what
+- a text with bytes that are not UTF-8 (`decoding.py` marks them where a file is read): left out, for nobody knows what
   they were; a file in another encoding is not learned as noise, it ends the run by `max_dirty_share`;
 - a text beyond the limit of characters: cut there;
 - control characters that no text needs (C0 and DEL, without tab, line feed, form feed and carriage return; the set of

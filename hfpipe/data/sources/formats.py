@@ -48,7 +48,7 @@ ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
     "text": ("text",),
     "classification": ("sentence", "label"),
     "translation": ("source", "target"),
-    # What only suites have: see choices.py and stereotypes.py.
+    # What only suites have: see multiple_choice.py and bias_rows.py.
     "choices": ("prompt", "choices", "answer"),
     "answer": ("prompt", "answer"),
     "minimal_pair": ("good", "bad"),
@@ -181,9 +181,9 @@ def _take_out(batch: dict[str, list[Any]], columns: list[str]) -> dict[str, list
 
 def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
     """A role is text, or a conversation; a number is not made text behind the user's back."""
-    if role in NOT_TEXT:  # what a label may hold is said in labels.py, and the rest in choices.py
+    if role in NOT_TEXT:  # what a label may hold is said in labels.py, and the rest in multiple_choice.py
         return
-    if isinstance(feature, Json):  # rows of several types: `dirt.py` tells which of them are texts
+    if isinstance(feature, Json):  # rows of several types: `text_rules.py` tells which of them are texts
         return
     if role != "messages":
         if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view", "null")):

@@ -166,7 +166,7 @@ def as_conversation(rows: Any, features: Features, prompt: str, completion: str)
     return rows.map(joined, batched=True, remove_columns=list(features), features=made)
 
 
-COMPLETION_TURNS = "completion_turns"  # of `messages`, where the data has a prompt and a completion; see turns.py
+COMPLETION_TURNS = "completion_turns"  # of `messages`, where the data has a prompt and a completion
 
 
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # TRL's columns, which a chat template is given too

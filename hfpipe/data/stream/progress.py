@@ -60,7 +60,7 @@ def report(
         `sources`: `tokens`, `token_share`, `documents`, `epochs` (whole documents by those of an epoch, which of a
         stream are not known before it was read to its end: 0 until then), `replayed`; of what was read for that, a
         window of each lane more, the different `rows`, the `dirty` and `mended` ones among them by reason (see
-        `dirt.py`), those `removed` by cleaning, and the ids of some of each.
+        `text_rules.py`), those `removed` by cleaning, and the ids of some of each.
     """
     total = {name: sum(position.counts[name] for position in positions) for name in COUNTED}
     begun = [position for position in positions if position.sources]

@@ -42,7 +42,7 @@ class Reader:
         source: What the rows were opened from, for messages.
         epochs: How many shares to read; None for no end.
         block: Rows of a stream fetched at a time.
-        removed: Why each row of each share is removed, 0 where it stays; see `cleaning.py`. A share ends where nobody
+        removed: Why each row of each share is removed, 0 where it stays; see `dedup.py`. A share ends where nobody
             looked further.
     """
 

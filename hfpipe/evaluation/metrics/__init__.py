@@ -1,6 +1,6 @@
 """Metrics as `evaluate` modules: ours work offline, any other name goes to `evaluate.load`.
 
-To add one: a subclass of `RowMetric` here, its line in `OURS`, and its name in `recipe/metric_names.py`.
+To add one: a subclass of `RowMetric` here, its line in `OURS`, and its name in `recipe/metric_table.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Rules of a stage's adapter: `lora:` for short, or `peft: {type: ...}` for every kind of adapter that PEFT has."""
+"""Rules of a stage's adapter: `lora:` for short, or `peft: {type: ...}` for every kind of adapter that PEFT has.
+
+A stage may train the adapter of an earlier stage further, by `parent_adapter: continue`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _NOT_TRAINED = {
     "shadow": "it runs beside the model",
     "xlora": "it needs adapters that are trained already",
 }
-# Whose change of the weights can be scaled by its own tensors; see model/dial.py.
+# Whose change of the weights can be scaled by its own tensors; see model/pipeline/dial.py.
 DIALLED = ("lora", "vera", "loha", "lokr", "ia3")
 _NOT_MERGED = ("lily",)  # PEFT has no merge for it
 # They are worked out from data or from the weights in full precision by a call of their own, which a config is not.
@@ -172,7 +175,6 @@ def check_dial(data: dict[str, Any]) -> Iterator[Fault]:
             yield Fault((*dialling[0].steps, "budget_action"), text)
 
 
-# FOLDDOC Stages that train the adapter of an earlier stage further, by `parent_adapter: continue`.
 _OF_AN_ADAPTER = ("lora", "peft", "quantization")
 _LANGUAGE = {"pretrain", "sft"}  # kinds that train the same model, of the next token
 

@@ -1,4 +1,8 @@
-"""Rules on what is for small data: early stopping on a suite, repeated seeds, folds."""
+"""Rules of what follows the stages: early stopping, seeds, folds, energy, the push, and secrets in any value.
+
+The countries whose electricity codecarbon knows are read from its data without importing it. No token or password may
+stand in a recipe: the run folder, the report and the Hub get a copy of it.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +111,6 @@ def _check_cross_validation(data: dict[str, Any]) -> Iterator[Fault]:
 HELD_OUT = "held_out"  # the suite of cross-validation
 
 
-# FOLDDOC The countries whose electricity codecarbon knows, read from its data without importing it.
 GRAMS = "carbon_intensity"  # of CO2 a kWh; a country without it has a name and no more
 
 
@@ -135,7 +138,6 @@ def countries() -> dict[str, str]:
     return {code: mix["country_name"] for code, mix in mixes.items() if mix.get(GRAMS) is not None}
 
 
-# FOLDDOC No token or password in a recipe: the run folder, the report and the Hub get a copy of it.
 # Keys of fsspec's storage options that hold a secret, and the values of theirs that name a way to log in instead.
 _SECRET_KEY = re.compile(r"(^|_|-)(token|secret|password|passwd|key|authorization)$", re.IGNORECASE)
 _WAYS = ("anon", "browser", "cache", "cloud", "google_default")

@@ -1,4 +1,8 @@
-"""Rules on a source: which roles its rows have together, and what of it a recipe may say."""
+"""Rules of a source: its columns, where it may be cleaned, and that no suite shares rows with the training data.
+
+Two sources are known to share rows when they are the same table (or name a file in common) and their splits and rows
+meet. What only the data can tell is looked for when it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +86,6 @@ def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[
         yield Fault(source.steps, f"{text}. Keep one of them.")
 
 
-# FOLDDOC Rules of source + target: `kind: translation`, the suites of such models, and what belongs to neither.
 PAIR = ("source", "target")
 LANGUAGES = ("src_lang", "tgt_lang")
 
@@ -132,7 +135,6 @@ def _roles(source: Block) -> set[str]:
     return {str(role) for key in ("columns", "template") for role in mapping(source.data.get(key)) if role != "id"}
 
 
-# FOLDDOC Where a source may be cleaned: not in a suite, and not against suites that do not exist.
 WORDS = ("deduplicate", "decontaminate")
 
 
@@ -151,10 +153,6 @@ def check_cleaning(data: dict[str, Any]) -> Iterator[Fault]:
                 yield Fault((*suite.source.steps, key), f"{text} Remove it.")
 
 
-# FOLDDOC Nothing is trained on what a suite holds: the part of that promise that the recipe alone can tell.
-# FOLDDOC
-# FOLDDOC Two sources are known to share rows when they are the same table (or name a file in common) and their splits and rows
-# FOLDDOC meet. What only the data can tell is looked for when it is loaded.
 TRAIN, TEST = "train", "test"  # the split of a source that names none: of a stage, and of a suite
 
 

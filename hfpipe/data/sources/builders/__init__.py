@@ -1,4 +1,4 @@
-"""`load_dataset` with builders for JSON, CSV and text that go on past what they cannot decode; see `lenient.py`.
+"""`load_dataset` with builders for JSON, CSV and text that go on past what they cannot decode; see `decoding.py`.
 
 They take the place of those of `datasets` in the table that it looks in, for files here and for data sets of the Hub.
 What they read lies in its cache under a name of its own.

@@ -1,4 +1,4 @@
-"""What a builder tells of its files, so that they can be read a piece at a time; see `byte_ranges.py`."""
+"""What a builder tells of its files, so that they can be read a piece at a time; see `line_files.py`."""
 
 from __future__ import annotations
 

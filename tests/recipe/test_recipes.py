@@ -11,7 +11,7 @@ from hfpipe.cli import main
 from hfpipe.recipe import load_recipe
 from hfpipe.recipe.shipped import shipped_recipes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = shipped_recipes()
 
 

@@ -131,7 +131,7 @@ def test_interrupted_is_uninterrupted(
 def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     path = tiny.write(tmp_path, tiny.recipe(tmp_path))
-    config = Path(__file__).parent.parent / "recipes" / "accelerate" / "cpu.yaml"
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
     launch = ("accelerate.commands.launch", "--config_file", str(config))
     process = tiny.start("run", str(path), launch=launch)
     output = process.communicate(timeout=240)[0]

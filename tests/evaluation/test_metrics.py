@@ -346,7 +346,7 @@ def test_an_uneven_suite_on_two_ranks_scores_each_row_once(tmp_path: Path) -> No
     content["evaluate"]["grammar"] = {"data": grammar, "metrics": ["accuracy"]}
     one = str(tiny.write(tmp_path, content))
     assert main(["run", one]) == 0
-    config = Path(__file__).parent.parent / "recipes" / "accelerate" / "cpu.yaml"
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
     launch = ("accelerate.commands.launch", "--config_file", str(config))
     run = tmp_path / "run"
     process = tiny.start("evaluate", str(run), one, "--output", str(tmp_path / "two.json"), launch=launch)

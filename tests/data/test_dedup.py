@@ -273,7 +273,7 @@ def test_a_run_is_cleaned_and_says_so_the_same_on_two_ranks(tmp_path: Path, caps
     assert "10 duplicate, 5 overlaps a suite" in report
     assert sounds["removed_ids"][0] in report
     content["output_dir"] = str(tmp_path / "two")
-    config = Path(__file__).parent.parent / "recipes" / "accelerate" / "cpu.yaml"
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
     launch = ("accelerate.commands.launch", "--config_file", str(config))
     process = tiny.start("run", str(tiny.write(tmp_path, content, "two.yaml")), launch=launch)
     output = process.communicate(timeout=240)[0]

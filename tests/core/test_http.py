@@ -49,7 +49,7 @@ def test_no_question_is_waited_for_longer_than_the_patience(hub: HubServer, tmp_
     hub.fail("me/asks-to-wait", 429, times=99, Retry_After="3600")
     hub.stall("me/stalls", times=99)
     hub.drip("me/drips", times=99)
-    environment = os.environ | hub.env(tmp_path, xet=False) | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | hub.env(tmp_path, xet=False) | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", PROGRAM, str(PATIENCE), *ASKED]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=180)
     answers = [json.loads(line) for line in done.stdout.splitlines()]

@@ -45,7 +45,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cwd").mkdir()
     path = tiny.write(folder, small(folder, energy={"country_iso_code": "DEU"}))
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parent.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[2])]),
         "TRIED": str(folder / "tried"),
         "CODECARBON_ELECTRICITYMAPS_API_TOKEN": "secret",
         "CODECARBON_EMISSIONS_ENDPOINT": "http://192.0.2.1/",

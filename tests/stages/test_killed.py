@@ -103,7 +103,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights_and_losses(wh
 def test_two_ranks_that_were_stopped_are_continued_by_one(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
     path = recipe(folder)
-    config = Path(__file__).parent.parent / "recipes" / "accelerate" / "cpu.yaml"
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
     process = tiny.start("run", str(path), launch=("accelerate.commands.launch", "--config_file", str(config)))
     wait_for(process, folder, 7)
     process.send_signal(signal.SIGTERM)
