@@ -2,8 +2,8 @@
 
 `datasets` gives up on a whole file for one such place. Python lets a program say how bytes are decoded: by an error
 handler for text and CSV, and for JSON, where `datasets` asks for none, by an encoding; `builders` names both. Each
-place becomes one of Unicode's noncharacters, which are meant for use inside a program and stand in no text; `text_rules.py`
-decides on the row.
+place becomes one of Unicode's noncharacters, which are meant for use inside a program and stand in no text;
+`text_rules.py` decides on the row.
 """
 
 from __future__ import annotations
