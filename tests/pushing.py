@@ -68,7 +68,7 @@ import json
 import sys
 from pathlib import Path
 from hfpipe import hub
-from hfpipe.errors import UserError
+from hfpipe.core.errors import UserError
 from hfpipe.recipe import load_recipe
 
 def asked(name):

@@ -19,7 +19,7 @@ FLOORS = [  # from the ground up
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "evaluate", "numpy", "pandas"}
-LIGHT = ("hfpipe.recipe", "hfpipe.cli", "hfpipe.core.errors", "hfpipe.core.files")
+LIGHT = ("hfpipe.recipe", "hfpipe.cli", "hfpipe.core.errors", "hfpipe.core.files", "hfpipe.core.command")
 
 
 def room_of(module: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,11 +72,3 @@ def require_disk(place: Path, need: int, what: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def our_command() -> str:
-    """How this installation is called from here: it may lie in an environment that is not activated."""
-    if shutil.which("hfpipe"):
-        return "hfpipe"
-    python = Path(sys.executable)
-    return f"{python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python} -m hfpipe"

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hfpipe.core.command import python_command
 from hfpipe.core.files import whole_folder, write_json, write_text
 from hfpipe.hub.bundle import ADAPTER_CONFIG, link, pushed_suffixes
 from hfpipe.hub.push import deadline_of
@@ -94,7 +94,7 @@ class PushCheckpoints(TrainerCallback):
         write_json(file, task)
         with file.open() as told, self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "hfpipe.hub.upload"],
+                python_command("hfpipe.hub.upload"),
                 stdin=told,
                 stdout=log,
                 stderr=subprocess.DEVNULL,

@@ -20,8 +20,8 @@ from huggingface_hub.utils import WeakFileLock
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from hfpipe.core.command import our_command, python_command
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.core.files import our_command
 from hfpipe.core.run_layout import model_of
 from hfpipe.core.secrets import without_secrets
 from hfpipe.hub.bundle import ADAPTER_CONFIG, find_made, parent_in_run, prepare_artifact
@@ -200,7 +200,7 @@ def _command(run_dir: Path, given: dict[str, Any]) -> str:
 def _in_own_process(task: dict[str, Any], limit: float) -> dict[str, Any]:
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "hfpipe.hub.upload"],
+            python_command("hfpipe.hub.upload"),
             input=json.dumps(task | {"seconds": limit}),
             stdout=subprocess.PIPE,
             text=True,

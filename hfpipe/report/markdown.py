@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core.files import our_command, write_text
+from hfpipe.core.command import our_command
+from hfpipe.core.files import write_text
 from hfpipe.core.run_layout import model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.facts import fact_sections
