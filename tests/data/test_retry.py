@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from hfpipe.data import outage
 from hfpipe.data.sources import load_rows
 from hfpipe.data.stream import TokenStream
-from hfpipe.errors import UserError
+from hfpipe.core.errors import UserError
 from hfpipe.recipe import Source
 
 class Quick:  # the libraries' own waits, which come before ours

@@ -327,7 +327,7 @@ def test_the_same_words_give_the_same_cache_on_every_rank(folder: Path) -> None:
 ON_THE_HUB = """
 import sys
 from hfpipe.data.sources import fingerprint, friendly, load_rows
-from hfpipe.errors import UserError
+from hfpipe.core.errors import UserError
 from hfpipe.recipe import Source
 for words in ({"path": "team/ok"}, {"path": "team/ok", "streaming": True}, {"path": "team/none"},
               {"path": "team/ok", "revision": "nope"}, {"path": "team/ok", "split": "tset"}, {"path": "team/conf"}):
