@@ -109,6 +109,10 @@ def _check(options: argparse.Namespace) -> None:
         return
     from hfpipe.pipeline.check import preflight
 
+    if recipe.seeds or recipe.cross_validation:  # the repeats differ in seeds or folds alone
+        from hfpipe.pipeline.repeats import repeats_of
+
+        _, recipe = next(repeats_of(recipe))
     preflight(recipe)
     print(f"no fault found; start it with: hfpipe run {options.recipe}")
 

@@ -14,12 +14,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import AUTO_CLASSES, ModelRef, task_of_type
+from hfpipe.model.load import AUTO_CLASSES, task_of_type
 from hfpipe.model.positions import within_positions
 from hfpipe.model.seq2seq import decoder_input
 from hfpipe.model.tokenizer import train_rows
@@ -98,14 +98,14 @@ def _require_read(model: PeftModel) -> None:
             )
 
 
-def require_adapters(recipe: Recipe, ref: ModelRef, added: tuple[int, ...]) -> None:
+def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> None:
     """Refuses an adapter that does not fit the base, before anything is scored or trained.
 
     Tried on a model of the base's shapes, without weights; what only the weights can tell is told by the stage.
 
     Args:
         recipe: The recipe.
-        ref: The base.
+        config: transformers' config of the base.
         added: Ids of the tokens that the adapters have to train, see `added_ids`.
 
     Raises:
@@ -113,15 +113,14 @@ def require_adapters(recipe: Recipe, ref: ModelRef, added: tuple[int, ...]) -> N
             adapter cannot train the added tokens.
     """
     trained = [stage for stage in recipe.stages if stage.adapter is not None and stage.parent_adapter != "continue"]
-    options = {"trust_remote_code": ref.options.trust_remote_code}
     for stage in trained:
-        config = AutoConfig.from_pretrained(ref.path, revision=ref.revision or "main", **options)
         block = {key: value for key, value in (stage.adapter or {}).items() if key != "init_lora_weights"}
         if task := {"classification": "SEQ_CLS", "translation": "SEQ_2_SEQ_LM"}.get(stage.kind):
             block["task_type"] = task
         try:
             with torch.device("meta"):
-                model = AUTO_CLASSES[stage.task].from_config(config, **options)
+                trust = recipe.model.trust_remote_code
+                model = AUTO_CLASSES[stage.task].from_config(copy.deepcopy(config), trust_remote_code=trust)
                 add_adapter(model, train_rows(model, block, added), recipe.seed)
         except RecipeError as error:
             if error.__cause__ is None or isinstance(error.__cause__, ValueError):

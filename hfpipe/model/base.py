@@ -27,7 +27,7 @@ from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, pickles_only, task_of, task_of_type
-from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, require_room, template_warning
+from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 
 
@@ -60,7 +60,6 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
     Raises:
         UserError: The model or tokenizer cannot be had.
     """
-    require_loadable(recipe)
     options = recipe.model
     done = folder / "done.json"
     unpinned = options.model_copy(update={"revision": "main"})
@@ -83,13 +82,10 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
         if options.architecture is not None
         else ModelRef(options.id or "", options, revision=commit)
     )
-    require_task(recipe, ref)
     tokenizer = _tokenizer(recipe, ref)
     if warning := template_warning(tokenizer, options.tokenizer):
         ranks.say(f"warning: {warning}")
-    rows = rows_of_embeddings(ref)
-    require_room(tokenizer, rows, ref.path)
-    added = added_ids(tokenizer, options.tokenizer, rows)
+    added = added_ids(tokenizer, options.tokenizer, rows_of_embeddings(ref))
     pinned = {"revision": commit} if commit else {}
     return PreparedBase(replace(ref, vocabulary=len(tokenizer)), tokenizer, added, hash_of([key, commit]), pinned)
 
@@ -146,13 +142,16 @@ def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
     return tokenizer
 
 
-def require_task(recipe: Recipe, base: ModelRef) -> None:
+def require_task(recipe: Recipe, task: str) -> None:
     """Refuses a stage that trains the base for something that it is not made for; a classifier's head fits any.
+
+    Args:
+        recipe: The recipe.
+        task: What the base is for, a key of `AUTO_CLASSES`.
 
     Raises:
         RecipeError: A stage of next tokens starts from an encoder, a masked one from a decoder, and the like.
     """
-    task = task_of(base)
     remedies = {
         "masked": "It is an encoder: train it by `objective: masked` (kind: pretrain), or by kind: classification.",
         "causal": "It says the next token: train it by `objective: causal` (kind: pretrain), or by kind: sft.",
@@ -163,7 +162,7 @@ def require_task(recipe: Recipe, base: ModelRef) -> None:
         if from_base and stage.task not in ("classification", task):
             raise RecipeError(
                 f"stages.{stage.name} (kind: {stage.kind}) trains a {stage.task} language model, and the base "
-                f"{base.path!r} is made for another task, {task}. "
+                f"{recipe.model.id or 'from nothing'} is made for another task, {task}. "
                 + remedies.get(task, "Take the model that it was made from.")
             )
 

@@ -5,36 +5,32 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import psutil
 import torch
-from datasets import Dataset
 
-from hfpipe.core.errors import DataError, MachineError
+from hfpipe.core.errors import MachineError
 from hfpipe.core.files import GIB
-from hfpipe.data.cleaning.contamination import overlap_lines, require_no_overlap
+from hfpipe.data.cleaning.contamination import overlap_lines
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
-from hfpipe.data.dedup import cleaning_of, require_cleaning
+from hfpipe.data.dedup import cleaning_of
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import IGNORED
-from hfpipe.evaluation.suites import suite_metrics, suite_rows
-from hfpipe.hub import check_access
-from hfpipe.model.adapter import require_adapters
-from hfpipe.model.base import require_loadable, require_task, rows_of_embeddings, shapes_of, texts_for_tokenizer
+from hfpipe.evaluation.suites import suite_rows
+from hfpipe.model.base import shapes_of, texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
-from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, require_room, template_warning
-from hfpipe.pipeline.run import output_folder, quiet_libraries
+from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
+from hfpipe.pipeline.context import quiet_libraries
+from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.recipe import Recipe, Source, Stage
-from hfpipe.stages.arguments import require_arguments
-from hfpipe.stages.compatibility import encode_rows, first_rows, long_rows, require_fitting
+from hfpipe.stages.compatibility import Sample, encode_rows, long_rows
 from hfpipe.stages.trainer import divide_batch
-
-SAMPLE_ROWS = 200
 
 
 def preflight(recipe: Recipe) -> None:
@@ -44,34 +40,26 @@ def preflight(recipe: Recipe) -> None:
         UserError: Something that would stop the run.
     """
     quiet_libraries()
-    for line in check_access(recipe):  # first: it takes seconds, and what follows may take minutes
-        print(f"hub        {line}")
-    require_loadable(recipe)
-    if recipe.model.id is not None:
-        base = ModelRef(recipe.model.id, recipe.model, revision=recipe.model.revision)
-        require_task(recipe, base)
-    require_cleaning(recipe)
-    tokenizer = run_tokenizer(recipe)
-    if recipe.model.id is not None:
-        require_adapters(recipe, base, added_ids(tokenizer, recipe.model.tokenizer, rows_of_embeddings(base)))
-    model = _shapes(recipe, tokenizer)
+    require_start(recipe)
+    loaded = _loaded(recipe)
+    tokenizer, model = loaded.tokenizer, loaded.model
     parameters, embedding = model.num_parameters(), model.get_input_embeddings().weight.numel()
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
     if warning := template_warning(tokenizer, recipe.model.tokenizer):
         print(f"warning    {warning}")
-    require_room(tokenizer, model.get_input_embeddings().num_embeddings, recipe.model.id or "the model")
-    require_arguments(recipe, tokenizer)
+    for name, rows in loaded.suites.items():
+        print(
+            f"suite      {name}: {len(rows):,} rows, {', '.join(recipe.evaluate[name].metrics) or 'scored by lm-eval'}"
+        )
+    answers = require_training(loaded)
+    for line in answers.hub:
+        print(f"hub        {line}")
     for stage in recipe.stages:
         if warning := long_rows(stage, model):
             print(f"warning    {warning}")
-        _check_stage(recipe, stage, tokenizer, parameters, embedding)
-    suites: dict[str, list[dict[str, Any]]] = {}
-    for name, suite in recipe.evaluate.items():
-        suites[name] = rows = suite_rows(suite, recipe.seed)
-        suite_metrics(suite)
-        print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics) or 'scored by lm-eval'}")
-    require_fitting(recipe, tokenizer, suites, model, _task(recipe))
-    for line in overlap_lines(require_no_overlap(recipe, suites)):
+        _tell_stage(recipe, stage, tokenizer, answers.samples)
+        _check_memory(stage, parameters, embedding)
+    for line in overlap_lines(answers.overlap):
         print(f"overlap    {line}")
     _check_disk(recipe, parameters)
 
@@ -99,25 +87,28 @@ def _task(recipe: Recipe) -> str:
     return task_of(ModelRef(options.id or "", options, revision=options.revision))
 
 
-def _shapes(recipe: Recipe, tokenizer: Any) -> Any:
-    """The base without its weights."""
-    options = recipe.model
-    if options.architecture is None:
-        return shapes_of(ModelRef(options.id or "", options, revision=options.revision))
-    with torch.device("meta"):  # shapes without memory, and tied weights stay one
-        return create_model(options.architecture, tokenizer, recipe.seed)
+def _loaded(recipe: Recipe) -> Loaded:
+    """Returns what a run would load: a model without its weights, and of a tokenizer that it trains a small one."""
+    options, tokenizer = recipe.model, run_tokenizer(recipe)
+    if options.id is not None:
+        model = shapes_of(ModelRef(options.id, options, revision=options.revision))
+    else:
+        with torch.device("meta"):  # shapes without memory, and tied weights stay one
+            model = create_model(options.architecture or {}, tokenizer, recipe.seed)
+    added = added_ids(tokenizer, options.tokenizer, model.config.get_text_config().vocab_size)
+    suites = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
+    return Loaded(recipe, tokenizer, added, model, _task(recipe), suites)
 
 
-def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, embedding: int) -> None:
+def _tell_stage(recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[tuple[str, int], Sample]) -> None:
+    """Prints rows, tokens and steps of a stage."""
     per_device, accumulation = divide_batch(stage)
     max_length = stage.training.get("max_length") or 1024
     tokens_known = 0.0
     rows_known = 0
-    for source in stage.data:
-        rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
-        sample = first_rows(rows, recipe, stage, source, tokenizer, SAMPLE_ROWS)
-        facts = sample_facts(sample, stage, tokenizer, max_length, source)
-        count = rows.num_rows if isinstance(rows, Dataset) else None
+    for place, source in enumerate(stage.data):
+        sample, count = samples[stage.name, place].rows, samples[stage.name, place].count
+        facts = _facts_of(sample, stage, tokenizer, max_length, source)
         known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
         rows_known += count or 0
         tokens_known += (count or 0) * facts["tokens"]
@@ -126,7 +117,7 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
             print(f"           cleaned first, in one pass over it: {cleaning_of(source)}")
         if facts["untrained"]:
             print(f"           {facts['untrained']:.0%} of the sampled rows have no token to train on")
-        if stage.kind == "sft":
+        if stage.kind == "sft" and sample:
             for line in _marks(sample, stage, tokenizer, max_length, source):
                 print(f"           {line}")
     replayed = [part for part in mixture(recipe, stage) if part.replayed]
@@ -142,6 +133,9 @@ def _check_stage(recipe: Recipe, stage: Stage, tokenizer: Any, parameters: int, 
     print(
         f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"
     )
+
+
+def _check_memory(stage: Stage, parameters: int, embedding: int) -> None:
     need = _memory_bytes(stage, parameters, embedding)
     on_gpu = torch.cuda.is_available()
     have = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
@@ -163,16 +157,12 @@ def _memory_bytes(stage: Stage, parameters: int, embedding: int) -> float:
     return weights + 16 * 0.01 * parameters  # an adapter is about 1 % of its base
 
 
-def sample_facts(
+def _facts_of(
     sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source
 ) -> dict[str, float]:
-    """Tokens a row and the share of rows without a trained token, over the first rows of a source.
-
-    Raises:
-        DataError: All of them are dirty.
-    """
+    """Returns the tokens a row and the share of rows without a trained token, over the first rows of a source."""
     if not sample:
-        raise DataError(f"stages.{stage.name}: {source.title} has no row with content among its first {SAMPLE_ROWS}.")
+        return {"tokens": 0.0, "untrained": 0.0}
     encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
     tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
     return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}

@@ -18,7 +18,8 @@ from scipy import stats
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded
 from hfpipe.core.files import write_json, write_text
-from hfpipe.pipeline.run import output_folder, run_recipe
+from hfpipe.pipeline.requirements import output_folder
+from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Fold, Recipe, Suite, dump_recipe
 from hfpipe.recipe.rules.outcome import HELD_OUT
 from hfpipe.report.repeats import repeat_lines, write_repeat_reports

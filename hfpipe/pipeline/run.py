@@ -10,30 +10,21 @@ from pathlib import Path
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.core.files import read_json, write_json
-from hfpipe.data.cleaning.contamination import require_no_overlap
-from hfpipe.data.dedup import require_cleaning
 from hfpipe.evaluation.shift import measure_shift
-from hfpipe.hub import check_access, push
+from hfpipe.hub import push
 from hfpipe.hub.checkpoints import PushCheckpoints
-from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import shapes_of
 from hfpipe.model.load import task_of
 from hfpipe.pipeline.context import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.pipeline.dial import settle
+from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.markdown import closing_lines
 from hfpipe.scores.scorecard import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.stages import STAGES, StageRun
-from hfpipe.stages.arguments import require_arguments
-from hfpipe.stages.compatibility import require_fitting, require_rows
 from hfpipe.stages.cost import CostMeter
-from hfpipe.stages.trainer import divide_batch
-
-
-def output_folder(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir or f"runs/{recipe.name}")
 
 
 def run_recipe(recipe: Recipe) -> Path:
@@ -46,26 +37,21 @@ def run_recipe(recipe: Recipe) -> Path:
         UserError: With the exit code of its family; what was finished stays, and the same command continues.
     """
     quiet_libraries()
-    require_cleaning(recipe)
     ranks.state()
     folder = output_folder(recipe)
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
+    require_start(recipe)
     run = open_run(recipe, folder)
     recipe = run.recipe  # with the commit of every data set
     if not all(run.is_done(stage.name) for stage in recipe.stages):
-        require_arguments(recipe, run.base.tokenizer)
-        for stage in recipe.stages:
-            divide_batch(stage)
-        require_adapters(recipe, run.base.ref, run.base.added)
-        for line in ranks.on_main(lambda: check_access(recipe)):
-            ranks.say(f"push: {line}")
         base = run.base
-        ranks.on_main(lambda: require_rows(recipe, base.tokenizer))
-        ranks.on_main(lambda: require_fitting(recipe, base.tokenizer, run.rows, shapes_of(base.ref), task_of(base.ref)))
-        require_no_overlap(recipe, run.rows, folder)
+        loaded = Loaded(recipe, base.tokenizer, base.added, shapes_of(base.ref), task_of(base.ref), run.rows)
+        for line in require_training(loaded, folder).hub:
+            ranks.say(f"push: {line}")
     scores = score_stage(run, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
     ranks.wait()
+    dialling = any(suite.budget_action == "dial" for suite in recipe.evaluate.values())
     lost: dict[str, str] = {}  # of the stages that are over a budget; what does not start from them goes on
     for stage in recipe.stages:
         if bad := [name for name in recipe.lineage(stage.name) if name in lost]:
@@ -73,7 +59,7 @@ def run_recipe(recipe: Recipe) -> Path:
             continue
         _train(run, stage.name, recipe.parent_of(stage.name))
         own = with_paired(run, scores, run.stage_folder(stage.name) / "predictions", score_stage(run, stage.name))
-        scores += settle(run, scores, stage.name, own)
+        scores += settle(run, scores, stage.name, own) if dialling else own
         if ranks.is_main():
             write_scorecard(scores, folder / "scorecard.json")
             write_reports(folder)

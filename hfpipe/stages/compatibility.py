@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hfpipe.core.errors import DataError, RecipeError
-from hfpipe.data.cleaning.text_rules import LOOK, Read, tidy_rows
+from hfpipe.data.cleaning.text_rules import LOOK, Read, refuse_dirt, tidy_rows
 from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
 from hfpipe.data.sources.formats import kinds_of
@@ -29,7 +30,7 @@ from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_s
 from hfpipe.stages.trainer import require_positions
 
 LABELS = 100_000  # rows of a source whose labels are looked at
-FIRST_ROWS = 20  # of a source, that are made into tokens
+FIRST_ROWS = 200  # of a source, that are made into tokens
 TAKEN = ("prediction", "reference")
 METRIC_ROWS = 200  # of a suite, whose right answers a metric of texts is asked about
 
@@ -70,39 +71,47 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
             set_languages(tokenizer, recipe.evaluate[name].data)
 
 
-def require_rows(recipe: Recipe, tokenizer: Any) -> None:
-    """Refuses data whose first rows no stage could be trained on; see `first_rows`. `check` looks at more of them."""
-    for stage in recipe.stages:
-        if stage.kind == "classification":  # whose labels are looked at, of far more rows
-            continue
-        for source in stage.data:
-            rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
-            first_rows(rows, recipe, stage, source, tokenizer, FIRST_ROWS)
-
-
-def first_rows(rows: Any, recipe: Recipe, stage: Stage, source: Source, tokenizer: Any, count: int) -> Rows:
-    """The first rows of a source without the dirty ones.
-
-    Tokens are made of them, which says what is wrong with its columns or with the template.
+@dataclass(frozen=True)
+class Sample:
+    """The first rows of a source.
 
     Args:
-        rows: What `load_rows` gave.
-        recipe: The recipe.
-        stage: The stage.
-        source: What the rows were opened from.
-        tokenizer: The run's tokenizer.
-        count: Rows to look at.
+        rows: Those with content.
+        count: Rows of the whole source; None of a stream.
+    """
+
+    rows: Rows
+    count: int | None
+
+
+def require_rows(recipe: Recipe, tokenizer: Any) -> dict[tuple[str, int], Sample]:
+    """Refuses data whose first rows no stage could be trained on.
+
+    Returns:
+        The first rows of every source, by the stage's name and the place among its sources.
 
     Raises:
-        DataError: There is no row, or no tokens can be made of one.
+        DataError: There is no row, too many are dirty, or no tokens can be made of one.
     """
-    read = Read()
-    first = list(tidy_rows(rows.take(count), source, read))
+    return {
+        (stage.name, place): _first_rows(recipe, stage, source, tokenizer)
+        for stage in recipe.stages
+        for place, source in enumerate(stage.data)
+    }
+
+
+def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) -> Sample:
+    """Returns the first rows of a source, of which tokens can be made."""
+    rows, read = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage)), Read()
+    count = getattr(rows, "num_rows", None)
+    first = list(tidy_rows(rows.take(FIRST_ROWS), source, read))
     if not read.rows:
         raise DataError(f"stages.{stage.name}: {source.title} has no row. {LOOK}")
+    if count is not None:  # the rest of a table may be clean, the rest of a stream is read until one dirty row too many
+        refuse_dirt(source, read.dirty, count, stage.max_dirty_share)
     if first and stage.kind not in ("pretrain", "classification"):  # texts of any length, of which nothing is asked
         encode_rows(first, stage, tokenizer, stage.training.get("max_length") or 1024, recipe.seed, source)
-    return first
+    return Sample(first, count)
 
 
 def _require_answerable(recipe: Recipe, name: str, rows: Rows, task: str, heads: Mapping[str, Head]) -> None:

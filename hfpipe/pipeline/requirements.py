@@ -1,0 +1,133 @@
+"""What a run needs, in the order in which it is asked: once by `run` before it begins, and once by `check`.
+
+`require_start` asks what can be known before a model or a row is loaded, `require_training` the rest. What is refused
+here costs nothing; a chain of hours must not end at its third stage over what its first rows say.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hfpipe.core import ranks
+from hfpipe.core.errors import MachineError
+from hfpipe.data.cleaning.contamination import require_no_overlap
+from hfpipe.data.dedup import require_cleaning
+from hfpipe.evaluation.suites import suite_metrics
+from hfpipe.hub import check_access
+from hfpipe.model.adapter import require_adapters
+from hfpipe.model.base import require_loadable, require_task
+from hfpipe.model.tokenizer import require_room
+from hfpipe.recipe import Recipe
+from hfpipe.stages.arguments import require_arguments
+from hfpipe.stages.compatibility import Sample, require_fitting, require_rows
+from hfpipe.stages.trainer import divide_batch
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """Returns the run folder."""
+    return Path(recipe.output_dir or f"runs/{recipe.name}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the requirements of the training are judged by.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The run's tokenizer.
+        added: Ids of the tokens that the base knows nothing of.
+        model: The base; its shapes are enough.
+        task: What the base is for, a key of `AUTO_CLASSES`.
+        suites: The rows of every suite.
+    """
+
+    recipe: Recipe
+    tokenizer: Any
+    added: tuple[int, ...]
+    model: Any
+    task: str
+    suites: Mapping[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was learned on the way.
+
+    Args:
+        hub: A line for each repository that is pushed to.
+        samples: The first rows of every source, by stage and place.
+        overlap: What suites and training data share, see `require_no_overlap`.
+    """
+
+    hub: list[str]
+    samples: dict[tuple[str, int], Sample]
+    overlap: list[dict[str, Any]]
+
+
+def require_start(recipe: Recipe) -> None:
+    """Refuses what can be refused before a model or a row is loaded.
+
+    Raises:
+        UserError: With what to do.
+    """
+    ranks.on_main(partial(require_output, output_folder(recipe)))
+    require_cleaning(recipe)
+    for suite in recipe.evaluate.values():
+        suite_metrics(suite)
+    require_loadable(recipe)
+
+
+def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
+    """Refuses what a stage, a suite or the push would refuse later.
+
+    Args:
+        loaded: Recipe, base and suites.
+        folder: The run folder, where the overlap that was found is kept; None for nowhere.
+
+    Raises:
+        UserError: With what to do.
+    """
+    recipe, tokenizer, model = loaded.recipe, loaded.tokenizer, loaded.model
+    require_task(recipe, loaded.task)
+    require_room(tokenizer, model.get_input_embeddings().num_embeddings, recipe.model.id or "the model")
+    require_arguments(recipe, tokenizer)
+    for stage in recipe.stages:
+        divide_batch(stage)
+    require_adapters(recipe, model.config, loaded.added)
+    hub = ranks.on_main(partial(check_access, recipe))
+    samples = ranks.on_main(partial(require_rows, recipe, tokenizer))
+    ranks.on_main(partial(require_fitting, recipe, tokenizer, loaded.suites, model, loaded.task))
+    return Answers(hub, samples, require_no_overlap(recipe, loaded.suites, folder))
+
+
+def require_output(folder: Path) -> None:
+    """Refuses a run folder that cannot be written to.
+
+    Raises:
+        MachineError: It, or a folder above it, is a file; its name is too long; or this account may not write there.
+    """
+    named = f"output_dir: {str(folder)[:100]}"
+    try:
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        raise MachineError(f"{named} cannot be the name of a folder ({_reason(error)}). Take another name.") from error
+    if not there.is_dir():
+        raise MachineError(f"{named}: {there} is a file, and the run needs a folder. Take another name.")
+    probe = there / f".hfpipe-{os.getpid()}"
+    try:  # a read-only file system lets the superuser through `os.access`
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MachineError(
+            f"{named}: nothing can be written into {there} ({_reason(error)}). Take another folder, or ask for the "
+            "right to write."
+        ) from error
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
