@@ -23,9 +23,9 @@ from hfpipe.core.errors import MachineError
 from hfpipe.data.cleaning.contamination import SuiteIndex
 from hfpipe.data.cleaning.minhash import counts_of, judge, remove_sketch, write_sketch
 from hfpipe.data.cleaning.text_rules import LISTED, Read, tidy_rows
-from hfpipe.data.sources.formats import text_of
 from hfpipe.data.stream.shard_reader import Reader
 from hfpipe.recipe import Recipe, Source, hash_of
+from hfpipe.recipe.row_formats import text_of
 
 PIECES = 8  # of a table, for the ranks to share
 CHARACTERS = 12  # that are looked at for each token of a stream that will be read: three times those of English

@@ -36,18 +36,14 @@ from hfpipe.model.positions import context_of, within_positions
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_table import MASKED_METRICS
+from hfpipe.recipe.row_formats import format_of
 
 
 def asked_of(suite: Suite, rows: Rows) -> list[str]:
     """What the models are for that can answer a suite, keys of `AUTO_CLASSES`."""
     if MASKED_METRICS.intersection(suite.metrics):
         return ["masked"]
-    if "sentence" in rows[0]:
-        return ["classification"]
-    if "source" in rows[0]:
-        return ["seq2seq"]
-    by_parts = {"choices", "good", "more"} & set(rows[0]) or {"unrelated", "context"} <= set(rows[0])
-    return ["causal", *(["masked"] if by_parts else [])]
+    return list(format_of(rows[0]).tasks)
 
 
 def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:

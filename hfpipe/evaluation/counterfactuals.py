@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfpipe.recipe.row_formats import format_of
+
 Row = dict[str, Any]
 Words = dict[str, str]  # a word and what takes its place
-ASKED = ("prompt", "sentence", "text")  # the roles that are put to the model; what is right stays as it is
 
 
 def families(row: Row, swap: Sequence[Sequence[str]] | Mapping[str, Mapping[str, Sequence[str]]]) -> list[list[Row]]:
@@ -86,13 +87,17 @@ def taken_back(answer: Any, swapped: Words) -> Any:
 
 
 def _texts(row: Row) -> list[str]:
-    return [turn["content"] for turn in row.get("messages") or ()] + [row[role] for role in ASKED if role in row]
+    asked = [row[column] for column in format_of(row).asked]
+    return [text for one in asked for text in ([one] if isinstance(one, str) else [turn["content"] for turn in one])]
 
 
 def _with(row: Row, change: Any) -> Row:
     """The row with the texts that are put to the model changed; of a conversation all but the last message."""
-    new = {role: change(value) if role in ASKED else value for role, value in row.items()}
-    if "messages" in row:
-        *asked, last = row["messages"]
-        new["messages"] = [*({**turn, "content": change(turn["content"])} for turn in asked), last]
+    new = dict(row)
+    for column in format_of(row).asked:
+        if isinstance(row[column], str):
+            new[column] = change(row[column])
+        else:
+            *asked, last = row[column]
+            new[column] = [*({**turn, "content": change(turn["content"])} for turn in asked), last]
     return new

@@ -20,13 +20,13 @@ from hfpipe.core import ranks
 from hfpipe.core.files import write_json
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.batches import rows_of
-from hfpipe.data.sources.formats import text_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import encode
 from hfpipe.evaluation.likelihood import bits_of
 from hfpipe.evaluation.metrics import load_metric
 from hfpipe.model.load import ModelRef, load_model, task_of
 from hfpipe.recipe import Recipe, Shift, Source, Stage, hash_of
+from hfpipe.recipe.row_formats import text_of
 
 MODEL_ROWS, MODEL_TOKENS, MODEL_BATCH = 100, 256, 8  # what the base is asked about: enough for two digits
 TOLD_APART, FAR = 0.7, 0.9  # of the classifier's AUC

@@ -15,7 +15,6 @@ from hfpipe.data.labels import plain_labels
 from hfpipe.data.sources.batches import rows_of
 from hfpipe.data.sources.decoding import unmarked
 from hfpipe.data.sources.load import load_rows
-from hfpipe.data.sources.templates import BESIDE_MESSAGES, COMPLETION_TURNS
 from hfpipe.evaluation.answers import ANSWERS, answers_of
 from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.lm_eval import harness_rows, score_harness
@@ -23,6 +22,7 @@ from hfpipe.evaluation.metrics import arguments_of, higher_is_better, load_metri
 from hfpipe.evaluation.metrics.rows import RowMetric, paired_stderr
 from hfpipe.evaluation.multiple_choice import plain_choices
 from hfpipe.recipe import Suite
+from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS, NUMBERS, format_of, question_of
 from hfpipe.scores.scorecard import Score
 
 BOOTSTRAP_SAMPLES = 200
@@ -62,35 +62,19 @@ def _has_content(row: dict[str, Any]) -> bool:
 
 def _require_metrics_for(suite: Suite, row: dict[str, Any]) -> None:
     """Refuses metrics that ask for something else than what the rows hold."""
-    kind = next((kind for role, kind in _KINDS.items() if role in row), "text")
+    format = format_of(row)
+    needs, fitting, holds = format.needs, format.fitting, format.description
     if isinstance(row.get("label"), float):
-        kind = "numbers"
-    needs, fitting = _ALLOWED[kind]
+        needs, fitting, holds = NUMBERS
     for name, metric in suite_metrics(suite).items():
         need, rows = needs_of(metric), getattr(metric, "rows", None)
         if need not in needs or (rows and rows not in row):
             raise RecipeError(
-                f"the suite on {suite.data.path}: {name} scores {_SCORED[rows or need]}, and its rows hold {kind}. "
+                f"the suite on {suite.data.path}: {name} scores {_SCORED[rows or need]}, and its rows hold {holds}. "
                 f"Take {fitting}, or name other columns."
             )
 
 
-_KINDS = {
-    "sentence": "class names",
-    "answer": "choices",
-    "good": "a good and a bad sentence",
-    "more": "pairs of stereotypes",
-    "unrelated": "StereoSet's sentences",
-}
-_ALLOWED = {
-    "class names": (("choice", "swap"), "accuracy, f1 or f1_micro"),
-    "numbers": (("number",), "mse, mae, pearsonr or spearmanr"),
-    "choices": (("choice", "swap"), "accuracy or accuracy_norm"),
-    "a good and a bad sentence": (("choice",), "accuracy"),
-    "pairs of stereotypes": (("stereotype_pair",), "stereotype_score or likelihood_difference"),
-    "StereoSet's sentences": (("stereotypes",), "lms, ss or icat"),
-    "text": (("likelihood", "choice", "generation", "masked", "swap"), "bits_per_byte, accuracy or exact_match"),
-}
 _SCORED = {
     "likelihood": "text",
     "choice": "classes or choices",
@@ -173,10 +157,8 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
 
 def _asked(row: dict[str, Any]) -> dict[str, str]:
     """What a row asks, cut to what a person reads in a report; nothing of a row that is text alone."""
-    text = row.get("prompt") or row.get("sentence") or row.get("source")
-    if "messages" in row:
-        text = next((said["content"] for said in reversed(row["messages"]) if said["role"] == "user"), None)
-    return {"asked": str(text)[:ASKED]} if text else {}
+    text = question_of(row)
+    return {"asked": text[:ASKED]} if text else {}
 
 
 def paired_errors(suite: Suite, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:

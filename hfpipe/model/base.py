@@ -29,6 +29,7 @@ from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, pickles_only, task_of, task_of_type
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
+from hfpipe.recipe.row_formats import texts_of
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,7 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
     for source in stage.data:
         rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
         for row in islice(tidy_rows(rows, source, Read()), training.take):
-            text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
-            text = text or "\n".join(str(turn.get("content") or "") for turn in row.get("messages") or ())
-            yield from filter(None, [text, row.get("source"), row.get("target")])
+            yield from texts_of(row)
 
 
 def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:

@@ -19,7 +19,7 @@ from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.dedup import cleaning_of
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.formats import kinds_of
-from hfpipe.data.sources.load import load_rows
+from hfpipe.data.sources.load import load_rows, open_source
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.evaluation.suites import suite_rows
 from hfpipe.model.base import shapes_of, texts_for_tokenizer
@@ -48,9 +48,10 @@ def preflight(recipe: Recipe) -> None:
     if warning := template_warning(tokenizer, recipe.model.tokenizer):
         print(f"warning    {warning}")
     for name, rows in loaded.suites.items():
-        print(
-            f"suite      {name}: {len(rows):,} rows, {', '.join(recipe.evaluate[name].metrics) or 'scored by lm-eval'}"
-        )
+        suite = recipe.evaluate[name]
+        print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics) or 'scored by lm-eval'}")
+        if suite.lm_eval is None:
+            print(f"           {open_source(suite.data, default_split='test').taken}")
     answers = require_training(loaded)
     for line in answers.hub:
         print(f"hub        {line}")
@@ -113,6 +114,7 @@ def _tell_stage(recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[t
         rows_known += count or 0
         tokens_known += (count or 0) * facts["tokens"]
         print(f"data       {stage.name}: {source.title}: {known}; {facts['tokens']:.0f} tokens a row")
+        print(f"           {samples[stage.name, place].taken}")
         if source.cleaned:
             print(f"           cleaned first, in one pass over it: {cleaning_of(source)}")
         if facts["untrained"]:

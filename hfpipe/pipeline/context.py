@@ -26,6 +26,7 @@ from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_mode
 from hfpipe.model.merge import merge_adapter
 from hfpipe.pipeline.environment import environment
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
+from hfpipe.recipe.row_formats import texts_of
 from hfpipe.scores.scorecard import BASE, Score, stages_of
 from hfpipe.scores.wording import plain_number
 
@@ -234,7 +235,6 @@ def probe_texts(run: Run, each: int = PROBE_TEXTS) -> list[ProbeText]:
             if "source" in row:
                 texts.append((row["source"][:400], row["target"][:400]))
                 continue
-            text = row.get("text") or row.get("sentence") or f"{row.get('prompt', '')}{row.get('completion', '')}"
-            if text:
+            if text := next(filter(None, texts_of(row)), ""):
                 texts.append(text[:400])
     return texts[: 2 * each] or ["The quick brown fox jumps."]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+
+from hfpipe.recipe.row_formats import ROW_FORMATS
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(ROW_FORMATS)]
 
 BASE = "base"  # the model before any training, where the name of a stage may stand
 
@@ -121,6 +128,9 @@ class Source(Words):
     skip: int = Field(0, ge=0, description="leave out this many rows at the beginning")
     where: str | None = Field(None, description='a condition on columns, such as "language_score > 0.9"')
     fold: Fold | None = Field(None, description="one of several equal parts of a table, or all but that one")
+    format: FormatName | None = Field(
+        None, description="what the rows are, e.g. alpaca or sharegpt; recognized by the columns when absent"
+    )
     columns: (
         Annotated[
             Annotated[dict[str, TextOrTexts], Tag(BLOCK)] | Annotated[list[str], Tag(LIST)],

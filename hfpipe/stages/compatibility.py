@@ -16,8 +16,8 @@ from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import LOOK, Read, refuse_dirt, tidy_rows
 from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
-from hfpipe.data.sources.formats import kinds_of
-from hfpipe.data.sources.load import load_rows
+from hfpipe.data.sources.formats import Taken, kinds_of
+from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, encode_for_training
 from hfpipe.evaluation.answers import asked_of, tells_apart
 from hfpipe.evaluation.metrics.rows import RowMetric
@@ -78,10 +78,12 @@ class Sample:
     Args:
         rows: Those with content.
         count: Rows of the whole source; None of a stream.
+        taken: The format that the source was taken for.
     """
 
     rows: Rows
     count: int | None
+    taken: Taken
 
 
 def require_rows(recipe: Recipe, tokenizer: Any) -> dict[tuple[str, int], Sample]:
@@ -102,7 +104,8 @@ def require_rows(recipe: Recipe, tokenizer: Any) -> dict[tuple[str, int], Sample
 
 def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) -> Sample:
     """Returns the first rows of a source, of which tokens can be made."""
-    rows, read = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage)), Read()
+    opened, read = open_source(source, kinds=kinds_of(stage)), Read()
+    rows = opened.rows
     count = getattr(rows, "num_rows", None)
     first = list(tidy_rows(rows.take(FIRST_ROWS), source, read))
     if not read.rows:
@@ -111,7 +114,7 @@ def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) ->
         refuse_dirt(source, read.dirty, count, stage.max_dirty_share)
     if first and stage.kind not in ("pretrain", "classification"):  # texts of any length, of which nothing is asked
         encode_rows(first, stage, tokenizer, stage.training.get("max_length") or 1024, recipe.seed, source)
-    return Sample(first, count)
+    return Sample(first, count, opened.taken)
 
 
 def _require_answerable(recipe: Recipe, name: str, rows: Rows, task: str, heads: Mapping[str, Head]) -> None:

@@ -14,12 +14,12 @@ from hfpipe.core.errors import DataError
 from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.mixture import mixture
-from hfpipe.data.sources.formats import TEXT_KINDS
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import encode_for_training
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source
+from hfpipe.recipe.row_formats import TEXT_KINDS
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_arguments, weighted, with_adapter
 

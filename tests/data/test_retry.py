@@ -26,7 +26,7 @@ import json, sys, time
 import huggingface_hub.utils._http, datasets.utils.file_utils
 from transformers import AutoTokenizer
 from hfpipe.data import outage
-from hfpipe.data.sources import load_rows
+from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream import TokenStream
 from hfpipe.core.errors import UserError
 from hfpipe.recipe import Source

@@ -271,7 +271,7 @@ MISTAKES = [  # words of the source, error, what its message says
     ({"columns": {"prompt": "question", "completion": "n"}}, DataError, ["int64", "template:"]),
     ({"columns": {"messages": "text"}}, DataError, ["role", "content"]),
     ({"data_files": "other.jsonl"}, DataError, ["columns other", "columns:", "template:"]),
-    ({"data_files": "turns.jsonl", "columns": {"messages": "turns"}}, DataError, ["from, value", "role"]),
+    ({"data_files": "turns.jsonl", "columns": {"messages": "turns"}}, DataError, ["who, what", "role"]),
     ({"path": "builtin", "data_files": None, "name": "txt"}, RecipeError, ["mean text?"]),
 ]
 
@@ -279,7 +279,7 @@ MISTAKES = [  # words of the source, error, what its message says
 @pytest.mark.parametrize(("words", "error", "says"), MISTAKES, ids=lambda value: str(value)[:60])
 def test_a_mistake_is_one_paragraph(folder: Path, words: dict, error: type[UserError], says: list[str]) -> None:
     write("other.jsonl", [{"other": "a"}])
-    write("turns.jsonl", [{"turns": [{"from": "human", "value": "a"}]}])
+    write("turns.jsonl", [{"turns": [{"who": "human", "what": "a"}]}])
     Path("empty.jsonl").write_text("")
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": "b"\n{"text": "c"}\n')
     Path("bad.parquet").write_bytes(b"PAR1 but not Parquet")
@@ -326,8 +326,8 @@ def test_the_same_words_give_the_same_cache_on_every_rank(folder: Path) -> None:
 
 ON_THE_HUB = """
 import sys
-from hfpipe.data.sources import fingerprint, friendly, load_rows
 from hfpipe.core.errors import UserError
+from hfpipe.data.sources.load import fingerprint, friendly, load_rows
 from hfpipe.recipe import Source
 for words in ({"path": "team/ok"}, {"path": "team/ok", "streaming": True}, {"path": "team/none"},
               {"path": "team/ok", "revision": "nope"}, {"path": "team/ok", "split": "tset"}, {"path": "team/conf"}):

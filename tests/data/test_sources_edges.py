@@ -108,8 +108,8 @@ def test_a_csv_file_without_a_header_is_named(tmp_path: Path, streaming: bool) -
 
 CLIENT = """
 import json, sys
-from hfpipe.data.sources import load_rows
 from hfpipe.core.errors import UserError
+from hfpipe.data.sources.load import load_rows
 from hfpipe.recipe import Source
 try:
     load_rows(Source(**json.loads(sys.argv[1])))

@@ -120,8 +120,8 @@ def test_a_line_that_is_no_json_costs_its_row(tmp_path: Path, streaming: bool, n
 CLIENT = """
 import json, sys
 from datasets import config
-from hfpipe.data.dirt import Read, tidy_rows
-from hfpipe.data.sources import load_rows
+from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.sources.load import load_rows
 from hfpipe.recipe import Source
 found = {}
 for name in sys.argv[2:]:

@@ -23,9 +23,9 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import DataError
 from hfpipe.core.files import write_json
 from hfpipe.data.sources.batches import rows_of
-from hfpipe.data.sources.formats import text_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.recipe import Recipe, Source
+from hfpipe.recipe.row_formats import text_of
 
 GRAM = 13
 COMMON = 10  # training rows: a sequence in more of them is a phrase

@@ -1,16 +1,22 @@
-"""Formats of rows: the columns of each, and how a source is brought to them."""
+"""Recognizes the format of a source's rows, and brings them to the columns that are trained on or scored.
+
+The formats are the table in `hfpipe/recipe/row_formats.py`. A source is taken for the format whose columns it has, by
+their names and by what they hold; `columns:` and `template:` of the recipe say what other columns mean, and `format:`
+says the format outright.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from hfpipe.core.errors import DataError, RecipeError
+from hfpipe.data.sources.convert import CONVERTERS, converted
 from hfpipe.data.sources.templates import (
-    BESIDE_MESSAGES,
     Form,
     as_conversation,
     build,
@@ -22,72 +28,48 @@ from hfpipe.data.sources.templates import (
 )
 from hfpipe.recipe import Source, Stage
 from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.row_formats import BESIDE_MESSAGES, ENDS, ROW_FORMATS, RowFormat, format_of, formats_of_stage
 
 Rows: TypeAlias = Dataset | IterableDataset
-
-
-Kind = Literal[
-    "text",
-    "prompt_completion",
-    "messages",
-    "classification",
-    "translation",
-    "choices",
-    "answer",
-    "minimal_pair",
-    "stereotype_pair",
-    "stereotypes",
-    "stereoset",
-    "bbq",
-]
-
-
-ROLES: dict[Kind, tuple[str, ...]] = {  # in order of precedence
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-    "classification": ("sentence", "label"),
-    "translation": ("source", "target"),
-    # What only suites have: see multiple_choice.py and bias_rows.py.
-    "choices": ("prompt", "choices", "answer"),
-    "answer": ("prompt", "answer"),
-    "minimal_pair": ("good", "bad"),
-    "stereotype_pair": ("more", "less"),
-    "stereotypes": ("stereotype", "anti_stereotype", "unrelated"),
-    "stereoset": ("context", "sentences", "target"),
-    "bbq": (
-        *("context", "question", "ans0", "ans1", "ans2", "label"),
-        *("answer_info", "additional_metadata", "context_condition", "question_polarity"),
-    ),
-}
-
-
-MAY_HAVE: dict[Kind, tuple[str, ...]] = {  # roles beside these
-    "messages": BESIDE_MESSAGES,
-    "stereotypes": ("term",),
-    "bbq": ("prompt",),
-}
-
+Kind: TypeAlias = str  # the name of a format that is trained on or scored as it stands
 
 NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata", *BESIDE_MESSAGES)
+TEXT_TYPES = ("string", "large_string", "string_view", "null")
 
 
-TEXT_KINDS: tuple[Kind, ...] = ("messages", "prompt_completion", "text")  # what a language model is trained on
+@dataclass(frozen=True)
+class Taken:
+    """What a source was taken for.
+
+    Args:
+        format: The format of its rows.
+        columns: Its column for each of the format's, without those that a template builds.
+        why: The reason, for a person.
+    """
+
+    format: RowFormat
+    columns: Mapping[str, str]
+    why: str
+
+    def __str__(self) -> str:
+        becomes = self.format.becomes
+        how = f", read as {becomes}" if becomes and becomes != self.format.name else ""
+        return f"taken for {self.format.name} ({self.why}){how}"
 
 
 def kinds_of(stage: Stage) -> tuple[Kind, ...]:
-    """The kinds of rows that a stage is trained on."""
-    kinds: dict[str, tuple[Kind, ...]] = {"pretrain": ("text",), "sft": TEXT_KINDS}
-    return kinds.get(stage.kind) or (cast(Kind, stage.kind),)
+    """The formats of rows that a stage is trained on."""
+    return formats_of_stage(stage.kind)
 
 
 def roles_of(rows: Rows) -> Kind:
-    """Which kind of rows `load_rows` gave."""
+    """The format of rows that `load_rows` gave."""
     columns = rows.column_names if rows.column_names is not None else next(iter(rows), {})
-    return next(kind for kind, roles in ROLES.items() if set(roles) <= set(columns))
+    return format_of(columns).name
 
 
-def _require(column: str, columns: Iterable[str], key: str, source: Source) -> None:
+def require_column(column: str, columns: Iterable[str], key: str, source: Source) -> None:
+    """Raises a DataError where a column that `key` of the recipe names is not among the columns."""
     if column not in columns:
         raise DataError(
             f"source {source.path!r}: {key} names the column {column!r}, which the data does not have; its columns are "
@@ -95,62 +77,223 @@ def _require(column: str, columns: Iterable[str], key: str, source: Source) -> N
         )
 
 
-def _with_roles(rows: Rows, features: Features, source: Source, allowed: tuple[Kind, ...]) -> Rows:
-    """Only the columns of one role, as they are, renamed or built."""
-    named_columns = dict(source.columns) if isinstance(source.columns, dict) else {}
-    renamed = {role: column for role, column in named_columns.items() if isinstance(column, str)}
-    templates: dict[str, Form] = {role: form_of(template) for role, template in (source.template or {}).items()}
+def to_format(rows: Rows, features: Features, source: Source, allowed: tuple[Kind, ...]) -> tuple[Rows, Taken]:
+    """The rows with the columns of one format, as they are, renamed, built by template or converted.
+
+    Args:
+        rows: The rows of a source.
+        features: Its columns and their types.
+        source: The source, whose `format`, `columns` and `template` say what the columns mean.
+        allowed: The formats that will do.
+
+    Raises:
+        RecipeError: Two formats fit equally, or `format` names one that will not do here.
+        DataError: No format fits, or a column holds something else than its format wants.
+    """
     rows, features = _with_inner_columns(rows, features, source)
-    columns = list(features)
-    for role, listed_columns in named_columns.items():
-        for column in [listed_columns] if isinstance(listed_columns, str) else listed_columns:
-            _require(column, columns, f"columns.{role}", source)
-        if isinstance(listed_columns, list):
-            templates[role] = [f"{{{column}}}" for column in listed_columns]
-    for role, template in templates.items():
+    renamed, templates = _named(features, source)
+    taken = _taken_for(rows, features, source, renamed, templates, allowed)
+    format, columns = taken.format, dict(taken.columns)
+    if format.name in CONVERTERS and not templates and (format.becomes or _has_odd_turns(features, columns)):
+        return converted(rows, features, format, columns), taken
+    if format.becomes is not None:  # under other names only
+        end = ENDS[format.becomes]
+        columns = {new: columns[old] for new, old in zip(end.columns, format.columns, strict=True)}
+        format = end
+    if format.name == "prompt_completion" and not templates:
+        pair = [columns[name] for name in format.columns]
+        if all(is_conversation(features[column]) for column in pair):
+            return as_conversation(rows, features, *pair), taken
+    if "id" in (renamed.keys() | features.keys()) - templates.keys():
+        columns["id"] = renamed.get("id", "id")
+    built = {name: templates[name] for name in (*format.all_columns, "id") if name in templates}
+    kept = {name: column for name, column in columns.items() if name != "system"}
+    return _selected(rows, features, source, kept, built), taken
+
+
+def _named(features: Features, source: Source) -> tuple[dict[str, str], dict[str, Form]]:
+    """The columns that the recipe renames, and the templates it builds of others; checked against the data."""
+    given = dict(source.columns) if isinstance(source.columns, dict) else {}
+    renamed = {name: column for name, column in given.items() if isinstance(column, str)}
+    templates: dict[str, Form] = {name: form_of(template) for name, template in (source.template or {}).items()}
+    for name, columns in given.items():
+        for column in [columns] if isinstance(columns, str) else columns:
+            require_column(column, features, f"columns.{name}", source)
+        if isinstance(columns, list):
+            templates[name] = [f"{{{column}}}" for column in columns]
+    for name, template in templates.items():
         for text in texts_of(template):
-            for field in fields_of(text, role, source):
-                _require(field, columns, f"template.{role}", source)
+            for field in fields_of(text, name, source):
+                require_column(field, features, f"template.{name}", source)
                 if f"{{{field}[" in text and isinstance(features[field], Value):
                     raise RecipeError(
-                        f"source {source.path!r}: template.{role} asks for a part of {field!r}, which is one value. "
+                        f"source {source.path!r}: template.{name} asks for a part of {field!r}, which is one value. "
                         "Write its plain name."
                     )
-    named = {*renamed, *templates}
-    available = {*columns, *named}
-    whole = {kind: {*roles, *MAY_HAVE.get(kind, ())} for kind, roles in ROLES.items()}
-    asked = [kind for kind in ROLES if named & whole[kind]]  # what the recipe names comes first
-    kinds = [kind for kind in asked or ROLES if kind in allowed and available >= set(ROLES[kind])]
-    kinds.sort(key=lambda kind: not named <= whole[kind])
-    if not kinds:
-        wanted = [" with ".join(f"`{role}`" for role in ROLES[kind]) for kind in allowed[:4]]
-        lacking = f"neither {' nor '.join(wanted)}" if len(wanted) > 1 else f"no {wanted[0]}"
-        first = ROLES[allowed[:4][-1]]
-        inner = [name for name in features.flatten() if name not in features]
-        places = (inner[0], inner[-1]) if inner else ("SOME_COLUMN", "OTHER_COLUMN")
-        example = ", ".join(f"{role}: {place}" for role, place in zip(first, places, strict=False))
-        raise DataError(
-            f"source {source.path!r} has the columns {listed(columns)}: {lacking}. Say what they mean: "
-            f"`columns: {{{example}}}` renames, "
-            '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
+    return renamed, templates
+
+
+def _taken_for(
+    rows: Rows,
+    features: Features,
+    source: Source,
+    renamed: dict[str, str],
+    templates: dict[str, Form],
+    allowed: tuple[Kind, ...],
+) -> Taken:
+    """The format that a source is taken for; see `to_format`."""
+    turns = _Turns(rows, features)
+    named = {*renamed, *templates} - {"id"}
+    if source.format is not None:
+        return _as_said(ROW_FORMATS[source.format], features, source, renamed, templates, allowed)
+    asked = [one for one in ENDS.values() if named & {*one.all_columns}]  # what the recipe names comes first
+    fitting: dict[str, dict[str, str]] = {}
+    for one in asked or ROW_FORMATS.values():
+        end = one.becomes or one.name
+        columns = _columns_of(one, features, renamed, templates)
+        if end in allowed and one.is_recognized and columns is not None and _fits(one, columns, features, turns):
+            fitting[one.name] = columns
+    if "messages" in named and "messages" in renamed and turns.keys_of(renamed["messages"]) >= {"from", "value"}:
+        columns = _columns_of(ROW_FORMATS["sharegpt"], features, {"conversations": renamed["messages"]}, {})
+        fitting = {"sharegpt": columns or {}}
+    if not fitting:
+        raise _unknown(features, source, allowed)
+    best = min((not named <= {*ROW_FORMATS[name].all_columns}, ROW_FORMATS[name].rank) for name in fitting)
+    equal = [
+        name for name in fitting if (not named <= {*ROW_FORMATS[name].all_columns}, ROW_FORMATS[name].rank) == best
+    ]
+    equal = [name for name in equal if not any({*fitting[name].values()} < {*fitting[one].values()} for one in equal)]
+    if len(equal) > 1 and not named:
+        found = " and ".join(f"{name} ({listed(fitting[name].values())})" for name in equal)
+        words = " or ".join(f"`format: {name}`" for name in equal)
+        raise RecipeError(f"source {source.path!r} can be read as {found}, and both fit equally. Write {words}.")
+    name = equal[0]
+    why = f"columns {listed(fitting[name].values())}" if not named else f"the recipe gives {listed(sorted(named))}"
+    return Taken(ROW_FORMATS[name], fitting[name], why)
+
+
+def _as_said(
+    format: RowFormat,
+    features: Features,
+    source: Source,
+    renamed: dict[str, str],
+    templates: dict[str, Form],
+    allowed: tuple[Kind, ...],
+) -> Taken:
+    """The format that `format:` of the recipe names."""
+    end = format.becomes or format.name
+    if end not in allowed:
+        fits = [name for name, one in ROW_FORMATS.items() if (one.becomes or name) in allowed]
+        raise RecipeError(
+            f"source {source.path!r}: `format: {format.name}` gives rows of {end}, which this does not take; allowed "
+            f"here is one of {listed(fits)}."
         )
-    beside = [role for role in ("id", *MAY_HAVE.get(kinds[0], ())) if role in available]
-    turns = [renamed.get(role, role) for role in ROLES["prompt_completion"]]
-    if kinds[0] == "prompt_completion" and not templates and all(is_conversation(features[name]) for name in turns):
-        return as_conversation(rows, features, *turns)
-    roles = [*ROLES[kinds[0]], *beside]
-    taken = {role: renamed.get(role, role) for role in roles if role not in templates}
-    built = {role: templates[role] for role in roles if role in templates}
-    for role, column in taken.items():
-        _check_type(features[column], role, column, source)
-    swapped = any(column != role and column in taken for role, column in taken.items())  # a stream renames one by one
-    if built or swapped or len(set(taken.values())) < len(taken):
-        rows = build(rows, columns, taken, built)
-    else:
-        rows = rows.select_columns(list(taken.values()))
-        if changed := {column: role for role, column in taken.items() if column != role}:
-            rows = rows.rename_columns(changed)
-    return _with_features(rows, roles)
+    columns = _columns_of(format, features, renamed, templates)
+    if columns is None:
+        lacking = [name for name in format.columns if name not in (*features, *renamed, *templates)]
+        raise DataError(
+            f"source {source.path!r} has the columns {listed(features)}, and `format: {format.name}` needs "
+            f"{listed(format.columns)}. Say which of them is meant: `columns: {{{lacking[0]}: SOME_COLUMN}}`."
+        )
+    return Taken(format, columns, "the recipe says so")
+
+
+def _columns_of(
+    format: RowFormat, features: Features, renamed: Mapping[str, str], templates: Mapping[str, Form]
+) -> dict[str, str] | None:
+    """The source's column for each of the format's; None where it lacks one that every row has."""
+    columns: dict[str, str] = {}
+    for name in format.all_columns:
+        names = (renamed.get(name, name), *(format.aliases.get(name, ()) if name not in renamed else ()))
+        if name in templates:
+            continue
+        if (column := next((one for one in names if one in features), None)) is not None:
+            columns[name] = column
+        elif name in format.columns:
+            return None
+    return None if any(column in features for column in format.unless) else columns
+
+
+class _Turns:
+    """The keys of the turns of a source's conversations; where the types do not tell, its first row is asked."""
+
+    def __init__(self, rows: Rows, features: Features) -> None:
+        self._rows, self._features = rows, features
+        self._first: dict[str, Any] | None = None
+
+    def keys_of(self, column: str) -> set[str]:
+        """The keys of the turns of a column; none where it holds no turns."""
+        feature = self._features[column]
+        turn = turn_of(feature)
+        if isinstance(turn, dict):
+            return {*turn}
+        if not (isinstance(feature, Json) or isinstance(turn, Json)):
+            return set()
+        if self._first is None:
+            self._first = next(iter(self._rows.take(1)), {})
+        value = self._first.get(column)
+        return {key for one in value if isinstance(one, dict) for key in one} if isinstance(value, list) else set()
+
+
+def _fits(format: RowFormat, columns: Mapping[str, str], features: Features, turns: _Turns) -> bool:
+    """Whether columns hold what a format wants; those under the names of ours are judged later, with a message."""
+    if format.name == "sharegpt":
+        return turns.keys_of(columns["conversations"]) >= {"from", "value"}
+    if format.name == "messages" and "messages" in columns:
+        keys = turns.keys_of(columns["messages"])
+        is_alias = columns["messages"] in format.aliases["messages"]
+        return keys >= {"role", "content"} or not (is_alias or keys >= {"from", "value"})
+    if format.becomes is None:
+        return True
+    return all(
+        _is_text(features[column]) for name, column in columns.items() if name in format.columns and name != "label"
+    )
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype in TEXT_TYPES)
+
+
+def _has_odd_turns(features: Features, columns: Mapping[str, str]) -> bool:
+    """Whether turns need a look, one by one: of mixed types, in parts, with calls, or with the system beside them."""
+    turn = turn_of(features[columns["messages"]]) if "messages" in columns else None
+    if isinstance(turn, Json):
+        return True
+    if not isinstance(turn, dict) or not {"role", "content"} <= {*turn}:
+        return False
+    return "system" in columns or "tool_calls" in turn or not isinstance(turn["content"], Value)
+
+
+def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> DataError:
+    """What to say of columns that are no format that will do."""
+    columns = listed(features)
+    preference = ROW_FORMATS["preference"]
+    if {*preference.columns} <= features.keys() and not isinstance(source.columns, dict):
+        is_chat = is_conversation(features["chosen"])
+        words = "`columns: {messages: chosen}`"
+        if not is_chat:
+            words = '`template: {prompt: "{prompt}", completion: "{chosen}"}`'
+        return DataError(
+            f"source {source.path!r} is taken for preference (columns chosen, rejected): pairs of a better and a worse "
+            f"answer, which no kind of stage here is trained on. To train on the better ones, write {words}."
+        )
+    wanted = [" with ".join(f"`{name}`" for name in ENDS[kind].columns) for kind in allowed[:4]]
+    lacking = f"neither {' nor '.join(wanted)}" if len(wanted) > 1 else f"no {wanted[0]}"
+    first = ENDS[allowed[:4][-1]].columns
+    inner = [name for name in features.flatten() if name not in features]
+    places = (inner[0], inner[-1]) if inner else ("SOME_COLUMN", "OTHER_COLUMN")
+    example = ", ".join(f"{name}: {place}" for name, place in zip(first, places, strict=False))
+    elsewhere = [
+        name
+        for name, one in ROW_FORMATS.items()
+        if (one.becomes or name) not in allowed and {*one.columns} <= {*features} and one.name not in ("text",)
+    ]
+    told = f" They look like {listed(elsewhere)}, which this does not take." if elsewhere else ""
+    return DataError(
+        f"source {source.path!r} has the columns {columns}: {lacking}.{told} Say what they mean: "
+        f"`columns: {{{example}}}` renames, "
+        '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
+    )
 
 
 def _with_inner_columns(rows: Rows, features: Features, source: Source) -> tuple[Rows, Features]:
@@ -179,6 +322,20 @@ def _take_out(batch: dict[str, list[Any]], columns: list[str]) -> dict[str, list
     return taken
 
 
+def _selected(rows: Rows, features: Features, source: Source, taken: dict[str, str], built: dict[str, Form]) -> Rows:
+    """The rows with some of their columns under the names of a format, and those that templates build."""
+    for name, column in taken.items():
+        _check_type(features[column], name, column, source)
+    swapped = any(column != name and column in taken for name, column in taken.items())  # a stream renames one by one
+    if built or swapped or len(set(taken.values())) < len(taken):
+        rows = build(rows, list(features), taken, built)
+    else:
+        rows = rows.select_columns(list(taken.values()))
+        if changed := {column: name for name, column in taken.items() if column != name}:
+            rows = rows.rename_columns(changed)
+    return _with_features(rows, [*taken, *built])
+
+
 def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
     """A role is text, or a conversation; a number is not made text behind the user's back."""
     if role in NOT_TEXT:  # what a label may hold is said in labels.py, and the rest in multiple_choice.py
@@ -186,7 +343,7 @@ def _check_type(feature: Any, role: str, column: str, source: Source) -> None:
     if isinstance(feature, Json):  # rows of several types: `text_rules.py` tells which of them are texts
         return
     if role != "messages":
-        if not (isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view", "null")):
+        if not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
             raise DataError(
                 f"source {source.path!r}: `{role}` is the column {column!r}, which holds {_kind(feature)}, not text. "
                 f'Build text of it with `template: {{{role}: "{{{column}}}"}}`, or name a conversation `messages`.'
@@ -214,10 +371,3 @@ def _with_features(rows: Rows, roles: list[str]) -> Rows:
     if rows.column_names is not None or "messages" in roles or set(roles) & {*NOT_TEXT[1:]}:
         return rows
     return rows.cast(Features({role: Value("string") for role in roles}))
-
-
-def text_of(row: dict[str, Any]) -> str:
-    """All that a row says, without its id and its label."""
-    if "messages" in row:
-        return "\n".join(str(turn.get("content") or "") for turn in row["messages"] or ())
-    return "".join(value for key, value in row.items() if key not in ("id", "label") and isinstance(value, str))

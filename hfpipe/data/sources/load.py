@@ -1,11 +1,12 @@
-"""Sources: one `load_dataset` call of a recipe, to rows whose columns are roles.
+"""Opens a source of a recipe: one `load_dataset` call, brought to rows of one format.
 
-The roles are `text`, `prompt` + `completion`, `messages`, `sentence` + `label`, or `source` + `target`; `id` comes
-along where there is one. Streams stay streams, and tables stay on disk.
+The formats are the table in `hfpipe/recipe/row_formats.py`; `id` comes along where there is one. Streams stay streams,
+and tables stay on disk.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,47 @@ from hfpipe.builtin.corpus import builtin
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.sources.builders import load_dataset
 from hfpipe.data.sources.errors import friendly
-from hfpipe.data.sources.formats import ROLES, Kind, Rows, _require, _with_roles
+from hfpipe.data.sources.formats import Kind, Rows, Taken, require_column, to_format
 from hfpipe.data.sources.line_files import by_byte_range
 from hfpipe.data.sources.parquet import TABLE_ROWS, by_row_group
 from hfpipe.data.sources.row_filter import Where
 from hfpipe.data.sources.sharded_files import stream_range
 from hfpipe.recipe import Fold, Source
 from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.row_formats import ENDS
 
 __all__ = ["fingerprint", "friendly", "load_rows"]
 
 
-def load_rows(
-    source: Source, *, default_split: str = "train", seed: int = 0, kinds: tuple[Kind, ...] = tuple(ROLES)
-) -> Rows:
-    """Opens a source and gives its rows with the columns of one role, and `id` where there is one.
+@dataclass(frozen=True)
+class Opened:
+    """A source that was opened.
+
+    Args:
+        rows: Its rows: a `Dataset`, or an `IterableDataset` when the source streams; the errors of a stream come while
+            it is read: see `friendly`.
+        taken: The format that the source was taken for, and why.
+    """
+
+    rows: Rows
+    taken: Taken
+
+
+def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Kind, ...] = tuple(ENDS)) -> Opened:
+    """Opens a source and gives its rows with the columns of one format, and `id` where there is one.
 
     First `skip` and `take` cut the rows by their place, so that two sources which share no place share no row; then
-    `where` chooses among them, and `fold` a part of those; then `columns` and `template` name and build the roles.
+    `where` chooses among them, and `fold` a part of those; then `format`, `columns` and `template` say what the columns
+    mean.
 
     Args:
         source: The source as the recipe gives it.
         default_split: The split where the recipe names none; files that are not given by split are `train`.
-        seed: Reserved for sources that draw; none does.
-        kinds: The kinds of rows that will do: `TEXT_KINDS` for a language model.
-
-    Returns:
-        A `Dataset`, or an `IterableDataset` when the source streams; its errors come while it is read: see `friendly`.
+        kinds: The formats of rows that will do: `TEXT_KINDS` for a language model.
 
     Raises:
-        RecipeError: The file, split or configuration does not exist, or `where` or `template` is written wrongly.
+        RecipeError: The file, split or configuration does not exist, `where` or `template` is written wrongly, or two
+            formats fit the columns equally.
         MachineError: The Hub cannot be reached or refuses.
         DataError: The data cannot be read, or lacks the columns.
     """
@@ -59,11 +71,18 @@ def load_rows(
         if source.where is not None:
             keep = Where(source.where, source.path)
             for column in keep.columns:
-                _require(column, features, "where", source)
+                require_column(column, features, "where", source)
             rows = rows.filter(keep, input_columns=keep.columns)
         if source.fold is not None:
             rows = _in_fold(rows, source.fold)
-        return _with_roles(rows, features, source, kinds)
+        return Opened(*to_format(rows, features, source, kinds))
+
+
+def load_rows(
+    source: Source, *, default_split: str = "train", seed: int = 0, kinds: tuple[Kind, ...] = tuple(ENDS)
+) -> Rows:
+    """The rows of a source; see `open_source`."""
+    return open_source(source, default_split=default_split, kinds=kinds).rows
 
 
 def fingerprint(source: Source) -> str | None:

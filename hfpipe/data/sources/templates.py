@@ -14,6 +14,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.sources.decoding import HANDLER
 from hfpipe.recipe import Source
+from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS
 
 Form: TypeAlias = str | list[str] | list[tuple[str, str]]  # a text, choices, or turns as (role, content)
 COLUMN = r"[^\[\]]+(\[\w+\])*"  # in a template
@@ -164,9 +165,3 @@ def as_conversation(rows: Any, features: Features, prompt: str, completion: str)
 
     made = Features({"messages": List(turn), COMPLETION_TURNS: Value("int32"), **kept})
     return rows.map(joined, batched=True, remove_columns=list(features), features=made)
-
-
-COMPLETION_TURNS = "completion_turns"  # of `messages`, where the data has a prompt and a completion
-
-
-BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # TRL's columns, which a chat template is given too

@@ -8,6 +8,7 @@ from typing import Any
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
+from hfpipe.recipe.row_formats import SUITE_COLUMNS, TRAINED_COLUMNS
 from hfpipe.recipe.rules.adapters import (
     adapter_of,
     check_adapter,
@@ -17,7 +18,7 @@ from hfpipe.recipe.rules.adapters import (
     check_merges,
 )
 from hfpipe.recipe.rules.outcome import check_country, check_push, check_repeats, check_secrets
-from hfpipe.recipe.rules.sources import FORMS, SUITE_FORMS, check_cleaning, check_overlap, check_pairs, check_source
+from hfpipe.recipe.rules.sources import check_cleaning, check_overlap, check_pairs, check_source
 from hfpipe.recipe.rules.training import check_training
 from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
 
@@ -37,7 +38,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
             yield from check_source(source)
     yield from _check_architecture(data)
     for suite in suites(data):
-        yield from check_source(suite.source, FORMS + SUITE_FORMS)
+        yield from check_source(suite.source, TRAINED_COLUMNS + SUITE_COLUMNS)
         yield from _check_metrics(suite)
         yield from _check_swap(suite)
         yield from _check_harness(suite)

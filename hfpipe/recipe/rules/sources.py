@@ -14,32 +14,15 @@ from typing import Any
 
 from hfpipe.recipe.faults import Fault, did_you_mean, dotted, found, listed
 from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites
+from hfpipe.recipe.row_formats import ROW_FORMATS, SUITE_COLUMNS, TRAINED_COLUMNS
 
-FORMS = (  # the roles that a row may have together
-    ("text",),
-    ("prompt", "completion"),
-    ("messages", "tools", "chat_template_kwargs"),
-    ("sentence", "label"),
-    ("source", "target"),
-)
 TOGETHER = (("prompt", "completion"), ("source", "target"))
-SUITE_FORMS = (  # and what only a suite's may
-    ("prompt", "choices", "answer"),
-    ("good", "bad"),
-    ("more", "less"),
-    ("stereotype", "anti_stereotype", "unrelated", "term"),
-    ("context", "sentences", "target"),
-    (
-        *("prompt", "context", "question", "ans0", "ans1", "ans2", "label"),
-        *("answer_info", "additional_metadata", "context_condition", "question_polarity"),
-    ),
-)
 BUILTIN_TABLES = ("text", "package", "summary", "numbers")
 BUILTIN_SPLITS = ("train", "test")
 _TURNS = 'is a list of turns: `messages: [{role: user, content: "{asked}"}, {role: assistant, content: "{said}"}]`.'
 
 
-def check_source(source: Block, forms: tuple[tuple[str, ...], ...] = FORMS) -> Iterator[Fault]:
+def check_source(source: Block, forms: tuple[tuple[str, ...], ...] = TRAINED_COLUMNS) -> Iterator[Fault]:
     """Yields what is wrong with a source, whose rows may have the roles of `forms`."""
     if "token" in source.data:
         text = "a token does not belong in a file. Log in with `hf auth login`, or set HF_TOKEN."
@@ -58,13 +41,15 @@ def _are_turns(template: Any) -> bool:
 
 
 def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[Fault]:
+    if (said := ROW_FORMATS.get(str(source.data.get("format")))) is not None:
+        forms = (said.all_columns,)
     roles = list(dict.fromkeys(role for form in forms for role in form))
     given: dict[Any, str] = {}
     for key in ("columns", "template"):
         for role, column in mapping(source.data.get(key)).items():
             steps = (*source.steps, key, role)
             if role not in roles:
-                only = any(role in form for form in SUITE_FORMS)
+                only = any(role in form for form in SUITE_COLUMNS)
                 text = f"unknown role; the roles are {listed(roles)}.{did_you_mean(role, roles)}"
                 yield Fault(steps, f"is a role of a suite's rows: nothing is trained on it. {text}" if only else text)
             elif role in given:
@@ -75,7 +60,7 @@ def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[
                 yield Fault(steps, "is one text, not a list; a row has several `choices` only.")
             given[role] = key
     for role, other in (*TOGETHER, *(pair[::-1] for pair in TOGETHER)):
-        is_choice = role in ("prompt", "target") and forms != FORMS  # the rest may be columns as they stand
+        is_choice = role in ("prompt", "target") and forms != TRAINED_COLUMNS  # the rest may be columns as they stand
         if role in given and other not in given and not is_choice:
             text = f"`{role}` is given without `{other}`, and the two go together. Add it: `{other}: <column>`."
             yield Fault((*source.steps, given[role], role), text)
