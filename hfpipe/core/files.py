@@ -72,3 +72,8 @@ def require_disk(place: Path, need: int, what: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Reads one JSON value a line; a text in it may hold marks that `splitlines` would take for the end of a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

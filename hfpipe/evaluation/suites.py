@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -147,6 +148,7 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
         result = _compute(metric_name, metric, predictions, references, suite.metric_options.get(metric_name))
         better = higher_is_better(metric_name, metric)
         ideal = getattr(metric, "ideal", None)
+        result["baselines"] = baselines(metric, references) if "sentence" in rows[0] else {}
         scores.append(Score(stage, name, metric_name, higher_is_better=better, ideal=ideal, **result))
         if getattr(metric, "by_row", False):
             values = metric.value(metric.statistics(predictions, references))
@@ -227,6 +229,32 @@ def _compute(
         "low": min(value, cuts[0]),
         "high": max(value, cuts[-1]),
     }
+
+
+def baselines(metric: Any, references: Sequence[Any]) -> dict[str, float]:
+    """What answers without a model score on the labels of a suite, for models that come without a head for them.
+
+    Args:
+        metric: One of ours that takes predicted and right labels; others have none.
+        references: The right labels: names, lists of names, or numbers.
+
+    Returns:
+        The score of the most frequent label (or set of labels), of the mean of numbers (of absolute errors the median);
+        of `accuracy` also that of a guess among the labels.
+    """
+    if not isinstance(metric, RowMetric) or metric.takes != ("prediction", "reference"):
+        return {}
+    if all(isinstance(reference, int | float) for reference in references):
+        name, average = ("the median", statistics.median) if metric.key == "mae" else ("the mean", statistics.fmean)
+        answer, labels = average(references), 0
+    else:
+        counts = Counter(tuple(one) if isinstance(one, list) else one for one in references)
+        most = max(counts, key=lambda one: (counts[one], str(one)))
+        name, answer, labels = "the majority class", list(most) if isinstance(most, tuple) else most, len(counts)
+    found = {name: metric.compute(predictions=[answer] * len(references), references=references)[metric.key]}
+    if metric.key == "accuracy" and isinstance(answer, str) and labels > 1:
+        found["chance"] = 1 / labels
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _value(name: str, result: dict[str, Any]) -> float:

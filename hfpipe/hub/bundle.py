@@ -14,12 +14,12 @@ from hfpipe.core.files import whole_folder, write_json, write_text
 from hfpipe.core.run_layout import model_of, strength_of
 from hfpipe.core.secrets import without_secrets
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
-from hfpipe.recipe.config import hub_id, is_on_hub
+from hfpipe.recipe.config import is_on_hub
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report.card import model_card
-from hfpipe.report.facts import stage_costs
+from hfpipe.report.details import stage_costs
 from hfpipe.report.price import dial_section, dials_of
-from hfpipe.report.usage import Artefact, lineage
+from hfpipe.report.usage import Usage, card_facts, data_facts
 from hfpipe.scores.scorecard import read_scorecard
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -53,22 +53,25 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     if adapter:
         base, revision = parent or _base_of(adapter, known_base, stage)
         adapter |= {"base_model_name_or_path": base, "revision": revision}
-    elif base and not is_on_hub(base):
-        base = revision = None
-    dial, plots = _dial_of(run_dir, stage, recipe)
-    artefact = Artefact(
-        repo_id=push.repo_id,
+    shared = shared_recipe(recipe)
+    if base and not is_on_hub(base):
+        base, revision = shared.model.id, None
+    dials = [dial_section(dial) for dial in dials_of(run_dir, recipe) if dial["stage"] == stage]
+    plots = {f"dial-{n}.svg": plot for dial in dials for n, plot in enumerate(dial.plots, start=1)}
+    usage = Usage(
+        place=push.repo_id,
         what=push.what,
         stage=stage,
         revision=push.revision,
         base=base,
         base_revision=revision,
+        chat=(made / "chat_template.jinja").exists(),
         quantized="quantization_config" in _read_json(made / "config.json"),
         license=push.license,
         strength=strength_of(run_dir / "stages" / stage),
         base_facts=card_facts(run_dir, "model", recipe.model.id or ""),
-        data_facts=_data_facts(run_dir, recipe, stage),
-        dial=dial,
+        data_facts=data_facts(run_dir, recipe, stage),
+        dial=dials[0] if dials else None,
     )
     scorecard = run_dir / "scorecard.json"
     scores = read_scorecard(scorecard) if scorecard.is_file() else []
@@ -81,11 +84,10 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
             write_text(folder / name, plot)
         if adapter:
             write_json(folder / ADAPTER_CONFIG, adapter)
-        shared = shared_recipe(recipe)
         write_text(folder / "recipe.yaml", without_secrets(dump_recipe(shared)))
         if scorecard.is_file():
             write_text(folder / scorecard.name, without_secrets(scorecard.read_text()))
-        card = model_card(artefact, shared, scores, environment, stage_costs(run_dir, recipe))
+        card = model_card(usage, shared, scores, environment, stage_costs(run_dir, recipe), list(plots))
         write_text(folder / "README.md", without_secrets(card))
     return target
 
@@ -93,12 +95,6 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
 def pushed_suffixes(recipe: Recipe) -> set[str]:
     """What files are pushed; of a model whose code is not in transformers, that code as well: nothing loads without."""
     return PUSHED | ({".py"} if recipe.model.trust_remote_code else set())
-
-
-def _data_facts(run_dir: Path, recipe: Recipe, stage: str) -> dict[str, Any]:
-    """What is known of each data set of the Hub that a stage or one before it was trained on."""
-    sources = [source for one in lineage(recipe, stage) for source in one.data]
-    return {id: card_facts(run_dir, "dataset", id) for source in sources if (id := hub_id(source))}
 
 
 def _base_of(adapter: dict[str, Any], known: dict[str, Any], stage: str) -> tuple[str, str | None]:
@@ -151,24 +147,6 @@ def find_made(run_dir: Path, what: str, stage: str, recipe: Recipe) -> Path:
         )
         raise RecipeError(f"push.what: {what}, but stage {stage!r} made {found} ({folder}). Allowed here: {allowed}.")
     return folder
-
-
-def _dial_of(run_dir: Path, stage: str, recipe: Recipe) -> tuple[str, dict[str, str]]:
-    """The card's section on the stage's dial, and its plots by their file names; nothing where there is no dial."""
-    dial = next((dial for dial in dials_of(run_dir, recipe) if dial["stage"] == stage), None)
-    if dial is None:
-        return "", {}
-    from hfpipe.report.plots import dial_plots  # it takes matplotlib a second to come
-
-    plots = {f"dial-{number}.svg": plot for number, plot in enumerate(dial_plots(dial), start=1)}
-    images = " ".join(f"![Strengths of {stage}]({name})" for name in plots)
-    return f"{dial_section(dial).markdown()}\n\n{images}", plots
-
-
-def card_facts(run_dir: Path, kind: str, id: str) -> dict[str, Any]:
-    """Licence and languages of a model or data set as its card gave them when the run began, see pins.py."""
-    every = _read_json(run_dir / "hub.json")
-    return next((facts for key, facts in every.items() if key.startswith(f"{kind} {id}@")), {})
 
 
 def link(file: Path, place: Path) -> None:

@@ -20,7 +20,7 @@ from hfpipe.model.tokenizer import require_room
 from hfpipe.pipeline.context import merged, open_run, quiet_libraries
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.scores.scorecard import Change
-from hfpipe.scores.wording import describe, number
+from hfpipe.scores.wording import change_words, describe
 
 
 def evaluate_model(
@@ -61,8 +61,7 @@ def evaluate_model(
             scores.append(score)
             if compared:
                 change = Change(other[suite].scores[number_of], score)
-                low, high = (change.difference + side * 1.96 * change.stderr for side in (-1, 1))
-                ranks.say(f"difference {describe(change)}; 95 % interval {low:+.4g} to {high:+.4g}")
+                ranks.say(f"difference {change_words(change)}")
     if output and ranks.is_main():
         write_json(Path(output), [asdict(score) for score in scores])
 
@@ -77,7 +76,6 @@ def _evaluate(
     require_room(tokenizer, model.get_input_embeddings().num_embeddings, ref.path)
     found = {}
     first, second = (max(map(len, names)) for names in ([label], recipe.evaluate))
-    third = max((len(metric) for suite in recipe.evaluate.values() for metric in suite.metrics), default=0)
     for suite_name, suite in recipe.evaluate.items():
         if not can_score(suite, rows[suite_name], ref):
             ranks.say(
@@ -86,7 +84,7 @@ def _evaluate(
             continue
         found[suite_name] = score_suite(suite_name, suite, rows[suite_name], model, tokenizer, label)
         for score in found[suite_name].scores:
-            ranks.say(f"{label:{first}}  {suite_name:{second}}  {score.metric:{third}}  {number(score)}  (n={score.n})")
+            ranks.say(f"{label:{first}}  {suite_name:{second}}  {describe(score)}")
     if not found:
         raise RecipeError(f"no suite of the recipe asks what {name} can answer: it is a {task_of(ref)} model.")
     return found

@@ -28,7 +28,7 @@ from hfpipe.pipeline.environment import environment
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.recipe.row_formats import texts_of
 from hfpipe.scores.scorecard import BASE, Score, stages_of
-from hfpipe.scores.wording import plain_number
+from hfpipe.scores.wording import describe
 
 PROBE_TEXTS = 4
 
@@ -135,7 +135,7 @@ def score_stage(run: Run, name: str) -> list[Score]:
             model = load_model(run.trained(name))
         found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
         for score in found.scores:
-            ranks.say(f"  {name}: {suite_name} {score.metric} {plain_number(score)} (n={score.n})")
+            ranks.say(f"  {name}: {suite_name} {describe(score)}")
         scores += found.scores
         known[suite_name] = {"hash": key, "scores": [dataclasses.asdict(score) for score in found.scores]}
         if ranks.is_main():

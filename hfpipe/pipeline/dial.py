@@ -33,6 +33,8 @@ from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
 from hfpipe.scores.scorecard import BASE, Change, Score, of_lineage, over_budget
 from hfpipe.scores.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
+from hfpipe.scores.wording import describe, share
+from hfpipe.scores.wording import loss as lost
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -219,9 +221,9 @@ def verdict(found: dict[str, Any]) -> str:
         told += " gains most inside the budgets"
     gain, loss = (_estimate(points[best], key) for key in ("gain", "forgetting"))
     if gain is not None:
-        told += f": gain {_percent(gain)}"
+        told += f": gain {share(gain)}"
     if loss is not None:
-        told += f", forgetting {_percent(loss)}"
+        told += f", forgetting {lost(loss)}"
     if gain is not None and not gain.beyond_noise:
         told += ". The gain is within the noise"
     equal = [s for s, one in points.items() if 0 < s < best and not one["over"] and _no_less(one, points[best])]
@@ -239,16 +241,13 @@ def _no_less(one: dict[str, Any], best: dict[str, Any]) -> bool:
     return one["gain"] is not None and best["gain"] - one["gain"] <= best["gain_stderr"]
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{estimate.value:.1%} ± {estimate.stderr:.1%}"
-
-
 def lines_of(found: dict[str, Any]) -> list[str]:
     """A dial as lines of text: a strength each, and the verdict."""
-    lines = [f"{'strength':>8}  {'gain':>16}  {'forgetting':>16}"]
-    for one in found["points"]:
-        cells = [_estimate(one, key) for key in ("gain", "forgetting")]
-        shown = "  ".join(f"{_percent(cell) if cell else '':>16}" for cell in cells)
+    cells = [(share(_estimate(one, "gain")), lost(_estimate(one, "forgetting"))) for one in found["points"]]
+    first, second = (max(map(len, side)) for side in zip(("gain", "forgetting"), *cells, strict=True))
+    lines = [f"{'strength':>8}  {'gain':>{first}}  {'forgetting':>{second}}"]
+    for one, (gain, forgetting) in zip(found["points"], cells, strict=True):
+        shown = f"{gain:>{first}}  {forgetting:>{second}}"
         over = f"  over the budget of {', '.join(one['over'])}" if one["over"] else ""
         best = "  best" if one["strength"] == found["best"] else ""
         lines.append(f"{one['strength']:>8g}  {shown}{over}{best}")
@@ -302,7 +301,7 @@ class _Sweep:
                     write_jsonl(folder / f"{suite}.jsonl", found.records)
                 ranks.wait()
                 ready = with_paired(run, self.earlier, folder, found.scores, **self._instead_of_the_parent(suite))
-                ranks.say(f"  {self.name} at {strength:g}: {suite} " + ", ".join(map(_short, ready)))
+                ranks.say(f"  {self.name} at {strength:g}: {suite} " + ", ".join(map(describe, ready)))
                 self._keep(strength, suite, keys[suite], ready)
             scores += ready
         return {"strength": strength, "keys": keys, "scores": scores}
@@ -351,7 +350,3 @@ class _Sweep:
                 dial.save(beside, strength)
                 write_json(beside / "strength.json", facts)
         ranks.wait()
-
-
-def _short(score: Score) -> str:
-    return f"{score.metric} {score.value:.4f}"

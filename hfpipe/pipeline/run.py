@@ -21,7 +21,7 @@ from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, r
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
-from hfpipe.report.markdown import closing_lines
+from hfpipe.report.content import closing_lines
 from hfpipe.scores.scorecard import BASE, Score, of_lineage, over_budget, write_scorecard
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.cost import CostMeter

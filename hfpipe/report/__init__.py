@@ -6,12 +6,17 @@ from pathlib import Path
 
 
 def write_reports(folder: Path) -> list[Path]:
-    """Writes report.md and report.html of a run folder and returns their paths.
+    """Writes report.md and report.html of a run folder, and the README.md beside each model in it.
+
+    Returns:
+        The paths of the two reports.
 
     Raises:
         FileNotFoundError: The folder holds no scorecard.
     """
-    from hfpipe.report.html import write_html
-    from hfpipe.report.markdown import write_report
+    from hfpipe.report.card import write_cards
+    from hfpipe.report.content import run_page
+    from hfpipe.report.layout import write_page
 
-    return [write_report(folder), write_html(folder)]
+    write_cards(folder)
+    return write_page(run_page(folder), folder)

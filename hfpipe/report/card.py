@@ -1,4 +1,4 @@
-"""The model card: what a pushed artefact is, how to load it, what it gained and what it cost.
+"""The model card: what a trained model is, how it is used, what it gained and what it cost.
 
 The metadata block goes through huggingface_hub's own `ModelCardData`, so that the Hub shows the base model, the data
 sets and the scores (`model-index`). The text holds nothing that changes from one push of a run to the next: the same
@@ -9,89 +9,130 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from hfpipe.recipe import Recipe, Source, Stage
-from hfpipe.recipe.config import BUILDERS, hub_id
-from hfpipe.report.facts import cost_section
-from hfpipe.report.usage import TASKS, Artefact, how_to_load, lineage
-from hfpipe.scores.scorecard import Change, Score, forgetting, how_counted, of_lineage, stages_of
+from hfpipe.core.files import read_json, write_text
+from hfpipe.core.run_layout import DIAL, MODEL
+from hfpipe.recipe import Recipe, Source, Stage, load_recipe
+from hfpipe.recipe.config import BUILDERS, hub_id, is_on_hub
+from hfpipe.report.content import environment_section, how_trained, score_section
+from hfpipe.report.details import cost_section, limits_section, stage_costs
+from hfpipe.report.layout import Told, render
+from hfpipe.report.usage import TASKS, Usage, code, lineage, needs_access, usage_in_run, vllm_command
+from hfpipe.scores.scorecard import Score, forgetting, of_lineage, read_scorecard, stages_of
+from hfpipe.scores.tradeoff import from_baseline, is_first
+from hfpipe.scores.wording import change_words
 
 TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is of a summary
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes
 
 
 def model_card(
-    artefact: Artefact,
+    usage: Usage,
     recipe: Recipe,
     scores: Sequence[Score],
     environment: Mapping[str, Any],
     costs: Mapping[str, dict[str, Any]] | None = None,
+    images: Sequence[str] = (),
 ) -> str:
-    """The README.md of a pushed artefact.
+    """The README.md beside a trained model.
 
     Args:
-        artefact: What is pushed.
+        usage: The model.
         recipe: The recipe of the run.
         scores: Its scorecard; may be empty.
         environment: environment.json; every key is optional.
         costs: What each stage cost, see `stage_costs`.
+        images: Files beside the card with the plots of its dial.
 
     Returns:
         A metadata block and Markdown.
     """
-    scores = of_lineage(scores, recipe.lineage(artefact.stage))  # what other stages did is not about this artefact
+    scores = of_lineage(scores, recipe.lineage(usage.stage))  # what other stages did is not about this model
     costs = costs or {}
-    spent = {stage.name: costs[stage.name] for stage in lineage(recipe, artefact.stage) if stage.name in costs}
-    cost = cost_section(spent)
-    sections = [
-        f"# {artefact.repo_id.split('/')[-1]}",
-        _what_it_is(artefact, recipe),
-        "## How to load it\n\n" + how_to_load(artefact, recipe),
-        "## Scores\n\n" + _scores(artefact, scores),
-        *([artefact.dial] if artefact.dial else []),
-        "## Training\n\n" + _training(artefact, recipe),
-        *([cost.markdown()] if cost else []),
-        "## Environment\n\n" + _environment(environment),
-        "## Limits\n\n" + _limits(artefact, environment),
-    ]
-    return f"---\n{_metadata(artefact, recipe, scores, spent).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    stages = lineage(recipe, usage.stage)
+    spent = {stage.name: costs[stage.name] for stage in stages if stage.name in costs}
+    text = render(
+        "card.md",
+        title=_title(usage, recipe),
+        usage=usage,
+        recipe=recipe,
+        last=stages[-1],
+        made_by=_makers(usage, stages),
+        access=needs_access(usage, recipe),
+        code=code(usage, recipe),
+        vllm=vllm_command(usage, recipe),
+        scores=score_section(recipe, scores),
+        scored=usage.stage in stages_of(scores),
+        changes=_changes(recipe, scores, usage.stage),
+        images=images,
+        trained=[_trained(stage, recipe) for stage in stages],
+        files=_local_names(recipe),
+        cost=cost_section(spent),
+        environment=environment_section(environment),
+        limits=list(_limits(usage, recipe, environment, bool(scores))),
+    )
+    return f"---\n{_metadata(usage, recipe, scores, spent).to_yaml()}\n---\n\n{text}"
+
+
+def write_cards(run: Path) -> list[Path]:
+    """Writes the README.md beside each model and adapter that a run has, over the libraries' own with its blanks.
+
+    Returns:
+        The paths.
+    """
+    recipe = load_recipe(run / "recipe.yaml")
+    scores = read_scorecard(run / "scorecard.json")
+    environment, costs = read_json(run / "environment.json"), stage_costs(run, recipe)
+    written = []
+    for stage in recipe.stages:
+        place = run / "stages" / stage.name
+        for folder in (place / MODEL, place / DIAL, place / "merged"):
+            if (place / "done.json").exists() and folder.is_dir():
+                usage = usage_in_run(run, recipe, stage.name, folder)
+                # A dialled stage is scored at the strength it is handed on at, which `model` is not.
+                own = scores if folder.name != MODEL or not (place / DIAL).is_dir() else []
+                write_text(folder / "README.md", model_card(usage, recipe, own, environment, costs))
+                written.append(folder / "README.md")
+    return written
 
 
 def _metadata(
-    artefact: Artefact, recipe: Recipe, scores: Sequence[Score], spent: Mapping[str, dict[str, Any]]
+    usage: Usage, recipe: Recipe, scores: Sequence[Score], spent: Mapping[str, dict[str, Any]]
 ) -> ModelCardData:
-    adapter = artefact.what == "adapter"
-    stages = lineage(recipe, artefact.stage)
+    adapter = usage.what == "adapter"
+    stages = lineage(recipe, usage.stage)
     task = _hub_task(recipe, stages[-1])
     used = dict.fromkeys(found for stage in stages for source in stage.data if (found := hub_id(source)))
-    here = [score for score in scores if score.stage == artefact.stage]
+    here = [score for score in scores if score.stage == usage.stage]
     tags = ["hfpipe", *dict.fromkeys(stage.kind for stage in stages), *([stages[-1].method.lower()] if adapter else [])]
-    relation = "adapter" if adapter else "quantized" if artefact.quantized else "finetune"
-    license = artefact.license or stated(artefact.base_facts)
-    terms: dict[str, Any] = {key: artefact.base_facts.get(key) for key in ("license_name", "license_link")}
+    relation = "adapter" if adapter else "quantized" if usage.quantized else "finetune"
+    license = usage.license or stated(usage.base_facts)
+    terms: dict[str, Any] = {key: usage.base_facts.get(key) for key in ("license_name", "license_link")}
     return ModelCardData(
-        base_model=artefact.base,
-        base_model_relation=relation if artefact.base else None,
+        base_model=usage.base if usage.base_on_hub else None,
+        base_model_relation=relation if usage.base_on_hub else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=task,
         license=license,
-        language=_languages(artefact) or None,
+        language=_languages(usage) or None,
         datasets=list(used) or None,
         tags=tags,
-        model_name=artefact.repo_id.split("/")[-1],
+        model_name=_title(usage, recipe),
         eval_results=[_eval_result(score, recipe, task) for score in here] or None,
-        **(terms if license == "other" and not artefact.license else {}),
+        **(terms if license == "other" and not usage.license else {}),
         **_emissions(spent),
     )
 
 
-def _languages(artefact: Artefact) -> list[str]:
+def _languages(usage: Usage) -> list[str]:
     """The languages that the data sets were said to be in, then those of the base."""
     found = []
-    for facts in (*artefact.data_facts.values(), artefact.base_facts):
+    for facts in (*usage.data_facts.values(), usage.base_facts):
         told = facts.get("language") or []
         found += [told] if isinstance(told, str) else list(told)
     return [name for name in dict.fromkeys(map(str, found)) if LANGUAGE.fullmatch(name)]
@@ -133,91 +174,72 @@ def _eval_result(score: Score, recipe: Recipe, task: str) -> EvalResult:
     )
 
 
-def _what_it_is(artefact: Artefact, recipe: Recipe) -> str:
-    last = lineage(recipe, artefact.stage)[-1]
-    a = "An" if last.method[0] in "aeio" else "A"
-    made = {
-        "adapter": f"{a} {last.method} adapter for {{base}}",
-        "merged": f"{{base}} with {a.lower()} {last.method} adapter merged into its weights",
-        "model": "{base}, fine-tuned in full",
-    }[artefact.what]
-    if artefact.base:
-        made = made.format(base=f"[{artefact.base}](https://huggingface.co/{artefact.base})")
-    else:
-        made = "A language model trained from nothing" + (", with an adapter merged in" if "{base} w" in made else "")
-    if artefact.base and artefact.base_revision:
-        made += f" (commit `{artefact.base_revision}`)"
-    how = f", on the base in {last.quantized.type}" if last.quantized else ""
-    text = f"{made}, made by stage `{artefact.stage}` of the hfpipe recipe `{recipe.name}`{how}."
-    if artefact.strength is not None:
-        text += (
-            f"\n\nIt has {artefact.strength:g} of the strength that was trained, on the line from the model that the "
-        )
-        text += "stage started from to the trained one: the most gain inside the forgetting that the recipe allows. "
-        text += "The strength is folded into the weights here; nothing has to be scaled."
-    return text
+def _title(usage: Usage, recipe: Recipe) -> str:
+    return usage.place.split("/")[-1] if usage.on_hub else f"{recipe.name}-{usage.stage}"
 
 
-def _scores(artefact: Artefact, scores: Sequence[Score]) -> str:
-    if not scores:
-        return "No suite was scored."
-    order = stages_of(scores)
-    by_place = {(score.key, score.stage): score for score in scores}
-    lines = ["| suite | metric | n | " + " | ".join(order) + " |", "| --- " * (3 + len(order)) + "|"]
-    for key in dict.fromkeys(score.key for score in scores):
-        cells = [_cell(by_place.get((key, stage))) for stage in order]
-        some = next(score for score in scores if score.key == key)
-        lines.append(f"| {some.suite} | {some.metric} {some.arrow} | {some.n} | " + " | ".join(cells) + " |")
-    note = "↑ higher is better, ↓ lower is better, → nearest is best; ± is one standard error."
-    table = "\n".join(lines) + f"\n\n{note}{how_counted(scores)}"
-    if artefact.stage not in order:
-        return f"{table}\n\nStage `{artefact.stage}`, which made this artefact, was not scored."
-    return f"{table}\n\n{_gain_and_forgetting(artefact.stage, scores)}"
+def _makers(usage: Usage, stages: Sequence[Stage]) -> list[tuple[str, str]]:
+    """The stages that made a model, each with its kind and how it was trained; those of the adapter alone, for one."""
+    first = 0
+    if usage.what == "adapter":
+        first = len(stages) - 1
+        while first and stages[first].parent_adapter == "continue":
+            first -= 1
+    made = [(stage.name, f"{stage.kind}, {how_trained(stage)}", stage) for stage in stages[first:]]
+    merged = usage.what != "adapter"
+    return [(name, f"{how}, merged into the weights" if merged and stage.adapter else how) for name, how, stage in made]
 
 
-def _cell(score: Score | None) -> str:
-    if score is None:
-        return ""
-    return f"{score.value:.4g}" + (f" ± {score.stderr:.2g}" if score.stderr is not None else "")
+def _changes(recipe: Recipe, scores: Sequence[Score], stage: str) -> list[Told]:
+    """One line per suite and metric: against the best before, or the best answer without a model."""
+    told = []
+    for score in (score for score in scores if score.stage == stage):
+        change = from_baseline(score) if is_first(scores, score) else forgetting(scores, stage, score.key)
+        if change is not None:
+            words = change_words(change)
+            kind = {"better": "gained", "worse": "forgotten"}.get(words.mark, "no difference beyond the noise")
+            told.append(Told(kind, [str(words)]))
+    return told
 
 
-def _gain_and_forgetting(stage: str, scores: Sequence[Score]) -> str:
-    """One line per suite and metric: better or worse than the best before, or within the noise."""
-    changes = [forgetting(scores, stage, score.key) for score in scores if score.stage == stage]
-    lines = [_in_words(change) for change in changes if change is not None]
-    intro = "Against the best score before this stage, the base included (± is the standard error of the difference):"
-    return "\n".join([intro, "", *lines]) if lines else "There is no score from before this stage to compare with."
+@dataclass(frozen=True)
+class _Trained:
+    """A stage as the card lists it."""
+
+    name: str
+    kind: str
+    how: str
+    sources: list[tuple[str, str, str]]  # name, address on the Hub, and the rest
+    options: str
 
 
-def _in_words(change: Change) -> str:
-    before, after = change.before, change.after
-    word = ("gained" if change.gain > 0 else "forgotten") if change.beyond_noise else "no difference beyond the noise"
-    found = f"{before.value:.4g} ({before.stage}) to {after.value:.4g}, {abs(change.gain):.3g} ± {change.stderr:.2g}"
-    return f"- **{word}**: {after.suite}, {after.metric}: {found}"
+def _trained(stage: Stage, recipe: Recipe) -> _Trained:
+    how = how_trained(stage)
+    if stage.method == "LoRA" and stage.adapter is not None:
+        how = how.replace("LoRA", f"LoRA of rank {stage.adapter.get('r', 8)}")
+    options = ", ".join(f"{key} {value}" for key, value in stage.training.items())
+    return _Trained(stage.name, stage.kind, how, [_source(source) for source in stage.data], options)
 
 
-def _training(artefact: Artefact, recipe: Recipe) -> str:
-    lines = []
-    for number, stage in enumerate(lineage(recipe, artefact.stage), start=1):
-        sources = ", ".join(_source(source) for source in stage.data)
-        how = f"LoRA of rank {stage.adapter.get('r', 8)}" if stage.method == "LoRA" and stage.adapter else stage.method
-        how = "all weights" if stage.adapter is None else how
-        options = ", ".join(f"{key} {value}" for key, value in stage.training.items())
-        lines.append(
-            f"{number}. `{stage.name}` ({stage.kind}, {how}) on {sources}" + (f": {options}" if options else "")
-        )
-    files = dict.fromkeys(file for source in _sources(recipe) for file in _local_files(source))
-    beside = f", beside these files, which are not here: {', '.join(f'`{file}`' for file in files)}" if files else ""
-    again = f"[recipe.yaml](recipe.yaml) repeats the run: `hfpipe run recipe.yaml`{beside}."
-    return "\n".join(lines) + f"\n\nSeed {recipe.seed}. {again}"
+def _source(source: Source) -> tuple[str, str, str]:
+    found, files = hub_id(source), _local_files(source)
+    name = found or (", ".join(files) if files else source.path)
+    config = source.passed_through.get("name")
+    rest = f" ({config})" if config else ""
+    rest += f", weight {source.weight:g}" if source.weight is not None else ""
+    return name, f"https://huggingface.co/datasets/{found}" if found else "", rest
 
 
-def _sources(recipe: Recipe) -> list[Source]:
-    return [*(source for stage in recipe.stages for source in stage.data), *(s.data for s in recipe.evaluate.values())]
+def _local_names(recipe: Recipe) -> list[str]:
+    """The files and folders of the machine of the run that the recipe names."""
+    sources = [source for stage in recipe.stages for source in stage.data] + [s.data for s in recipe.evaluate.values()]
+    models = [recipe.model.id, recipe.model.tokenizer.id if recipe.model.tokenizer else None]
+    local = [name for name in models if name and not is_on_hub(name)]
+    return list(dict.fromkeys([*local, *(file for source in sources for file in _local_files(source))]))
 
 
 def _local_files(source: Source) -> list[str]:
-    """The files and folders of the machine of the run that a source reads, as the recipe names them."""
+    """The files and folders that a source reads, as the recipe names them."""
     given = source.passed_through
     files = given.get("data_files") or []
     groups = files.values() if isinstance(files, dict) else [files]
@@ -228,46 +250,20 @@ def _local_files(source: Source) -> list[str]:
     return [name for name in (*folder, given.get("data_dir"), *named) if name and "://" not in name]
 
 
-def _source(source: Source) -> str:
-    found = hub_id(source)
-    name = f"[{found}](https://huggingface.co/datasets/{found})" if found else f"`{source.path}`"
-    config = source.passed_through.get("name")
-    return (
-        name + (f" ({config})" if config else "") + (f", weight {source.weight:g}" if source.weight is not None else "")
-    )
-
-
-def _environment(environment: Mapping[str, Any]) -> str:
-    """Versions and hardware as they were recorded; what was empty is left out."""
-    versions = {name: environment[name] for name in ("hfpipe", "python") if environment.get(name)}
-    versions |= environment.get("packages") or {}
-    lines = []
-    for title, values in [
-        ("versions", versions),
-        *((key, environment.get(key) or {}) for key in ("hardware", "launch")),
-    ]:
-        told = [f"{key} {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in values.items() if v]
-        if told:
-            lines.append(f"- {title}: {'; '.join(told)}")
-    return "\n".join(lines) or "Not recorded."
-
-
-def _limits(artefact: Artefact, environment: Mapping[str, Any]) -> str:
-    lines = [
-        "- What is known about this artefact is in the table above and nothing else: no suite measured its safety, its "
-        "truthfulness, or its use in other languages and fields.",
-        "- It learned from the data sets above and may repeat what is wrong or offensive in them.",
-    ]
-    if artefact.base:
-        lines.append(f"- It inherits the limits and the terms of use of {artefact.base}.")
+def _limits(usage: Usage, recipe: Recipe, environment: Mapping[str, Any], scored: bool) -> Iterator[Told]:
+    known = "Nothing is known about it but the scores above." if scored else "Nothing about it was measured."
+    yield Told("", [known])
+    if scored and (bias := limits_section(recipe)) and bias.table:
+        for text in dict.fromkeys(str(row[-1]) for row in bias.table.rows):
+            yield Told("", [text])
+    yield Told("", ["It learned from the data above and may repeat what is wrong or offensive in it."])
+    if usage.base and not usage.base_stage:
+        yield Told("", [f"It inherits the limits and the terms of use of {usage.base}."])
     if environment.get("trust_remote_code"):
-        lines.append("- The code in the base's repository ran (`trust_remote_code`); loading it may need the same.")
+        yield Told("", ["The code in the base's repository ran (`trust_remote_code`); loading it may need the same."])
     if remote := environment.get("remote_metrics"):
-        lines.append(f"- Some of the scores are by code of the Hub: {', '.join(remote)}.")
-    base_license = stated(artefact.base_facts)
-    license = artefact.license or base_license
-    lines += [f"- {line}" for line in licence_lines(license, artefact.base, base_license, artefact.data_facts)]
-    return "\n".join(lines)
+        yield Told("", [f"Some of the scores are by code of the Hub: {', '.join(remote)}."])
+    yield from _licences(usage, recipe)
 
 
 # What a licence asks that another may not, by its name on the Hub: https://huggingface.co/docs/hub/repositories-licenses
@@ -289,28 +285,25 @@ def terms_of(license: str) -> set[str]:
     return {term for term, pattern in TERMS.items() if pattern.search(license.lower())}
 
 
-def licence_lines(
-    license: str | None, base: str | None, base_license: str | None, data: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
-    """What a reader must know about the licence: where it comes from, and every conflict.
-
-    Args:
-        license: What the card states; None for nothing.
-        base: Hub id of the base model; None for a model that was trained from nothing.
-        base_license: Its licence; None where it is not known.
-        data: What the cards of the data sets say, by Hub id.
-    """
+def _licences(usage: Usage, recipe: Recipe) -> Iterator[Told]:
+    """What a reader must know about the licence: where it comes from, and every conflict."""
+    of_base = stated(usage.base_facts)
+    license = usage.license or of_base
     if license is None:
-        yield "No licence is stated here: that of the base and of the data sets must be looked up."
-    if license and base_license and license != base_license:
-        yield f"**Licence conflict**: stated here is {license}, and the base {base} is under {base_license}."
-    for id, facts in data.items():
+        others = " and ".join((["that of the base"] if recipe.model.id else []) + ["those of the data"])
+        yield Told("", [f"No licence is stated here; {others} must be looked up."])
+    if license and of_base and license != of_base:
+        yield Told("Licence conflict", [f"stated here is {license}, and the base {usage.base} is under {of_base}."])
+    for id, facts in usage.data_facts.items():
         theirs = stated(facts)
         if theirs is None:
-            yield f"The licence of the data set {id} is not known."
+            yield Told("", [f"The licence of the data set {id} is not known."])
         elif more := sorted(terms_of(theirs) - terms_of(license or "")):
             here = f"{license} does not" if license else "no licence is stated here"
-            yield (
-                f"**Licence conflict**: the data set {id} is under {theirs}, which {' and '.join(more)}; {here}. "
-                "Whether that reaches a model trained on it has to be settled before the model is used so."
+            yield Told(
+                "Licence conflict",
+                [
+                    f"the data set {id} is under {theirs}, which {' and '.join(more)}; {here}. Whether that reaches a "
+                    "model trained on it has to be settled before the model is used so."
+                ],
             )

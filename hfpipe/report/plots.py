@@ -8,25 +8,22 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from hfpipe.recipe.metric_table import SHARE_METRICS
 from hfpipe.scores.scorecard import Score
 from hfpipe.scores.tradeoff import Point
 
 INK = "#010203"  # drawn in this colour, written as currentColor: right on a light and on a dark page
 BLUE, ORANGE = "#3b76d6", "#d9742b"
 STYLE: Any = {
+    "text.parse_math": False,  # a name with two dollar signs is no formula
     "svg.fonttype": "none",  # text stays text: small, sharp, found by a search
     "svg.hashsalt": "hfpipe",  # the same run gives the same file
     "font.family": "sans-serif",
@@ -40,8 +37,26 @@ STYLE: Any = {
     "axes.spines.right": False,
     "grid.alpha": 0.25,
     "axes.titlesize": 11,
+    "axes.titlelocation": "left",
     "axes.prop_cycle": cycler(color=[BLUE, ORANGE, "#3a9a5b", "#b04fb8", "#c2a12a", "#7a8594"]),
 }
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage on the plane of gain and forgetting, against the model it started from.
+
+    Args:
+        stage: Its name.
+        parent: That of what it started from.
+        method: What it trained: full, LoRA, ...
+        where: Its gain and forgetting.
+    """
+
+    stage: str
+    parent: str
+    method: str
+    where: Point
 
 
 def loss_curve(stage: str, steps: Sequence[int], losses: Sequence[float], unit: str) -> str:
@@ -92,7 +107,9 @@ def score_by_stage(scores: Sequence[Score], parents: Mapping[str, str]) -> str:
             for text in axes.get_xticklabels():
                 text.set(ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.4, len(scores) - 0.6)
-        axes.set(ylabel=first.metric, title=f"{cut(first.suite)} ({first.way})")
+        axes.set(title=f"{cut(first.suite)} {first.metric} {first.arrow}")
+        if first.metric in SHARE_METRICS:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.grid(axis="y")
         told = ", ".join(f"{score.stage} {score.value:.4f}" for score in scores)
         return svg_of(figure, f"{first.suite} {first.metric} by stage: {told}")
@@ -124,12 +141,12 @@ SIZE = (4.2, 2.9)
 
 
 def _plane(axes: Any) -> None:
-    axes.set(xlabel="forgetting (left is better)", ylabel="gain (up is better)")
+    axes.set(xlabel="forgetting (less is better, below 0 %: improved)", ylabel="gain (more is better)")
     axes.axhline(0, color=INK, linewidth=0.6, alpha=0.5)
     axes.axvline(0, color=INK, linewidth=0.6, alpha=0.5)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-        axis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.margins(0.18)
     axes.grid()
 
@@ -193,7 +210,7 @@ def dial_plots(dial: dict[str, Any]) -> list[str]:
         if dial["best"] is not None:
             axes.axvline(dial["best"], color=INK, linestyle=":", linewidth=1, label=f"best: {dial['best']:g}")
         axes.set(xlabel="strength", title=cut(dial["stage"]))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.grid(axis="y")
         axes.legend(frameon=False, fontsize=9)
         plots = [svg_of(figure, f"The dial of {dial['stage']}: {told}")]
@@ -217,20 +234,3 @@ def _curve(dial: dict[str, Any]) -> str:
     _plane(axes)
     axes.set_title("strengths; hollow: over a budget")
     return svg_of(figure, f"Gain against forgetting of {dial['stage']} at each strength")
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A stage on the plane of gain and forgetting, against the model it started from.
-
-    Args:
-        stage: Its name.
-        parent: That of what it started from.
-        method: What it trained: full, LoRA, ...
-        where: Its gain and forgetting.
-    """
-
-    stage: str
-    parent: str
-    method: str
-    where: Point

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core.files import write_text
+from hfpipe.core.files import read_json
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.recipe.metric_table import SHARE_METRICS
-from hfpipe.report.html import PAGE
-from hfpipe.report.layout import Section
+from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told, write_page
+from hfpipe.scores.wording import between, number
 
 REPEATS = "repeats.json"
 
@@ -20,65 +17,52 @@ REPEATS = "repeats.json"
 def write_repeat_reports(folder: Path) -> list[Path]:
     """Writes report.md and report.html from repeats.json and returns their paths."""
     recipe = load_recipe(folder / "recipe.yaml")
-    found = json.loads((folder / REPEATS).read_text())
-    verdict = [line.strip() for line in _verdict(found)]
-    sections = _sections(recipe, found)
+    found = read_json(folder / REPEATS)
     links = [f"{name}/report.html" for name in found["repeats"]]
-    page = [f"<h1>{escape(recipe.name)}</h1>"]
-    page += [f'<p class="verdict">{escape(line)}</p>' for line in verdict]
-    page += [section.html() for section in sections]
-    page += ["<h2>The repeats</h2>", "<ul>", *(f'<li><a href="{link}">{link}</a></li>' for link in links), "</ul>"]
-    text = [f"# {recipe.name}", *verdict, *(section.markdown() for section in sections)]
-    text += ["## The repeats", "\n".join(f"- [{link}]({link})" for link in links)]
-    written = [folder / "report.md", folder / "report.html"]
-    write_text(written[0], "\n\n".join(text) + "\n")
-    write_text(written[1], PAGE.format(title=escape(recipe.name), body="\n".join(page)))
-    return written
+    sections = [_score_section(recipe, found), Section("The repeats", links=links)]
+    return write_page(Page(recipe.name, "", [Told(*_verdict(found))], sections), folder)
 
 
 def repeat_lines(folder: Path) -> list[str]:
     """What a person reads last: the mean and spread of the last stage, and where the repeats lie."""
-    found = json.loads((folder / REPEATS).read_text())
-    return ["", *_verdict(found), f"report     {folder / 'report.html'}"]
+    return ["", *_verdict(read_json(folder / REPEATS))[1], f"report     {folder / 'report.html'}"]
 
 
-def _verdict(found: Mapping[str, Any]) -> list[str]:
-    """A line for each score of the last stage."""
+def _verdict(found: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """A title, and a line for each score of the last stage."""
     last = found["scores"][-1]["stage"] if found["scores"] else None
     lines = []
     for row in found["scores"]:
         if row["stage"] != last:
             continue
-        line = f"{row['suite']} {row['metric']} {_value(row, 'mean')} ± {_value(row, 'std')} over {_count(row)}"
+        line = f"{row['suite']} {row['metric']} {_value(row, 'mean')} over {len(row['values'])} repeats"
+        if row["std"] is not None:
+            line += f" ({_interval(row)}; std {_value(row, 'std')})"
         if gain := row.get("gain"):
-            shown = {key: _value({**row, **gain}, key) for key in ("mean", "low", "high")}
-            line += f"; gain over the base {shown['mean']}"
+            gain = {**row, **gain}
+            line += f"; gain over the base {_value(gain, 'mean')}"
             if gain["std"] is not None:
                 beyond = gain["low"] > 0 or gain["high"] < 0
-                line += f" (95 % interval {shown['low']} to {shown['high']}{'' if beyond else ', within the spread'})"
+                line += f" ({_interval(gain)}{'' if beyond else ', within the spread'})"
         lines.append(f"{line}.")
-    return lines or ["The recipe has no suites, so nothing was measured."]
+    return (f"After {last}", lines) if lines else ("", ["The recipe has no suites, so nothing was measured."])
 
 
-def _count(row: Mapping[str, Any]) -> str:
-    return f"{len(row['values'])} repeats"
-
-
-def _sections(recipe: Recipe, found: Mapping[str, Any]) -> list[Section]:
-    head = ["stage", "suite", "metric", "#mean", "#std", "#95 % interval", "#rows"]
-    rows = [[*head, *(f"#{name}" for name in found["repeats"])]]
+def _score_section(recipe: Recipe, found: Mapping[str, Any]) -> Section:
+    rows = []
     for row in found["scores"]:
-        interval = "" if row["std"] is None else f"{_value(row, 'low')} to {_value(row, 'high')}"
-        cells = [_value(row, "mean"), _value(row, "std"), interval, f"{row['n']:,}"]
-        cells += [_value({**row, **row["values"]}, name) if name in row["values"] else "" for name in found["repeats"]]
-        rows.append([row["stage"], row["suite"], f"{row['metric']} {row['arrow']}", *(f"#{cell}" for cell in cells)])
-    return [Section("Scores over the repeats", rows, [_note(recipe)])]
+        mean = Cell(_value(row, "mean"), "" if row["std"] is None else _interval(row))
+        each = [_value({**row, **row["values"]}, name) if name in row["values"] else "" for name in found["repeats"]]
+        name = Cell(f"{row['suite']} {row['metric']} {row['arrow']}", f"{row['n']:,} rows")
+        rows.append([name, row["stage"], mean, _value(row, "std"), *each])
+    head = ["suite, metric", "stage", *map(Number, ("mean", "std", *found["repeats"]))]
+    return Section("Scores over the repeats", Table(head, rows), [_note(recipe)])
 
 
 def _note(recipe: Recipe) -> str:
     note = (
-        "std is the standard deviation between the repeats, which a single run hides; the interval is that of their "
-        "mean, by Student's t."
+        "std is the standard deviation between the repeats, which a single run hides; the interval is the 95 % one of "
+        "their mean, by Student's t."
     )
     if recipe.cross_validation is not None:
         block = recipe.cross_validation
@@ -92,8 +76,8 @@ def _note(recipe: Recipe) -> str:
 
 
 def _value(row: Mapping[str, Any], key: str) -> str:
-    """A value as it is printed everywhere: shares in percent, the rest with four digits."""
-    if row[key] is None:
-        return "unknown"
-    percent = row["metric"] in SHARE_METRICS
-    return f"{row[key] * 100:.1f} %" if percent else f"{row[key]:.4f}"
+    return "unknown" if row[key] is None else number(row[key], row["metric"])
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return between(_value(row, "low"), _value(row, "high"))

@@ -36,6 +36,8 @@ class Score:
             rows that both were scored on (Koehn 2004, aclanthology.org/W04-3250).
         ideal: The best value of a score that can be too high and too low (a share of preferences); None of any other.
         signature: How exactly the metric counts, in its library's own words (sacrebleu); empty where it has none.
+        baselines: What answers without a model score on the same rows, by name (`the majority class`, `chance`); empty
+            where there are no labels to give them.
     """
 
     stage: str
@@ -50,6 +52,7 @@ class Score:
     paired: dict[str, float] = field(default_factory=dict)
     signature: str = ""
     ideal: float | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -68,19 +71,6 @@ class Score:
         if self.ideal is not None:
             return f"→ {self.ideal:g}"
         return "↑" if self.higher_is_better else "↓"
-
-    @property
-    def way(self) -> str:
-        """The same in words."""
-        if self.ideal is not None:
-            return f"{self.ideal:g} is ideal"
-        return "more is better" if self.higher_is_better else "less is better"
-
-
-def how_counted(scores: Iterable[Score]) -> str:
-    """A sentence with the signatures of the scores that have one, and a space before it; empty where none has."""
-    told = dict.fromkeys(f"{score.metric} of {score.suite} {score.signature}" for score in scores if score.signature)
-    return f" How they are counted, by sacrebleu's signature: {'; '.join(told)}." if told else ""
 
 
 def _apart(one: float, other: float) -> float:
@@ -131,6 +121,13 @@ class Change:
     def beyond_noise(self) -> bool:
         """Whether the change is outside a 95 % interval; never so with fewer than six rows."""
         return self.after.n >= FEWEST_ROWS and abs(self.gain) > 1.96 * self.stderr
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of `gain`; None with fewer than six rows, or where no error is known."""
+        if self.after.n < FEWEST_ROWS or self.stderr == 0 or not math.isfinite(self.gain):
+            return None
+        return self.gain - 1.96 * self.stderr, self.gain + 1.96 * self.stderr
 
     @property
     def rows_needed(self) -> int | None:

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from hfpipe.recipe.config import Suite
 from hfpipe.recipe.metric_table import BIAS_METRICS, FULL_MARKS
-from hfpipe.scores.scorecard import Change, Score, forgetting, over_budget
+from hfpipe.scores.scorecard import BASE, Change, Score, forgetting, over_budget
 
 Key = tuple[str, str]
 
@@ -35,6 +35,14 @@ class Estimate:
     def beyond_noise(self) -> bool:
         return abs(self.value) > 1.96 * self.stderr
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval; None where no error is known."""
+        return (self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr) if self.stderr else None
+
+    def __neg__(self) -> Estimate:
+        return Estimate(-self.value, self.stderr)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -49,6 +57,41 @@ class Point:
     gain: Estimate | None
     forgetting: Estimate | None
     over: list[Change]
+
+
+def gains_and_losses(scores: Sequence[Score]) -> tuple[list[Change], list[Change]]:
+    """The gains of the last stage over the base, and its losses against the best score before it, beyond the noise.
+
+    A metric that nothing before the last stage could be scored on is compared with the best answer without a model.
+
+    Args:
+        scores: The scores of one line of stages, the base first.
+    """
+    last = scores[-1].stage if scores else BASE
+    if last == BASE:
+        return [], []
+    base = {score.key: score for score in scores if score.stage == BASE}
+    end = {score.key: score for score in scores if score.stage == last}
+    gained = [Change(base[key], score) for key, score in end.items() if key in base]
+    lost = [change for key in end if (change := forgetting(scores, last, key))]
+    new = (from_baseline(score) for score in end.values() if is_first(scores, score))
+    changes = [*gained, *(change for change in new if change)]
+    return (
+        [change for change in changes if change.gain > 0 and change.beyond_noise],
+        [change for change in lost if change.gain < 0 and change.beyond_noise],
+    )
+
+
+def is_first(scores: Sequence[Score], score: Score) -> bool:
+    """Whether no model before could be scored so: a classifier is the first with a head for its classes."""
+    return score.stage != BASE and all(one.stage == score.stage for one in scores if one.key == score.key)
+
+
+def from_baseline(score: Score) -> Change | None:
+    """The change from the best answer without a model to a score; None where no such answer is known."""
+    answers = [replace(score, stage=name, value=value, stderr=0.0) for name, value in score.baselines.items()]
+    best = max(answers, key=lambda answer: answer.merit, default=None)
+    return Change(replace(best, paired={}, low=None, high=None), replace(score, paired={})) if best else None
 
 
 def kept_suites(suites: Mapping[str, Suite]) -> list[str]:
@@ -127,8 +170,9 @@ def point(
         kept: See `kept_keys`.
     """
     before = {score.key: score for score in start}
-    asked = [score for score in end if score.key in before and score.key not in kept and _can_gain(score)]
-    gains = [Change(before[score.key], score) for score in asked]
+    asked = [score for score in end if score.key not in kept and _can_gain(score)]
+    changes = [Change(before[s.key], s) if s.key in before else from_baseline(s) for s in asked]
+    gains = [change for change in changes if change]
     every = [*line, *end]
     lost = [change for score in end if score.key in kept and (change := forgetting(every, score.stage, score.key))]
     over = []

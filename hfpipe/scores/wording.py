@@ -1,58 +1,134 @@
-"""Numbers, scores and changes in words, for the terminal, the report and the card."""
+"""Numbers, scores and changes in words: one format each, for the terminal, the report and the card.
+
+A score or a change stands with its 95 % interval in brackets; where too few rows were scored to have one, that is said.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from hfpipe.recipe.metric_table import SHARE_METRICS
-from hfpipe.scores.scorecard import Change, Score
+from hfpipe.scores.scorecard import FEWEST_ROWS, Change, Score
+from hfpipe.scores.tradeoff import Estimate
 
 
-def number(score: Score) -> str:
-    """A score as it is printed everywhere: shares in percent, the rest with four digits."""
-    if score.metric in SHARE_METRICS:
-        error = "" if score.stderr is None else f" ± {score.stderr * 100:.1f}"
-        return f"{score.value * 100:.1f}{error} %"
-    return plain_number(score)
+def number(value: float, metric: str = "") -> str:
+    """A value of a metric: a share in percent, any other with four decimals, or four digits if very small or large."""
+    if metric in SHARE_METRICS:
+        return percent(value)
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def plain_number(score: Score) -> str:
-    """A score with four digits, and the error of those that have one."""
-    small_or_large = not 1e-3 <= abs(score.value) < 1e6 and score.value != 0
-    form, error_form = (".4g", ".2g") if small_or_large else (".4f", ".4f")
-    error = "" if score.stderr is None else f" ± {score.stderr:{error_form}}"
-    return f"{score.value:{form}}{error}"
+def percent(share: float) -> str:
+    """A share in percent with one decimal; never `-0.0 %`."""
+    return f"{round(100 * share, 1) + 0.0:.1f} %"
 
 
-def describe(change: Change) -> str:
-    """One change in words: `bits_per_byte 3.2 -> 1.9 (41 % better)`."""
+def between(low: str, high: str) -> str:
+    """An interval of two written numbers; their unit is said once."""
+    return f"{low.removesuffix(' %') if high.endswith(' %') else low} to {high}"
+
+
+def interval(score: Score) -> str:
+    """The 95 % interval of a score; empty where there is none."""
+    if score.n < FEWEST_ROWS or score.low is None or score.high is None:
+        return ""
+    return between(number(score.low, score.metric), number(score.high, score.metric))
+
+
+def describe(score: Score) -> str:
+    """One score in words: `exact_match 30.5 % (24.5 to 37.2 %), n = 200`."""
+    found = f" ({shown})" if (shown := interval(score)) else ""
+    return f"{score.metric} {number(score.value, score.metric)}{found}, n = {score.n:,}"
+
+
+def share(estimate: Estimate | None) -> str:
+    """A mean gain, or a difference of gains, in percent."""
+    if estimate is None:
+        return ""
+    low_high = estimate.interval
+    return percent(estimate.value) + (f" ({between(*map(percent, low_high))})" if low_high else "")
+
+
+def loss(estimate: Estimate | None) -> str:
+    """What was forgotten, in percent; a loss below zero is none, and says how much better the model became."""
+    if estimate is None:
+        return ""
+    if percent(estimate.value).startswith("-"):
+        return f"none, {share(-estimate)} better"
+    return share(estimate)
+
+
+@dataclass(frozen=True)
+class ChangeWords:
+    """A change, in the parts that a sentence or a row of a table is made of.
+
+    Args:
+        subject: Suite and metric.
+        way: The values before and after.
+        size: How much better or worse, in percent, in points, or in the metric's own unit.
+        interval: The 95 % interval of the size; empty where there is none.
+        note: Why the change tells nothing, if it does not; empty otherwise.
+        mark: `better`, `worse`, or empty for a change within the noise.
+    """
+
+    subject: str
+    way: str
+    size: str
+    interval: str
+    note: str
+    mark: str
+
+    def __str__(self) -> str:
+        size = f"{self.size} ({self.interval})" if self.interval else self.size
+        return f"{self.subject} {self.way}: {size}" + (f", {self.note}" if self.note else "")
+
+
+def change_words(change: Change) -> ChangeWords:
+    """One change in words: `general bits_per_byte 1.0000 → 1.2000: 20.0 % worse (18.4 to 21.6 %)`."""
     before, after = change.before, change.after
-    way = "better" if change.gain > 0 else "worse"
+    way = f"{number(before.value, before.metric)} → {number(after.value, after.metric)}"
+    mark = ("better" if change.gain > 0 else "worse") if change.beyond_noise else ""
+    size, found = _size(change)
+    if before.stage in after.baselines:  # no model before it could answer
+        others = [f"{name} {number(at, after.metric)}" for name, at in after.baselines.items() if name != before.stage]
+        size = f"{size} than {before.stage}" + (f", {', '.join(others)}" if others else "")
+    return ChangeWords(f"{after.suite} {after.metric}", way, size, found, _doubt(change), mark)
+
+
+def _size(change: Change) -> tuple[str, str]:
+    """How much better or worse, and the interval of that."""
+    after, way = change.after, "better" if change.gain > 0 else "worse"
     if change.gain == 0:
-        size = "unchanged" if change.difference == 0 else f"as far from {after.ideal:g}"
-    elif after.ideal is not None:
-        size = f"{abs(change.gain):.3g} {'nearer to' if change.gain > 0 else 'further from'} {after.ideal:g}"
+        return ("unchanged" if change.difference == 0 else f"as far from {after.ideal:g}"), ""
+    if not math.isfinite(change.gain):  # from or to a number that was too large
+        return way, ""
+    scale, form, unit = 1.0, "{:.3g}", ""
+    if after.ideal is not None:
+        way = f"{'nearer to' if change.gain > 0 else 'further from'} {after.ideal:g}"
     elif after.metric in SHARE_METRICS:
-        size = f"{abs(change.gain) * 100:.1f} points {way}"
+        scale, form, unit = 100.0, "{:.1f}", " points"
     elif 100 <= abs(change.relative) < math.inf:
-        size = f"{way}, by a factor above 100"
-    elif not math.isfinite(change.relative):  # from zero, or from a number that was too large
-        size = f"{abs(change.gain):.3g} {way}" if math.isfinite(change.gain) else way
-    else:
-        size = f"{abs(change.relative):.1%} {way}"
-    noise = "" if change.beyond_noise or change.gain == 0 else f", within the noise{_too_small(change)}"
-    return f"{after.suite} {after.metric} {number(before)} -> {number(after)} ({size}{noise})"
+        return f"{way}, by a factor above 100", ""
+    elif math.isfinite(change.relative):
+        scale, form, unit = 100 / abs(change.before.value), "{:.1f}", " %"
+    size = f"{form.format(abs(change.gain) * scale)}{unit} {way}"
+    if change.interval is None:
+        return size, ""
+    low, high = sorted(math.copysign(scale, change.gain) * end for end in change.interval)
+    return size, between(form.format(low), form.format(high) + ("" if unit == " points" else unit))
 
 
-def _too_small(change: Change) -> str:
-    """How many rows would tell a difference that is too small for this suite."""
+def _doubt(change: Change) -> str:
+    """Why a change tells nothing, and how many rows would; empty where it tells something."""
+    if change.beyond_noise or change.gain == 0:
+        return ""
+    if change.after.n < FEWEST_ROWS:
+        return f"{change.after.n} rows are too few to tell"
     needed = change.rows_needed
     if needed is None or needed <= change.after.n:
-        return ""
-    rounded = math.ceil(needed / 10 ** (len(str(needed)) - 2)) * 10 ** (len(str(needed)) - 2) if needed > 99 else needed
-    return f" of {change.after.n} rows; about {rounded:,} would tell it"
-
-
-def describe_first(score: Score) -> str:
-    """A score that has none before it, in words."""
-    return f"{score.suite} {score.metric} {number(score)}"
+        return "within the noise"
+    digits = max(0, len(str(needed)) - 2)
+    rounded = math.ceil(needed / 10**digits) * 10**digits
+    return f"within the noise of {change.after.n:,} rows; about {rounded:,} would tell it"

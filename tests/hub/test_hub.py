@@ -81,9 +81,9 @@ def test_the_card_says_what_it_is_and_what_it_cost(tmp_path: Path) -> None:
     assert "team/law is under cc-by-nc-4.0, which forbids commercial use; apache-2.0 does not" in card.text
     results = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
     assert results == {("team/general", "bits_per_byte"): 0.9, ("task", "exact_match"): 0.75}
-    assert "| general | bits_per_byte ↓ | 500 | 1 ± 0.01 | 0.8 ± 0.01 | 0.9 ± 0.01 |" in card.text
-    assert "**forgotten**: general, bits_per_byte: 0.8 (law) to 0.9" in card.text
-    assert "**gained**: task, exact_match: 0 (base) to 0.75" in card.text
+    assert "| general bits_per_byte ↓ (n = 500) | 1.0000 | 0.8000 ▲ | 0.9000 ▼ |" in card.text
+    assert "**forgotten**: general bits_per_byte 0.8000 → 0.9000: 12.5 % worse (9.0 to 16.0 %)" in card.text
+    assert "**gained**: task exact_match 0.0 % → 75.0 %: 75.0 points better (69.1 to 80.9)" in card.text
     assert f'AutoModelForCausalLM.from_pretrained("me/base", revision="{"c" * 40}")' in card.text
     assert card.content == ModelCard.load(prepare_again(run) / "README.md").content
 

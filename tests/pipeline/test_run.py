@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from pages import require_scores_of
 from safetensors.torch import load_file
 
 from hfpipe.cli import main
@@ -59,10 +60,7 @@ def test_the_scorecard_holds_every_suite_for_every_stage_and_shows_learning(fini
 
 
 def test_the_report_says_what_the_scorecard_holds(finished: Path) -> None:
-    report = (finished / "run" / "report.md").read_text()
-    for row in json.loads((finished / "run" / "scorecard.json").read_text()):
-        shown = f"{row['value'] * 100:.1f}" if row["metric"] in ("accuracy", "exact_match") else f"{row['value']:.4f}"
-        assert shown in report
+    require_scores_of(finished / "run")
 
 
 def test_a_second_run_skips_everything_and_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,12 +284,7 @@ def test_the_page_stands_alone_and_holds_the_numbers_of_the_scorecard(finished: 
     assert not re.search(r"<(script|link|img|iframe)|@import|url\(http|src=", body)
     assert page.count(" by stage: ") == 4, "a plot for each score"
     assert page.count('<svg role="img" aria-label="Training loss of stage ') == 2
-    table = body[body.index("<h2>Scores</h2>") : body.index("<h2>What each stage did</h2>")]
-    for row in json.loads((finished / "run" / "scorecard.json").read_text()):
-        scale, digits = (100, 1) if row["metric"] in {"accuracy", "exact_match"} else (1, 4)
-        assert f"{row['value'] * scale:.{digits}f} ± {row['stderr'] * scale:.{digits}f}" in table, row
-        low, high = (f"{row[end] * scale:.{digits}f}{' %' if scale == 100 else ''}" for end in ("low", "high"))
-        assert f'<span class="interval">{low} to {high}</span>' in table, row
+    require_scores_of(finished / "run")
     before = page
     (finished / "run" / "report.html").unlink()
     assert main(["report", str(finished / "run")]) == 0

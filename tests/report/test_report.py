@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from pages import read, require_scores_of
 
 from hfpipe.cli import main
-from hfpipe.recipe import load_recipe
-from hfpipe.report.price import comparisons
-from hfpipe.report.samples import samples_of
+from hfpipe.recipe import dump_recipe, load_recipe
 from hfpipe.scores.scorecard import Change, Score, write_scorecard
-from hfpipe.scores.wording import describe
+from hfpipe.scores.wording import change_words, describe
 
 HOSTILE = "<script>alert(1)</script> & `co|de`\n```\n# مرحبا بالعالم 你好世界 " + "w" * 900
 
@@ -52,15 +51,15 @@ START = {"base": {"general": 1.4, "sounds": 0.1}, "prose": {"general": 1.0, "sou
 @pytest.mark.parametrize(
     ("full", "lora", "learned", "forgot", "known"),
     [
-        ((1.20, 0.8), (1.02, 0.6), "learned less", "forgot less", "This is the known result"),
-        ((1.02, 0.6), (1.20, 0.8), "learned more", "forgot more", "This does not show"),
-        ((1.20, 0.8), (1.10, 0.799), "learned as much, within the noise", "forgot less", "This does not show"),
-        ((1.020, 0.8), (1.021, 0.6), "learned less", "forgot as much, within the noise", "This does not show"),
+        ((1.20, 0.8), (1.02, 0.6), r"learned 20.0 % \(.*?\) less", r"forgot 18.0 % \(.*?\) less", True),
+        ((1.02, 0.6), (1.20, 0.8), r"learned 20.0 % \(.*?\) more", r"forgot 18.0 % \(.*?\) more", False),
+        ((1.20, 0.8), (1.10, 0.799), "learned as much, within the noise", r"forgot 10.0 % \(.*?\) less", False),
+        ((1.020, 0.8), (1.021, 0.6), r"learned 20.0 % \(.*?\) less", "forgot as much, within the noise", False),
     ],
 )
 @pytest.mark.parametrize("order", [("full", "lora"), ("lora", "full")])
 def test_two_stages_from_one_parent_are_compared_beyond_the_noise(
-    tmp_path: Path, full: tuple, lora: tuple, learned: str, forgot: str, known: str, order: tuple[str, str]
+    tmp_path: Path, full: tuple, lora: tuple, learned: str, forgot: str, known: bool, order: tuple[str, str]
 ) -> None:
     ends = {"full": dict(zip(("general", "sounds"), full, strict=True))}
     ends["lora"] = dict(zip(("general", "sounds"), lora, strict=True))
@@ -69,23 +68,30 @@ def test_two_stages_from_one_parent_are_compared_beyond_the_noise(
     for name in ("report.md", "report.html"):
         text = unescape((run / name).read_text())
         sentence = text[text.index("From the same start as full (all weights), lora (LoRA)") :][:400]
-        assert learned in sentence
-        assert forgot in sentence
-        assert f"{known} " in sentence
+        assert re.search(learned, sentence)
+        assert re.search(forgot, sentence)
+        assert ("(Biderman et al. 2024)" in sentence) == known, "nothing is called known that this run does not show"
+    require_scores_of(run)
     page = (run / "report.html").read_text()
     assert f'aria-label="Gain against forgetting. {order[0]}: gain ' in page, "both in one plot"
 
 
 def test_without_a_budget_the_scores_say_what_was_forgotten(tmp_path: Path) -> None:
     run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
-    recipe = load_recipe(run / "recipe.yaml", ["evaluate.general.budget=null"])
-    scores = [Score(**row) for row in json.loads((run / "scorecard.json").read_text())]
-    [told] = comparisons(recipe, scores, {"full": None})
-    assert "learned less" in told
-    assert "This is the known result" in told
-    [told] = comparisons(recipe, scores, {"full": 0.25})
-    assert "From the same start as full (all weights, dialled to 0.25), lora (LoRA) learned less" in told
-    assert "known result" not in told, "that is about models as they were trained"
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("budget: 5%", "budget: null"))
+    assert main(["report", str(run)]) == 0
+    report = (run / "report.md").read_text()
+    assert "full (all weights), lora (LoRA) learned 20.0 %" in report
+    assert "Biderman" in report
+    assert "| full | none |" in report
+    done = {"parent": "prose", "steps": 6, "data": {}, "dialled": {"strength": 0.25, "over_budget": "general"}}
+    (run / "stages/full").mkdir(parents=True)
+    (run / "stages/full/done.json").write_text(json.dumps(done))
+    assert main(["report", str(run)]) == 0
+    report = (run / "report.md").read_text()
+    assert "From the same start as full (all weights, dialled to 0.25), lora (LoRA) learned 20.0 %" in report
+    assert "Biderman" not in report, "that is about models as they were trained"
 
 
 def test_bias_is_nothing_to_gain_on_and_rounding_is_no_change(tmp_path: Path) -> None:
@@ -103,25 +109,39 @@ def test_bias_is_nothing_to_gain_on_and_rounding_is_no_change(tmp_path: Path) ->
     after = (run / "report.md").read_text()
     table = before[before.index("## Gain against forgetting") :].split("\n\n")[1]
     assert table in after
-    assert "bbq bias_ambiguous 0.1000 ± 0.0100 -> 0.1000 ± 0.0100 (unchanged)" in after
-    assert "bbq bias_ambiguous 0.1000 ± 0.0100 -> -0.1000 ± 0.0100 (as far from 0)" in after
+    assert "| bbq bias_ambiguous | full | 0.1000 → 0.1000 | unchanged |" in after
+    assert "| bbq bias_ambiguous | lora | 0.1000 → -0.1000 | as far from 0 |" in after
 
 
 def test_a_change_from_zero_is_told_in_the_metrics_own_unit() -> None:
     before, after = (Score(stage, "s", "bleu", value, 0.1, 50, True) for stage, value in (("base", 0.0), ("one", 3.25)))
-    assert describe(Change(before, after)) == "s bleu 0.0000 ± 0.1000 -> 3.2500 ± 0.1000 (3.25 better)"
+    assert str(change_words(Change(before, after))) == "s bleu 0.0000 → 3.2500: 3.25 better (2.97 to 3.53)"
+
+
+def test_few_rows_have_no_interval_and_tell_nothing() -> None:
+    for metric in ("bits_per_byte", "exact_match"):
+        before, after = (
+            Score(stage, "s", metric, value, 0.0, 4, True, low=value, high=value)
+            for stage, value in (("base", 0.25), ("one", 0.75))
+        )
+        text = str(change_words(Change(before, after)))
+        assert text.endswith("better, 4 rows are too few to tell")
+        assert "±" not in text + describe(after)
+        assert "to" not in describe(after), describe(after)
 
 
 def test_numbers_of_the_price_are_those_of_the_scorecard(tmp_path: Path) -> None:
     run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
     assert main(["report", str(run)]) == 0
-    page = (run / "report.html").read_text()
-    table = page[page.index("<h2>Gain against forgetting</h2>") :]
-    rows = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")])[1:]
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
-    # gain: 0.8 - 0.2 of 1; forgetting: (1.2 - 1.0) / 1.0; lora on the same scales
-    assert cells[1] == ["full", "all weights", "prose", "60.0% ± 0.4%", "20.0% ± 0.4%", "over: general bits_per_byte"]
-    assert cells[2] == ["lora", "LoRA", "prose", "40.0% ± 0.4%", "2.0% ± 0.4%", "inside"]
+    # gain: 0.8 - 0.2 of 1; forgetting: (1.2 - 1.0) / 1.0; lora on the same scales; of prose, 1.4 to 1.0 is no loss
+    for name in ("report.html", "report.md"):
+        head, *cells = read(run / name).tables["Gain against forgetting"]
+        assert head[:4] == ["stage", "budget", "gain", "forgetting"]
+        assert cells[0][:2] == ["prose", "inside"]
+        assert cells[0][3] == "none, 28.6 % (28.0 to 29.1 %) better"
+        assert cells[1][2:] == ["60.0 % (59.2 to 60.8 %)", "20.0 % (19.2 to 20.8 %)", "all weights", "prose"]
+        assert cells[1][1].replace("(", "").replace(")", "") == "over ▼ general bits_per_byte"
+        assert cells[2] == ["lora", "inside", "40.0 % (39.2 to 40.8 %)", "2.0 % (1.2 to 2.8 %)", "LoRA", "prose"]
 
 
 def dial_of(best: float | None) -> dict:
@@ -144,13 +164,16 @@ def test_the_dial_on_the_page_is_the_dial_in_its_file(tmp_path: Path) -> None:
     (folder / "dial.json").write_text(json.dumps(dial))
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    section = page[page.index("<h2>The dial: lora</h2>") :]
-    for one in dial["points"]:
-        for key in ("gain", "forgetting"):
-            assert f"{one[key]:.1%} ± {one[f'{key}_stderr']:.1%}" in section
-        assert f"{one['scores'][0]['value']:.4f}" in section
-    assert "over: general bits_per_byte" in section
-    assert section.count('<svg role="img"') >= 2
+    for name in ("report.html", "report.md"):
+        _, *rows = read(run / name).tables["The dial: lora"]
+        for one, cells in zip(dial["points"], rows, strict=True):
+            assert cells[0].split()[0] == f"{one['strength']:g}"
+            for key, cell in (("gain", cells[2]), ("forgetting", cells[3])):
+                ends = (one[key] + side * 1.96 * one[f"{key}_stderr"] for side in (0, -1, 1))
+                assert re.findall(r"-?[\d.]+", cell) == [f"{100 * end:.1f}" for end in ends]
+            assert cells[4] == f"{one['scores'][0]['value']:.4f}"
+        assert "general bits_per_byte" in rows[2][1]
+    assert page.count('<svg role="img" aria-label="Gain against forgetting of lora') == 1
     assert "Strength 0.5 gains most" in (run / "report.md").read_text()
     (folder / "dial.json").write_text(json.dumps({"hash": "x", "points": []}))  # a dial that was interrupted
     assert main(["report", str(run)]) == 0
@@ -169,19 +192,122 @@ def test_samples_are_rows_of_the_predictions_and_hostile_text_is_only_text(tmp_p
             for n, answer in enumerate(answers)
         ]
         (folder / "sounds.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    recipe = load_recipe(run / "recipe.yaml")
-    scores = [Score(**row) for row in json.loads((run / "scorecard.json").read_text())]
-    found = [(sample.row, sample.sort, sample.values) for sample in samples_of(run, recipe, scores)]
-    assert found == [
-        ("r0", "better", (0.0, 1.0)),
-        ("r3", "better", (0.0, 1.0)),
-        ("r1", "worse", (1.0, 0.0)),
-        ("r2", "the same", (0.0, 0.0)),
-    ]
     assert main(["report", str(run)]) == 0
     page, report = (run / "report.html").read_text(), (run / "report.md").read_text()
+    assert re.findall(r"^sounds, row (.*):$", report, re.MULTILINE) == [
+        "r0, better (exact_match 0 → 1)",
+        "r3, better (exact_match 0 → 1)",
+        "r1, worse (exact_match 1 → 0)",
+        "r2, the same (exact_match 0 → 0)",
+    ]
     assert "<script>" not in page
-    assert '<div class="text" dir="auto">&lt;script&gt;' in page
+    assert '<dd dir="auto">&lt;script&gt;' in page
     assert "你好世界" in page
     assert f"({len(HOSTILE):,} characters)" in page
     assert report.count("````text\n") == 4, "a fence that the text cannot close"
+
+
+NAMES = (
+    "<script>alert(1)</script>",
+    "<img src=https://evil.example/x.png onerror=alert(1)>",
+    "![seen](https://evil.example/x.png)",
+    "[click](javascript:alert(1))",
+    "https://evil.example/bare and www.evil.example",
+    "a | b || c",
+    "`code` ``two`` ```three```",
+    "# heading",
+    "- item",
+    "1. item",
+    "> quoted",
+    "---",
+    "*bold* _it_ ~~gone~~ $x^2$ __a__",
+    "&lt;b&gt; &#124; \\| \\",
+    "two\nlines\n\n## and a heading\n```\nfence",
+    "{{ 7 * 7_000 }} {% raw %} {# no #}",
+    "lone \ud800 surrogate, \u2028 line, nul \x00",
+)
+
+
+ELEMENTS = """html head meta title style body header main nav section article div h1 h2 h3 p b strong span small ul ol li
+    dl dt dd a code pre table thead tbody tr th td figure"""
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose labels, sources, ids, row texts, machine, training words and metrics are as in NAMES."""
+    folder = tmp_path_factory.mktemp("hostile")
+    run = made_up(folder, START | {"lora": {"general": 1.02, "sounds": 0.6}})
+    for stage in ("prose", "lora"):
+        (run / "stages" / stage / "predictions").mkdir(parents=True)
+        (run / "stages" / stage / "model").mkdir()
+        facts = {"rows": 3, "epochs": 1, "dirty": {name: 1 for name in NAMES}, "dirty_ids": list(NAMES)}
+        done = {"parent": "base", "steps": 1, "last_loss": 1.0}
+        done["data"] = {"rows": 3, "sources": {f"{n}: {name}": facts for n, name in enumerate(NAMES)}}
+        (run / "stages" / stage / "done.json").write_text(json.dumps(done))
+        rows = [
+            {"row": n, "id": name, "asked": name, "values": {"exact_match": 0.0}}
+            | {"generation": {"prediction": name, "reference": name}, "choice": {"prediction": name, "reference": name}}
+            for n, name in enumerate(NAMES)
+        ]
+        lines = [json.dumps(row, ensure_ascii="\ud800" in row["id"]) for row in rows]
+        (run / "stages" / stage / "predictions" / "sounds.jsonl").write_text("\n".join(lines) + "\n")
+    environment = json.loads((run / "environment.json").read_text())
+    environment |= {"remote_metrics": list(NAMES), "packages": {name: name for name in NAMES}}
+    environment["hardware"]["gpus"] = list(NAMES)
+    (run / "environment.json").write_text(json.dumps(environment))
+    pairs = [{"stage": "prose", "source": name, "suite": "general", "which": list(NAMES)} for name in NAMES]
+    counts = dict.fromkeys(("rows", "exact", "partly", "touched", "looked_at"), 3)
+    (run / "overlap.json").write_text(json.dumps({"pairs": [pair | counts for pair in pairs]}))
+    scores = [Score(**row) for row in json.loads((run / "scorecard.json").read_text())]
+    scores += [Score(s, "sounds", f"me/{name}", 1.0, 0.1, 9, True) for name in NAMES for s in ("base", "prose", "lora")]
+    write_scorecard([score for score in scores if "\ud800" not in score.metric], run / "scorecard.json")
+    recipe = load_recipe(run / "recipe.yaml")
+    words = [name for name in NAMES if "\ud800" not in name]
+    source = recipe.stages[0].data[0]
+    source = type(source).model_validate(source.model_dump(exclude_defaults=True) | {"data_files": words})
+    training = {"run_name": " ".join(words)}
+    stages = [
+        stage.model_copy(update={"training": stage.training | training, "data": [source, *stage.data]})
+        for stage in recipe.stages
+    ]
+    (run / "recipe.yaml").write_text(dump_recipe(recipe.model_copy(update={"stages": stages})))
+    assert main(["report", str(run)]) == 0
+    return run
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "stages/lora/model/README.md"])
+def test_whatever_data_holds_is_text_on_the_page(hostile: Path, name: str) -> None:
+    page = read(hostile / name)
+    assert {tag for tag, _ in page.elements} <= set(ELEMENTS.split())
+    for tag, attributes in page.elements:
+        assert not [key for key in attributes if key.startswith("on") or key in ("src", "style")] or tag in ("td", "th")
+        assert not str(attributes.get("href", "#")).startswith(("http", "javascript")), attributes
+    for title, (head, *rows) in page.tables.items():
+        assert {len(row) for row in rows} == {len(head)}, title
+    shown = " ".join(page.text.split())
+    for text in NAMES:
+        plain = " ".join(text.encode("utf-8", "replace").decode().replace("\x00", "").split())
+        assert plain in shown or "nul" in plain or "README" in name, text
+
+
+def test_code_in_prose_is_marked_and_not_written_with_backticks(tmp_path: Path) -> None:
+    run = made_up(tmp_path, START)
+    (run / "stages/prose").mkdir(parents=True)
+    total = {"seconds": 3, "device": "CPU", "devices": 1, "device_hours": 0.1, "tokens": 9, "tokens_per_second": 3}
+    total |= {"flops": 1e9, "kwh": 0.1, "kg_co2": None, "attempts": 1, "measured": 1, "country": None}
+    (run / "stages/prose/cost.json").write_text(json.dumps({"total": total | {"energy_by": "codecarbon"}}))
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "<code>energy: {country_iso_code: ...}</code>" in page
+    assert "`" not in page
+    assert "`energy: {country_iso_code: ...}`" in (run / "report.md").read_text()
+
+
+def test_the_templates_are_in_the_wheel() -> None:
+    import tomllib
+
+    root = Path(__file__).parents[2]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["hfpipe.report"]
+    folder = root / "hfpipe/report"
+    carried = {path for pattern in data for path in folder.glob(pattern)}
+    assert carried == set((folder / "templates").iterdir())

@@ -109,6 +109,14 @@ def test_scores_and_confusion_are_scikit_learns(adapter: Path) -> None:
     names = sorted({*said, *right})
     for name, counts in zip(names, metrics.confusion_matrix(right, said, labels=names), strict=True):
         assert f"| {name} | {' | '.join(map(str, counts))} | {counts.sum()} |" in report
+    # Without a score of the base, a classifier is held against what needs no model.
+    scores = {row["metric"]: row for row in json.loads((adapter / "run/scorecard.json").read_text())}
+    majority = max(right.count(name) for name in names) / len(right)
+    assert scores["accuracy"]["baselines"] == {"the majority class": majority, "chance": 1 / len(set(right))}
+    assert scores["matthews_correlation"]["baselines"] == {"the majority class": 0.0}
+    verdict = report[: report.index("## ")]
+    assert f"kinds accuracy {majority:.1%} → ".replace("%", " %") in verdict
+    assert "points better than the majority class, chance" in verdict
 
 
 def test_two_ranks_are_one_rank(adapter: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Model, load_recipe
-from hfpipe.report.card import Artefact, model_card
+from hfpipe.report.card import model_card
+from hfpipe.report.usage import Usage
 from hfpipe.stages import checkpoints
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -113,8 +114,8 @@ def test_an_adapter_for_masked_tokens_loads_by_plain_peft_and_is_its_merge(chain
     assert tokenizer.mask_token_id in ids[0]
     with torch.no_grad():
         assert torch.allclose(adapter(ids).logits, merged(ids).logits, atol=1e-4)
-    artefact = Artefact("me/x", "adapter", "more", None, "org/base", None, None)
-    card = model_card(artefact, load_recipe(chain / "run/recipe.yaml"), [], {}, {})
+    usage = Usage("me/x", "adapter", "more", base="org/base")
+    card = model_card(usage, load_recipe(chain / "run/recipe.yaml"), [], {}, {})
     assert "pipeline_tag: fill-mask" in card
     assert "AutoModelForMaskedLM" in card
 

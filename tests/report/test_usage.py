@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hfpipe.recipe import load_recipe
-from hfpipe.report.usage import Artefact, how_to_load
+from hfpipe.report.usage import Usage, code, vllm_command
 
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {},
@@ -27,13 +27,13 @@ def test_the_code_of_a_card_uses_what_it_has_loaded(tmp_path: Path, kind: str, w
     stage = {"name": "s", "kind": kind, "data": [{"path": "team/data"}], "lora": {"r": 4}} | STAGES[kind]
     recipe = {"name": "toy", "model": {"id": "me/base", "tokenizer": {"add_tokens": ["<x>"]}}, "stages": [stage]}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-    text = how_to_load(Artefact("me/toy", what, "s", base="me/base"), load_recipe(tmp_path / "r.yaml"))
-    code = text.split("```python\n")[1].split("```")[0]
+    usage = Usage("me/toy", what, "s", base="me/base", chat=True)
     known = set(dir(builtins))
-    for statement in ast.parse(code).body:
+    for statement in ast.parse(code(usage, load_recipe(tmp_path / "r.yaml"))).body:
         names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-        assert {name.id for name in names if isinstance(name.ctx, ast.Load)} <= known, ast.unparse(statement)
-        known |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        assert {name.id for name in names if isinstance(name.ctx, ast.Load)} <= known | stored, ast.unparse(statement)
+        known |= stored
         known |= {alias.name for alias in getattr(statement, "names", ())}
     assert "model" in known
 
@@ -46,7 +46,7 @@ def test_vllm_is_named_for_the_adapters_that_it_takes(tmp_path: Path, lora: dict
     stage = {"name": "s", "kind": "sft", "data": [{"path": "team/data"}], "lora": lora}
     (tmp_path / "r.yaml").write_text(json.dumps({"name": "toy", "model": {"id": "me/base"}, "stages": [stage]}))
     recipe = load_recipe(tmp_path / "r.yaml")
-    text = how_to_load(Artefact("me/toy", "adapter", "s", base="me/base"), recipe)
-    assert ("vllm serve me/base" in text, "vLLM serves no adapter of this kind" in text) == (served, not served)
-    branch = how_to_load(Artefact("me/toy", "adapter", "s", base="me/base", revision="dev"), recipe)
-    assert "vllm serve" not in branch  # it takes adapters of main
+    command = vllm_command(Usage("me/toy", "adapter", "s", base="me/base"), recipe)
+    assert command == ("vllm serve me/base --enable-lora --lora-modules toy=me/toy" if served else "")
+    branch = vllm_command(Usage("me/toy", "adapter", "s", base="me/base", revision="dev"), recipe)
+    assert not branch, "it takes adapters of main"

@@ -1,0 +1,228 @@
+"""Everything that a report tells of a run, computed once from the JSON files of the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hfpipe.core.command import our_command
+from hfpipe.core.files import read_json, read_jsonl
+from hfpipe.core.run_layout import model_of, strength_of
+from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.report.details import detail_sections
+from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told
+from hfpipe.report.plots import loss_curve, score_by_stage
+from hfpipe.report.price import price_sections, price_sentences
+from hfpipe.report.samples import sample_section
+from hfpipe.report.usage import lines_to_use
+from hfpipe.scores.scorecard import BASE, Score, last_change, of_lineage, over_budget, read_scorecard, stages_of
+from hfpipe.scores.tradeoff import from_baseline, gains_and_losses, is_first
+from hfpipe.scores.wording import change_words, describe, interval, number, percent
+
+MOST_IN_A_VERDICT = 6  # changes that a person still reads in a list
+
+
+def run_page(folder: Path) -> Page:
+    """The page of a run folder, whatever of the run is there.
+
+    Raises:
+        FileNotFoundError: The folder holds no scorecard.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    scores = read_scorecard(folder / "scorecard.json")
+    sections = [
+        *price_sections(folder, recipe, scores),
+        score_section(recipe, scores, plots=True),
+        _change_section(recipe, scores),
+        sample_section(folder, recipe, scores),
+        _training_section(folder, recipe),
+        *detail_sections(folder, recipe),
+        environment_section(read_json(folder / "environment.json"), recipe),
+        Section("Recipe", code=((folder / "recipe.yaml").read_text(), "yaml")),
+    ]
+    verdict = [*_verdict(recipe, scores), *(Told("", [line]) for line in price_sentences(folder, recipe, scores))]
+    return Page(recipe.name, _about(recipe), verdict, [section for section in sections if section])
+
+
+def _about(recipe: Recipe) -> str:
+    """The base and the stages, in a line."""
+    fresh = (recipe.model.architecture or {}).get("model_type", "model")
+    base = recipe.model.id or f"{fresh} with fresh weights"
+    return " → ".join([base, *(f"{one.name} ({one.kind}, {how_trained(one)})" for one in recipe.stages)])
+
+
+def how_trained(stage: Any) -> str:
+    """What a stage trained: all weights, or which adapter on which base."""
+    if stage.adapter is None:
+        return "all weights"
+    return stage.method + (f" on {stage.quantized.type}" if stage.quantized else "")
+
+
+def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
+    """What the whole run gained and what its last stage forgot, and whether that is inside the budgets."""
+    if not scores:
+        return [Told("", ["The recipe has no suites, so nothing was measured."])]
+    last = stages_of(scores)[-1]
+    if last == BASE:
+        return [Told("", ["Only the base has been scored so far."])]
+    line = of_lineage(scores, recipe.lineage(last))
+    gained, lost = gains_and_losses(line)
+    by = f" by {last}" if set(stages_of(scores)) - set(recipe.lineage(last)) else ""  # there are stages beside it
+    told = [
+        Told(f"Gained{by}", _some([str(change_words(change)) for change in gained]), "better" if gained else ""),
+        Told(f"Forgotten{by}", _some([str(change_words(change)) for change in lost]), "worse" if lost else ""),
+    ]
+    if first := first_scores(line):
+        told.append(Told("Scored for the first time", _some([f"{score.suite} {describe(score)}" for score in first])))
+    limits = {name: suite.budget for name, suite in recipe.evaluate.items() if suite.budget is not None}
+    over = [name for name, limit in limits.items() if over_budget(line, last, name, limit)]
+    if over:
+        exceeded = ", ".join(f"{percent(limits[name])} on {name}" for name in over)
+        told.append(Told("Budget", [f"{last} exceeds the budget of {exceeded}."], "worse"))
+    elif limits:
+        kept = ", ".join(f"{percent(limit)} on {name}" for name, limit in limits.items())
+        told.append(Told("Budget", [f"{last} is inside the budget of {kept}."]))
+    return told
+
+
+def _some(items: list[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(items) - MOST_IN_A_VERDICT
+    shown = items[:MOST_IN_A_VERDICT] + ([f"and {more} more, see the scores"] if more > 0 else [])
+    return shown or ["nothing beyond the noise"]
+
+
+def first_scores(scores: Sequence[Score]) -> list[Score]:
+    """The scores of the last stage that nothing is there to compare with, and that are no gain over guessing."""
+    end = [score for score in scores if score.stage == scores[-1].stage and is_first(scores, score)]
+    gained = {change.after.key for change in gains_and_losses(scores)[0]}
+    return [score for score in end if score.key not in gained]
+
+
+def by_key(scores: Iterable[Score]) -> list[list[Score]]:
+    """The scores of each metric of each suite, in the order of the stages."""
+    found: dict[tuple[str, str], list[Score]] = {}
+    for score in scores:
+        found.setdefault(score.key, []).append(score)
+    return list(found.values())
+
+
+def score_section(recipe: Recipe, scores: Sequence[Score], *, plots: bool = False) -> Section | None:
+    """Suites by stages, with intervals, and with an arrow where a stage changed a score beyond the noise."""
+    if not scores:
+        return None
+    stages = stages_of(scores)
+    rows: list[list[str | Cell]] = []
+    for line in by_key(scores):
+        by_stage = {score.stage: score for score in line}
+        first = line[0]
+        answers = "".join(f"; {name} {number(value, first.metric)}" for name, value in line[-1].baselines.items())
+        name = Cell(f"{first.suite} {first.metric} {first.arrow}", f"n = {first.n:,}{answers}")
+        rows.append([name, *(_score_cell(recipe, scores, by_stage.get(stage)) for stage in stages)])
+    counted = dict.fromkeys(f"{score.metric} of {score.suite} {score.signature}" for score in scores if score.signature)
+    notes = [
+        "With each score its 95 % interval. ▲ better, ▼ worse than the model that the stage started from, beyond the "
+        "noise. ↑ more is better, ↓ less is better, → nearest is best."
+    ]
+    if counted:
+        notes.append(f"How they are counted, by sacrebleu's signature: {'; '.join(counted)}.")
+    parents = {stage.name: recipe.parent_of(stage.name) for stage in recipe.stages}
+    drawn = [score_by_stage(line, parents) for line in by_key(scores) if plots and len(line) > 1]
+    return Section("Scores", Table(["suite, metric", *map(Number, stages)], rows), notes, drawn)
+
+
+def _score_cell(recipe: Recipe, scores: Sequence[Score], score: Score | None) -> str | Cell:
+    if score is None:
+        return ""
+    change = last_change(of_lineage(scores, recipe.lineage(score.stage)), score.stage, score.key)
+    mark = change_words(change).mark if change else ""
+    return Cell(number(score.value, score.metric), interval(score), mark)
+
+
+def _change_section(recipe: Recipe, scores: Sequence[Score]) -> Section | None:
+    """What each stage did to each score of the model it started from."""
+    rows: list[list[str | Cell]] = []
+    for stage in stages_of(scores)[1:]:
+        line = of_lineage(scores, recipe.lineage(stage))
+        for key in dict.fromkeys(score.key for score in line):
+            change = last_change(line, stage, key)
+            new = next((score for score in line if score.key == key and score.stage == stage), None)
+            if change is None and new is not None and is_first(line, new):
+                change = from_baseline(new)
+            if change is not None:
+                words = change_words(change)
+                detail = ", ".join(part for part in (words.interval, words.note) if part)
+                rows.append([words.subject, stage, words.way, Cell(words.size, detail, words.mark)])
+    head = ["suite, metric", "stage", "before → after", "change"]
+    notes = ["Each stage against the model it started from; with each change its 95 % interval."]
+    return Section("What each stage did", Table(head, rows), notes) if rows else None
+
+
+def _training_section(folder: Path, recipe: Recipe) -> Section | None:
+    rows: list[list[str | Cell]] = []
+    plots = []
+    for stage in recipe.stages:
+        place = folder / "stages" / stage.name
+        if facts := read_json(place / "done.json"):
+            lost, data = facts.get("last_loss"), facts["data"]
+            counts = [f"{data[name]:,}" if name in data else "" for name in ("rows", "documents", "tokens")]
+            loss = "" if lost is None else number(lost)
+            rows.append(
+                [stage.name, f"{stage.kind}, {how_trained(stage)}", facts["parent"], f"{facts['steps']:,}", loss]
+            )
+            rows[-1] += counts
+        log = read_jsonl(place / "log.jsonl") if (place / "log.jsonl").exists() else []
+        if losses := [entry for entry in log if "loss" in entry]:
+            unit = "" if stage.kind == "classification" else "nats per token"
+            steps, values = ([entry[key] for entry in losses] for key in ("step", "loss"))
+            plots.append(loss_curve(stage.name, steps, values, unit))
+    counted = map(Number, ("steps", "last loss", "rows", "documents", "tokens"))
+    return Section("Training", Table(["stage", "kind", "from", *counted], rows), plots=plots) if rows else None
+
+
+def environment_section(facts: Mapping[str, Any], recipe: Recipe | None = None) -> Section | None:
+    """What the run ran on, as far as it was recorded; with the recipe also its base."""
+    hardware, launch = (facts.get(key) or {} for key in ("hardware", "launch"))
+    machine = ", ".join(hardware.get("gpus") or ()) or (f"{hardware['cpus']} CPUs" if hardware.get("cpus") else "")
+    system = f" ({hardware['system']})" if hardware.get("system") else ""
+    versions = {"Python": facts.get("python"), "hfpipe": facts.get("hfpipe"), **(facts.get("packages") or {})}
+    rows = [
+        ["base model", f"{recipe.model.id} at {recipe.model.revision}" if recipe and recipe.model.id else ""],
+        ["machine", f"{machine}{system}".strip()],
+        ["processes", str(launch.get("processes") or "")],
+        ["versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)],
+        ["model's own code", "ran here (trust_remote_code)" if facts.get("trust_remote_code") else ""],
+        ["metrics from the Hub", ", ".join(facts.get("remote_metrics") or ())],
+    ]
+    rows = [row for row in rows if row[1]]
+    return Section("Environment", Table(["", "found"], rows)) if rows else None
+
+
+def closing_lines(folder: Path) -> list[str]:
+    """The last lines of a run in the terminal: gains, losses, where things lie, how they are used, what comes next."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    scores = read_scorecard(folder / "scorecard.json") if (folder / "scorecard.json").exists() else []
+    lines = [""]
+    if scores:
+        own = of_lineage(scores, recipe.lineage(stages_of(scores)[-1]))
+        for title, changes in zip(("gained", "forgotten"), gains_and_losses(own), strict=True):
+            found = [str(change_words(change)) for change in changes] or ["nothing beyond the noise"]
+            lines += [f"{title:9}  {text}" for text in found]
+        lines += [f"scored     {score.suite} {describe(score)}" for score in first_scores(own)]
+    last = folder / "stages" / recipe.stages[-1].name
+    model, merged = model_of(last), last / "merged"
+    is_adapter = (model / "adapter_config.json").exists()
+    strength = strength_of(last)
+    dialled = "" if strength is None else f"  (dialled to {strength:g}, to stay inside the budget)"
+    lines.append(f"{'adapter' if is_adapter else 'model':9}  {model}{dialled}")
+    if merged.exists():
+        lines.append(f"merged     {merged}")
+    lines.append(f"report     {folder / 'report.html'}")
+    lines += ["", "use it:", *(f"  {line}" for line in lines_to_use(folder, recipe, recipe.stages[-1].name))]
+    what = "merged" if merged.exists() else "adapter" if is_adapter else "model"
+    push = f"  {our_command()} push {folder} --repo-id YOU/{recipe.name} --what {what}"
+    nexts = [] if recipe.push else [push]  # a recipe with a `push:` does it now
+    if recipe.model.id is None:  # a first try; whoever starts from a model of the Hub is beyond it
+        nexts.append(f"  {our_command()} recipes --copy smollm2-fineweb")
+    return [*lines, "", "next:", *nexts] if nexts else lines
