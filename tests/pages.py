@@ -8,6 +8,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+RELATIVE = ("bits_per_byte", "perplexity")
 SHARES = ("accuracy", "exact_match", "f1")
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?"
 
@@ -50,7 +51,11 @@ def read(path: Path) -> _Reader:
     """A page as it is shown: Markdown by CommonMark with GitHub's tables."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        text = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(re.sub(r"^---\n.*?\n---\n", "", text, flags=re.DOTALL))
+        text = (
+            MarkdownIt("commonmark")
+            .enable(["table", "strikethrough"])
+            .render(re.sub(r"^---\n.*?\n---\n", "", text, flags=re.DOTALL))
+        )
     text = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", text, flags=re.DOTALL)
     reader = _Reader()
     reader.feed(text)
@@ -78,19 +83,33 @@ def require_scores_of(run: Path) -> None:
                     _numbers(cell), [row[key] for key in ("value", "low", "high") if row.get(key) is not None], metric
                 )
         assert found == set(by_place), name
-        told = list(_changes(page.items))
+        lines = [*page.items, *(f"{row[0]} {row[2]}: {row[3]}" for row in page.tables.get("What each stage did", []))]
+        told = [change for change in _changes(lines) if change[:2] in {place[1:] for place in by_place}]
         assert told or not any(row["stage"] != "base" for row in rows), name
-        for suite, metric, before, after in told:
-            values = [row["value"] for row in rows if (row["suite"], row["metric"]) == (suite, metric)]
-            values += [value for row in rows for value in (row.get("baselines") or {}).values()]
-            for shown in (before, after):
-                assert any(_is(shown, value, metric) for value in values), (name, suite, metric, shown, values)
+        for suite, metric, before, after, size in told:
+            of_both = [row for row in rows if (row["suite"], row["metric"]) == (suite, metric)]
+            values = [row["value"] for row in of_both]
+            values += [value for row in of_both for value in (row.get("baselines") or {}).values()]
+            pairs = [
+                (one, two) for one in values for two in values if _is(before, one, metric) and _is(after, two, metric)
+            ]
+            assert pairs, (name, suite, metric, before, after, values)
+            if metric in SHARES:
+                assert any(_is(size, abs(two - one), metric) for one, two in pairs), (name, suite, metric, size)
+            elif metric in RELATIVE:
+                assert any(_is(size, 100 * abs(two / one - 1), metric) for one, two in pairs), (
+                    name,
+                    suite,
+                    metric,
+                    size,
+                )
 
 
-def _changes(items: list[str]) -> Iterator[tuple[str, str, str, str]]:
-    for item in items:
-        if match := re.search(rf"(\S+) (\S+) ({NUMBER})(?: %)? → ({NUMBER})", item):
-            yield match[1].rpartition(":")[2], match[2], match[3], match[4]
+def _changes(lines: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Suite, metric, the two values, and the size, of each change in a sentence; 0 for what is unchanged."""
+    for line in lines:
+        if match := re.search(rf"(\S+) (\S+) ({NUMBER})(?: %)? → ({NUMBER})(?: %)?: (?:({NUMBER})|unchanged)", line):
+            yield match[1], match[2], match[3], match[4], match[5] or "0"
 
 
 def _numbers(text: str) -> list[str]:
