@@ -228,8 +228,8 @@ NAMES = (
 )
 
 
-ELEMENTS = """html head meta title style body header main nav section article div h1 h2 h3 p b strong span small ul ol li
-    dl dt dd a code pre table thead tbody tr th td figure"""
+ELEMENTS = """html head meta title style body header main nav section article div h1 h2 h3 p b strong span small ul ol
+    li dl dt dd a code pre table thead tbody tr th td figure"""
 
 
 @pytest.fixture(scope="module")
