@@ -48,7 +48,7 @@ def run_page(folder: Path) -> Page:
 def _about(recipe: Recipe) -> str:
     """The base and the stages, in a line."""
     fresh = (recipe.model.architecture or {}).get("model_type", "model")
-    base = recipe.model.id or f"{fresh} with fresh weights"
+    base = recipe.model.id or f"a {fresh} with fresh weights"
     return " → ".join([base, *(f"{one.name} ({one.kind}, {how_trained(one)})" for one in recipe.stages)])
 
 
