@@ -33,8 +33,7 @@ from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
 from hfpipe.scores.scorecard import BASE, Change, Score, of_lineage, over_budget
 from hfpipe.scores.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
-from hfpipe.scores.wording import describe, share
-from hfpipe.scores.wording import loss as lost
+from hfpipe.scores.wording import describe, loss_words, share_words, with_interval
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -221,9 +220,9 @@ def verdict(found: dict[str, Any]) -> str:
         told += " gains most inside the budgets"
     gain, loss = (_estimate(points[best], key) for key in ("gain", "forgetting"))
     if gain is not None:
-        told += f": gain {share(gain)}"
+        told += f": gain {with_interval(*share_words(gain))}"
     if loss is not None:
-        told += f", forgetting {lost(loss)}"
+        told += f", forgetting {with_interval(*loss_words(loss))}"
     if gain is not None and not gain.beyond_noise:
         told += ". The gain is within the noise"
     equal = [s for s, one in points.items() if 0 < s < best and not one["over"] and _no_less(one, points[best])]
@@ -243,7 +242,10 @@ def _no_less(one: dict[str, Any], best: dict[str, Any]) -> bool:
 
 def lines_of(found: dict[str, Any]) -> list[str]:
     """A dial as lines of text: a strength each, and the verdict."""
-    cells = [(share(_estimate(one, "gain")), lost(_estimate(one, "forgetting"))) for one in found["points"]]
+    cells = [
+        (with_interval(*share_words(_estimate(one, "gain"))), with_interval(*loss_words(_estimate(one, "forgetting"))))
+        for one in found["points"]
+    ]
     first, second = (max(map(len, side)) for side in zip(("gain", "forgetting"), *cells, strict=True))
     lines = [f"{'strength':>8}  {'gain':>{first}}  {'forgetting':>{second}}"]
     for one, (gain, forgetting) in zip(found["points"], cells, strict=True):

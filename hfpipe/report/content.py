@@ -154,7 +154,7 @@ def _change_section(recipe: Recipe, scores: Sequence[Score]) -> Section | None:
                 words = change_words(change)
                 detail = ", ".join(part for part in (words.interval, words.note) if part)
                 rows.append([words.subject, stage, words.way, Cell(words.size, detail, words.mark)])
-    head = ["suite, metric", "stage", "before → after", "change"]
+    head = ["suite, metric", "stage", Number("before → after"), "change"]
     notes = ["Each stage against the model it started from; with each change its 95 % interval."]
     return Section("What each stage did", Table(head, rows), notes) if rows else None
 

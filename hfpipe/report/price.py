@@ -14,7 +14,7 @@ from hfpipe.report.layout import Cell, Number, Section, Table
 from hfpipe.report.plots import Placed, dial_plots, tradeoff_plots
 from hfpipe.scores.scorecard import Score, of_lineage, stages_of
 from hfpipe.scores.tradeoff import Comparison, Estimate, Key, compare, kept_keys, kept_suites, point, scales_of
-from hfpipe.scores.wording import loss, number, share
+from hfpipe.scores.wording import loss_words, number, share_words, with_interval
 
 
 def price_sections(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[Section]:
@@ -57,14 +57,15 @@ def _tradeoff_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> 
         over = ", ".join(f"{change.after.suite} {change.after.metric}" for change in where.over)
         state = Cell("over", over, "worse") if over else "inside" if kept else "none"
         how = _how(method, strength_of(folder / "stages" / stage))
-        rows.append([stage, state, share(where.gain), loss(where.forgetting), how, parent])
+        gain, forgot = Cell(*share_words(where.gain)), Cell(*loss_words(where.forgetting))
+        rows.append([stage, state, gain, forgot, how, parent])
     if not rows:
         return None
     what = f"the suites with a budget ({', '.join(kept)})" if kept else "what became worse, as no suite has a budget"
     note = (
         f"Forgetting is the mean loss on {what}, against the best score before; gain the mean improvement on all other "
-        "suites, as a share of a flawless score, or where there is none of the largest among the compared stages. In "
-        "brackets the 95 % interval."
+        "suites, as a share of a flawless score, or where there is none of the largest among the compared stages. With "
+        "each its 95 % interval."
     )
     head = ["stage", "budget", Number("gain"), Number("forgetting"), "trained", "from"]
     return Section("Gain against forgetting", Table(head, rows), [note], tradeoff_plots(placed))
@@ -94,10 +95,10 @@ def _in_words(found: Comparison) -> str:
         if estimate is None:
             parts.append(f"nothing says what it {verb}")
         elif estimate.beyond_noise:
-            size = share(estimate if estimate.value > 0 else -estimate)
+            size = with_interval(*share_words(estimate if estimate.value > 0 else -estimate))
             parts.append(f"{verb} {size} {'more' if estimate.value > 0 else 'less'}")
         else:
-            parts.append(f"{verb} as much, within the noise: {share(estimate)}")
+            parts.append(f"{verb} as much, within the noise: {with_interval(*share_words(estimate))}")
     return " and ".join(parts)
 
 
@@ -128,8 +129,8 @@ def dial_section(dial: dict[str, Any]) -> Section:
         state = Cell("over", ", ".join(one["over"]), "worse") if one["over"] else state
         best = " (best)" if one["strength"] == dial["best"] else ""
         values = {(score["suite"], score["metric"]): score["value"] for score in one["scores"]}
-        gain, forgot = (estimate_of(one, key) for key in ("gain", "forgetting"))
-        rows.append([f"{one['strength']:g}{best}", state, share(gain), loss(forgot)])
+        gain, forgot = share_words(estimate_of(one, "gain")), loss_words(estimate_of(one, "forgetting"))
+        rows.append([f"{one['strength']:g}{best}", state, Cell(*gain), Cell(*forgot)])
         rows[-1] += [number(values[name], name[1]) if name in values else "" for name in names]
     how = "the adapter's own tensors are scaled" if dial["method"] == "adapter" else "all weights are interpolated"
     note = f"Strength 0 is {dial['parent']}, 1 is {dial['stage']} as trained; between them {how}. {dial['verdict']}"

@@ -39,25 +39,28 @@ def interval(score: Score) -> str:
 
 def describe(score: Score) -> str:
     """One score in words: `exact_match 30.5 % (24.5 to 37.2 %), n = 200`."""
-    found = f" ({shown})" if (shown := interval(score)) else ""
-    return f"{score.metric} {number(score.value, score.metric)}{found}, n = {score.n:,}"
+    found = with_interval(number(score.value, score.metric), interval(score))
+    return f"{score.metric} {found}, n = {score.n:,}"
 
 
-def share(estimate: Estimate | None) -> str:
-    """A mean gain, or a difference of gains, in percent."""
+def share_words(estimate: Estimate | None) -> tuple[str, str]:
+    """A mean gain, or a difference of two, in percent, and its 95 % interval; each empty where there is none."""
     if estimate is None:
-        return ""
-    low_high = estimate.interval
-    return percent(estimate.value) + (f" ({between(*map(percent, low_high))})" if low_high else "")
+        return "", ""
+    return percent(estimate.value), between(*map(percent, estimate.interval)) if estimate.interval else ""
 
 
-def loss(estimate: Estimate | None) -> str:
-    """What was forgotten, in percent; a loss below zero is none, and says how much better the model became."""
-    if estimate is None:
-        return ""
-    if percent(estimate.value).startswith("-"):
-        return f"none, {share(-estimate)} better"
-    return share(estimate)
+def loss_words(estimate: Estimate | None) -> tuple[str, str]:
+    """What was forgotten; a loss below zero is none, and says how much better the model became."""
+    if estimate is not None and percent(estimate.value).startswith("-"):
+        size, found = share_words(-estimate)
+        return f"none, {size} better", found
+    return share_words(estimate)
+
+
+def with_interval(text: str, found: str) -> str:
+    """A size with its interval in brackets."""
+    return f"{text} ({found})" if found else text
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class ChangeWords:
     mark: str
 
     def __str__(self) -> str:
-        size = f"{self.size} ({self.interval})" if self.interval else self.size
+        size = with_interval(self.size, self.interval)
         return f"{self.subject} {self.way}: {size}" + (f", {self.note}" if self.note else "")
 
 
