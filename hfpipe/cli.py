@@ -179,6 +179,12 @@ def _report(options: argparse.Namespace) -> None:
     print(*write_reports(folder), sep="\n")
 
 
+def _clean(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.clean import clean_run
+
+    clean_run(_run_folder(options.run), remove=options.yes)
+
+
 def _recipes(options: argparse.Namespace) -> None:
     from hfpipe.recipe.shipped import copy_recipe, list_recipes
 
@@ -251,6 +257,9 @@ def _parser() -> argparse.ArgumentParser:
     _push_options(push)
     report = command("report", _report, "report.md and report.html again from the scorecard, without a model")
     report.add_argument("run", metavar="RUN", help="a run folder")
+    clean = command("clean", _clean, "what a run keeps beside its results: earlier versions of stages, checkpoints")
+    clean.add_argument("run", metavar="RUN", help="a run folder")
+    clean.add_argument("--yes", action="store_true", help="remove it, and not only show it")
     recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
     recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
     command("schema", _schema, "JSON schema of a recipe, for editors")

@@ -51,6 +51,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     os.replace(beside, path)
 
 
+def link_or_copy(file: Path, place: Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no hard links."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, place)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(file, place)
+
+
 def require_disk(place: Path, need: int, what: str) -> None:
     """Refuses work whose files would not find room.
 

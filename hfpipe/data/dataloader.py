@@ -26,6 +26,8 @@ class RowSource(Protocol):
     @staticmethod
     def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]: ...
     def report(self) -> dict[str, Any]: ...
+    @property
+    def goes_on(self) -> bool: ...
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
@@ -175,6 +177,11 @@ class ShuffledRows:
                 f"{self.global_batch} rows; set global_batch_size as it was when the run began."
             )
         self.served = state["served"]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a longer run stands at this position too: none fills a batch where this one ends."""
+        return self.served <= self.total
 
     def report(self) -> dict[str, Any]:
         """Facts about what was served."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.files import whole_folder, write_json, write_text
+from hfpipe.core.files import link_or_copy, whole_folder, write_json, write_text
 from hfpipe.core.run_layout import model_of, strength_of
 from hfpipe.core.secrets import without_secrets
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
@@ -79,7 +77,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     with whole_folder(target := run_dir / "push" / name) as folder:
         for file in sorted(made.rglob("*")):
             if file.is_file() and file.suffix in pushed_suffixes(recipe) and file.name not in NOT_PUSHED:
-                link(file, folder / file.relative_to(made))
+                link_or_copy(file, folder / file.relative_to(made))
         for name, plot in plots.items():
             write_text(folder / name, plot)
         if adapter:
@@ -147,14 +145,6 @@ def find_made(run_dir: Path, what: str, stage: str, recipe: Recipe) -> Path:
         )
         raise RecipeError(f"push.what: {what}, but stage {stage!r} made {found} ({folder}). Allowed here: {allowed}.")
     return folder
-
-
-def link(file: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, place)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(file, place)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core.command import python_command
-from hfpipe.core.files import whole_folder, write_json, write_text
-from hfpipe.hub.bundle import ADAPTER_CONFIG, link, pushed_suffixes
+from hfpipe.core.files import link_or_copy, whole_folder, write_json, write_text
+from hfpipe.hub.bundle import ADAPTER_CONFIG, pushed_suffixes
 from hfpipe.hub.push import deadline_of
 from hfpipe.model.adapter import CHANGE_THE_BASE
 from hfpipe.model.load import ModelRef
@@ -106,7 +106,7 @@ class PushCheckpoints(TrainerCallback):
         with whole_folder(self.folder) as folder:
             for file in checkpoint.iterdir():
                 if file.is_file() and file.suffix in pushed_suffixes(self.recipe) and file.name not in NOT_PUSHED:
-                    link(file, folder / file.name)
+                    link_or_copy(file, folder / file.name)
             adapter = folder / ADAPTER_CONFIG
             if (
                 adapter.is_file()

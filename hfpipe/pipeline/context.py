@@ -25,10 +25,12 @@ from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_model, weights_dtype
 from hfpipe.model.merge import merge_adapter
 from hfpipe.pipeline.environment import environment
+from hfpipe.pipeline.reuse import Version
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.recipe.row_formats import texts_of
 from hfpipe.scores.scorecard import BASE, Score, stages_of
 from hfpipe.scores.wording import describe
+from hfpipe.stages.identity import bound_to_length, identity
 
 PROBE_TEXTS = 4
 
@@ -58,6 +60,7 @@ class Run:
     base: PreparedBase
     rows: dict[str, list[dict[str, Any]]]
     hashes: dict[str, str]
+    versions: dict[str, Version] = dataclasses.field(default_factory=dict)
 
     def stage_folder(self, name: str) -> Path:
         return self.folder / "stages" / name
@@ -80,19 +83,21 @@ class Run:
         return trained if name == BASE else dataclasses.replace(trained, path=str(model_of(self.stage_folder(name))))
 
     def hash_stages(self) -> None:
-        """Works out the hash of every stage, from what it is and from what its parent hands on."""
+        """Works out the version of every stage, from what it is and from what its parent hands on."""
         for stage in self.recipe.stages:
             parent = self.recipe.parent_of(stage.name)
-            seen = [self.hashes[parent], self.recipe.seed, stage]
+            seen: list[Any] = [self.hashes[parent], self.recipe.seed]
             if getattr(stage, "replay", None) is not None:
                 seen.append(self.hashes[stage.replay.stage])  # type: ignore[union-attr]
             if any(part.source.decontaminate for part in mixture(self.recipe, stage)):
                 seen.append({name: suite.data for name, suite in self.recipe.evaluate.items()})
             if stage.early_stopping is not None:
-                seen.append(self.recipe.evaluate[stage.early_stopping.suite])
+                seen.append(_without_budget(self.recipe.evaluate[stage.early_stopping.suite]))
             if (strength := strength_of(self.stage_folder(parent))) is not None:
                 seen.append(strength)
-            self.hashes[stage.name] = hash_of(seen)
+            self.hashes[stage.name] = hash_of([*seen, identity(stage)])
+            any_length = hash_of([*seen, identity(stage, with_length=False), "any length"])
+            self.versions[stage.name] = Version(self.hashes[stage.name], any_length, bound_to_length(stage))
 
 
 def open_run(recipe: Recipe, folder: Path) -> Run:
@@ -114,7 +119,11 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
 
 def score_key(*what: Any, suite: Suite) -> str:
     """Says which model was scored on which suite; what the budget allows does not change a score."""
-    return hash_of([*what, suite.model_copy(update={"budget": None, "budget_action": "fail"})])
+    return hash_of([*what, _without_budget(suite)])
+
+
+def _without_budget(suite: Suite) -> Suite:
+    return suite.model_copy(update={"budget": None, "budget_action": "fail"})
 
 
 def score_stage(run: Run, name: str) -> list[Score]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
-from hfpipe.core.files import read_json, write_json
+from hfpipe.core.files import write_json
 from hfpipe.evaluation.shift import measure_shift
 from hfpipe.hub import push
 from hfpipe.hub.checkpoints import PushCheckpoints
@@ -18,6 +16,7 @@ from hfpipe.model.load import task_of
 from hfpipe.pipeline.context import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.pipeline.dial import settle
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
+from hfpipe.pipeline.reuse import forget_checkpoints, take_up
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
@@ -93,17 +92,14 @@ def _to_merge(recipe: Recipe) -> list[str]:
 
 
 def _train(run: Run, name: str, parent: str) -> None:
-    """Trains a stage unless it is done; a folder of another version of the stage is moved aside, not overwritten."""
+    """Trains a stage unless it is done; see `reuse` for what becomes of another version of it."""
     stage = next(stage for stage in run.recipe.stages if stage.name == name)
-    folder = run.stage_folder(name)
+    folder, version = run.stage_folder(name), run.versions[name]
+    for line in ranks.on_main(lambda: take_up(folder, version)):
+        ranks.say(f"{name}: {line}")
     if run.is_done(name):
         ranks.say(f"{name}: done before, skipped")
         return
-    ranks.wait()
-    if ranks.is_main():
-        _move_aside(folder, run.hashes[name])
-        write_json(folder / "stage.json", {"hash": run.hashes[name]})
-    ranks.wait()
     start = run.handed_on(parent)
     continued = start if stage.parent_adapter == "continue" else None
     if start.is_adapter:
@@ -121,7 +117,8 @@ def _train(run: Run, name: str, parent: str) -> None:
                 tokenizer=run.base.tokenizer,
                 added_tokens=run.base.added,
                 folder=folder,
-                hash=run.hashes[name],
+                hash=version.hash,
+                trajectory=version.trajectory,
                 probe_texts=probe_texts(run),
                 rows=run.rows,
                 cost=cost,
@@ -130,8 +127,7 @@ def _train(run: Run, name: str, parent: str) -> None:
         )
     if ranks.is_main():
         write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts})
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        forget_checkpoints(folder, version)
         (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
     ranks.wait()
 
@@ -148,13 +144,3 @@ def _over_budget(recipe: Recipe, scores: list[Score], stage: str) -> str | None:
                 f"{dialled}"
             )
     return None
-
-
-def _move_aside(folder: Path, new_hash: str) -> None:
-    """Keeps the work of an earlier version of a stage under another name."""
-    old = read_json(folder / "stage.json").get("hash")
-    if old is not None and old != new_hash:
-        aside = folder.with_name(f"{folder.name}.{old[:8]}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-        ranks.say(f"{folder.name}: the recipe has changed; the earlier work is now in {aside}")

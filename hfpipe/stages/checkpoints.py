@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,17 +43,30 @@ def write_manifest(folder: Path, stage_hash: str) -> None:
     write_json(folder / MANIFEST, {"stage": stage_hash, "files": entries})
 
 
-def fault_of(folder: Path, stage_hash: str) -> str | None:
-    """Why a checkpoint cannot be continued from; None when it is whole and of this stage."""
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def stage_of(folder: Path) -> str | None:
+    """The version of a stage that a checkpoint belongs to, by its manifest; None where it has none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        return _manifest(folder).get("stage")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def fault_of(folder: Path, versions: Collection[str]) -> str | None:
+    """Why a checkpoint cannot be continued from; None when it is whole and of one of the versions of its stage."""
+    try:
+        manifest = _manifest(folder)
+        stage, files = manifest["stage"], manifest["files"].items()
     except FileNotFoundError:
         return "it has no manifest: writing it was cut short"
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
-    if manifest["stage"] != stage_hash:
+    if stage not in versions:
         return "it belongs to another version of this stage"
-    for name, (size, digest) in manifest["files"].items():
+    for name, (size, digest) in files:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or has another size"
@@ -61,17 +75,32 @@ def fault_of(folder: Path, stage_hash: str) -> str | None:
     return None
 
 
-def _by_step(stage_folder: Path) -> list[Path]:
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def by_step(stage_folder: Path) -> list[Path]:
     """Checkpoint folders, the newest first."""
     found = [path for path in stage_folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of, reverse=True)
 
 
-def newest_whole(stage_folder: Path, stage_hash: str) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line on each newer one that was passed over."""
+def newest_whole(stage_folder: Path, versions: Collection[str], last_step: int) -> tuple[Path | None, list[str]]:
+    """Finds the checkpoint to continue from.
+
+    Args:
+        stage_folder: `stages/<stage>`.
+        versions: Whose checkpoints fit, by the hash in their manifest.
+        last_step: Of the stage; later checkpoints are those of a longer version.
+
+    Returns:
+        The newest checkpoint that is whole, and a line on each newer one that was passed over.
+    """
     passed_over: list[str] = []
-    for folder in _by_step(stage_folder):
-        fault = fault_of(folder, stage_hash)
+    for folder in by_step(stage_folder):
+        if step_of(folder) > last_step:
+            continue
+        fault = fault_of(folder, versions)
         if fault is None:
             return folder, passed_over
         passed_over.append(f"{folder.name} was passed over: {fault}")
@@ -85,12 +114,13 @@ class CheckpointCallback(TrainerCallback):
 
     Args:
         loader: Its source knows the position in the data.
-        stage_hash: Goes into the manifest.
+        stage_hash: The version of the stage.
+        trajectory: What all versions share that a checkpoint can be continued by. One of these goes into the manifest.
         keep: Checkpoints to keep; None for all.
     """
 
-    def __init__(self, loader: BatchLoader, stage_hash: str, keep: int | None) -> None:
-        self.loader, self.stage_hash, self.keep = loader, stage_hash, keep
+    def __init__(self, loader: BatchLoader, stage_hash: str, trajectory: str, keep: int | None) -> None:
+        self.loader, self.stage_hash, self.trajectory, self.keep = loader, stage_hash, trajectory, keep
         self.signalled = False
         self.stopped_at: int | None = None
         self._previous: dict[int, Any] = {}
@@ -125,10 +155,11 @@ class CheckpointCallback(TrainerCallback):
         states = ranks.gather(self.loader.source.state_dict())  # also waits for the files of every rank
         if args.should_save:
             write_json(folder / DATA_STATE, self.loader.source.merge_states(states))
-            write_manifest(folder, self.stage_hash)
+            # The last batch of an epoch may be filled with blank rows, and no longer run goes on from there.
+            write_manifest(folder, self.trajectory if self.loader.source.goes_on else self.stage_hash)
             if self.keep is not None:
                 best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
-                for old in _by_step(folder.parent)[max(self.keep, 1) :]:
+                for old in by_step(folder.parent)[max(self.keep, 1) :]:
                     if old.name != best:  # which early stopping goes back to
                         shutil.rmtree(old, ignore_errors=True)
         ranks.wait()

@@ -30,6 +30,7 @@ class StageRun:
         added_tokens: Ids of the tokens that the base knows nothing of; an adapter trains their embeddings.
         folder: `stages/<stage>` in the run folder.
         hash: Hash of the stage and of all before it.
+        trajectory: The same of all versions of the stage that can continue each other's checkpoints.
         probe_texts: A few held-out texts on which the saved model is compared with the trained one.
         rows: The rows of every suite.
         cost: Measures the stage.
@@ -44,6 +45,7 @@ class StageRun:
     added_tokens: tuple[int, ...]
     folder: Path
     hash: str
+    trajectory: str
     probe_texts: list[ProbeText]
     rows: dict[str, list[dict[str, Any]]]
     cost: CostMeter

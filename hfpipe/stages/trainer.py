@@ -161,8 +161,8 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     """
     original = original_state(trainer.model) if run.stage.adapter is not None else {}
     _keep_every_layer(trainer.model)
-    checkpoint, passed_over = newest_whole(run.folder, run.hash)
-    checkpoint = ranks.from_main(checkpoint)
+    versions = {run.hash, run.trajectory}
+    checkpoint, passed_over = ranks.on_main(lambda: newest_whole(run.folder, versions, trainer.args.max_steps))
     for line in passed_over:
         ranks.say(f"  {line}")
     if checkpoint:
@@ -172,7 +172,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign, assignment, return-value]
     keep = run.stage.training.get("save_total_limit", 2)
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
-    with CheckpointCallback(loader, run.hash, keep) as checkpoints:
+    with CheckpointCallback(loader, run.hash, run.trajectory, keep) as checkpoints:
         trainer.remove_callback(PrinterCallback)  # LogCallback prints
         guard_trackers(trainer)
         for callback in (checkpoints, *run.callbacks):

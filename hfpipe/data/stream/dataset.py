@@ -343,6 +343,11 @@ class TokenStream:
         self._served = state["served"]
         self._positions = {lane: Position(**copy.deepcopy(state["states"][str(lane)])) for lane in self._positions}
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether a longer run stands at this position too: not where the data ends."""
+        return self.epochs is None
+
     def report(self) -> dict[str, Any]:
         """What all ranks have served, see `served.report`. Every rank has to call this."""
         by_lane = {lane: position for part in gather(self._positions) for lane, position in part.items()}
