@@ -1,5 +1,6 @@
-"""`python -m hfpipe`, and what `accelerate launch -m hfpipe` starts on every rank."""
+"""`python -m hfpipe`, what `accelerate launch -m hfpipe` starts on every rank, and the command `hfpipe`."""
 
+import _signal  # the built-in part of `signal`, which takes no import
 import os
 import sys
 
@@ -8,7 +9,24 @@ import sys
 _package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:] = [*(path for path in sys.path if path not in ("", os.getcwd(), _package)), _package]
 
-from hfpipe.cli import main  # noqa: E402
+
+def start() -> int:
+    """Runs the command line; signals are handled before anything else is imported."""
+    both = {_signal.SIGINT, _signal.SIGTERM}
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, both)
+    from hfpipe.core import signals
+
+    signals.install()
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, both)
+    from hfpipe.cli import main
+
+    code = main()
+    if signals.pending():  # threads of libraries would keep the process for as long as they like
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
 
 if __name__ == "__main__":  # a spawned process imports this file too
-    sys.exit(main())
+    sys.exit(start())

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hfpipe import __version__
+from hfpipe.core import signals
 from hfpipe.core.errors import MachineError, RecipeError, UserError
+from hfpipe.core.output import forgive_closed_pipes
+from hfpipe.core.run_lock import alone
 from hfpipe.core.secrets import without_secrets
 
 # The options of `hfpipe push`, which are the words of a recipe's `push:`.
@@ -35,30 +38,44 @@ PUSH_WORDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code (see `hfpipe.core.errors`)."""
-    options = _parser().parse_args(arguments)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can do without
+    with signals.watched():
+        forgive_closed_pipes()
+        return signals.finish(_run_command(arguments))
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     try:
+        options = _parser().parse_args(arguments)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can spare
         options.command(options)
         _part()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code == 5:  # bad data may be met on one rank only
-            print(f"hfpipe: {without_secrets(str(error))}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
-        print("hfpipe: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+        return _interrupted()
     except Exception as error:
-        known = _machine_fault(error)
-        if known is None:
-            print(without_secrets(traceback.format_exc()), file=sys.stderr)
-            print(
-                "hfpipe: this is a fault of hfpipe, not of your recipe; please report it with the lines above",
-                file=sys.stderr,
-            )
-            return 1
-        print(f"hfpipe: {without_secrets(str(known))}", file=sys.stderr)
-        return known.exit_code
+        if signals.exit_code() is not None:  # a library has made another error of the interruption
+            return _interrupted()
+        return _tell(error)
     return 0
+
+
+def _interrupted() -> int:
+    signals.tell()
+    return signals.exit_code() or 130
+
+
+def _tell(error: Exception) -> int:
+    """Says what went wrong and returns the exit code."""
+    known = error if isinstance(error, UserError) else _machine_fault(error)
+    if known is None:
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
+        print(
+            "hfpipe: this is a fault of hfpipe, not of your recipe; please report it with the lines above",
+            file=sys.stderr,
+        )
+        return 1
+    if known is not error or os.environ.get("RANK", "0") == "0" or known.exit_code == 5:  # bad data of one rank
+        print(f"hfpipe: {without_secrets(str(known))}", file=sys.stderr)
+    return known.exit_code
 
 
 def _part() -> None:
@@ -89,14 +106,15 @@ def _run(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
-    if recipe.seeds or recipe.cross_validation:
-        from hfpipe.pipeline.repeats import run_repeats
+    with alone(recipe.run_folder):
+        if recipe.seeds or recipe.cross_validation:
+            from hfpipe.pipeline.repeats import run_repeats
 
-        run_repeats(recipe)
-        return
-    from hfpipe.pipeline.run import run_recipe
+            run_repeats(recipe)
+            return
+        from hfpipe.pipeline.run import run_recipe
 
-    run_recipe(recipe)
+        run_recipe(recipe)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -135,16 +153,18 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
-    from hfpipe.pipeline.commands import merge_run
+    with alone(folder):
+        from hfpipe.pipeline.commands import merge_run
 
-    print(merge_run(folder, options.stage))
+        print(merge_run(folder, options.stage))
 
 
 def _dial(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
-    from hfpipe.pipeline.dial import STRENGTHS, dial_run
+    with alone(folder):
+        from hfpipe.pipeline.dial import STRENGTHS, dial_run
 
-    dial_run(folder, options.stage, options.strengths or STRENGTHS)
+        dial_run(folder, options.stage, options.strengths or STRENGTHS)
 
 
 def _strengths(text: str) -> list[float]:
@@ -182,7 +202,9 @@ def _report(options: argparse.Namespace) -> None:
 def _clean(options: argparse.Namespace) -> None:
     from hfpipe.pipeline.clean import clean_run
 
-    clean_run(_run_folder(options.run), remove=options.yes)
+    folder = _run_folder(options.run)
+    with alone(folder):
+        clean_run(folder, remove=options.yes)
 
 
 def _recipes(options: argparse.Namespace) -> None:

@@ -81,8 +81,11 @@ class BatchLoader:
         self.collated = collated
         self.source, self.batch_size, self.pad_token_id, self.multiple = source, batch_size, pad_token_id, multiple
         self.waited_seconds = 0.0
+        self.is_done = False  # nothing is left to train: Trainer would take one more step
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if self.is_done:
+            return
         batches = self.source.batches(self.batch_size)
         while True:
             begin = time.perf_counter()

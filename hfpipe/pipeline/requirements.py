@@ -6,7 +6,6 @@ here costs nothing; a chain of hours must not end at its third stage over what i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import MachineError
+from hfpipe.core.run_lock import require_output
 from hfpipe.data.cleaning.contamination import require_no_overlap
 from hfpipe.data.dedup import require_cleaning
 from hfpipe.evaluation.suites import suite_metrics
@@ -30,7 +29,7 @@ from hfpipe.stages.trainer import divide_batch
 
 def output_folder(recipe: Recipe) -> Path:
     """Returns the run folder."""
-    return Path(recipe.output_dir or f"runs/{recipe.name}")
+    return recipe.run_folder
 
 
 @dataclass(frozen=True)
@@ -103,31 +102,3 @@ def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
     samples = ranks.on_main(partial(require_rows, recipe, tokenizer))
     ranks.on_main(partial(require_fitting, recipe, tokenizer, loaded.suites, model, loaded.task))
     return Answers(hub, samples, require_no_overlap(recipe, loaded.suites, folder))
-
-
-def require_output(folder: Path) -> None:
-    """Refuses a run folder that cannot be written to.
-
-    Raises:
-        MachineError: It, or a folder above it, is a file; its name is too long; or this account may not write there.
-    """
-    named = f"output_dir: {str(folder)[:100]}"
-    try:
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
-        raise MachineError(f"{named} cannot be the name of a folder ({_reason(error)}). Take another name.") from error
-    if not there.is_dir():
-        raise MachineError(f"{named}: {there} is a file, and the run needs a folder. Take another name.")
-    probe = there / f".hfpipe-{os.getpid()}"
-    try:  # a read-only file system lets the superuser through `os.access`
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise MachineError(
-            f"{named}: nothing can be written into {there} ({_reason(error)}). Take another folder, or ask for the "
-            "right to write."
-        ) from error
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()

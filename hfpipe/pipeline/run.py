@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from hfpipe.core import ranks
+from hfpipe.core import ranks, signals
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.core.files import write_json
 from hfpipe.evaluation.shift import measure_shift
@@ -130,6 +130,7 @@ def _train(run: Run, name: str, parent: str) -> None:
         forget_checkpoints(folder, version)
         (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
     ranks.wait()
+    signals.heed()
 
 
 def _over_budget(recipe: Recipe, scores: list[Score], stage: str) -> str | None:

@@ -270,6 +270,11 @@ class Recipe(Words):
         None, description="the whole run is repeated on every fold of a stage's data; mean and spread are reported"
     )
 
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output_dir or f"runs/{self.name}")
+
     def parent_of(self, stage: str) -> str:
         """The stage that a stage starts from, or `base`."""
         number = [one.name for one in self.stages].index(stage)

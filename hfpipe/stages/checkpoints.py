@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Collection
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe.core import ranks
+from hfpipe.core import ranks, signals
 from hfpipe.core.files import write_json, write_text
 from hfpipe.data.dataloader import BatchLoader
 
@@ -108,7 +106,7 @@ def newest_whole(stage_folder: Path, versions: Collection[str], last_step: int) 
 
 
 class CheckpointCallback(TrainerCallback):
-    """Completes every checkpoint, stops on SIGTERM or SIGINT at the end of a step, and says so.
+    """Completes every checkpoint, and stops at the end of a step once a signal has come.
 
     Old checkpoints are removed here, and not by Trainer, which removes them before the new one is whole.
 
@@ -121,31 +119,18 @@ class CheckpointCallback(TrainerCallback):
 
     def __init__(self, loader: BatchLoader, stage_hash: str, trajectory: str, keep: int | None) -> None:
         self.loader, self.stage_hash, self.trajectory, self.keep = loader, stage_hash, trajectory, keep
-        self.signalled = False
         self.stopped_at: int | None = None
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> CheckpointCallback:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signalled and number == signal.SIGINT:  # a second Ctrl-C does not wait for the checkpoint
-            raise KeyboardInterrupt
-        self.signalled = True
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.loader.is_done = state.global_step >= state.max_steps or control.should_training_stop
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        signalled = self.signalled
+        signalled = signals.pending()
         if args.world_size > 1:  # one rank may hear of it a step before another, and all must stop at the same step
             flag = torch.tensor(int(signalled), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             signalled = bool(flag.item())
-        if signalled and state.global_step < state.max_steps:
+        if signalled:  # at the last step too: saving the model may take longer than what is left of the time
             self.stopped_at = state.global_step
             control.should_save = True
             control.should_training_stop = True

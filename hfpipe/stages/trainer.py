@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer
 
-from hfpipe.core import ranks
+from hfpipe.core import ranks, signals
 from hfpipe.core.errors import DataError, RecipeError, Stopped
 from hfpipe.core.files import whole_folder
 from hfpipe.data.dataloader import BatchLoader, ShuffledRows
@@ -36,7 +37,7 @@ from hfpipe.model.seq2seq import most_tokens
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
-from hfpipe.stages.checkpoints import DATA_STATE, CheckpointCallback, LogCallback, newest_whole
+from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, LogCallback, newest_whole
 from hfpipe.stages.context import StageRun
 from hfpipe.stages.early_stopping import Selection
 from hfpipe.stages.trackers import guard_trackers
@@ -172,27 +173,32 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign, assignment, return-value]
     keep = run.stage.training.get("save_total_limit", 2)
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
-    with CheckpointCallback(loader, run.hash, run.trajectory, keep) as checkpoints:
-        trainer.remove_callback(PrinterCallback)  # LogCallback prints
-        guard_trackers(trainer)
-        for callback in (checkpoints, *run.callbacks):
-            trainer.add_callback(callback)
-        run.cost.tokens_per_step = tokens_per_step
-        trainer.add_callback(run.cost)
-        trainer.add_callback(LogCallback(loader, run.folder / "log.jsonl", tokens_per_step))
+    checkpoints = CheckpointCallback(loader, run.hash, run.trajectory, keep)
+    trainer.remove_callback(PrinterCallback)  # LogCallback prints
+    guard_trackers(trainer)
+    for callback in (checkpoints, *run.callbacks):
+        trainer.add_callback(callback)
+    run.cost.tokens_per_step = tokens_per_step
+    trainer.add_callback(run.cost)
+    trainer.add_callback(LogCallback(loader, run.folder / "log.jsonl", tokens_per_step))
+    with signals.held():
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoints.stopped_at is not None:
         raise Stopped(
             f"stopped by a signal at step {checkpoints.stopped_at} of {trainer.state.max_steps} of stage "
             f"{run.stage.name}; a checkpoint is saved in {run.folder}. Run the same command again to continue."
         )
+    last = run.folder / f"checkpoint-{trainer.state.global_step}" / MANIFEST
+    if last.exists():
+        signals.heed()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if losses and not losses[-1] == losses[-1]:
         raise DataError(
             f"stages.{run.stage.name}: the loss is not a number (NaN) at the end of training. Lower learning_rate, "
             "raise warmup_steps, or set max_grad_norm."
         )
-    save(run, trainer, original)
+    with nullcontext() if last.exists() else signals.held():  # without a checkpoint the training would be lost
+        save(run, trainer, original)
     chosen = {"early_stopping": selection.facts()} if selection else {}
     return {
         **chosen,
