@@ -19,7 +19,7 @@ from datasets import IterableDataset
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.sources import line_files
 from hfpipe.data.sources.builders import load_dataset
-from hfpipe.data.sources.builders.csv import MarkingCsv
+from hfpipe.data.sources.builders.csv import CsvFiles
 from hfpipe.data.sources.line_files import ByteRanges, by_byte_range
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream.shard_reader import Reader
@@ -92,7 +92,7 @@ def test_rows_are_those_of_a_whole_reading_however_shared_and_stopped(
     shared: bool,
     suffix: str,
 ) -> None:
-    monkeypatch.setattr(MarkingCsv, "piece_bytes", 700)
+    monkeypatch.setattr(CsvFiles, "piece_bytes", 700)
     rows = texts()
     for number, part in enumerate((rows[:100], rows[100:])):
         (tmp_path / f"{number}.{kind}{suffix}").write_bytes(PACKED[suffix](form(part)))
@@ -126,7 +126,7 @@ def test_rows_are_those_of_a_whole_reading_however_shared_and_stopped(
 def test_a_resume_parses_no_more_the_farther_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(MarkingCsv, "piece_bytes", 20_000)
+    monkeypatch.setattr(CsvFiles, "piece_bytes", 20_000)
     kind = {"jsonl": "json", "txt": "text", "csv": "csv"}[name.split(".")[1]]
     rows = {"json": as_lines, "text": as_text, "csv": as_csv}[kind]([f"row {n} " * 5 for n in range(12_000)])
     (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)

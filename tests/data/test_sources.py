@@ -253,7 +253,6 @@ MISTAKES = [  # words of the source, error, what its message says
     ({"data_files": "bad.jsonl", "streaming": True}, DataError, ["bad.jsonl", "row 1"]),
     ({"path": "parquet", "data_files": "bad.parquet"}, DataError, ["bad.parquet", "magic"]),
     ({"path": "csv", "data_files": "bad.csv"}, DataError, ["bad.csv", "line 3"]),
-    ({"data_files": ["rows.jsonl", "other.jsonl"]}, DataError, ["same columns"]),
     ({"sep": ","}, RecipeError, ["sep"]),
     ({"path": "./nowhere", "data_files": None}, RecipeError, ["./nowhere", "no folder here"]),
     ({"path": "./void", "data_files": None}, RecipeError, ["without data files"]),

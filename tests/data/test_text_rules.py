@@ -97,8 +97,10 @@ def test_a_number_among_texts_costs_one_row_wherever_it_stands(tmp_path: Path, s
     turns[1500][0]["content"] = ["a", "list"]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in turns))
     rows = load_rows(Source(**words, streaming=streaming))
-    turns[1500][0]["content"] = None
     assert [row["messages"] for row in rows] == turns
+    read = Read()
+    assert len(list(tidy_rows(rows, source, read))) == 1999
+    assert (read.dirty.ids, read.dirty.counts) == (["row 1500"], {"not a text": 1})
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -102,7 +102,9 @@ def _tidy_turns(turns: Any, limit: int) -> tuple[list[Any] | None, Sequence[str]
     new, done, said = [], dict[str, None](), False
     for turn in turns:
         content = turn.get("content")
-        if isinstance(content, str) and content:
+        if not (content is None or isinstance(content, str)):  # a picture among its parts, or a number
+            return None, (NOT_TEXT,)
+        if content:
             content, found = tidy(content, limit)
             if content is None and found != (EMPTY,):
                 return None, found

@@ -94,8 +94,8 @@ def plain_turn(turn: Mapping[str, Any]) -> Row:
     kept = {key: value for key, value in turn.items() if value is not None}
     speaker = str(kept.pop("from", kept.pop("role", "")))
     content = kept.pop("value", kept.pop("content", ""))
-    if isinstance(content, list) and all(isinstance(part, str) or _is_text(part) for part in content):
-        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
+    if isinstance(content, list) and all(map(_is_text, content)):
+        content = "".join(part["text"] for part in content)
     new = {"role": SPEAKERS.get(speaker.lower(), speaker), "content": content}
     if speaker.lower() == "function_call" and (calls := _calls_in(content)):
         new |= {"content": "", "tool_calls": calls}

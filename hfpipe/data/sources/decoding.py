@@ -1,9 +1,8 @@
 """Data with bytes that are not UTF-8, and JSON with half a character: read to the end, the places marked.
 
-`datasets` gives up on a whole file for one such place. Python lets a program say how bytes are decoded: by an error
-handler for text and CSV, and for JSON, where `datasets` asks for none, by an encoding; `builders` names both. Each
-place becomes one of Unicode's noncharacters, which are meant for use inside a program and stand in no text;
-`text_rules.py` decides on the row.
+`datasets` gives up on a whole file for one such place. Python lets a program say how bytes are decoded, by an error
+handler, which `builders` name for their files. Each place becomes one of Unicode's noncharacters, which are meant for
+use inside a program and stand in no text; `text_rules.py` decides on the row.
 """
 
 from __future__ import annotations
@@ -11,17 +10,14 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, Value
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
-
 UNDECODABLE = "\ufdd0"  # bytes that are not UTF-8
 LONE = "\ufdd1"  # an escaped surrogate of JSON without its other half
-HANDLER, JSON_ENCODING = "hfpipe_mark", "hfpipe_json"
+HANDLER = "hfpipe_mark"
 
 # An escape that is one itself (an even number of backslashes before it), and of surrogates those that are no pair.
 _ESCAPES = re.compile(
@@ -80,38 +76,11 @@ def _mark(error: UnicodeError) -> tuple[str, int]:
     return UNDECODABLE, error.end
 
 
-def _decode_json(data: Buffer, errors: str = "strict") -> tuple[str, int]:
-    marked = data = bytes(data)
-    if b"\\ud" in data or b"\\uD" in data:
-        marked = _ESCAPES.sub(lambda found: found[0] if len(found[2]) > 6 else found[1] + LONE.encode(), data)
-    return marked.decode("utf-8", HANDLER if errors == "strict" else errors), len(data)
-
-
-def _find(name: str) -> codecs.CodecInfo | None:
-    if name != JSON_ENCODING:
-        return None
-    return codecs.CodecInfo(
-        codecs.utf_8_encode, _decode_json, incrementaldecoder=_IncrementalDecoder, name=JSON_ENCODING
-    )
-
-
-class _IncrementalDecoder(codecs.IncrementalDecoder):
-    """For `open`; a file that is one JSON object is read at once."""
-
-    def __init__(self, errors: str = "strict") -> None:
-        super().__init__(errors)
-        self._held = b""
-
-    def decode(self, data: bytes, final: bool = False) -> str:  # type: ignore[override]
-        self._held += data
-        if not final:
-            return ""
-        text, self._held = _decode_json(self._held, self.errors)[0], b""
-        return text
-
-    def reset(self) -> None:
-        self._held = b""
+def marked_json(data: bytes) -> bytes:
+    """JSON with a mark in the place of each escaped surrogate that has no other half."""
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return data
+    return _ESCAPES.sub(lambda found: found[0] if len(found[2]) > 6 else found[1] + LONE.encode(), data)
 
 
 codecs.register_error(HANDLER, _mark)
-codecs.register(_find)

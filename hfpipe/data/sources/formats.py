@@ -34,6 +34,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 Kind: TypeAlias = str  # the name of a format that is trained on or scored as it stands
 
 NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata", *BESIDE_MESSAGES)
+_NUMBER = re.compile(r"\s*[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?\s*")
 TEXT_TYPES = ("string", "large_string", "string_view", "null")
 
 
@@ -102,7 +103,7 @@ def to_format(rows: Rows, features: Features, source: Source, allowed: tuple[Kin
         format = end
     if format.name == "prompt_completion" and not templates:
         pair = [columns[name] for name in format.columns]
-        if all(is_conversation(features[column]) for column in pair):
+        if all(_Turns(rows, features).keys_of(column) >= {"role", "content"} for column in pair):
             return as_conversation(rows, features, *pair), taken
     if "id" in (renamed.keys() | features.keys()) - templates.keys():
         columns["id"] = renamed.get("id", "id")
@@ -333,7 +334,28 @@ def _selected(rows: Rows, features: Features, source: Source, taken: dict[str, s
         rows = rows.select_columns(list(taken.values()))
         if changed := {column: name for name, column in taken.items() if column != name}:
             rows = rows.rename_columns(changed)
-    return _with_features(rows, [*taken, *built])
+    rows = _with_features(rows, [*taken, *built])
+    return _with_numbers(rows, source) if "label" in taken else rows
+
+
+LABELS_LOOKED_AT = 1_000  # of a stream
+
+
+def _with_numbers(rows: Rows, source: Source) -> Rows:
+    """Labels that are written as numbers, some with a point, as numbers: a regression learns them."""
+    feature = (rows.features or {}).get("label")
+    if not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):
+        return rows
+    first = rows if isinstance(rows, Dataset) else rows.take(LABELS_LOOKED_AT)
+    texts = {row["label"] for row in first.select_columns(["label"]) if row["label"] is not None}
+    if not any("." in text for text in texts) or not all(map(_NUMBER.fullmatch, texts)):
+        return rows
+    features = Features({**rows.features, "label": Value("float64")})  # type: ignore[dict-item]
+    return rows.map(_to_number, input_columns=["label"], features=features)
+
+
+def _to_number(text: str | None) -> dict[str, float | None]:
+    return {"label": None if text is None else float(text)}
 
 
 def _check_type(feature: Any, role: str, column: str, source: Source) -> None:

@@ -21,7 +21,7 @@ from datasets import IterableDataset
 from datasets.iterable_dataset import ArrowExamplesIterable
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hfpipe.data.sources.builders.base import Divisible
+from hfpipe.data.sources.builders.base import FileBuilder
 from hfpipe.data.sources.sharded_files import SharedFiles, Tables, stream_of
 
 FIRST = 1 << 16  # bytes that are fetched for a look at the beginning of a file, or of a row
@@ -37,9 +37,9 @@ class ByteRanges(SharedFiles):
         arguments: Of its `_generate_tables`, for all files.
     """
 
-    builder: Divisible
+    builder: FileBuilder
 
-    def __init__(self, builder: Divisible, arguments: dict[str, Any]) -> None:
+    def __init__(self, builder: FileBuilder, arguments: dict[str, Any]) -> None:
         super().__init__(builder, arguments, _files_of(arguments))
         self.sizes: dict[str, int] = {}  # bytes of the files that can be shared, 0 of others; known to all lanes
 
@@ -152,7 +152,7 @@ def by_byte_range(rows: IterableDataset) -> IterableDataset:
     """A stream of JSON lines, CSV or text as `ByteRanges`; any other as it is."""
     examples = rows._ex_iterable
     builder = getattr(getattr(examples, "generate_tables_fn", None), "__self__", None)
-    if type(examples) is not ArrowExamplesIterable or not isinstance(builder, Divisible) or not builder.divides:
+    if type(examples) is not ArrowExamplesIterable or not isinstance(builder, FileBuilder) or not builder.divides:
         return rows
     if any(file.startswith(ARCHIVES) for file in _files_of(examples.kwargs)):
         return rows

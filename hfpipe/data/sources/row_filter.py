@@ -132,7 +132,7 @@ def _value(node: ast.expr, row: dict[str, Any]) -> Any:
             return not value
         return None if value is None else -value if isinstance(node.op, ast.USub) else +value
     if isinstance(node, ast.BinOp):
-        left, right = _value(node.left, row), _value(node.right, row)
+        left, right = (_as_number(_value(side, row)) for side in (node.left, node.right))
         if left is None or right is None:
             return None
         if not (isinstance(left, int | float) and isinstance(right, int | float)):
@@ -148,7 +148,28 @@ def _comparison(node: ast.Compare, row: dict[str, Any]) -> bool:
         right = _value(comparator, row)
         if (left is None or right is None) and not isinstance(sign, FOR_MISSING):
             return False
-        if not COMPARISONS[type(sign)](left, right):
+        if not COMPARISONS[type(sign)](*_alike(left, right)):
             return False
         left = right
     return True
+
+
+def _alike(left: Any, right: Any) -> tuple[Any, Any]:
+    """Two values, with the number that a text writes where the other is a number: columns such as 0.50 are texts."""
+    if isinstance(right, list):
+        return (_as_number(left) if all(isinstance(one, int | float) for one in right) else left), right
+    if isinstance(left, str) and isinstance(right, int | float):
+        return _as_number(left), right
+    if isinstance(right, str) and isinstance(left, int | float):
+        return left, _as_number(right)
+    return left, right
+
+
+def _as_number(value: Any) -> Any:
+    """The number that a text writes; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+    except ValueError:
+        return value

@@ -9,7 +9,7 @@ import re
 import string
 from typing import Any, TypeAlias
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.sources.decoding import HANDLER
@@ -153,15 +153,16 @@ def as_conversation(rows: Any, features: Features, prompt: str, completion: str)
         prompt: The column with the turns that are given.
         completion: The column with the turns that are said.
     """
-    turn = {**turn_of(features[prompt]), **turn_of(features[completion])}
+    types = [turn_of(features[prompt]), turn_of(features[completion])]
+    turn = None if any(isinstance(one, Json) for one in types) else {**types[0], **types[1]}
     kept = {name: features[name] for name in ("id", *BESIDE_MESSAGES) if name in features}
 
     def joined(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pairs = list(zip(batch[prompt], batch[completion], strict=True))
         whole = [None if None in pair else [*pair[0], *pair[1]] for pair in pairs]
-        turns = [row and [{key: said.get(key) for key in turn} for said in row] for row in whole]
+        turns = [row and [{key: said.get(key) for key in turn or said} for said in row] for row in whole]
         counts = [len(said or ()) for _, said in pairs]
         return {"messages": turns, COMPLETION_TURNS: counts, **{name: batch[name] for name in kept}}
 
-    made = Features({"messages": List(turn), COMPLETION_TURNS: Value("int32"), **kept})
+    made = Features({"messages": List(turn or Json()), COMPLETION_TURNS: Value("int32"), **kept})
     return rows.map(joined, batched=True, remove_columns=list(features), features=made)

@@ -1,22 +1,81 @@
-"""`load_dataset` with builders for JSON, CSV and text that go on past what they cannot decode; see `decoding.py`.
+"""`load_dataset` with readers of ours for JSON, CSV and text, for files here and for data sets of the Hub.
 
-They take the place of those of `datasets` in the table that it looks in, for files here and for data sets of the Hub.
-What they read lies in its cache under a name of its own.
+`datasets` finds the files and the options, and says by its own builder what they are; where that is one of JSON, CSV or
+text, ours takes its place with the same files and options. What ours reads lies in the cache under a name of its own.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import hashlib
 import inspect
+from typing import Any
 
-from datasets import load_dataset
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES, _hash_python_lines
-from datasets.packaged_modules.csv import csv as their_csv
-from datasets.packaged_modules.json import json as their_json
-from datasets.packaged_modules.text import text as their_text
+import datasets
+from datasets import Dataset, DatasetBuilder, IterableDataset
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.text.text import Text
 
-from hfpipe.data.sources import decoding
-from hfpipe.data.sources.builders import csv, json, text
+from hfpipe.data.sources import decoding, exact
+from hfpipe.data.sources.builders import base, csv, json, text
 
-__all__ = ["load_dataset"]
+READERS: dict[type[DatasetBuilder], type[base.FileBuilder]] = {
+    Csv: csv.CsvFiles,
+    Json: json.JsonFiles,
+    Text: text.TextFiles,
+}
+# Arguments of `load_dataset` that are not the builder's.
+OF_LOADING = (
+    "split",
+    "streaming",
+    "num_proc",
+    "keep_in_memory",
+    "verification_mode",
+    "save_infos",
+    "ignore_verifications",
+)
+HASH = hashlib.sha256(
+    "".join(inspect.getsource(module) for module in (base, csv, json, text, decoding, exact)).encode()
+).hexdigest()
 
-for name, theirs, ours in (("csv", their_csv, csv), ("json", their_json, json), ("text", their_text, text)):
-    lines = [line for module in (theirs, ours, decoding) for line in inspect.getsource(module).splitlines()]
-    _PACKAGED_DATASETS_MODULES[name] = (ours.__name__, _hash_python_lines(lines))
+
+def load_dataset(path: str, **arguments: Any) -> Dataset | IterableDataset:
+    """The rows of a data set; takes the arguments of `datasets.load_dataset`, `split` among them."""
+    own = {name: value for name, value in arguments.items() if name not in OF_LOADING}
+    builder = datasets.load_dataset_builder(path, **own)
+    reader = next((ours for theirs, ours in READERS.items() if isinstance(builder, theirs)), None)
+    if reader is None:
+        return datasets.load_dataset(path, **arguments)
+    ours = _as(reader, builder, own)
+    if arguments.get("streaming"):
+        return ours.as_streaming_dataset(split=arguments["split"])
+    words = ("download_config", "download_mode", "verification_mode", "num_proc", "storage_options")
+    ours.download_and_prepare(**{word: arguments[word] for word in words if arguments.get(word) is not None})
+    return ours.as_dataset(split=arguments["split"], in_memory=bool(arguments.get("keep_in_memory")))
+
+
+def _as(reader: type[base.FileBuilder], builder: DatasetBuilder, arguments: dict[str, Any]) -> base.FileBuilder:
+    """A builder of ours with the files and options of one of `datasets`."""
+    config, usual = builder.config, type(builder.config)()
+    decided = ("name", "version", "data_dir", "data_files", "description")
+    options = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in decided
+        and (field.name in arguments or getattr(config, field.name) != getattr(usual, field.name))
+    }
+    options.setdefault("features", builder.info.features)  # that the card of a data set declares
+    return reader(
+        cache_dir=arguments.get("cache_dir"),
+        dataset_name=builder.dataset_name,
+        config_name=config.name,
+        hash=HASH,
+        base_path=builder.base_path,
+        token=builder.token,
+        repo_id=builder.repo_id,
+        data_files=config.data_files,
+        storage_options=builder.storage_options,
+        known_as=builder.config_id,
+        **options,
+    )
