@@ -19,7 +19,8 @@ ASKED = [
 # One program for all, as the clients take seconds to import.
 PROGRAM = """
 import json, sys, time
-from hfpipe.connection import Patience, limit_waiting, trouble
+from hfpipe.core.http import Patience, limit_waiting
+from hfpipe.core.hub_errors import trouble
 
 limit_waiting(Patience(float(sys.argv[1])))
 from huggingface_hub import HfApi, hf_hub_download

@@ -25,9 +25,9 @@ CLIENT = """
 import json, sys, time
 import huggingface_hub.utils._http, datasets.utils.file_utils
 from transformers import AutoTokenizer
-from hfpipe.data import outage
+from hfpipe.data.sources import retry
 from hfpipe.data.sources.load import load_rows
-from hfpipe.data.stream import TokenStream
+from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.core.errors import UserError
 from hfpipe.recipe import Source
 
@@ -38,7 +38,7 @@ class Quick:  # the libraries' own waits, which come before ours
         time.sleep(min(seconds, 0.05))
 
 huggingface_hub.utils._http.time = datasets.utils.file_utils.time = Quick()
-outage.FIRST_WAIT_SECONDS, outage.PATIENCE_SECONDS = 0.1, float(sys.argv[1])
+retry.FIRST_WAIT_SECONDS, retry.PATIENCE_SECONDS = 0.1, float(sys.argv[1])
 source = Source(path="team/web", name="sample", streaming=True)
 stream = TokenStream([load_rows(source)], AutoTokenizer.from_pretrained("tokenizer"), max_length=32, lanes=4, seed=1,
                      origins=[source], window_documents=10, exhausted="stop")
