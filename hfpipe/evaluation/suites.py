@@ -20,11 +20,11 @@ from hfpipe.evaluation.answers import ANSWERS, answers_of
 from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.lm_eval import harness_rows, score_harness
 from hfpipe.evaluation.metrics import arguments_of, higher_is_better, load_metric, needs_of
-from hfpipe.evaluation.metrics.rows import RowMetric, paired_stderr
+from hfpipe.evaluation.metrics.rows import RowMetric, paired_test
 from hfpipe.evaluation.multiple_choice import plain_choices
 from hfpipe.recipe import Suite
 from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS, NUMBERS, format_of, question_of
-from hfpipe.scores.scorecard import Score
+from hfpipe.scores.scorecard import Paired, Score
 
 BOOTSTRAP_SAMPLES = 200
 ASKED = 1000  # characters of a question that are kept beside its answer
@@ -163,8 +163,8 @@ def _asked(row: dict[str, Any]) -> dict[str, str]:
     return {"asked": text[:ASKED]} if text else {}
 
 
-def paired_errors(suite: Suite, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
-    """Standard errors of the differences between two models, by a paired bootstrap over the rows that both have.
+def compare_rows(suite: Suite, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Paired]:
+    """The differences between two models on the rows that both have, with their errors and p-values.
 
     Args:
         suite: The suite.
@@ -175,14 +175,14 @@ def paired_errors(suite: Suite, before: list[dict[str, Any]], after: list[dict[s
         By metric; without those that are not ours, or have no row in common.
     """
     earlier = {record["row"]: record for record in before}
-    errors = {}
+    found = {}
     for name, metric in suite_metrics(suite).items():
         need = needs_of(metric)
         both = [(earlier[row["row"]], row) for row in after if need in row and need in earlier.get(row["row"], {})]
         if isinstance(metric, RowMetric) and both:
             old, new = ([pair[side] for pair in both] for side in (0, 1))
-            errors[name] = paired_stderr(metric, _pairs(metric, old), _pairs(metric, new))
-    return errors
+            found[name] = paired_test(metric, _pairs(metric, old), _pairs(metric, new))
+    return found
 
 
 def _pairs(metric: Any, records: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:

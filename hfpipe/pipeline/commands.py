@@ -14,7 +14,7 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
 from hfpipe.core.run_layout import model_of
 from hfpipe.evaluation.answers import can_score
-from hfpipe.evaluation.suites import Scored, paired_errors, score_suite, suite_rows
+from hfpipe.evaluation.suites import Scored, compare_rows, score_suite, suite_rows
 from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, load_model, load_tokenizer, task_of
 from hfpipe.model.tokenizer import require_room
 from hfpipe.pipeline.context import merged, open_run, quiet_libraries
@@ -54,10 +54,10 @@ def evaluate_model(
     scores = [score for scored in other.values() for score in scored.scores]
     for suite, scored in found.items():
         compared = against is not None and suite in other
-        errors = paired_errors(recipe.evaluate[suite], other[suite].records, scored.records) if compared else {}
+        differences = compare_rows(recipe.evaluate[suite], other[suite].records, scored.records) if compared else {}
         for number_of, score in enumerate(scored.scores):
-            if against is not None and score.metric in errors:
-                score = replace(score, paired={labels[against]: errors[score.metric]})
+            if against is not None and score.metric in differences:
+                score = replace(score, paired={labels[against]: differences[score.metric]})
             scores.append(score)
             if compared:
                 change = Change(other[suite].scores[number_of], score)

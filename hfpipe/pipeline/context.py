@@ -18,7 +18,7 @@ from hfpipe.core.run_layout import MODEL, model_of, predictions_of, strength_of
 from hfpipe.data.mixture import mixture
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.metrics import needs_of
-from hfpipe.evaluation.suites import paired_errors, score_suite, suite_metrics, suite_rows
+from hfpipe.evaluation.suites import compare_rows, score_suite, suite_metrics, suite_rows
 from hfpipe.hub.pins import pin_recipe
 from hfpipe.model.adapter import ProbeText
 from hfpipe.model.base import PreparedBase, prepare_base
@@ -28,7 +28,7 @@ from hfpipe.pipeline.environment import environment
 from hfpipe.pipeline.reuse import Version
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.recipe.row_formats import texts_of
-from hfpipe.scores.scorecard import BASE, Score, stages_of
+from hfpipe.scores.scorecard import BASE, Paired, Score, stages_of
 from hfpipe.scores.wording import describe
 from hfpipe.stages.identity import bound_to_length, identity
 
@@ -154,7 +154,7 @@ def score_stage(run: Run, name: str) -> list[Score]:
 
 
 def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], **others: Path) -> list[Score]:
-    """Scores with the noise of their differences to those of every earlier stage, row by row.
+    """Adds to scores their differences from those of every earlier stage on the same rows.
 
     Args:
         run: The run.
@@ -163,7 +163,7 @@ def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], 
         scores: Its scores.
         others: More such folders by name.
     """
-    errors: dict[tuple[str, str], dict[str, float]] = {}
+    differences: dict[tuple[str, str], dict[str, Paired]] = {}
     if ranks.is_main():
         folders = {stage: predictions_of(run.stage_folder(stage)) for stage in stages_of(earlier)} | others
         for stage, other in folders.items():
@@ -172,10 +172,10 @@ def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], 
                 files = [folder / f"{name}.jsonl" for folder in (other, now)]
                 if all(file.exists() for file in files):
                     before, after = ([json.loads(line) for line in file.open(encoding="utf-8")] for file in files)
-                    for metric, error in paired_errors(suite, before, after).items():
-                        errors.setdefault((name, metric), {})[stage] = error
-    errors = ranks.from_main(errors)
-    return [dataclasses.replace(score, paired=errors.get(score.key, {})) for score in scores]
+                    for metric, difference in compare_rows(suite, before, after).items():
+                        differences.setdefault((name, metric), {})[stage] = difference
+    differences = ranks.from_main(differences)
+    return [dataclasses.replace(score, paired=differences.get(score.key, {})) for score in scores]
 
 
 def merged(run: Run, name: str) -> ModelRef:

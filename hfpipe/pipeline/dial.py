@@ -31,7 +31,7 @@ from hfpipe.pipeline.context import (
 )
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
-from hfpipe.scores.scorecard import BASE, Change, Score, of_lineage, over_budget
+from hfpipe.scores.scorecard import BASE, Change, Paired, Score, judge_budget, of_lineage
 from hfpipe.scores.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
 from hfpipe.scores.wording import describe, loss_words, share_words, with_interval
 
@@ -117,8 +117,9 @@ def settle(run: Run, earlier: list[Score], name: str, own: list[Score]) -> list[
 def exceeded(run: Run, earlier: list[Score], name: str, own: list[Score]) -> list[Change]:
     """The changes of a stage that exceed their budget."""
     line = of_lineage([*earlier, *own], run.recipe.lineage(name))
-    limits = {suite: block.budget for suite, block in run.recipe.evaluate.items() if block.budget is not None}
-    return [change for suite, limit in limits.items() for change in over_budget(line, name, suite, limit)]
+    return [
+        change for suite, block in run.recipe.evaluate.items() for change in judge_budget(line, name, suite, block).over
+    ]
 
 
 def listed(changes: Sequence[Change]) -> str:
@@ -319,7 +320,9 @@ class _Sweep:
         if strength == 0:
             start = [score for score in self.earlier if score.suite == suite and score.stage == self.parent]
             return [
-                dataclasses.replace(score, stage=self.name, paired={**score.paired, self.parent: 0.0})
+                dataclasses.replace(
+                    score, stage=self.name, paired={**score.paired, self.parent: Paired(0.0, 1.0, 0.0, 0.0)}
+                )
                 for score in start
             ]
         return []

@@ -21,7 +21,8 @@ from hfpipe.recipe import Recipe
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.content import closing_lines
-from hfpipe.scores.scorecard import BASE, Score, of_lineage, over_budget, write_scorecard
+from hfpipe.scores.scorecard import BASE, Score, judge_budget, of_lineage, write_scorecard
+from hfpipe.scores.wording import change_words
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.cost import CostMeter
 
@@ -137,7 +138,12 @@ def _over_budget(recipe: Recipe, scores: list[Score], stage: str) -> str | None:
     """What a stage lost above a budget, in words; None where it is inside all of them."""
     line = of_lineage(scores, recipe.lineage(stage))
     for name, suite in recipe.evaluate.items():
-        for change in over_budget(line, stage, name, suite.budget) if suite.budget is not None else ():
+        judged = judge_budget(line, stage, name, suite)
+        for change in judged.undecided:
+            ranks.say(
+                f"  {stage}: {change_words(change)}; too few rows to tell it from the budget of {suite.budget:.1%}"
+            )
+        for change in judged.over:
             dialled = ", at every strength that was tried" if suite.budget_action == "dial" else ""
             return (
                 f"stage {stage} lost {change.loss} {name} {change.after.metric} ({change.before.value:.4f} after "

@@ -138,6 +138,11 @@ class Suite(Words):
         description="what happens when more is lost: the run ends, or the stage is dialled down to the best strength "
         "that is inside the budgets",
     )
+    too_few_rows: Literal["fail", "pass"] = Field(
+        "fail",
+        description="what a budget does where a suite has too few rows to tell any loss from noise: a measured loss "
+        "above it counts (fail), or not (pass)",
+    )
     choices: list[str] | None = Field(None, description="the answers `accuracy` ranks; those of the suite when absent")
     delimiter: str = Field(" ", description="what stands between a prompt and each of its `choices`")
     blank: str | None = Field(

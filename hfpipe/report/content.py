@@ -16,7 +16,7 @@ from hfpipe.report.plots import loss_curve, score_by_stage
 from hfpipe.report.price import price_sections, price_sentences
 from hfpipe.report.samples import sample_section
 from hfpipe.report.usage import lines_to_use
-from hfpipe.scores.scorecard import BASE, Score, last_change, of_lineage, over_budget, read_scorecard, stages_of
+from hfpipe.scores.scorecard import BASE, Score, judge_budget, last_change, of_lineage, read_scorecard, stages_of
 from hfpipe.scores.tradeoff import from_baseline, gains_and_losses, is_first
 from hfpipe.scores.wording import change_words, describe, interval, number, percent
 
@@ -76,13 +76,19 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
     if first := first_scores(line):
         told.append(Told("Scored for the first time", _some([f"{score.suite} {describe(score)}" for score in first])))
     limits = {name: suite.budget for name, suite in recipe.evaluate.items() if suite.budget is not None}
-    over = [name for name, limit in limits.items() if over_budget(line, last, name, limit)]
+    judged = {name: judge_budget(line, last, name, recipe.evaluate[name]) for name in limits}
+    over = [name for name, budget in judged.items() if budget.over]
+    unsure = [change for budget in judged.values() for change in budget.undecided]
     if over:
         exceeded = ", ".join(f"{percent(limits[name])} on {name}" for name in over)
         told.append(Told("Budget", [f"{last} exceeds the budget of {exceeded}."], "worse"))
     elif limits:
         kept = ", ".join(f"{percent(limit)} on {name}" for name, limit in limits.items())
-        told.append(Told("Budget", [f"{last} is inside the budget of {kept}."]))
+        standing = "is not told to exceed" if unsure else "is inside"
+        told.append(Told("Budget", [f"{last} {standing} the budget of {kept}."]))
+    if unsure:
+        above = [f"{change_words(change)}, which is above the budget" for change in unsure]
+        told.append(Told("Too few rows to judge", _some(above)))
     return told
 
 

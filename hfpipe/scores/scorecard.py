@@ -10,12 +10,32 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from hfpipe.core.files import write_json
+from hfpipe.recipe.config import Suite
 from hfpipe.recipe.stage_config import BASE as BASE
 
-# With five rows that all change one way, a sign test still gives p = 0.06: fewer than six tell no difference.
-FEWEST_ROWS = 6
+FEWEST_ROWS = 6  # with five rows that all change one way, an exact test still gives p = 0.06
+ALPHA = 0.05  # a change is told where its p-value, corrected for all comparisons of its stage, is below
+Key: TypeAlias = tuple[str, str]  # suite and metric
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two models on the rows that both were scored on, the later one's score less the earlier one's.
+
+    Args:
+        stderr: Standard error of the difference.
+        p: Two-sided p-value of the hypothesis that nothing changed; None in a scorecard from before it was computed.
+        low: Lower end of the 95 % interval of the difference.
+        high: Upper end.
+    """
+
+    stderr: float
+    p: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,8 +52,7 @@ class Score:
         higher_is_better: Direction of the metric.
         low: Lower end of the 95 % interval of `value`.
         high: Upper end.
-        paired: Earlier stage to the standard error of the difference to its score, from a paired bootstrap over the
-            rows that both were scored on (Koehn 2004, aclanthology.org/W04-3250).
+        paired: Earlier stage to the difference from its score on the rows that both were scored on.
         ideal: The best value of a score that can be too high and too low (a share of preferences); None of any other.
         signature: How exactly the metric counts, in its library's own words (sacrebleu); empty where it has none.
         baselines: What answers without a model score on the same rows, by name (`the majority class`, `chance`); empty
@@ -49,13 +68,21 @@ class Score:
     higher_is_better: bool
     low: float | None = None  # None in a scorecard of a version that had no intervals
     high: float | None = None
-    paired: dict[str, float] = field(default_factory=dict)
+    paired: dict[str, Paired] = field(default_factory=dict)
     signature: str = ""
     ideal: float | None = None
     baselines: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Reads `paired` as JSON holds it: mappings, or only the standard errors in older scorecards."""
+        plain = {
+            stage: Paired(**one) if isinstance(one, dict) else one if isinstance(one, Paired) else Paired(one)
+            for stage, one in self.paired.items()
+        }
+        object.__setattr__(self, "paired", plain)
+
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> Key:
         return self.suite, self.metric
 
     @property
@@ -82,12 +109,18 @@ def _apart(one: float, other: float) -> float:
 class Change:
     """The way from one score to another of the same suite and metric.
 
-    `gain` is positive when the score became better, whatever its direction; `stderr` is that of the difference: the
-    paired one where it is known, else with the two scores taken as independent, which is larger as a rule.
+    `gain` is positive when the score became better, whatever its direction. Error, interval and p-value are those of
+    the rows in common where they are known; else the two scores are taken as independent, which is wider as a rule.
+
+    Args:
+        before: The earlier score.
+        after: The later one.
+        adjusted: The p-value corrected for all comparisons of the stage (see `adjusted_p`); None for one comparison.
     """
 
     before: Score
     after: Score
+    adjusted: float | None = None
 
     @property
     def difference(self) -> float:
@@ -99,9 +132,41 @@ class Change:
 
     @property
     def stderr(self) -> float:
-        if self.before.stage in self.after.paired:
-            return self.after.paired[self.before.stage]
+        if paired := self.after.paired.get(self.before.stage):
+            return paired.stderr
         return math.hypot(self.before.stderr or 0.0, self.after.stderr or 0.0)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of `gain`; None where no error is known."""
+        if not math.isfinite(self.gain):
+            return None
+        paired = self.after.paired.get(self.before.stage)
+        half = t_quantile(self._freedom) * self.stderr
+        low, high = self.difference - half, self.difference + half
+        if paired and paired.low is not None and paired.high is not None:
+            low, high = paired.low, paired.high
+        if low == high:
+            return None
+        if self.after.ideal is not None:
+            return self.gain - (self.difference - low), self.gain + (high - self.difference)
+        return (low, high) if self.after.higher_is_better else (-high, -low)
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of this one comparison."""
+        paired = self.after.paired.get(self.before.stage)
+        if paired and paired.p is not None:
+            return paired.p
+        if self.difference == 0:
+            return 1.0
+        # However small the error looks, n rows that all change one way have p = 2 / 2^n by a sign test.
+        by_error = t_p_value(self.difference / self.stderr, self._freedom) if self.stderr else 0.0
+        return max(by_error, least_p(self.after.n))
+
+    @property
+    def _freedom(self) -> int:
+        return max(1, min(self.before.n, self.after.n) - 1)
 
     @property
     def relative(self) -> float:
@@ -119,15 +184,8 @@ class Change:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the change is outside a 95 % interval; never so with fewer than six rows."""
-        return self.after.n >= FEWEST_ROWS and abs(self.gain) > 1.96 * self.stderr
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of `gain`; None with fewer than six rows, or where no error is known."""
-        if self.after.n < FEWEST_ROWS or self.stderr == 0 or not math.isfinite(self.gain):
-            return None
-        return self.gain - 1.96 * self.stderr, self.gain + 1.96 * self.stderr
+        """Whether the change is told from noise, at 5 % over all comparisons of the stage."""
+        return self.gain != 0 and (self.p if self.adjusted is None else self.adjusted) < ALPHA
 
     @property
     def rows_needed(self) -> int | None:
@@ -137,7 +195,61 @@ class Change:
         """
         if self.gain == 0:
             return None
-        return max(FEWEST_ROWS, math.ceil(self.after.n * (1.96 * self.stderr / self.gain) ** 2))
+        return max(FEWEST_ROWS, math.ceil(self.after.n * (t_quantile(self._freedom) * self.stderr / self.gain) ** 2))
+
+
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: half a 95 % interval in standard errors."""
+    from scipy.special import stdtrit  # of scipy.special, which imports in a tenth of the time of scipy.stats
+
+    return float(stdtrit(freedom, 0.975))
+
+
+def t_p_value(t: float, freedom: int) -> float:
+    """The two-sided p-value of a t statistic."""
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(freedom, -abs(t)))
+
+
+def least_p(n: int) -> float:
+    """The smallest p-value that n rows can give: all of them change one way."""
+    return math.ldexp(1.0, 1 - n)
+
+
+def adjusted_p(scores: Sequence[Score], stage: str) -> dict[tuple[Key, str], float]:
+    """P-values of a stage's changes against every earlier stage, corrected together by Holm's method (1979).
+
+    A report names the best of several earlier scores and looks at every suite: one comparison in twenty would look
+    like a change where nothing changed. With the correction, at most one run in twenty says so anywhere.
+
+    Args:
+        scores: Those of one line of stages (`of_lineage`).
+        stage: The stage whose changes are judged.
+
+    Returns:
+        By suite and metric, and earlier stage.
+    """
+    order = stages_of(scores)
+    after = {score.key: score for score in scores if score.stage == stage}
+    raw = {
+        (score.key, score.stage): Change(score, after[score.key]).p
+        for score in scores
+        if score.key in after and score.stage in order[: order.index(stage)]
+    }
+    adjusted, largest = {}, 0.0
+    for place, (which, p) in enumerate(sorted(raw.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, p * (len(raw) - place)))
+        adjusted[which] = largest
+    return adjusted
+
+
+def change_since(scores: Sequence[Score], since: str, stage: str, key: Key) -> Change | None:
+    """The change of a score from one stage to a later one; None where either has none."""
+    by_stage = {score.stage: score for score in scores if score.key == key}
+    if since == stage or since not in by_stage or stage not in by_stage:
+        return None
+    return Change(by_stage[since], by_stage[stage], adjusted_p(scores, stage).get((key, since)))
 
 
 def read_scorecard(path: Path) -> list[Score]:
@@ -163,42 +275,69 @@ def of_lineage(scores: Sequence[Score], lineage: Sequence[str]) -> list[Score]:
     return [score for score in scores if score.stage in lineage]
 
 
-def last_change(scores: Sequence[Score], stage: str, key: tuple[str, str]) -> Change | None:
+def last_change(scores: Sequence[Score], stage: str, key: Key) -> Change | None:
     """From the stage before to `stage`: what this one stage did."""
-    order = stages_of(scores)
-    by_stage = {score.stage: score for score in scores if score.key == key}
-    earlier = [name for name in order[: order.index(stage)] if name in by_stage]
-    if not earlier or stage not in by_stage:
-        return None
-    return Change(by_stage[earlier[-1]], by_stage[stage])
+    earlier = _scored_before(scores, stage, key)
+    return change_since(scores, earlier[-1].stage, stage, key) if earlier else None
 
 
-def forgetting(scores: Sequence[Score], stage: str, key: tuple[str, str]) -> Change | None:
+def forgetting(scores: Sequence[Score], stage: str, key: Key) -> Change | None:
     """From the best earlier score (the base included) to `stage`; a negative gain is what was forgotten.
 
     The best earlier score, and not only the base, is the reference, so that what one stage taught and the next one lost
     counts too, and a model that starts from nothing has something to forget (Chaudhry et al. 2018, arXiv:1801.10112).
     """
+    earlier = _scored_before(scores, stage, key)
+    return change_since(scores, max(earlier, key=lambda score: score.merit).stage, stage, key) if earlier else None
+
+
+def _scored_before(scores: Sequence[Score], stage: str, key: Key) -> list[Score]:
     order = stages_of(scores)
-    by_stage = {score.stage: score for score in scores if score.key == key}
-    earlier = [by_stage[name] for name in order[: order.index(stage)] if name in by_stage]
-    if not earlier or stage not in by_stage:
-        return None
-    best = max(earlier, key=lambda score: score.merit)
-    return Change(best, by_stage[stage])
+    earlier = order[: order.index(stage)] if stage in order else []
+    return [score for name in earlier for score in scores if score.stage == name and score.key == key]
 
 
-def over_budget(scores: Sequence[Score], stage: str, suite: str, budget: float) -> list[Change]:
-    """The changes of a suite whose loss is above `budget`, beyond the noise.
+@dataclass(frozen=True)
+class Budget:
+    """How the scores of one suite stand to its budget.
 
-    The budget is a share of the score before; of a score with an ideal it is how much further from that it may be.
+    Args:
+        over: Changes whose loss is told to be above the budget.
+        undecided: Changes whose measured loss is above it, though it may be noise.
     """
-    found = []
-    for key in dict.fromkeys(score.key for score in scores if score.suite == suite and score.stage == stage):
+
+    over: list[Change]
+    undecided: list[Change]
+
+
+def judge_budget(scores: Sequence[Score], stage: str, name: str, suite: Suite) -> Budget:
+    """Holds the losses of a suite against its budget.
+
+    The budget is a share of the score before; of a score with an ideal it is how much further from that it may be. A
+    loss is over it where the 95 % interval of the change is, and the change is told from noise. Where a suite has so
+    few rows that no loss could ever be told, the measured loss decides, unless its `too_few_rows` says `pass`.
+
+    Args:
+        scores: Those of one line of stages (`of_lineage`).
+        stage: The stage that is judged.
+        name: The suite's name.
+        suite: The suite, with its budget.
+    """
+    over, undecided = [], []
+    budget = suite.budget if suite.budget is not None else math.inf
+    comparisons = len(adjusted_p(scores, stage)) if stage in stages_of(scores) else 0
+    for key in dict.fromkeys(score.key for score in scores if score.suite == name and score.stage == stage):
         change = forgetting(scores, stage, key)
         if change is None:
             continue
         allowed = budget if change.after.ideal is not None else budget * abs(change.before.value)
-        if change.beyond_noise and -change.gain - 1.96 * change.stderr > allowed:
-            found.append(change)
-    return found
+        if not -change.gain > allowed:
+            continue
+        least = -change.interval[1] if change.interval else -change.gain  # the loss at the better end of the interval
+        told = change.beyond_noise and least > allowed
+        too_few = least_p(change.after.n) * comparisons >= ALPHA
+        if told or (too_few and suite.too_few_rows == "fail"):
+            over.append(change)
+        else:
+            undecided.append(change)
+    return Budget(over, undecided)

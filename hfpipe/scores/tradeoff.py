@@ -16,9 +16,7 @@ from statistics import fmean
 
 from hfpipe.recipe.config import Suite
 from hfpipe.recipe.metric_table import BIAS_METRICS, FULL_MARKS
-from hfpipe.scores.scorecard import BASE, Change, Score, forgetting, over_budget
-
-Key = tuple[str, str]
+from hfpipe.scores.scorecard import BASE, Change, Key, Score, change_since, forgetting, judge_budget
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,8 @@ def gains_and_losses(scores: Sequence[Score]) -> tuple[list[Change], list[Change
     last = scores[-1].stage if scores else BASE
     if last == BASE:
         return [], []
-    base = {score.key: score for score in scores if score.stage == BASE}
     end = {score.key: score for score in scores if score.stage == last}
-    gained = [Change(base[key], score) for key, score in end.items() if key in base]
+    gained = [change for key in end if (change := change_since(scores, BASE, last, key))]
     lost = [change for key in end if (change := forgetting(scores, last, key))]
     new = (from_baseline(score) for score in end.values() if is_first(scores, score))
     changes = [*gained, *(change for change in new if change)]
@@ -177,7 +174,7 @@ def point(
     lost = [change for score in end if score.key in kept and (change := forgetting(every, score.stage, score.key))]
     over = []
     for name in kept_suites(suites) if end else ():
-        over += over_budget(every, end[0].stage, name, suites[name].budget or 0.0)
+        over += judge_budget(every, end[0].stage, name, suites[name]).over
     return Point(_gain(gains, scales), _loss(lost), over)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hfpipe.recipe import load_recipe
-from hfpipe.scores.scorecard import Score, of_lineage, over_budget
+from hfpipe.recipe import Suite, load_recipe
+from hfpipe.scores.scorecard import Budget, Score, judge_budget, of_lineage
 
 
 def score(stage: str, value: float, stderr: float = 0.01, **changes: object) -> Score:
@@ -16,19 +16,31 @@ def score(stage: str, value: float, stderr: float = 0.01, **changes: object) -> 
     return Score(stage, value=value, stderr=stderr, **facts)  # type: ignore[arg-type]
 
 
+def judged(before: Score, after: Score, **words: object) -> Budget:
+    suite = Suite.model_validate({"data": {"path": "x"}, "metrics": ["bits_per_byte"], "budget": 0.03, **words})
+    return judge_budget([before, after], "chat", "general", suite)
+
+
 @pytest.mark.parametrize(
-    ("after", "over"),
+    ("after", "verdict"),
     [
-        (score("chat", 1.035), False),  # 3.5 % lost, 0.5 % above the budget, within 1.96 errors of sqrt(2) %
-        (score("chat", 1.035, paired={"base": 0.001}), True),  # the same rows, so the noise is smaller
-        (score("chat", 1.07), True),
-        (score("chat", 1.02, stderr=0.0), False),  # inside the budget
-        (score("chat", 0.5), False),  # better
-        (score("chat", 1.5, n=5), False),  # five rows tell nothing
+        (score("chat", 1.035), "undecided"),  # 3.5 % lost, 0.5 % above the budget, within the error of 1.4 %
+        (score("chat", 1.035, paired={"base": {"stderr": 0.001, "p": 0.001, "low": 0.033, "high": 0.037}}), "over"),
+        (score("chat", 1.07), "over"),
+        (score("chat", 1.02, stderr=0.0), "inside"),
+        (score("chat", 0.5), "inside"),  # better
     ],
 )
-def test_a_budget_is_exceeded_beyond_the_noise_only(after: Score, over: bool) -> None:
-    assert bool(over_budget([score("base", 1.0), after], "chat", "general", 0.03)) is over
+def test_a_budget_is_exceeded_beyond_the_noise_only(after: Score, verdict: str) -> None:
+    found = judged(score("base", 1.0), after)
+    assert ("over" if found.over else "undecided" if found.undecided else "inside") == verdict
+
+
+def test_with_too_few_rows_the_recipe_says_what_a_budget_does() -> None:
+    before, after = score("base", 1.0, n=4), score("chat", 3.0, n=4)
+    assert judged(before, after).over, "a measured loss counts"
+    assert judged(before, after, too_few_rows="pass").undecided
+    assert not judged(before, score("chat", 1.01, n=4)).over
 
 
 def test_a_stage_has_nothing_to_forget_of_one_beside_it(tmp_path: Path) -> None:
@@ -43,5 +55,6 @@ def test_a_stage_has_nothing_to_forget_of_one_beside_it(tmp_path: Path) -> None:
         ["base", "prose", "beside"],
     ]
     scores = [score("base", 2.0), score("prose", 1.0), score("sounds", 0.5), score("beside", 1.0)]
-    assert over_budget(scores, "beside", "general", 0.03), "against the best of all stages"
-    assert not over_budget(of_lineage(scores, recipe.lineage("beside")), "beside", "general", 0.03)
+    suite = recipe.evaluate["general"].model_copy(update={"budget": 0.03})
+    assert judge_budget(scores, "beside", "general", suite).over, "against the best of all stages"
+    assert not judge_budget(of_lineage(scores, recipe.lineage("beside")), "beside", "general", suite).over

@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn_metrics
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.evaluation.metrics.matches import names_of
-from hfpipe.evaluation.metrics.rows import RowMetric, wilson
+from hfpipe.evaluation.metrics.rows import Interval, RowMetric, wilson
 
 AVERAGES = ("macro", "micro", "weighted", "binary")
 Answers = Sequence[str] | Sequence[list[str]]  # one class a row, or several
@@ -26,15 +26,17 @@ class ClassMetric(RowMetric):
     by_row = False
     lowest = 0.0  # of all values; the highest is 1
 
-    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
+    def interval(self, value: float, statistics: np.ndarray) -> Interval:
         """The bootstrap's, or Wilson's of a share like the value where that is wider.
 
         Of few rows the bootstrap knows too little: where all are right, every resample is.
         """
-        stderr, low, high = super().interval(value, statistics, draws)
+        stderr, low, high = super().interval(value, statistics)
         size = 1 - self.lowest
         ends = wilson((value - self.lowest) / size, len(statistics))
         wide_low, wide_high = (self.lowest + size * end for end in ends)
+        if low is None or high is None:
+            return stderr, wide_low, wide_high
         return stderr, min(low, wide_low), max(high, wide_high)
 
     def names(self, answers: Iterable[str | list[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hfpipe.evaluation.metrics.rows import Ratio, Share
+from hfpipe.evaluation.metrics.rows import Interval, Ratio, Share, jackknife
 
 
 class BitsPerByte(Ratio):
@@ -38,9 +38,14 @@ class Perplexity(BitsPerByte):
     def value(self, sums: np.ndarray) -> np.ndarray:
         return np.exp2(np.minimum(super().value(sums), MOST_BITS))
 
-    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
-        stderr, low, high = super().interval(value, statistics, draws)
-        return stderr * value * float(np.log(2)), low, high  # of the exponent, carried over by its slope
+    def interval(self, value: float, statistics: np.ndarray) -> Interval:
+        """Those of the bits, carried over: the error by its slope, the ends as they are, so that none is below one."""
+        bits = np.log2(self.value(statistics.sum(0) - statistics))
+        stderr, low, high = jackknife(float(np.log2(value)), bits, statistics[:, 1])
+        if stderr is None or low is None or high is None:
+            return None, None, None
+        lower, upper = (float(np.exp2(min(end, MOST_BITS))) for end in (low, high))
+        return stderr * value * float(np.log(2)), lower, upper
 
 
 class WordPerplexity(Perplexity):

@@ -1,21 +1,29 @@
-"""What our metrics share: each is a function of sums over rows, so that resampling costs one product of matrices.
+"""Metrics that are functions of sums over rows, their errors, and the comparison of two models on the same rows.
 
-A row gives a few numbers (its statistics), a score is computed from their sums. The bootstrap (Efron 1979; for two
-models on the same rows Koehn 2004, aclanthology.org/W04-3250) draws rows with replacement: with the numbers of draws as
-a matrix (samples, rows), all resampled sums are that matrix times the statistics.
+A row gives a few numbers (its statistics), a score is computed from their sums. So to leave a row out, to draw rows
+with replacement (the bootstrap, Efron 1979) or to exchange the rows of two models costs one product of matrices.
+`benchmarks/coverage.py` measures how often the intervals hold and how often the test errs, by metric and rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
-SAMPLES = 1000
+from hfpipe.scores.scorecard import Paired
+
+SAMPLES = 1000  # of the bootstrap
+EXCHANGES = 9_999  # of the test
+EXACT_ROWS = 13  # with at most so many changed rows every exchange is tried: 8,192
 Z = 1.96  # 95 % of a normal distribution
+
+Interval = tuple[float | None, float | None, float | None]  # standard error, lower and upper end of the 95 % interval
 
 
 class RowMetric(evaluate.Metric):
@@ -60,10 +68,31 @@ class RowMetric(evaluate.Metric):
         """The scores of sums of statistics, (..., K) to (...)."""
         raise NotImplementedError
 
-    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
-        """Standard error and 95 % interval: by the bootstrap, unless the metric knows better."""
-        low, high = np.percentile(draws, [2.5, 97.5])
-        return _spread(draws), min(float(low), value), max(float(high), value)
+    def interval(self, value: float, statistics: np.ndarray) -> Interval:
+        """Standard error and 95 % interval of a score."""
+        return self.error(value, [statistics])
+
+    def error(self, value: float, parts: Sequence[np.ndarray]) -> Interval:
+        """Standard error and 95 % interval of a score, or of the difference of two models on the same rows.
+
+        By the bootstrap: the rows are drawn for both models alike (Koehn 2004, aclanthology.org/W04-3250), and the
+        percentiles are those that make up for few rows (Hesterberg 2015, arXiv:1411.5279, section 5.2).
+
+        Args:
+            value: The score, or the difference.
+            parts: (N, K) statistics of the model; of two models, the later one's last.
+
+        Returns:
+            All None for a single row, which has no spread.
+        """
+        n = len(parts[0])
+        if n < 2:
+            return None, None, None
+        draws = _last_less_first([self.value(resampled_sums(part)) for part in parts])
+        widening = math.sqrt(n / (n - 1))
+        tail = 100 * float(ndtr(widening * stdtrit(n - 1, 0.025)))
+        low, high = np.percentile(draws, [tail, 100 - tail])
+        return widening * float(np.std(draws, ddof=1)), min(float(low), value), max(float(high), value)
 
     def size(self, statistics: np.ndarray) -> int:
         """How many of the rows the score is about."""
@@ -80,24 +109,27 @@ class RowMetric(evaluate.Metric):
             forms.insert(0, datasets.Features({side: datasets.List(value) for side, value in sides.items()}))
         return evaluate.MetricInfo(description=self.__doc__ or "", citation="", features=forms)
 
-    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float | None]:
         statistics = self.statistics(predictions, references)
         value = self.whole(predictions, references, statistics)
-        stderr, low, high = self.interval(value, statistics, self.value(resampled_sums(statistics)))
+        stderr, low, high = self.interval(value, statistics)
         return {self.key: value, "stderr": stderr, "low": low, "high": high, "n": self.size(statistics)}
 
 
 class Ratio(RowMetric):
-    """A sum over a sum, (N, 2): means too, with ones below. Its standard error is the delta method's."""
+    """A sum over a sum, (N, 2): means too, with ones below. Its errors are the jackknife's, with Student's t.
+
+    Rows of very different size count for fewer: the degrees of freedom are those of Kish's effective number of rows
+    (1965), so that a few long texts among short ones do not give too narrow an interval.
+    """
 
     def value(self, sums: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # a row without a word, of which word_perplexity asks
             return sums[..., 0] / np.maximum(sums[..., 1], np.finfo(float).tiny)
 
-    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
-        above, below = statistics.T
-        stderr = float(np.sqrt(np.square(above - above.sum() / below.sum() * below).sum()) / below.sum())
-        return stderr, *super().interval(value, statistics, draws)[1:]
+    def error(self, value: float, parts: Sequence[np.ndarray]) -> Interval:
+        without = _last_less_first([self.value(part.sum(0) - part) for part in parts])
+        return jackknife(value, without, parts[0][:, 1])
 
 
 class Share(Ratio):
@@ -111,8 +143,28 @@ class Share(Ratio):
         """Whether a row is right."""
         raise NotImplementedError
 
-    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
-        return super().interval(value, statistics, draws)[0], *wilson(value, len(statistics))
+    def interval(self, value: float, statistics: np.ndarray) -> Interval:
+        return self.error(value, [statistics])[0], *wilson(value, len(statistics))
+
+
+def jackknife(value: float, without: np.ndarray, sizes: np.ndarray) -> Interval:
+    """Standard error and 95 % interval of a ratio by the jackknife (Tukey 1958).
+
+    Args:
+        value: The ratio of all rows.
+        without: (N,) the ratio with each row left out.
+        sizes: (N,) what each row adds below the line.
+
+    Returns:
+        All None for a single row, which has no spread.
+    """
+    n = len(without)
+    if n < 2:
+        return None, None, None
+    stderr = float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))
+    rows = sizes.sum() ** 2 / np.square(sizes).sum()
+    half = float(stdtrit(max(1.0, rows - 1), 0.975)) * stderr
+    return stderr, value - half, value + half
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -133,10 +185,14 @@ def resampled_sums(statistics: np.ndarray, samples: int = SAMPLES, seed: int = 0
     return np.concatenate(parts)
 
 
-def paired_stderr(
+def paired_test(
     metric: RowMetric, before: tuple[Sequence[Any], Sequence[Any]], after: tuple[Sequence[Any], Sequence[Any]]
-) -> float:
-    """Standard error of the difference of two scores on the same rows, which are drawn for both alike.
+) -> Paired:
+    """Compares two models on the same rows.
+
+    The p-value is that of the randomization test (Fisher 1935; Noreen 1989): if nothing changed, each row might as well
+    have come from the other model, so the difference is held against those with rows exchanged at random. It is exact
+    however few or skewed the rows are; four changed rows give 0.125 at the least.
 
     Args:
         metric: A metric of ours.
@@ -146,9 +202,37 @@ def paired_stderr(
     n = len(before[0])
     # Together, so that both have the same columns: which classes there are is known from all the rows only.
     statistics = metric.statistics([*before[0], *after[0]], [*before[1], *after[1]])
-    draws = [metric.value(resampled_sums(part)) for part in (statistics[:n], statistics[n:])]
-    return _spread(draws[1] - draws[0])
+    one, other = statistics[:n], statistics[n:]
+    difference = float(metric.value(other.sum(0)) - metric.value(one.sum(0)))
+    stderr, low, high = metric.error(difference, [one, other])
+    return Paired(stderr or 0.0, _p_value(metric, one, other, difference), low, high)
 
 
-def _spread(draws: np.ndarray) -> float:
-    return float(np.std(draws, ddof=1))
+def _p_value(metric: RowMetric, one: np.ndarray, other: np.ndarray, difference: float) -> float:
+    """The two-sided p-value of the randomization test."""
+    changed = (one != other).any(1)
+    count = int(changed.sum())
+    if not count or difference == 0:
+        return 1.0
+    half = (other - one)[changed] / 2
+    middle = (one.sum(0) + other.sum(0)) / 2
+    exact = count <= EXACT_ROWS
+    if exact:
+        signs = 1.0 - 2.0 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
+    else:
+        signs = np.random.default_rng(0).choice((-1.0, 1.0), (EXCHANGES, count))
+    moved = signs @ half
+    found = metric.value(middle + moved) - metric.value(middle - moved)
+    as_large = int((np.abs(found) >= abs(difference) * (1 - 1e-9)).sum())
+    if exact:
+        return as_large / len(found)
+    p = (1 + as_large) / (1 + EXCHANGES)
+    if as_large:
+        return p
+    # Beyond what so many exchanges can show: Hoeffding's bound (1963) of a sum with random signs.
+    return min(p, 2 * math.exp(-(difference**2) / (2 * float(np.mean(np.square(found))))))
+
+
+def _last_less_first(values: Sequence[np.ndarray]) -> np.ndarray:
+    """The values of a single model, or the difference of two models'."""
+    return values[0] if len(values) == 1 else values[-1] - values[0]
