@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hfpipe.data.chat import chat_text
 from hfpipe.data.sources.formats import Rows, roles_of
 from hfpipe.data.sources.load import load_rows
-from hfpipe.data.tokenize import chat_text
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.recipe.row_formats import TEXT_KINDS
 

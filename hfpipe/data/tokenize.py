@@ -1,22 +1,27 @@
 """Rows of text to tokens and labels: what is trained on, and what is scored.
 
-A row has one of three forms: `text`, `prompt` + `completion`, or `messages`. Text and prompt are joined before they are
-tokenized, as a model will meet them; offsets tell which tokens belong to the completion.
+A row has one of three forms: `text`, `prompt` + `completion`, or `messages`. A row becomes one text, as a model will
+meet it, and is tokenized as a whole; the places of its tokens in the text tell which of them are trained on.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from hfpipe.core.errors import DataError
+from hfpipe.data.chat import Chats, Span, chat_text, conversation, generation_marked_template, is_trained
 from hfpipe.data.sources.templates import COMPLETION_TURNS
+from hfpipe.data.text_tokens import IGNORED, Text, TextTokenizer, TokenRows, untrimmed
+from hfpipe.recipe import Sft, Source
 
-IGNORED = -100  # the label of a token that is not trained on
+__all__ = ["IGNORED", "Encoded", "RowTokenizer", "TokenRows", "encode", "encode_for_training"]
+
+TrainOn = Literal["assistant", "last", "completion", "all"]
+TooLong = Literal["cut", "split", "drop"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Encoded:
 
 
 def prompt_and_completion(row: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
-    """The two texts of a row: what is given and what is to be said.
+    """Returns the two texts of a row: what is given and what is to be said.
 
     A plain text has an empty prompt. The last message of a conversation is the completion, or all that its data had in
     the column of that name.
@@ -63,50 +68,6 @@ def prompt_and_completion(row: dict[str, Any], tokenizer: Any) -> tuple[str, str
     return "", row["text"]
 
 
-def conversation(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The turns of a row, and what its chat template is given beside them.
-
-    As in TRL these are the columns `tools`, JSON schemas as a list or as JSON text, and `chat_template_kwargs`. The
-    tools and calls of a table have the keys of all others, and None where they have none of their own: those are taken
-    out, or a template would write them.
-
-    Raises:
-        DataError: `tools` is a text and not JSON.
-    """
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            name = row.get("id", "without an id")
-            raise DataError(f"`tools` of the row {name} is a text and not JSON: {error}.") from error
-    else:
-        tools = _without_gaps(tools)
-    turns = [
-        {key: _without_gaps(value) for key, value in turn.items() if value is not None or key == "content"}
-        for turn in row["messages"]
-    ]
-    return turns, {"tools": tools or None, **_without_gaps(row.get("chat_template_kwargs") or {})}
-
-
-def _without_gaps(value: Any) -> Any:
-    """A value without the keys, at any depth, that hold None."""
-    if isinstance(value, dict):
-        return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
-    return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
-
-
-def chat_text(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-    """A conversation through the tokenizer's own chat template, as text."""
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the data holds `messages`, but the tokenizer has no chat template. Give one in the recipe "
-            "(model.tokenizer.chat_template), take an instruct model's tokenizer, or build prompt and completion with "
-            "`template:`."
-        )
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-
-
 def encode(
     rows: Sequence[dict[str, Any]],
     tokenizer: Any,
@@ -115,13 +76,13 @@ def encode(
     append_eos: bool,
     score_prompt: bool = False,
 ) -> list[Encoded]:
-    """Tokenizes rows in one call of the Rust tokenizer.
+    """Tokenizes rows for scoring, in one call of the Rust tokenizer.
 
     Args:
         rows: Rows with `text`, `prompt` + `completion`, or `messages`.
         tokenizer: A fast tokenizer.
         max_length: Tokens to keep of the beginning of each row; None for all.
-        append_eos: Whether an EOS token follows the text (training) or not (scoring).
+        append_eos: Whether an EOS token follows the text.
         score_prompt: Whether the prompt's tokens are targets too.
 
     Returns:
@@ -129,16 +90,12 @@ def encode(
     """
     pairs = [prompt_and_completion(row, tokenizer) for row in rows]
     chat = bool(rows) and "messages" in rows[0]  # the template has written the special tokens already
-    batch = tokenizer(
-        [prompt + completion for prompt, completion in pairs],
-        add_special_tokens=not chat,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-    )
+    backend = untrimmed(tokenizer)
+    found = backend.encode_batch([prompt + completion for prompt, completion in pairs], add_special_tokens=not chat)
     encoded = []
-    for (prompt, completion), ids, offsets in zip(pairs, batch["input_ids"], batch["offset_mapping"], strict=True):
-        text = prompt + completion
-        spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    for (prompt, completion), encoding in zip(pairs, found, strict=True):
+        text, ids = prompt + completion, encoding.ids
+        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         if append_eos and not (ids and ids[-1] == tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
             spans = np.concatenate([spans, [[len(text), len(text)]]])
@@ -153,7 +110,7 @@ def encode(
 
 
 def _bytes_of(text: str, spans: np.ndarray, scored: np.ndarray) -> int:
-    """Bytes of the text from the first scored token to the last: the targets are one run."""
+    """Counts the bytes of the text from the first scored token to the last: the targets are one run."""
     where = np.flatnonzero(scored)
     if not len(where):
         return 0
@@ -168,70 +125,181 @@ def encode_for_training(
     tokenizer: Any,
     *,
     max_length: int | None,
-    completion_only: bool | None,
-    assistant_only: bool,
+    train_on: TrainOn | None = None,
+    completion_only: bool | None = None,
+    assistant_only: bool = False,
+    too_long: TooLong = "cut",
 ) -> list[dict[str, list[int]]]:
-    """Tokens and labels for fine-tuning, in TRL's meaning of `completion_only_loss` and `assistant_only_loss`.
+    """Returns `{"input_ids": [L], "labels": [L]}` of each row that has a token to train on; see `RowTokenizer`."""
+    made = RowTokenizer(tokenizer, max_length, train_on, completion_only, assistant_only, too_long)
+    return list(made.encode(rows))
+
+
+def sft_tokenizer(stage: Sft, tokenizer: Any, max_length: int | None, source: Source) -> RowTokenizer:
+    """Returns what tokenizes the rows of an sft stage; all of a text that it replays is trained on.
 
     Args:
-        rows: Rows with `text`, `prompt` + `completion`, or `messages`.
-        tokenizer: A fast tokenizer.
-        max_length: Tokens to keep of each row.
-        completion_only: None trains on the completion where there is one, and else on all.
-        assistant_only: Train on the assistant's turns only, which needs a chat template with generation marks.
-
-    Returns:
-        `{"input_ids": [L], "labels": [L]}` for each row that has a token to train on.
+        stage: The stage.
+        tokenizer: The run's tokenizer.
+        max_length: Tokens of a row.
+        source: Where the rows are from: one of the stage's own, or of a stage that it replays.
     """
-    if rows and "messages" in rows[0]:
-        whole = completion_only is False
-        encoded = [_encode_chat(row, tokenizer, max_length, assistant_only, whole) for row in rows]
-    else:
-        encoded = encode(rows, tokenizer, max_length=max_length, append_eos=True, score_prompt=completion_only is False)
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded if row.scored.any()]
+    training = stage.training
+    return RowTokenizer(
+        tokenizer,
+        max_length,
+        stage.train_on,
+        training.get("completion_only_loss"),
+        training.get("assistant_only_loss", False),
+        stage.too_long,
+        refuse_texts=any(source is own for own in stage.data),
+    )
 
 
-def _encode_chat(
-    row: dict[str, Any], tokenizer: Any, max_length: int | None, assistant_only: bool, whole: bool
-) -> Encoded:
-    """A conversation; of one with a prompt and a completion the targets are the completion's, unless `whole`."""
-    messages, options = conversation(row)
-    if assistant_only:
-        options["chat_template"] = generation_marked_template(tokenizer)
-        both = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
-        ids, scored = both["input_ids"], np.asarray(both["assistant_masks"], dtype=bool)
-    else:
-        chat_text(tokenizer, messages, **options)  # complains where there is no template
-        ids = tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-        scored = np.ones(len(ids), dtype=bool)
-    first, said = 1, row.get(COMPLETION_TURNS)
-    if said and not whole:
-        given = tokenizer.apply_chat_template(messages[:-said], return_dict=True, add_generation_prompt=True, **options)
-        first = max(first, _shared(given["input_ids"], ids))  # as TRL divides them
-    scored[:first] = False
-    return Encoded(ids[:max_length], scored[:max_length], 0)
+class RowTokenizer:
+    """Tokenizes rows for fine-tuning, many at a time, and says which of their tokens are trained on.
 
+    The tokens are those of TRL, and so are the labels where `train_on` means what TRL does: `all`, or the completion of
+    a prompt, which begins where the tokens of the prompt alone and those of the whole part.
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens at the beginning that two sequences share."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def generation_marked_template(tokenizer: Any) -> str:
-    """The chat template with `{% generation %}` marks, which tell the assistant's tokens apart.
+    Args:
+        tokenizer: A fast tokenizer.
+        max_length: Tokens of a row; None for all.
+        train_on: `assistant` (every assistant's turn), `last` (the last of them), `completion`, or `all`. When absent,
+            the completion where a row has one, the assistant's turns of a conversation, and all of a text.
+        completion_only: TRL's `completion_only_loss`; where it or `assistant_only` is given, all is as in TRL.
+        assistant_only: TRL's `assistant_only_loss`.
+        too_long: What becomes of rows beyond `max_length`: `cut` at its end, `split` into rows, or `drop`.
+        refuse_texts: Whether a plain text is refused where `train_on` asks for a part of a row.
 
     Raises:
-        DataError: The template has none and TRL knows no marked form of it.
+        DataError: The data holds messages and there is no chat template, or not the marks that TRL needs, or the
+            template takes none of them; or plain texts, of which no part can be told apart.
     """
-    from trl.chat_template_utils import get_training_chat_template
 
-    if tokenizer.chat_template and "{% generation" in tokenizer.chat_template.replace("{%-", "{%"):
-        return tokenizer.chat_template
-    try:
-        return get_training_chat_template(tokenizer) or tokenizer.chat_template
-    except ValueError as error:
-        raise DataError(
-            "assistant_only_loss needs a chat template with {% generation %} ... {% endgeneration %} around the "
-            "assistant's text, and this model's has none. Put a marked one into model.tokenizer.chat_template, or "
-            "leave assistant_only_loss out to train on whole conversations."
-        ) from error
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None,
+        train_on: TrainOn | None = None,
+        completion_only: bool | None = None,
+        assistant_only: bool = False,
+        too_long: TooLong = "cut",
+        refuse_texts: bool = True,
+    ) -> None:
+        assert train_on in (None, *get_args(TrainOn))
+        self._tokenizer, self._max_length, self._too_long = tokenizer, max_length, too_long
+        self._refuse_texts = refuse_texts
+        self._as_trl = completion_only is not None or assistant_only
+        self._train_on, self._whole, self._assistant_only = train_on, completion_only is False, assistant_only
+        self._texts = TextTokenizer(tokenizer)
+        self._chats: Chats | None = None
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> TokenRows:
+        """Tokenizes rows of one form."""
+        made: list[Text] = []
+        refused: list[tuple[int, str]] = []
+        for number, row in enumerate(rows):
+            if "messages" not in row:
+                made.append(self._of_pair(row))
+                continue
+            try:
+                made.append(self._of_chat(row))
+            except DataError:
+                raise
+            except Exception as error:  # a template raises whatever it likes, for a row that it does not foresee
+                refused.append((number, f"{type(error).__name__}: {error}"))
+        if refused and not made:
+            raise DataError(
+                f"the chat template takes none of {len(refused)} conversations; of the first it says: {refused[0][1]} "
+                "Look at the roles and the order of the turns, or give another template."
+            )
+        if not made:
+            return TokenRows(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), refused=tuple(refused))
+        found = self._texts.encode(made, special="messages" not in rows[0])
+        return self._fitted(found, tuple(refused))
+
+    def _of_pair(self, row: dict[str, Any]) -> Text:
+        eos = self._tokenizer.eos_token
+        prompt = row.get("prompt")
+        text = row["text"] if prompt is None else row["completion"]
+        if eos and not text.endswith(eos):
+            text += eos
+        if prompt is None:
+            if self._train_on in ("assistant", "last", "completion") and self._refuse_texts:
+                raise DataError(
+                    f"`train_on: {self._train_on}` needs rows with messages, or with prompt and completion; this "
+                    "source holds plain texts, of which all is trained on. Leave `train_on` out, or name the columns "
+                    "of prompt and completion (`columns:`, `template:`)."
+                )
+            return Text(text)
+        everything = self._whole or self._train_on == "all"
+        return Text(prompt + text, prompt=None if everything else prompt)
+
+    def _of_chat(self, row: dict[str, Any]) -> Text:
+        messages, options = conversation(row)
+        said = row.get(COMPLETION_TURNS)
+        if self._chats is None:
+            template = generation_marked_template(self._tokenizer) if self._assistant_only else None
+            self._chats = Chats(self._tokenizer, template)
+        chats = self._chats
+        prompt = None
+        if said and (not self._whole if self._as_trl else self._train_on in (None, "completion")):
+            prompt = chats.text(messages[:-said], options, prompt=True)
+        if self._as_trl:
+            text, spans = chats.marked(messages, options) if self._assistant_only else (None, None)
+            return Text(chats.text(messages, options) if text is None else text, prompt, spans)
+        untrained = [number for number, one in enumerate(messages) if not is_trained(one, row)]
+        if prompt is not None or self._train_on == "all":
+            if not untrained:
+                return Text(chats.text(messages, options), prompt)
+            text, gone = chats.turns(messages, options, untrained)
+            ends = [0, *(place for span in gone for place in span), len(text)]
+            return Text(text, prompt, [*zip(ends[::2], ends[1::2], strict=True)])
+        return Text(*self._answers(chats, messages, options, untrained))
+
+    def _answers(
+        self, chats: Chats, messages: list[dict[str, Any]], options: dict[str, Any], untrained: list[int]
+    ) -> tuple[str, None, list[Span]]:
+        """Returns the text of a conversation, and the assistant's turns that are trained on."""
+        answers = [number for number, one in enumerate(messages) if one["role"] == "assistant"]
+        wanted = [number for number in answers if number not in untrained]
+        if self._train_on in ("last", "completion"):
+            wanted = wanted[-1:] if wanted[-1:] == answers[-1:] else []
+        if not chats.has_marks(options):
+            text, spans = chats.turns(messages, options, wanted)
+            return text, None, spans
+        text, marked = chats.marked(messages, options)
+        if wanted == answers:
+            return text, None, marked
+        if len(marked) == len(answers):
+            return text, None, [marked[answers.index(number)] for number in wanted]
+        _, turns = chats.turns(messages, options, wanted)
+        parts = [(max(a, first), min(b, last)) for a, b in marked for first, last in turns]
+        return text, None, [(first, last) for first, last in parts if first < last]
+
+    def _fitted(self, found: TokenRows, refused: tuple[tuple[int, str], ...]) -> TokenRows:
+        """Cuts, splits or drops what is too long, and leaves out what has no token to train on."""
+        ids, trained, lengths = found.ids, found.trained, np.diff(found.starts)
+        long = 0
+        if self._max_length is not None and (over := lengths > self._max_length).any():
+            long = int(over.sum())
+            places = np.arange(len(ids)) - np.repeat(found.starts[:-1], lengths)
+            if self._too_long == "split":
+                pieces = -(-lengths // self._max_length)
+                rest = lengths - (pieces - 1) * self._max_length
+                lengths = np.full(pieces.sum(), self._max_length)
+                lengths[np.cumsum(pieces) - 1] = rest
+                trained = trained & (places % self._max_length > 0)  # nothing stands before the first of a row
+            else:
+                keep = places < self._max_length if self._too_long == "cut" else np.repeat(~over, lengths)
+                ids, trained = ids[keep], trained[keep]
+                lengths = np.minimum(lengths, self._max_length) if self._too_long == "cut" else lengths[~over]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        counts = np.diff(np.concatenate([[0], np.cumsum(trained)])[starts])
+        has = counts > 0
+        if not has.all():
+            keep = np.repeat(has, lengths)
+            ids, trained, lengths = ids[keep], trained[keep], lengths[has]
+            starts = np.concatenate([[0], np.cumsum(lengths)])
+        return TokenRows(ids, trained, starts.astype(np.int64), int((~has).sum()), long, refused)

@@ -32,6 +32,8 @@ from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, encode_rows, long_rows
 from hfpipe.stages.trainer import divide_batch
 
+LONG_ROWS = {"cut": "lose their end", "split": "go on in another row", "drop": "are left out"}
+
 
 def preflight(recipe: Recipe) -> None:
     """Prints one page on a recipe: model, memory, disk, rows and tokens of each source, steps, suites, the Hub.
@@ -113,7 +115,8 @@ def _tell_stage(recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[t
         known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
         rows_known += count or 0
         tokens_known += (count or 0) * facts["tokens"]
-        print(f"data       {stage.name}: {source.title}: {known}; {facts['tokens']:.0f} tokens a row")
+        trained = f", {facts['trained']:.0%} of them trained on" if stage.kind == "sft" else ""
+        print(f"data       {stage.name}: {source.title}: {known}; {facts['tokens']:.0f} tokens a row{trained}")
         print(f"           {samples[stage.name, place].taken}")
         if source.cleaned:
             print(f"           cleaned first, in one pass over it: {cleaning_of(source)}")
@@ -162,12 +165,15 @@ def _memory_bytes(stage: Stage, parameters: int, embedding: int) -> float:
 def _facts_of(
     sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source
 ) -> dict[str, float]:
-    """Returns the tokens a row and the share of rows without a trained token, over the first rows of a source."""
+    """Returns of the first rows of a source the tokens a row, the share that is trained, and of rows without one."""
     if not sample:
-        return {"tokens": 0.0, "untrained": 0.0}
+        return {"tokens": 0.0, "trained": 0.0, "untrained": 0.0}
     encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
-    tokens = sum(len(row["input_ids"]) for row in encoded) / max(len(encoded), 1)
-    return {"tokens": tokens, "untrained": 1 - len(encoded) / len(sample)}
+    tokens = sum(len(row["input_ids"]) for row in encoded)
+    trained = sum(label != IGNORED for row in encoded for label in row["labels"])
+    rows = max(len(encoded), 1)
+    share = {"trained": trained / max(tokens, 1), "untrained": max(0.0, 1 - len(encoded) / len(sample))}
+    return {"tokens": tokens / rows, **share}
 
 
 def _marks(sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
@@ -183,7 +189,9 @@ def _marks(sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_lengt
         "stop there: the chat template ends its turns otherwise, or has EOS outside of its generation marks": sum(
             eos not in row for row in trained
         ),
-        f"are longer than max_length ({max_length}) and lose their end": sum(len(row) > max_length for row in ids),
+        f"are longer than max_length ({max_length}) and {LONG_ROWS[getattr(stage, 'too_long', 'cut')]}": sum(
+            len(row) > max_length for row in ids
+        ),
     }
     return [f"{count / len(ids):.0%} of the sampled rows {what}" for what, count in found.items() if count]
 

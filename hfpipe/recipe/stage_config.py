@@ -286,6 +286,14 @@ class Sft(StageBase):
     """Supervised fine-tuning on prompt + completion, messages, or text."""
 
     kind: Literal["sft"]
+    train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
+        None,
+        description="what is learned: every assistant's turn, the last of them, the completion, or all; when absent "
+        "the completion where a row has one, the assistant's turns of a conversation, and all of a text",
+    )
+    too_long: Literal["cut", "split", "drop"] = Field(
+        "cut", description="what becomes of a row beyond training.max_length: it loses its end, goes on, or is left out"
+    )
     replay: Replay | None = None
 
 

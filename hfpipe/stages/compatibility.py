@@ -18,13 +18,13 @@ from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
 from hfpipe.data.sources.formats import Taken, kinds_of
 from hfpipe.data.sources.load import open_source
-from hfpipe.data.tokenize import IGNORED, encode_for_training
+from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
 from hfpipe.evaluation.answers import asked_of, tells_apart
 from hfpipe.evaluation.metrics.rows import RowMetric
 from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
-from hfpipe.recipe import Classification, Pretrain, Recipe, Source, Stage, Suite
+from hfpipe.recipe import Classification, Pretrain, Recipe, Sft, Source, Stage, Suite
 from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
 from hfpipe.stages.trainer import require_positions
@@ -247,10 +247,6 @@ def encode_rows(
         size = None if max_length is None else max_length - frame.size
         masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
         return [{key: value.tolist() for key, value in row.items()} for row in masked]
-    return encode_for_training(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        completion_only=stage.training.get("completion_only_loss"),
-        assistant_only=stage.training.get("assistant_only_loss", False),
-    )
+    if isinstance(stage, Sft):
+        return list(sft_tokenizer(stage, tokenizer, max_length, source).encode(rows))
+    return list(RowTokenizer(tokenizer, max_length, train_on="all").encode(rows))

@@ -15,7 +15,7 @@ from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.load import load_rows
-from hfpipe.data.tokenize import encode_for_training
+from hfpipe.data.tokenize import sft_tokenizer
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source
@@ -90,18 +90,16 @@ def _tokenize(
     run: StageRun, source: Source, length: int | None, at_most: int | None = None
 ) -> tuple[Dataset, dict[str, Any]]:
     """Reads and tokenizes a source in batches, on every rank alike; and what was read of it."""
-    training, read = run.stage.training, Read()
+    assert isinstance(run.stage, Sft)
+    read, rows_to_tokens = Read(), sft_tokenizer(run.stage, run.tokenizer, length, source)
     rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS), source)
     clean = islice(tidy_rows(rows, source, read), at_most)
     tokenized: list[dict[str, list[int]]] = []
     while chunk := [*islice(clean, 1000)]:
-        tokenized += encode_for_training(
-            chunk,
-            run.tokenizer,
-            max_length=length,
-            completion_only=training.get("completion_only_loss"),
-            assistant_only=training.get("assistant_only_loss", False),
-        )
+        made = rows_to_tokens.encode(chunk)
+        tokenized += made
+        for number, word in made.refused:
+            read.dirty.add([f"the chat template refuses it ({word})"], str(chunk[number].get("id", "without an id")))
     refuse_dirt(source, read.dirty, read.rows, run.stage.max_dirty_share)
     left = read.rows - len(read.dirty)
     if not tokenized:

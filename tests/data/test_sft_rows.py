@@ -95,13 +95,11 @@ def test_rows_are_trls_own(tokenizer: Any, model: Any, tmp_path: Path, case: str
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = load_rows(Source.model_validate({"path": "json", "data_files": str(file)}))
-    made = encode_for_training(
-        list(read),
-        tokenizer,
-        max_length=training.get("max_length", 1024),
-        completion_only=training.get("completion_only_loss"),
-        assistant_only=training.get("assistant_only_loss", False),
-    )
+    as_trl = {name: training.get(f"{name}_loss") for name in ("completion_only", "assistant_only")}
+    given = {"completion_only": as_trl["completion_only"], "assistant_only": bool(as_trl["assistant_only"])}
+    if not any(value is not None for value in as_trl.values()):
+        given["train_on"] = "completion" if "prompt" in rows[0] else "all"
+    made = encode_for_training(list(read), tokenizer, max_length=training.get("max_length", 1024), **given)
     assert len(made) == len(rows)
     for ours, theirs in zip(made, batches, strict=True):
         assert ours["input_ids"] == theirs["input_ids"][0].tolist()
@@ -115,7 +113,7 @@ def test_tools_of_a_table_are_written_without_the_keys_of_other_rows(tokenizer: 
     raw = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train")
     assert raw[0]["tools"][0]["function"]["parameters"]["properties"] == {"a": {"type": "number"}, "b": None}
     read = load_rows(Source.model_validate({"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}))
-    made = encode_for_training(list(read), tokenizer, max_length=None, completion_only=None, assistant_only=False)
+    made = encode_for_training(list(read), tokenizer, max_length=None, train_on="all")
     for ours, row in zip(made, rows, strict=True):
         said = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
         assert tokenizer.decode(ours["input_ids"]) == said
@@ -191,3 +189,54 @@ def test_check_tells_of_ends_that_teach_no_stop_and_of_rows_that_are_cut(
         assert "100% of the sampled rows are longer than max_length (30)" in said[name]
     assert "100% of the sampled rows do not end with the EOS token (<|endoftext|>)" in said["no stop"]
     assert "EOS" not in said["stop"]
+
+
+def test_who_is_trained_is_said_by_the_stage_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_data(tmp_path)
+    said = [TURNS[1], {**TURNS[2], "weight": 0}, *TURNS[3:]]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": said}) + "\n" for _ in range(8)))
+    content = tiny.recipe(tmp_path, merge=False, evaluate={})
+    content["model"]["tokenizer"]["chat_template"] = (TEMPLATES / "qwen2_5.jinja").read_text()
+    source = {"path": "json", "data_files": str(tmp_path / "chat.jsonl")}
+    content["stages"] = [{**content["stages"][1], "data": [source], "training": {"max_steps": 1, "max_length": 500}}]
+    content["model"]["architecture"]["max_position_embeddings"] = 512
+    shares = {}
+    for word in (None, "last", "all"):
+        content["stages"][0] |= {} if word is None else {"train_on": word}
+        path = str(tiny.write(tmp_path, content))
+        assert main(["preview", path, "--rows", "1"]) == 0
+        shown = capsys.readouterr().out
+        assert "[[Moo.<|im_end|>\n]]" in shown or word == "all"
+        assert "[[Yelp" not in shown  # its weight is 0
+        assert main(["check", path]) == 0
+        shares[word] = int(capsys.readouterr().out.partition("% of them trained on")[0].split()[-1])
+    assert 0 < shares[None] == shares["last"] < shares["all"] < 100
+    content["stages"][0]["training"]["assistant_only_loss"] = True
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
+    assert "train_on" in capsys.readouterr().err
+    del content["stages"][0]["training"]["assistant_only_loss"]
+    content["stages"][0] |= {"train_on": "assistant", "data": [{**source, "template": {"text": "{messages}"}}]}
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 5
+    assert "plain texts" in capsys.readouterr().err
+
+
+def test_a_row_that_the_template_refuses_is_dirty_and_one_that_refuses_all_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    rows = [{"messages": TURNS[1:]}] * 40 + [{"messages": TURNS[2:]}]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = tiny.recipe(tmp_path, merge=False, evaluate={})
+    content["model"]["tokenizer"]["chat_template"] = (TEMPLATES / "gemma.jinja").read_text()
+    source = {"path": "json", "data_files": str(tmp_path / "chat.jsonl")}
+    stage = {**content["stages"][1], "data": [source], "max_dirty_share": "5%"}
+    content["stages"] = [stage]
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    facts = json.loads((tmp_path / "run/stages/sounds/done.json").read_text())["data"]["sources"]
+    (found,) = facts.values()
+    assert "roles must alternate" in str(found["dirty"])
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(rows[-1]) + "\n" for _ in range(5)))
+    content["output_dir"] = str(tmp_path / "other")
+    for command in ("check", "run"):
+        assert main([command, str(tiny.write(tmp_path, content))]) == 5
+        assert "roles must alternate" in capsys.readouterr().err

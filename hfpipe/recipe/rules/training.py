@@ -57,6 +57,11 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
+    if stage.data.get("train_on") is not None:
+        for key in ("assistant_only_loss", "completion_only_loss"):
+            if training.data.get(key) is not None:
+                text = "says the same as `train_on` of the stage, which is set too. Keep one of the two."
+                yield Fault((*training.steps, key), text)
     yield from _check_scores(training, "early_stopping" in stage.data)
 
 
