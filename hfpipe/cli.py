@@ -36,6 +36,10 @@ PUSH_WORDS = (
 )
 
 
+# The tools whose configs `hfpipe convert` reads; see `hfpipe/convert`.
+CONVERTED_TOOLS = ("axolotl", "llama-factory", "trl", "torchtune", "oumi", "ms-swift")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code (see `hfpipe.core.errors`)."""
     with signals.watched():
@@ -219,6 +223,12 @@ def _schema(options: argparse.Namespace) -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from hfpipe.convert.command import run
+
+    run(options.file, options.tool, options.output)
+
+
 def _run_folder(name: str) -> Path:
     folder = Path(name)
     if not (folder / "recipe.yaml").is_file():
@@ -285,6 +295,12 @@ def _parser() -> argparse.ArgumentParser:
     recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
     recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
     command("schema", _schema, "JSON schema of a recipe, for editors")
+    convert = command("convert", _convert, "a recipe from a config of another tool")
+    convert.add_argument("file", metavar="FILE", help="YAML, JSON, or a shell script that starts the tool")
+    convert.add_argument(
+        "--from", dest="tool", choices=CONVERTED_TOOLS, help="whose config it is; told by its keys when absent"
+    )
+    convert.add_argument("-o", "--output", metavar="RECIPE", help="a file to write; standard output when absent")
     return parser
 
 

@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up
     {"model"},
     {"evaluation"},
     {"stages", "hub"},
-    {"pipeline"},
+    {"pipeline", "convert"},
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "evaluate", "numpy", "pandas"}

@@ -1,0 +1,671 @@
+"""axolotl: one flat YAML file.
+
+Source: the schemas of axolotl (`src/axolotl/utils/schemas`) and its examples, read in August 2026.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfpipe.convert import words
+from hfpipe.convert.draft import OFF, Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, with_another
+from hfpipe.convert.trainer_keys import TRAINER
+
+_LOGGED = Unneeded("`training.report_to` takes wandb, tensorboard, trackio and others; see docs/trackers.md")
+_SPEED = Unneeded("speed and memory only")
+_PREPARED = Unneeded("hfpipe keeps prepared rows itself")
+_LAUNCH = Unneeded("how processes are launched belongs in the file of `accelerate launch --config_file`")
+_SCORED = Unneeded("suites are scored before and after each stage; `early_stopping:` scores while it trains")
+_SAVED = Unneeded("hfpipe keeps whole checkpoints and continues by the same command")
+_ELSEWHERE = Unneeded("not of the training")
+_IMAGES = "for images or sound, and hfpipe trains on text"
+# axolotl's names of chat templates, and the names by which TRL has the same template.
+TEMPLATES = {
+    "llama3": "llama3",
+    "qwen_25": "qwen2_5",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma3": "gemma3",
+    "phi_3": "phi3",
+    "phi_35": "phi3_5",
+    "cohere": "cohere",
+    "deepseek_v3": "deepseekv3",
+}
+_PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo")
+_OPTIMIZERS = {"ao_adamw_8bit": "adamw_torch_8bit", "ao_adamw_4bit": "adamw_torch_4bit"}
+_SCHEDULES = ("one_cycle", "rex")
+
+
+def _rl(draft: Draft, value: Any) -> None:
+    if value not in OFF:
+        goal = "preferences" if value in _PREFERENCES else "reinforcement learning"
+        raise OutOfScope(f"this axolotl config is for {goal} (`rl: {value}`), for which a recipe has no stage.")
+
+
+def _adapter(draft: Draft, value: Any) -> None:
+    if value in OFF:
+        return
+    if value not in ("lora", "qlora"):
+        draft.note("lost", "adapter", f"'{value}' is not among the adapters that are converted: lora and qlora")
+        return
+    draft.stage.setdefault("lora", {})
+    config = draft.config
+    if config.get("lora_target_linear") in OFF and config.get("lora_target_modules") in OFF:
+        draft.put("stage.lora.target_modules", "all-linear")
+    options = config.get("bnb_config_kwargs") or {}
+    if config.get("quantize_moe_experts"):
+        return
+    if config.get("load_in_8bit"):
+        words.quantize(draft, 8)
+    elif config.get("load_in_4bit") or value == "qlora":
+        words.quantize(draft, 4, bnb_4bit_use_double_quant=options.get("bnb_4bit_use_double_quant"))
+
+
+def _lora(name: str) -> Any:
+    """A rule for a key of LoRA, which says nothing without `adapter:`."""
+
+    def follow(draft: Draft, value: Any) -> None:
+        if value is not None and draft.config.get("adapter") not in OFF:
+            draft.train(name, f"lora.{name}", value)
+
+    return follow
+
+
+def _modules(draft: Draft, value: Any) -> None:
+    if value not in OFF and not draft.config.get("lora_target_linear") and draft.config.get("adapter") not in OFF:
+        draft.put("stage.lora.target_modules", words.target_modules(value))
+
+
+def _linear(draft: Draft, value: Any) -> None:
+    if value and draft.config.get("adapter") not in OFF:
+        draft.put("stage.lora.target_modules", "all-linear")
+
+
+def _optimizer(draft: Draft, value: Any) -> None:
+    if value:
+        draft.train("optimizer", "training.optim", _OPTIMIZERS.get(value, value))
+
+
+def _schedule(draft: Draft, value: Any) -> None:
+    if value in _SCHEDULES:
+        draft.note("lost", "lr_scheduler", f"transformers has no schedule '{value}'")
+    elif value:
+        draft.train("lr_scheduler", "training.lr_scheduler_type", value)
+
+
+def _lowest(draft: Draft, value: Any) -> None:
+    """The cosine ends at a share of the peak; axolotl reads it with `lr_scheduler: cosine` only."""
+    if value and draft.config.get("lr_scheduler") in (None, "cosine"):
+        draft.put("stage.training.lr_scheduler_type", "cosine_with_min_lr")
+        draft.put("stage.training.lr_scheduler_kwargs", {"min_lr_rate": value})
+
+
+def _checkpointing(draft: Draft, value: Any) -> None:
+    if value is not None:
+        words.checkpointing(draft, value)
+    if value in ("offload", "offload_disk"):
+        draft.note("unneeded", "gradient_checkpointing", "activations are computed again, not moved: memory only")
+
+
+def _attention(draft: Draft, value: Any) -> None:
+    if value in ("eager", "sdpa", "flex_attention"):
+        draft.put("model.attn_implementation", value)
+    elif value:
+        why = "hfpipe takes the fastest attention that is installed; `model.attn_implementation` asks for one"
+        draft.note("unneeded", "attn_implementation", why)
+
+
+def _special_tokens(draft: Draft, value: Any) -> None:
+    for name, token in (value or {}).items():
+        if name in ("eos_token", "pad_token"):
+            words.special_token(draft, f"special_tokens.{name}", name, token)
+        elif name == "additional_special_tokens" and token:
+            draft.put("model.tokenizer.add_special_tokens", token)
+        elif token:
+            draft.note("changed", f"special_tokens.{name}", f"the tokenizer keeps its own `{name}`")
+
+
+def _tokens(draft: Draft, value: Any) -> None:
+    tokens = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        _special_tokens(draft, value)
+    elif tokens:
+        draft.put("model.tokenizer.add_tokens", tokens)
+
+
+def _template(draft: Draft, value: Any) -> None:
+    if value in OFF or value == "tokenizer_default" or not _is_chat(draft):
+        return
+    if value == "jinja":
+        return  # `chat_template_jinja` says it
+    name = str(value).removeprefix("tokenizer_default_fallback_")
+    if name == "chatml":
+        draft.put("model.tokenizer.chat_template", words.CHATML)
+    elif name in TEMPLATES and words.named_templates():
+        draft.put("model.tokenizer.chat_template", TEMPLATES[name])
+    else:
+        words.own_template(draft, "chat_template", name)
+
+
+def _is_chat(draft: Draft) -> bool:
+    return any(
+        str((one or {}).get("type", "")).startswith("chat_template") for one in draft.config.get("datasets") or []
+    )
+
+
+def _eot(draft: Draft, value: Any) -> None:
+    if value:
+        why = f"the end of a turn is what the chat template writes after it ({', '.join(map(str, value))})"
+        draft.note("changed", "eot_tokens", why)
+
+
+def _early(draft: Draft, value: Any) -> None:
+    if value and draft.config.get("val_set_size"):
+        draft.put("stage.early_stopping", {"suite": next(iter(draft.suites)), "patience": int(value)})
+
+
+def _plugins(draft: Draft, value: Any) -> None:
+    for plugin in value or []:
+        name = str(plugin).rsplit(".", 1)[-1]
+        if any(word in name for word in ("Diffusion", "KD")):
+            raise OutOfScope(
+                f"this axolotl config is for a loss of its own (`plugins: {plugin}`), which hfpipe has not."
+            )
+        if any(
+            word in name for word in ("Liger", "CutCrossEntropy", "Kernels", "ExpertParallel", "SwanLab", "Spectrum")
+        ):
+            draft.note("unneeded", f"plugins: {name}", _SPEED.why)
+        else:
+            draft.note("lost", f"plugins: {name}", "hfpipe has no such plugin")
+
+
+def _packing(draft: Draft, value: Any) -> None:
+    if value and draft.stage["kind"] == "sft":  # pretraining always packs
+        draft.train("sample_packing", "training.packing", True)
+
+
+def _quantized_experts(draft: Draft, value: Any) -> None:
+    if value:
+        why = "bitsandbytes leaves experts as they are, so the base keeps its precision, which takes memory"
+        draft.note("changed", "quantize_moe_experts", why)
+
+
+def _base_config(draft: Draft, value: Any) -> None:
+    if value not in (None, draft.config.get("base_model")):
+        draft.note("lost", "base_model_config", "the model is made by its own config")
+
+
+def _unfrozen(draft: Draft, value: Any) -> None:
+    if value:
+        words.train_only(draft, "unfrozen_parameters", [str(pattern) for pattern in value])
+
+
+def _half(draft: Draft, value: Any) -> None:
+    if value and not draft.config.get("bf16"):
+        draft.train("fp16", "training.fp16", True)
+
+
+def _deduplicate(draft: Draft, value: Any) -> None:
+    for source in draft.stage["data"] if value else ():
+        source["deduplicate"] = "exact"
+
+
+TABLE: Table = {
+    **{key: rule for key, rule in TRAINER.items() if key != "remove_unused_columns"},
+    # Out
+    "rl": _rl,
+    "processor_type": Out(_IMAGES),
+    "freeze_mm_modules": Unneeded("only the text part of a model is loaded"),
+    "reward_model": Out("for a reward model"),
+    "process_reward_model": Out("for a reward model"),
+    "num_labels": Out("for a classifier, whose labels a stage of `kind: classification` has", (None, False)),
+    "skip_prepare_dataset": Out(_IMAGES),
+    # Model
+    "base_model": "model.id",
+    "revision_of_model": "model.revision",
+    "base_model_ignore_patterns": _ELSEWHERE,
+    "trust_remote_code": "model.trust_remote_code",
+    "tokenizer_config": "model.tokenizer.id",
+    "base_model_config": _base_config,
+    "model_type": Unneeded("the class follows from the model's config"),
+    "type_of_model": Unneeded("the class follows from the model's config"),
+    "cls_model_config": Unneeded("the class follows from the model's config"),
+    "tokenizer_type": Unneeded("the class follows from the tokenizer's files"),
+    "is_*": Unneeded("the class follows from the model's config"),
+    "tokenizer_use_fast": Unneeded("the tokenizer's fast form is taken where there is one"),
+    "tokenizer_legacy": Unneeded("the tokenizer's own files say it"),
+    "tokenizer_use_mistral_common": Unneeded("the model's own chat template is taken"),
+    "tokenizer_save_jinja_files": _ELSEWHERE,
+    "attn_implementation": _attention,
+    "flash_attention": _SPEED,
+    "flash_attn_*": _SPEED,
+    "flash_optimum": _SPEED,
+    "sdp_attention": _SPEED,
+    "xformers_attention": _SPEED,
+    "flex_attention": _SPEED,
+    "flex_attn_compile_kwargs": _SPEED,
+    "eager_attention": _SPEED,
+    "sage_attention": Lost("its attention is quantized"),
+    "gemma4_hybrid_attn_impl": _SPEED,
+    "fused_attn_kernel": _SPEED,
+    "s2_attention": Lost("hfpipe attends to the whole row"),
+    "special_tokens": _special_tokens,
+    "tokens": _tokens,
+    "added_tokens_overrides": Lost("a recipe adds tokens and does not rename those that a tokenizer has"),
+    "resize_token_embeddings_to_32x": Unneeded("rows of the embeddings without a token are never trained"),
+    "mean_resizing_embeddings": Unneeded("new embeddings begin around the mean of the others"),
+    "shrink_embeddings": Lost("embeddings keep the rows that the model has"),
+    "overrides_of_model_config": lambda draft, value: words.model_config(draft, "overrides_of_model_config", value),
+    "model_config.*": with_another,
+    "model_config": lambda draft, value: words.model_config(draft, "model_config", value),
+    "rope_scaling": if_set(lambda draft, value: words.model_config(draft, "rope_scaling", {"rope_scaling": value})),
+    "model_quantization_config": Unneeded("a base that comes quantized is read as its files are"),
+    "model_quantization_config_kwargs": Unneeded("a base that comes quantized is read as its files are"),
+    "reinit_weights": Lost("write `model: {architecture: {...}, tokenizer: {id: ...}}` to start from fresh weights"),
+    "use_onebitllms": Lost("hfpipe has no 1.58-bit layers"),
+    "llama4_linearized_experts": Lost("experts stay as transformers has them"),
+    "quantize_moe_experts": _quantized_experts,
+    "use_kernels": _SPEED,
+    "use_scattermoe": _SPEED,
+    "use_sonicmoe": _SPEED,
+    "experts_implementation": _SPEED,
+    "use_dsv4_kernels": _SPEED,
+    "use_glm_dsa_kernels": _SPEED,
+    "dsv4_*": _SPEED,
+    # Data
+    "datasets": with_another,
+    "pretraining_dataset": with_another,
+    "test_datasets": with_another,
+    "val_set_size": with_another,
+    "dataset_prepared_path": _PREPARED,
+    "push_dataset_to_hub": _PREPARED,
+    "hf_use_auth_token": _PREPARED,
+    "dataset_processes": _PREPARED,
+    "dataset_keep_in_memory": _PREPARED,
+    "dataset_exact_deduplication": _deduplicate,
+    "shuffle_merged_datasets": Lost("rows are shuffled", (None, True)),
+    "shuffle_before_merging_datasets": Unneeded("rows are shuffled over all sources"),
+    "dataset_shard_num": Lost("write `fold: {of: N, keep: M}` at the source"),
+    "dataset_shard_idx": Unneeded("see dataset_shard_num"),
+    "streaming": with_another,
+    "streaming_multipack_buffer_size": _PREPARED,
+    "pretrain_multipack_*": _PREPARED,
+    "chat_template": _template,
+    "chat_template_jinja": "model.tokenizer.chat_template",
+    "chat_template_kwargs": Lost("the template is rendered with its own defaults"),
+    "eot_tokens": _eot,
+    "default_system_message": Lost("rows keep the system message that they have, or none"),
+    "train_on_inputs": with_another,
+    "sequence_len": "stage.training.max_length",
+    "eval_sequence_len": _SCORED,
+    "excess_length_strategy": with_another,
+    "min_sample_len": Lost("short rows are kept"),
+    "sample_packing": _packing,
+    "eval_sample_packing": _SCORED,
+    "sample_packing_sequentially": Lost("rows are shuffled"),
+    "curriculum_sampling": Lost("rows are shuffled"),
+    "sample_packing_*": _PREPARED,
+    "multipack_real_batches": _PREPARED,
+    "batch_flattening": _SPEED,
+    "max_packed_sequence_len": Lost("write `training: {packing: true, max_length: N}`"),
+    "pad_to_sequence_len": _SPEED,
+    "pad_to_multiple_of": _SPEED,
+    "total_num_tokens": _PREPARED,
+    # Adapter
+    "adapter": _adapter,
+    "load_in_8bit": with_another,
+    "load_in_4bit": with_another,
+    "bnb_config_kwargs": with_another,
+    "lora_model_dir": Lost("a stage starts from the base, or from a stage before it"),
+    "lora_r": lambda draft, value: _lora("r")(draft, value),
+    "lora_alpha": _lora("lora_alpha"),
+    "lora_dropout": _lora("lora_dropout"),
+    "lora_target_modules": _modules,
+    "lora_target_linear": _linear,
+    "lora_target_parameters": _lora("target_parameters"),
+    "lora_modules_to_save": if_set(lambda draft, value: _lora("modules_to_save")(draft, value)),
+    "lora_fan_in_fan_out": _lora("fan_in_fan_out"),
+    "lora_rank_pattern": _lora("rank_pattern"),
+    "lora_alpha_pattern": _lora("alpha_pattern"),
+    "peft_layers_to_transform": _lora("layers_to_transform"),
+    "peft_layers_pattern": _lora("layers_pattern"),
+    "peft_use_dora": _lora("use_dora"),
+    "peft_use_rslora": _lora("use_rslora"),
+    "peft_layer_replication": _lora("layer_replication"),
+    "peft_init_lora_weights": _lora("init_lora_weights"),
+    "peft_trainable_token_indices": _lora("trainable_token_indices"),
+    "peft_ensure_weight_tying": _lora("ensure_weight_tying"),
+    "peft_autocast_adapter_dtype": _SPEED,
+    "peft.loftq_config": Lost("LoftQ quantizes the base by a call of its own"),
+    "lora_*_kernel": _SPEED,
+    "lora_mlp_kernel": _SPEED,
+    "lora_qkv_kernel": _SPEED,
+    "lora_o_kernel": _SPEED,
+    "lora_embedding_kernel": _SPEED,
+    "lora_on_cpu": _SPEED,
+    "qlora_sharded_model_loading": _SPEED,
+    "gptq": Unneeded("a base that comes quantized is read as its files are"),
+    "gptq_*": Unneeded("a base that comes quantized is read as its files are"),
+    "loraplus_lr_ratio": if_set(lambda draft, value: words.lora_plus(draft, "loraplus_lr_ratio", value)),
+    "loraplus_lr_embedding": Unneeded("see loraplus_lr_ratio"),
+    "relora": Lost("an adapter is trained once"),
+    "relora_*": Unneeded("see relora"),
+    "jagged_restart_*": Lost("the learning rate starts anew"),
+    "merge_lora": words.merge,
+    "merge_method": _SPEED,
+    "unfrozen_parameters": _unfrozen,
+    "lisa_n_layers": Lost("LISA trains other layers in turn"),
+    "lisa_*": Unneeded("see lisa_n_layers"),
+    # Training
+    "micro_batch_size": "stage.training.per_device_train_batch_size",
+    "gradient_accumulation_steps": "stage.training.gradient_accumulation_steps",
+    "batch_size": Unneeded("micro_batch_size and gradient_accumulation_steps say it"),
+    "eval_batch_size": _SCORED,
+    "num_epochs": "stage.training.num_train_epochs",
+    "max_steps": words.max_steps,
+    "learning_rate": Said("stage.training.learning_rate", float),
+    "embedding_lr": Lost("embeddings have the stage's learning rate"),
+    "embedding_lr_scale": Lost("embeddings have the stage's learning rate"),
+    "lr_groups": if_set(lambda draft, value: words.learning_rates(draft, "lr_groups", _groups(value))),
+    "optimizer": _optimizer,
+    "optim_args": "stage.training.optim_args",
+    "optim_target_modules": "stage.training.optim_target_modules",
+    "torchdistx_path": _SPEED,
+    "lr_scheduler": _schedule,
+    "lr_scheduler_kwargs": "stage.training.lr_scheduler_kwargs",
+    "cosine_min_lr_ratio": _lowest,
+    "cosine_constant_lr_ratio": Lost("the cosine runs to the end of the training", (None, 0, 1)),
+    "lr_quadratic_warmup": Lost("warm-up is linear"),
+    "warmup_steps": lambda draft, value: words.warmup(draft, "warmup_steps", value),
+    "weight_decay": "stage.training.weight_decay",
+    "max_grad_norm": "stage.training.max_grad_norm",
+    "adam_beta1": "stage.training.adam_beta1",
+    "adam_beta2": "stage.training.adam_beta2",
+    "adam_epsilon": "stage.training.adam_epsilon",
+    "adam_beta3": Unneeded("for the optimizer CAME only"),
+    "adam_epsilon2": Unneeded("for the optimizer CAME only"),
+    "neftune_noise_alpha": "stage.training.neftune_noise_alpha",
+    "noisy_embedding_alpha": "stage.training.neftune_noise_alpha",
+    "gradient_checkpointing": _checkpointing,
+    "activation_offloading": _SPEED,
+    "selective_checkpointing": _SPEED,
+    "layer_offloading": _SPEED,
+    "dataloader_drop_last": "stage.training.dataloader_drop_last",
+    "bfloat16": Unneeded("the weights keep the precision of their files; `model.dtype` asks for another"),
+    "float16": if_set(lambda draft, value: draft.put("model.dtype", "float16")),
+    "fp16": _half,
+    "float32": if_set(lambda draft, value: draft.put("model.dtype", "float32")),
+    "torch_dtype": "model.dtype",
+    "fp32_norms": Lost("norms have the precision of the other weights"),
+    "fp8": Lost("hfpipe does not compute in 8-bit floats"),
+    "fp8_*": Unneeded("see fp8"),
+    "qat": Lost("hfpipe does not train for a quantization"),
+    "qat.*": Lost("hfpipe does not train for a quantization"),
+    "quantization": Unneeded("quantize the finished model"),
+    "nvfp4_merge_aware": Unneeded("quantize the finished model"),
+    "torch_compile": words.compiled,
+    "torch_compile_*": _SPEED,
+    "use_eaft": Lost("the loss is cross-entropy"),
+    "eaft_*": Unneeded("see use_eaft"),
+    "scaling_softmax*": Lost("attention is the model's own"),
+    "use_pose": Lost("positions are the rows' own"),
+    "early_stopping_patience": _early,
+    "plugins": _plugins,
+    "llmcompressor.*": Unneeded("see plugins"),
+    "cut_cross_entropy": _SPEED,
+    "chunked_cross_entropy*": _SPEED,
+    "tiled_mlp*": _SPEED,
+    "unsloth_*": _SPEED,
+    "loss_watchdog_*": Unneeded("a loss that is not a number ends the run"),
+    "evals_per_epoch": _SCORED,
+    "eval_table_size": _SCORED,
+    "eval_max_new_tokens": _SCORED,
+    "do_causal_lm_eval": _SCORED,
+    "eval_causal_lm_metrics": _SCORED,
+    "do_bench_eval": _SCORED,
+    "bench_*": _SCORED,
+    "saves_per_epoch": _SAVED,
+    "save_first_step": _SAVED,
+    "auto_resume_from_checkpoints": _SAVED,
+    "logging_steps": "stage.training.logging_steps",
+    "wandb_*": _LOGGED,
+    "use_wandb": _LOGGED,
+    "mlflow_*": _LOGGED,
+    "use_mlflow": _LOGGED,
+    "comet_*": _LOGGED,
+    "use_comet": _LOGGED,
+    "swanlab_*": _LOGGED,
+    "use_swanlab": _LOGGED,
+    "trackio_*": _LOGGED,
+    "use_trackio": _LOGGED,
+    "use_tensorboard": _LOGGED,
+    "use_otel_metrics": _LOGGED,
+    "otel_*": _LOGGED,
+    "profiler_*": _LOGGED,
+    "gradio_*": _ELSEWHERE,
+    "generate_samples": _ELSEWHERE,
+    "generation_*": _ELSEWHERE,
+    "num_generation_samples": _ELSEWHERE,
+    # Launch
+    "fsdp_version": _LAUNCH,
+    "dp_shard_size": _LAUNCH,
+    "dp_replicate_size": _LAUNCH,
+    "tensor_parallel_size": _LAUNCH,
+    "context_parallel_size": _LAUNCH,
+    "sequence_parallel_degree": _LAUNCH,
+    "expert_parallel_*": _LAUNCH,
+    "ring_attn_func": _LAUNCH,
+    "heads_k_stride": _LAUNCH,
+    "device": _LAUNCH,
+    "device_map": _LAUNCH,
+    "device_map.*": _LAUNCH,
+    "max_memory": _LAUNCH,
+    "gpu_memory_limit": _LAUNCH,
+    "world_size": _LAUNCH,
+    "ddp": _LAUNCH,
+    "use_ray": _LAUNCH,
+    "ray_*": _LAUNCH,
+    "low_cpu_mem_usage": _LAUNCH,
+    "experimental_skip_move_to_device": _LAUNCH,
+    "gc_steps": _SPEED,
+    "gc_collect_steps": _SPEED,
+    "strict": _ELSEWHERE,
+    "debug": _ELSEWHERE,
+    "project_name": _ELSEWHERE,
+    "remove_unused_columns": Unneeded("hfpipe makes the rows itself"),
+}
+
+
+def _groups(value: list[dict[str, Any]]) -> dict[str, float]:
+    return {"|".join(one["modules"]): float(one["lr"]) for one in value}
+
+
+def convert(draft: Draft) -> None:
+    """Fills a draft from an axolotl config.
+
+    Raises:
+        OutOfScope: The config is for preferences, rewards, images or a classifier.
+    """
+    config = draft.config
+    for key in ("rl", "reward_model", "process_reward_model", "processor_type", "skip_prepare_dataset", "num_labels"):
+        draft.follow(key, TABLE[key], config.get(key))
+    documents = [one for one in config.get("datasets") or [] if (one or {}).get("type") in ("completion", "pretrain")]
+    if config.get("pretraining_dataset") or (documents and len(documents) == len(config.get("datasets") or [])):
+        draft.stage.update(kind="pretrain", name="pretrain")
+        _documents(draft, config.get("pretraining_dataset") or documents)
+    else:
+        _sources(draft)
+    words.hold_out(draft, "val_set_size", config.get("val_set_size"))
+    draft.apply(TABLE)
+    _defaults(draft)
+
+
+def _defaults(draft: Draft) -> None:
+    """What axolotl does where its config is silent."""
+    config = draft.config
+    draft.default("stage.training.per_device_train_batch_size", 1)
+    draft.default("stage.training.num_train_epochs", 1)
+    draft.default("stage.training.optim", "adamw_torch_fused")
+    draft.default("stage.training.lr_scheduler_type", "cosine")
+    if draft.take("stage.training.warmup_steps") is None:
+        draft.put("stage.training.warmup_steps", 0.03)
+        draft.note("changed", "warmup_steps", "axolotl warms up over 3 % of the steps, but at most 100 of them")
+    draft.default("stage.training.max_length", 512)
+    if draft.stage["kind"] == "sft":
+        rows_too_long(draft, config.get("excess_length_strategy") or "drop")
+        inputs = config.get("train_on_inputs")
+        words.train_on(draft, "all" if inputs else _trained(draft), "roles_to_train")
+    if not config.get("adapter") and config.get("bf16") not in (False, None):
+        draft.default("model.dtype", "bfloat16")
+    draft.default("seed", 42)
+
+
+def _trained(draft: Draft) -> words.Trained:
+    return "assistant" if _is_chat(draft) else "completion"
+
+
+def rows_too_long(draft: Draft, what: str) -> None:
+    """What becomes of rows that are longer than `max_length`."""
+    words.too_long(draft, "excess_length_strategy", "cut" if what == "truncate" else "drop")
+
+
+def _documents(draft: Draft, value: Any) -> None:
+    for one in value if isinstance(value, list) else [value]:
+        one = {"path": one} if isinstance(one, str) else one
+        column = one.get("text_column") or one.get("field") or "text"
+        streaming = True if draft.config.get("pretraining_dataset") else None
+        source = words.source_of(
+            one["path"],
+            name=one.get("name"),
+            data_files=one.get("data_files"),
+            split=one.get("split") or "train",
+            skip=one.get("skip"),
+            streaming=streaming,
+        )
+        draft.stage["data"].append(source if column == "text" else {**source, "columns": {"text": column}})
+        known = ("path", "name", "data_files", "split", "skip", "text_column", "field", "type", "trust_remote_code")
+        for key in sorted(set(one) - set(known)):
+            draft.note("lost", f"pretraining_dataset.{key}", "a source has no such word")
+
+
+_SOURCE: Table = {
+    "path": with_another,
+    "type": with_another,
+    "name": with_another,
+    "split": with_another,
+    "data_files": with_another,
+    "revision": with_another,
+    "ds_type": with_another,
+    "field": with_another,
+    "field_*": with_another,
+    "message_property_mappings": with_another,
+    "message_field_role": with_another,
+    "message_field_content": with_another,
+    "trust_remote_code": Unneeded("data sets with code are not loaded any more"),
+    "roles": with_another,
+    "roles_to_train": with_another,
+    "train_on_eos": with_another,
+    "chat_template": _template,
+    "chat_template_jinja": "model.tokenizer.chat_template",
+    "preprocess_shards": _PREPARED,
+    "drop_system_message": Lost("the system message of a row is kept"),
+    "message_field_training": Lost("a message is trained on by its role; a message's own `train: false` is honoured"),
+    "message_field_training_detail": Lost("a message is trained on whole"),
+    "shards": Lost("write `fold: {of: N, keep: 1}` at the source"),
+    "shards_idx": Unneeded("see shards"),
+    "template_thinking_key": with_another,
+    "split_thinking": Lost("a message is rendered as it stands"),
+    "conversation": Unneeded("the chat template says it"),
+}
+_KNOWN_ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "assistant"}, "system": {"system"}, "tool": {"tool"}}
+
+
+def _sources(draft: Draft) -> None:
+    for number, one in enumerate(draft.config.get("datasets") or []):
+        kind, _, style = str(one.get("type") or "chat_template").partition(":")
+        before = f"datasets[{number}]"
+        if isinstance(one.get("type"), dict):
+            one = {**one, **one["type"]}
+            kind = "user_defined"
+        source = words.source_of(
+            one["path"], **{key: one.get(key) for key in ("name", "data_files", "split", "revision")}
+        )
+        draft.stage["data"] += _rows(draft, before, one, source, kind.removesuffix(".load_qa"), style)
+        rules = {f"{before}.{key}": rule for key, rule in _SOURCE.items()}
+        if kind == "user_defined":
+            rules |= {f"{before}.{key}": with_another for key in _OWN_PROMPT}
+        draft.apply(rules, {f"{before}.{key}": value for key, value in one.items()})
+
+
+_OWN_PROMPT = ("system_prompt", "system_format", "format", "no_input_format", "field_instruction")
+
+
+def _rows(
+    draft: Draft, before: str, one: dict[str, Any], source: dict[str, Any], kind: str, style: str
+) -> list[dict[str, Any]]:
+    """Sources of one of axolotl's types of data set."""
+    if kind in ("chat_template", "chat_template.default", "sharegpt"):
+        return _conversations(draft, before, one, source, kind)
+    if kind == "alpaca" and style == "":
+        return [{**source, "format": "alpaca"}]
+    if kind == "alpaca" and style == "chat":
+        plain, with_input = "USER: {instruction}\nASSISTANT:", "USER: {instruction}\n{input}\nASSISTANT:"
+        plain, with_input = f"{words.ALPACA_SYSTEM}\n{plain}", f"{words.ALPACA_SYSTEM_WITH_INPUT}\n{with_input}"
+        pair = [{"prompt": prompt, "completion": "{output}"} for prompt in (plain, with_input)]
+        return words.with_and_without_input(source, *pair)
+    if kind == "completion":
+        column = one.get("field") or "text"
+        return [source if column == "text" else {**source, "columns": {"text": column}}]
+    if kind == "input_output":
+        draft.note("lost", f"{before}.type", "segments with a mark of their own are not a format of rows")
+        return [source]
+    if kind == "user_defined":
+        return _own_prompt(draft, before, one, source)
+    draft.note("lost", f"{before}.type", f"axolotl's type '{one.get('type')}' is not converted; write `template:`")
+    return [source]
+
+
+def _conversations(
+    draft: Draft, before: str, one: dict[str, Any], source: dict[str, Any], kind: str
+) -> list[dict[str, Any]]:
+    mapping = one.get("message_property_mappings") or {}
+    asked = "from" if kind == "sharegpt" else "role"
+    role = one.get("message_field_role") or mapping.get("role") or asked
+    content = one.get("message_field_content") or mapping.get("content") or ("value" if asked == "from" else "content")
+    column = one.get("field_messages") or ("conversations" if kind == "sharegpt" else "messages")
+    for target, sources in (one.get("roles") or {}).items():
+        if not set(sources) <= _KNOWN_ROLES.get(target, {target}):
+            draft.note("lost", f"{before}.roles", f"roles named {', '.join(sources)} are not read as {target}")
+    if (trained := one.get("roles_to_train")) not in (None, ["assistant"], ["assistant", "gpt"], ["gpt"]):
+        draft.note("lost", f"{before}.roles_to_train", f"the assistant's turns are trained on, not those of {trained}")
+    if one.get("train_on_eos") not in (None, "turn", "all"):
+        draft.note("lost", f"{before}.train_on_eos", "the end of every turn that is trained on is trained on")
+    thinking = one.get("field_thinking")
+    if thinking not in (None, "reasoning_content", "thinking"):
+        draft.note("lost", f"{before}.field_thinking", f"the chat template reads its own field, not '{thinking}'")
+    return words.chat_rows(draft, source, column, role, content)
+
+
+def _own_prompt(draft: Draft, before: str, one: dict[str, Any], source: dict[str, Any]) -> list[dict[str, Any]]:
+    """A prompt format of the config: `{instruction}`, `{input}` and `{output}` stand for the columns it names."""
+    columns = {name: one.get(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
+    system = one.get("system_prompt") or ""
+    if "{system}" in (one.get("system_format") or ""):
+        system = one["system_format"].replace("{system}", system) if system else ""
+
+    def built(form: str) -> str:
+        for name, column in columns.items():
+            form = form.replace(f"{{{name}}}", f"{{{column}}}")
+        return system + form
+
+    completion = f"{{{columns['output']}}}"
+    form = built(one.get("format") or "{instruction} {input} ")
+    plain = built(one.get("no_input_format") or one.get("format") or "{instruction} ")
+    if f"{{{columns['input']}}}" not in form or form == plain:
+        return [{**source, "template": {"prompt": form, "completion": completion}}]
+    rows = words.with_and_without_input(
+        source, {"prompt": plain, "completion": completion}, {"prompt": form, "completion": completion}
+    )
+    for row in rows:
+        row["where"] = row["where"].replace("input", columns["input"])
+    return rows

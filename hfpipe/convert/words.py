@@ -1,0 +1,296 @@
+"""Parts of a recipe that several tools' configs come to: sources, who is trained on, quantization, held-out rows.
+
+Words that a recipe may gain are asked for here and nowhere else (`knows`).
+"""
+
+from __future__ import annotations
+
+from math import isclose
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from hfpipe.convert.draft import Draft
+from hfpipe.recipe import Model, Sft, Tokenizer
+
+Trained = Literal["assistant", "last", "completion", "all"]
+Block = dict[str, Any]
+HELD_OUT = "held-out"
+_BUILDERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "text": "text", "arrow": "arrow"}
+_BUILDERS |= {"txt": "text", "tsv": "csv"}
+_ALPACA = "Below is an instruction that describes a task{context}. "
+_ALPACA += "Write a response that appropriately completes the request."
+ALPACA_SYSTEM = _ALPACA.format(context="")
+ALPACA_SYSTEM_WITH_INPUT = _ALPACA.format(context=", paired with an input that provides further context")
+ALPACA_PROMPT = f"{ALPACA_SYSTEM}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
+ALPACA_PROMPT_WITH_INPUT = (
+    f"{ALPACA_SYSTEM_WITH_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:\n"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def knows(block: type[BaseModel], word: str) -> bool:
+    """Whether a recipe has a word."""
+    return word in block.model_fields
+
+
+def source_of(path: str, **more: Any) -> Block:
+    """A source of a Hub data set, a folder, or a file, which its ending says how to read."""
+    given = {key: value for key, value in more.items() if value is not None}
+    ending = Path(path.removesuffix(".gz").removesuffix(".zst")).suffix.removeprefix(".")
+    if path in _BUILDERS or ending not in _BUILDERS or "://" in path:
+        return {"path": path, **given}
+    return {"path": _BUILDERS[ending], "data_files": path, **given}
+
+
+def chat_rows(draft: Draft, source: Block, column: str, role: str = "role", content: str = "content") -> list[Block]:
+    """Sources of conversations: a list of turns in one column."""
+    if (role, content) == ("from", "value"):
+        named = {} if column == "conversations" else {"columns": {"conversations": column}}
+        return [{**source, "format": "sharegpt", **named}]
+    if (role, content) != ("role", "content"):
+        why = f"turns with the keys `{role}` and `{content}` are not read; `role` and `content` are"
+        draft.note("lost", str(source["path"]), why)
+    return [{**source, **({} if column == "messages" else {"columns": {"messages": column}})}]
+
+
+def with_and_without_input(source: Block, plain: Block, with_input: Block) -> list[Block]:
+    """Sources of instruction, input and output: rows without an input are built otherwise than rows with one.
+
+    Args:
+        source: The source.
+        plain: The template of rows without an input.
+        with_input: The template of rows with one.
+    """
+    return [
+        {**source, "where": "input == '' or input is None", "template": plain},
+        {**source, "where": "input != '' and input is not None", "template": with_input},
+    ]
+
+
+def turns(user: str, assistant: str, system: str | None = None) -> Block:
+    """A template of a conversation with one question and its answer."""
+    said = [("system", system), ("user", user), ("assistant", assistant)]
+    return {"messages": [{"role": role, "content": text} for role, text in said if text is not None]}
+
+
+def train_on(draft: Draft, who: Trained, key: str) -> None:
+    """Says whose tokens are trained on.
+
+    Args:
+        draft: The draft.
+        who: The tokens.
+        key: The key of the config that says so, or its default.
+    """
+    if draft.stage["kind"] != "sft":
+        return
+    if knows(Sft, "train_on"):
+        draft.put("stage.train_on", who)
+    elif who == "assistant":
+        draft.put("stage.training.assistant_only_loss", True)
+    elif who == "all":
+        draft.put("stage.training.completion_only_loss", False)
+    elif who == "completion":
+        draft.put("stage.training.completion_only_loss", True)
+    else:
+        draft.note("lost", key, "only the last answer of a conversation is trained on, which a recipe cannot say yet")
+
+
+def special_token(draft: Draft, key: str, name: str, value: Any) -> None:
+    """An end-of-sequence or padding token of the tokenizer."""
+    if not value:
+        return
+    if knows(Tokenizer, name):
+        draft.put(f"model.tokenizer.{name}", value)
+    elif name == "pad_token":
+        draft.note("unneeded", key, "padding is masked, whichever token it is")
+    else:
+        draft.note("lost", key, f"a recipe cannot set the tokenizer's `{name}` yet")
+
+
+def model_config(draft: Draft, key: str, values: Any) -> None:
+    """Fields of the model's config that differ from those of its files."""
+    if not values:
+        return
+    if knows(Model, "config"):
+        draft.put("model.config", {**(draft.take("model.config") or {}), **values})
+    else:
+        draft.note("lost", key, "a recipe cannot change the config of a model that is loaded yet")
+
+
+def quantize(draft: Draft, bits: int, **more: Any) -> None:
+    """Stores the frozen base in 4 or 8 bits; bitsandbytes' options differ from hfpipe's defaults only where given."""
+    if bits == 8:
+        draft.put("stage.quantization", "int8")
+        return
+    more = {key: value for key, value in more.items() if value is not None}
+    if more.get("bnb_4bit_use_double_quant") is True:
+        more.pop("bnb_4bit_use_double_quant")
+    draft.put("stage.quantization", {"type": "nf4", **more} if more else "nf4")
+
+
+def target_modules(value: Any) -> Any:
+    """Modules of an adapter: names in a list, a pattern, or all linear layers."""
+    names = [one.strip() for one in value.split(",")] if isinstance(value, str) and "," in value else value
+    names = names[0] if isinstance(names, list) and len(names) == 1 and "all" in str(names[0]) else names
+    return "all-linear" if names in ("all", "all-linear", "all_linear") else names
+
+
+def hold_out(draft: Draft, key: str, size: Any) -> None:
+    """Holds a part of every source out of the training, and scores it.
+
+    Args:
+        draft: The draft, with its sources.
+        key: The key that asks for it.
+        size: A share below 1, or a number of rows.
+    """
+    size = float(size or 0)
+    if not size:
+        return
+    for number, source in enumerate(draft.stage["data"]):
+        name = f"{HELD_OUT}-{number + 1}" if len(draft.stage["data"]) > 1 else HELD_OUT
+        held = {name: value for name, value in source.items() if name not in ("weight", "deduplicate")}
+        if size >= 1 or source.get("streaming"):
+            rows = int(size) if size >= 1 else 1000
+            source["skip"] = rows
+            held["take"] = rows
+            draft.note(
+                "changed", key, f"the first {rows} rows of each source are held out, not {size:g} drawn at random"
+            )
+        elif "fold" in source:
+            draft.note("lost", key, "a source of which a part is taken cannot be cut into folds once more")
+            continue
+        else:
+            folds = max(2, round(1 / size))
+            if not isclose(1 / folds, size, rel_tol=0.02):
+                draft.note(
+                    "changed", key, f"one row in {folds} is held out ({1 / folds:.1%} of the rows, not {size:.1%})"
+                )
+            source["fold"], held["fold"] = {"of": folds, "leave": 1}, {"of": folds, "keep": 1}
+        draft.suites[name] = {"data": held, "metrics": ["bits_per_byte"]}
+
+
+def part_of(draft: Draft, key: str, source: Block, share: float) -> None:
+    """Takes a share of a source's rows."""
+    if share >= 1:
+        return
+    folds = round(1 / share)
+    if isclose(1 / folds, share, rel_tol=0.01):
+        source["fold"] = {"of": folds, "keep": 1}
+    else:
+        source["split"] = f"{source.get('split', 'train')}[:{max(1, round(share * 100))}%]"
+        draft.note(
+            "changed", key, f"the first {max(1, round(share * 100))} % of the rows are taken, not drawn at random"
+        )
+
+
+def warmup(draft: Draft, key: str, value: Any) -> None:
+    """Steps of warm-up, or their share below 1: transformers takes both by one name."""
+    if value is not None:
+        draft.train(key, "training.warmup_steps", value)
+
+
+def checkpointing(draft: Draft, value: Any) -> None:
+    """Activations are computed again in the backward pass (to save memory), or kept."""
+    draft.put("stage.training.activation_checkpointing", bool(value))
+
+
+def named_templates() -> bool:
+    """Whether a recipe takes TRL's chat templates by name."""
+    description = Tokenizer.model_fields["chat_template"].description or ""
+    return "name" in description
+
+
+def own_template(draft: Draft, key: str, name: str) -> None:
+    """The config names a template of its tool: the model's own takes its place."""
+    why = f"the model's own chat template is taken, not the tool's '{name}'; a base without one needs "
+    draft.note("changed", key, why + "`model.tokenizer.chat_template`")
+
+
+def train_only(draft: Draft, key: str, patterns: list[str]) -> None:
+    """Trains the parameters whose names match, and freezes the others."""
+    if knows(Sft, "train_only"):
+        draft.put("stage.train_only", patterns)
+    else:
+        draft.note("lost", key, "a stage trains all weights, or an adapter")
+
+
+def freeze(draft: Draft, key: str, patterns: list[str]) -> None:
+    """Freezes the parameters whose names match."""
+    if knows(Sft, "freeze"):
+        draft.put("stage.freeze", patterns)
+    else:
+        draft.note("lost", key, "a stage trains all weights, or an adapter")
+
+
+def learning_rates(draft: Draft, key: str, rates: dict[str, float]) -> None:
+    """Learning rates of parameters by patterns of their names."""
+    if knows(Sft, "learning_rates"):
+        draft.put("stage.learning_rates", rates)
+    else:
+        draft.note("lost", key, "all parameters of a stage have one learning rate")
+
+
+def lora_plus(draft: Draft, key: str, ratio: float) -> None:
+    """LoRA+: the second matrix of an adapter learns at a multiple of the first one's rate."""
+    if knows(Sft, "learning_rates"):
+        rate = draft.config.get("learning_rate")
+        draft.put("stage.learning_rates", {"lora_B": float(rate) * float(ratio)} if rate else {})
+    else:
+        draft.note("lost", key, "all parameters of a stage have one learning rate")
+
+
+def too_long(draft: Draft, key: str, what: Literal["cut", "drop"]) -> None:
+    """What becomes of rows that are longer than `max_length`: hfpipe cuts them at their end."""
+    if knows(Sft, "too_long"):
+        draft.put("stage.too_long", what)
+    elif what == "drop":
+        draft.note("changed", key, "rows that are longer than `max_length` are cut at their end, not dropped")
+
+
+def can_freeze() -> bool:
+    """Whether a stage trains a part of the weights."""
+    return knows(Sft, "train_only")
+
+
+def knows_train_on() -> bool:
+    """Whether a stage says by a word whose tokens are trained on."""
+    return knows(Sft, "train_on")
+
+
+def is_file(path: str) -> bool:
+    """Whether a path is one of a file or folder on this machine, by its form."""
+    return path.startswith(("/", "./", "../", "~")) or "data_files" in source_of(path)
+
+
+def streams_need_steps(draft: Draft) -> None:
+    """A streamed source has no known length: without a number of steps it is read as a table."""
+    if draft.take("stage.training.max_steps") is None:
+        streamed = [source for source in draft.stage["data"] if source.pop("streaming", None)]
+        if streamed:
+            why = "sources are downloaded whole: a streamed one has no known length and needs `training.max_steps`"
+            draft.note("changed", "streaming", why)
+            for source in [suite["data"] for suite in draft.suites.values()]:
+                source.pop("streaming", None)
+
+
+def merge(draft: Draft, value: Any) -> None:
+    """Merges the adapter at the end, where there is one."""
+    if value and "lora" in draft.stage:
+        draft.put("merge", True)
+
+
+def max_steps(draft: Draft, value: Any) -> None:
+    """Steps of the stage; -1 and 0 leave the number to the epochs."""
+    if value and value > 0:
+        draft.train("max_steps", "training.max_steps", value)
+
+
+def compiled(draft: Draft, value: Any) -> None:
+    """Compiles the model."""
+    if value is True:
+        draft.put("stage.training.torch_compile", True)

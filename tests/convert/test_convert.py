@@ -1,0 +1,330 @@
+"""Configs of other tools become recipes that `check --fast` accepts, and nothing that changes the weights is silent."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hfpipe.cli import main
+from hfpipe.convert.draft import rule_of
+from hfpipe.convert.trainer_keys import trainer_table
+
+AXOLOTL = """
+base_model: team/base-1b
+datasets:
+  - {path: team/instructions, type: alpaca, split: "train[:90%]"}
+  - path: notes.jsonl
+    type: chat_template
+    field_messages: turns
+    message_property_mappings: {role: from, content: value}
+val_set_size: 0.1
+adapter: qlora
+load_in_4bit: true
+lora_r: 16
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_linear: true
+sequence_len: 2048
+sample_packing: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 3
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+warmup_ratio: 0.1
+bf16: auto
+gradient_checkpointing: true
+special_tokens: {pad_token: "<pad>"}
+wandb_project: mine
+seed: 7
+"""
+AXOLOTL_PRETRAIN = """
+base_model: team/base-1b
+pretraining_dataset: [{path: team/web, name: en, text_column: body}]
+sequence_len: 1024
+sample_packing: true
+micro_batch_size: 1
+max_steps: 100
+learning_rate: 0.0003
+"""
+LLAMA_FACTORY = """
+model_name_or_path: team/chat-4b
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: identity,ours
+template: qwen3
+cutoff_len: 2048
+max_samples: 1000
+preprocessing_num_workers: 4
+output_dir: saves
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+val_size: 0.1
+"""
+TRL = """
+model_name_or_path: team/base-1b
+dtype: bfloat16
+dataset_name: team/chats
+dataset_train_split: train_sft
+dataset_test_split: test_sft
+eval_strategy: steps
+use_peft: true
+load_in_4bit: true
+lora_target_modules: all-linear
+max_length: 512
+packing: true
+learning_rate: 1.0e-4
+push_to_hub: true
+hub_model_id: team/out
+"""
+HANDBOOK = """
+model_name_or_path: team/base-1b
+dataset_mixture:
+  datasets:
+    - {id: team/chats, config: all, split: train, columns: [messages], weight: 0.5}
+    - {id: team/maths, config: default, split: train, columns: [messages], weight: 1.0}
+  test_split_size: 100
+learning_rate: 2.0e-05
+lr_scheduler_type: cosine
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+max_length: 2048
+"""
+TORCHTUNE = """
+# tune download team/Base-1B --output-dir /tmp/Base-1B
+output_dir: /tmp/out
+tokenizer: {_component_: torchtune.models.llama3.llama3_tokenizer, path: /tmp/t.model, max_seq_len: null}
+model:
+  _component_: torchtune.models.llama3_2.lora_llama3_2_1b
+  lora_attn_modules: [q_proj, v_proj, output_proj]
+  apply_lora_to_mlp: true
+  lora_rank: 8
+  lora_alpha: 16
+  lora_dropout: 0.0
+checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: /tmp/Base-1B/
+  checkpoint_files: [model.safetensors]
+dataset: {_component_: torchtune.datasets.alpaca_cleaned_dataset, packed: false}
+seed: null
+shuffle: true
+batch_size: 4
+epochs: 1
+max_steps_per_epoch: null
+gradient_accumulation_steps: 8
+optimizer: {_component_: torch.optim.AdamW, fused: true, weight_decay: 0.01, lr: 3e-4}
+lr_scheduler: {_component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup, num_warmup_steps: 100}
+loss: {_component_: torchtune.modules.loss.LinearCrossEntropyLoss}
+clip_grad_norm: null
+device: cuda
+dtype: bf16
+"""
+OUMI = """
+model: {model_name: team/base-1b, model_max_length: 2048, torch_dtype_str: bfloat16}
+data:
+  train:
+    collator_name: text_completions_only_with_padding
+    datasets: [{dataset_name: yahma/alpaca-cleaned, split: train, sample_count: 500}]
+training:
+  trainer_type: TRL_SFT
+  use_peft: true
+  per_device_train_batch_size: 2
+  max_steps: 20
+  optimizer: adamw_torch_fused
+  learning_rate: 3.0e-04
+  lr_scheduler_type: cosine
+  warmup_ratio: 0.1
+  enable_wandb: true
+peft: {lora_r: 16, lora_alpha: 32, lora_target_modules: [q_proj, v_proj], q_lora: true, bnb_4bit_quant_type: nf4}
+"""
+SWIFT = """
+NPROC_PER_NODE=2 \\
+swift sft \\
+    --model team/chat-4b \\
+    --use_hf true \\
+    --tuner_type lora \\
+    --dataset 'team/chats:all#500' my.jsonl \\
+    --torch_dtype bfloat16 \\
+    --num_train_epochs 1 \\
+    --learning_rate 1e-4 \\
+    --lora_rank 8 \\
+    --target_modules all-linear \\
+    --gradient_accumulation_steps $(expr 16 / $nproc_per_node) \\
+    --max_length 2048 \\
+    --warmup_ratio 0.05 \\
+    --split_dataset_ratio 0.01
+"""
+CONFIGS = {
+    "axolotl.yaml": AXOLOTL,
+    "axolotl-pretrain.yml": AXOLOTL_PRETRAIN,
+    "llama-factory.yaml": LLAMA_FACTORY,
+    "trl.yaml": TRL,
+    "handbook.yaml": HANDBOOK,
+    "torchtune.yaml": TORCHTUNE,
+    "oumi.yaml": OUMI,
+    "swift.sh": SWIFT,
+}
+OUT = {
+    "preferences": "base_model: a/b\nrl: dpo\ndatasets: [{path: a/c, type: chatml.intel}]",
+    "images": "base_model: a/b\nprocessor_type: AutoProcessor\ndatasets: [{path: a/c, type: chat_template}]",
+    "a reward model": "model_name_or_path: a/b\nstage: rm\nfinetuning_type: lora\ndataset: pairs",
+    "reinforcement learning": "model: {model_name: a/b}\ntraining: {trainer_type: TRL_GRPO}\ndata: {train: {}}",
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text(
+        '{"identity": {"file_name": "identity.json"}, "ours": {"hf_hub_url": "team/chats", "formatting": "sharegpt"}}'
+    )
+    return tmp_path
+
+
+def converted(
+    text: str, capsys: pytest.CaptureFixture[str], name: str = "config.yaml"
+) -> tuple[dict[str, Any], str, str]:
+    """The recipe, its text, and what is said on standard error."""
+    Path(name).write_text(text)
+    assert main(["convert", name]) == 0
+    said = capsys.readouterr()
+    return yaml.safe_load(said.out), said.out, said.err
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_becomes_a_recipe_without_a_fault(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / name).write_text(CONFIGS[name])
+    assert main(["convert", name, "-o", "recipe.yaml"]) == 0
+    assert "LOST" not in capsys.readouterr().err
+    assert main(["check", "--fast", "recipe.yaml"]) == 0, capsys.readouterr().err
+
+
+def test_the_numbers_of_a_config_are_in_the_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, _, _ = converted(AXOLOTL, capsys)
+    stage = recipe["stages"][0]
+    assert recipe["model"]["id"] == "team/base-1b"
+    assert recipe["seed"] == 7
+    assert stage["quantization"] == "nf4"
+    assert stage["lora"] == {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+    training = stage["training"]
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (2, 4)
+    assert (training["learning_rate"], training["warmup_steps"], training["optim"]) == (2e-4, 0.1, "adamw_bnb_8bit")
+    first, second = stage["data"]
+    assert (first["path"], first["split"], first["fold"]) == (
+        "team/instructions",
+        "train[:90%]",
+        {"of": 10, "leave": 1},
+    )
+    assert (second["path"], second["data_files"], second["format"]) == ("json", "notes.jsonl", "sharegpt")
+    assert [suite["data"]["fold"] for suite in recipe["evaluate"].values()] == [{"of": 10, "keep": 1}] * 2
+
+
+def test_what_a_tool_does_in_silence_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torchtune clips no gradient, has a constant rate without a schedule, and cuts no row."""
+    text = TORCHTUNE.replace("lr_scheduler:", "# lr_scheduler:").replace("# tune download", "#")
+    recipe, written, _ = converted(text, capsys)
+    training = recipe["stages"][0]["training"]
+    assert (training["max_grad_norm"], training["lr_scheduler_type"], training["max_length"]) == (0.0, "constant", None)
+    assert recipe["model"]["id"] == "/tmp/Base-1B"
+    assert "checkpointer.checkpoint_dir" in written
+
+
+def test_a_model_that_a_comment_names_is_taken_from_the_hub(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, _, _ = converted(TORCHTUNE, capsys)
+    assert recipe["model"]["id"] == "team/Base-1B"
+    assert recipe["stages"][0]["lora"]["target_modules"][:3] == ["q_proj", "v_proj", "o_proj"]
+
+
+def test_shell_arguments_are_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, _, _ = converted(SWIFT, capsys, "train.sh")
+    stage = recipe["stages"][0]
+    assert stage["global_batch_size"] == 16
+    assert stage["data"][0] | {"fold": 0} == {"path": "team/chats", "name": "all", "take": 500, "fold": 0}
+    assert stage["training"]["weight_decay"] == 0.1  # ms-swift's own default
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("relora", "relora: true"),
+        ("no_such_key", "no_such_key: 5"),
+        ("optimizer", "optimizer: sinkgd"),
+        ("lr_scheduler", "lr_scheduler: rex"),
+        ("lora_model_dir", "lora_model_dir: ./before"),
+    ],
+)
+def test_what_changes_the_weights_and_cannot_be_said_is_told(
+    key: str, line: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = "\n".join(old for old in AXOLOTL.splitlines() if not old.startswith(f"{key}:"))
+    _, written, said = converted(f"{config}\n{line}\n", capsys)
+    for text in (said, written.split("\nname:")[0]):
+        assert "LOST" in text
+        assert key in text
+
+
+def test_every_key_of_a_config_is_in_the_recipe_or_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key without an effect on the weights is told above the recipe, which has a line for each reason."""
+    _, written, said = converted(AXOLOTL, capsys)
+    for key in ("wandb_project", "bf16", "special_tokens.pad_token"):
+        assert key in written.split("\nname:")[0] or key == "special_tokens.pad_token"
+    assert "wandb_project" not in said
+
+
+@pytest.mark.parametrize("goal", OUT)
+def test_other_goals_are_refused_in_a_paragraph(goal: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(OUT[goal])
+    assert main(["convert", "config.yaml"]) == 2
+    said = capsys.readouterr()
+    assert goal in said.err
+    assert not said.out
+
+
+def test_the_tool_can_be_said_and_must_be_where_it_is_not_recognized(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("config.yaml").write_text("learning_rate: 1\nepochs: 3\n")
+    assert main(["convert", "config.yaml"]) == 2
+    assert "--from" in capsys.readouterr().err
+    Path("config.yaml").write_text(TRL)
+    assert main(["convert", "--from", "trl", "config.yaml"]) == 0
+
+
+def test_a_file_that_is_there_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(TRL)
+    Path("recipe.yaml").write_text("mine")
+    assert main(["convert", "config.yaml", "-o", "recipe.yaml"]) == 2
+    assert Path("recipe.yaml").read_text() == "mine"
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_missing_dataset_info_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "data/dataset_info.json").unlink()
+    _, _, said = converted(LLAMA_FACTORY, capsys)
+    assert "dataset: ours" in said
+    assert "dataset_info.json" in said
+
+
+def test_every_word_of_the_table_in_the_docs_is_converted() -> None:
+    page = (Path(__file__).parents[2] / "docs/convert.md").read_text()
+    header, _, *rows = [line for line in page.splitlines() if line.startswith("|")][5:]
+    tools = [cell.strip() for cell in header.strip("|").split("|")][1:]
+    modules = [tool.lower().replace("-", "_") for tool in tools]
+    for row in rows:
+        for module, cell in zip(modules, row.strip("|").split("|")[1:], strict=True):
+            key = cell.strip().strip("`")
+            table = import_module(f"hfpipe.convert.{module}").TABLE
+            table = table if module in ("torchtune", "oumi") else trainer_table("sft", table)
+            assert not key or rule_of(table, key) is not None, f"{module}: {key}"
