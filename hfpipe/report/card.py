@@ -286,7 +286,7 @@ def terms_of(license: str) -> set[str]:
 
 
 def _licences(usage: Usage, recipe: Recipe) -> Iterator[Told]:
-    """What a reader must know about the licence: where it comes from, and every conflict."""
+    """Lines on the licence: a missing or unknown one, and every conflict with those of base and data."""
     of_base = stated(usage.base_facts)
     license = usage.license or of_base
     if license is None:

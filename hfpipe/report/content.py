@@ -53,14 +53,14 @@ def _about(recipe: Recipe) -> str:
 
 
 def how_trained(stage: Any) -> str:
-    """What a stage trained: all weights, or which adapter on which base."""
+    """Returns `all weights`, or the kind of adapter and the quantization of its base."""
     if stage.adapter is None:
         return "all weights"
     return stage.method + (f" on {stage.quantized.type}" if stage.quantized else "")
 
 
 def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
-    """What the whole run gained and what its last stage forgot, and whether that is inside the budgets."""
+    """The gains of the whole run, the losses of its last stage, and every budget that a stage exceeds."""
     if not scores:
         return [Told("", ["The recipe has no suites, so nothing was measured."])]
     last = stages_of(scores)[-1]
@@ -76,19 +76,21 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
     if first := first_scores(line):
         told.append(Told("Scored for the first time", _some([f"{score.suite} {describe(score)}" for score in first])))
     limits = {name: suite.budget for name, suite in recipe.evaluate.items() if suite.budget is not None}
-    judged = {name: judge_budget(line, last, name, recipe.evaluate[name]) for name in limits}
-    over = [name for name, budget in judged.items() if budget.over]
-    unsure = [change for budget in judged.values() for change in budget.undecided]
-    if over:
-        exceeded = ", ".join(f"{percent(limits[name])} on {name}" for name in over)
-        told.append(Told("Budget", [f"{last} exceeds the budget of {exceeded}."], "worse"))
-    elif limits:
+    over, unsure = [], []
+    for stage in stages_of(scores)[1:]:
+        own = of_lineage(scores, recipe.lineage(stage))
+        judged = {name: judge_budget(own, stage, name, recipe.evaluate[name]) for name in limits}
+        if exceeded := [f"{percent(limits[name])} on {name}" for name, budget in judged.items() if budget.over]:
+            over.append(f"{stage} exceeds the budget of {', '.join(exceeded)}.")
+        undecided = [change for budget in judged.values() for change in budget.undecided]
+        unsure += [f"{stage}: {change_words(change)}, which is above the budget" for change in undecided]
+    if limits:
         kept = ", ".join(f"{percent(limit)} on {name}" for name, limit in limits.items())
-        standing = "is not told to exceed" if unsure else "is inside"
-        told.append(Told("Budget", [f"{last} {standing} the budget of {kept}."]))
+        those = "every stage is" if len(stages_of(scores)) > 2 else f"{last} is"
+        inside = f"{those} {'not told to exceed' if unsure else 'inside'} the budget of {kept}."
+        told.append(Told("Budget", over or [inside], "worse" if over else ""))
     if unsure:
-        above = [f"{change_words(change)}, which is above the budget" for change in unsure]
-        told.append(Told("Too few rows to judge", _some(above)))
+        told.append(Told("Too few rows to judge", _some(unsure)))
     return told
 
 
@@ -124,7 +126,7 @@ def score_section(recipe: Recipe, scores: Sequence[Score], *, plots: bool = Fals
         by_stage = {score.stage: score for score in line}
         first = line[0]
         answers = "".join(f"; {name} {number(value, first.metric)}" for name, value in line[-1].baselines.items())
-        name = Cell(f"{first.suite} {first.metric} {first.arrow}", f"n = {first.n:,}{answers}")
+        name = Cell(f"{first.suite} {first.metric}\N{NO-BREAK SPACE}{first.arrow}", f"n = {first.n:,}{answers}")
         rows.append([name, *(_score_cell(recipe, scores, by_stage.get(stage)) for stage in stages)])
     counted = dict.fromkeys(f"{score.metric} of {score.suite} {score.signature}" for score in scores if score.signature)
     notes = [
@@ -147,7 +149,7 @@ def _score_cell(recipe: Recipe, scores: Sequence[Score], score: Score | None) ->
 
 
 def _change_section(recipe: Recipe, scores: Sequence[Score]) -> Section | None:
-    """What each stage did to each score of the model it started from."""
+    """The change of every score by every stage, from the model that the stage started from."""
     rows: list[list[str | Cell]] = []
     for stage in stages_of(scores)[1:]:
         line = of_lineage(scores, recipe.lineage(stage))
@@ -188,7 +190,7 @@ def _training_section(folder: Path, recipe: Recipe) -> Section | None:
 
 
 def environment_section(facts: Mapping[str, Any], recipe: Recipe | None = None) -> Section | None:
-    """What the run ran on, as far as it was recorded; with the recipe also its base."""
+    """Hardware and versions, as far as they were recorded; with the recipe also the base model."""
     hardware, launch = (facts.get(key) or {} for key in ("hardware", "launch"))
     machine = ", ".join(hardware.get("gpus") or ()) or (f"{hardware['cpus']} CPUs" if hardware.get("cpus") else "")
     system = f" ({hardware['system']})" if hardware.get("system") else ""

@@ -60,7 +60,7 @@ def detail_sections(folder: Path, recipe: Recipe) -> list[Section | None]:
 
 
 def _data_section(folder: Path, recipe: Recipe) -> Section | None:
-    """What each stage read of its sources: rows, epochs, shares, what was left out or mended, and packing."""
+    """Rows, epochs and shares of each source of each stage, its rows left out or mended, and the cost of packing."""
     rows, waste = [], []
     for stage in recipe.stages:
         data = read_json(folder / "stages" / stage.name / "done.json").get("data", {})
@@ -134,7 +134,7 @@ def _confusion(pairs: list[tuple[str, str]], names: list[str]) -> Table:
 
 
 def limits_section(recipe: Recipe) -> Section | None:
-    """What the suites that measure bias cannot tell."""
+    """The known limits of the benchmarks of bias among the suites."""
     rows = []
     for name, suite in recipe.evaluate.items():
         for limits in dict.fromkeys(LIMITS[metric] for metric in suite.metrics if metric in LIMITS):
@@ -144,7 +144,7 @@ def limits_section(recipe: Recipe) -> Section | None:
 
 
 def _overlap_section(folder: Path) -> Section | None:
-    """What the suites share with the training data."""
+    """Rows of suites that are found in the training data."""
     rows = []
     for pair in read_json(folder / "overlap.json").get("pairs", []):
         counts = [f"{pair[key]:,}" for key in ("looked_at", "rows", "exact", "partly", "touched")]
@@ -181,7 +181,7 @@ def _shift_section(folder: Path) -> Section | None:
 
 
 def _merge_section(folder: Path, recipe: Recipe) -> Section | None:
-    """What the merge of each adapter cost."""
+    """The divergence between each merged model and its adapter on the base."""
     rows, notes = [], []
     for stage in recipe.stages:
         if not (merge := read_json(folder / "stages" / stage.name / "merge.json")):
@@ -200,7 +200,7 @@ def _merge_section(folder: Path, recipe: Recipe) -> Section | None:
 
 
 def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
-    """What each stage cost, over all attempts at it, and the sum.
+    """Time, tokens, FLOPs and energy of each stage, summed over all attempts at it.
 
     Args:
         totals: The totals by stage, see `stage_costs`.

@@ -24,7 +24,7 @@ def price_sections(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> lis
 
 
 def price_sentences(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[str]:
-    """What belongs in the verdict: stages that were dialled down, and stages from one parent beside each other."""
+    """Sentences for the verdict: stages that were dialled down, and comparisons of stages from one parent."""
     strengths = {stage.name: strength_of(folder / "stages" / stage.name) for stage in recipe.stages}
     told = [
         f"Stage {stage} was over its budget and was dialled down to {strength:g} of its strength, the best inside it."
@@ -103,7 +103,7 @@ def _in_words(found: Comparison) -> str:
 
 
 def _less(found: Comparison) -> bool:
-    """Whether both learning and forgetting are less, each beyond the noise."""
+    """Returns True if the second model learned less and forgot less, both beyond the noise."""
     both = (found.learned, found.forgot)
     return all(estimate is not None and estimate.beyond_noise and estimate.value < 0 for estimate in both)
 

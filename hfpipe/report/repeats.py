@@ -24,7 +24,7 @@ def write_repeat_reports(folder: Path) -> list[Path]:
 
 
 def repeat_lines(folder: Path) -> list[str]:
-    """What a person reads last: the mean and spread of the last stage, and where the repeats lie."""
+    """The last lines in the terminal: mean and spread of the scores of the last stage, and the path of the report."""
     return ["", *_verdict(read_json(folder / REPEATS))[1], f"report     {folder / 'report.html'}"]
 
 

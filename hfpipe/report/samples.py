@@ -40,7 +40,7 @@ def _records(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def _answer(record: dict[str, Any]) -> dict[str, Any] | None:
-    """What the model said and what is right: in words where it was asked for words, else its choice."""
+    """Returns the answer of a row with its reference: the generated text if there is one, else the choice."""
     for need in ("generation", "choice", "number"):
         if "prediction" in record.get(need, {}):
             return record[need]
@@ -73,7 +73,7 @@ def _pick(
 
 
 def _judges(metric: str, need: str, record: dict[str, Any]) -> bool:
-    """Whether a metric's value of a row is about the answer that is shown, and not about its likelihood."""
+    """Returns True if a metric scores the answer that is shown, and not the likelihood of the right one."""
     likelihood = ("bits_per_byte", "perplexity", "bits_per_token")
     choice = need == "generation" and "choice" in record and metric == "accuracy"
     return metric not in likelihood and not choice

@@ -160,7 +160,7 @@ def _quoted(text: str | None) -> str:
 
 
 def _grows(recipe: Recipe) -> bool:
-    """Whether the recipe adds tokens to the base's vocabulary."""
+    """Returns True if the recipe adds tokens to the vocabulary of the base."""
     tokenizer = recipe.model.tokenizer
     return tokenizer is not None and bool(tokenizer.add_tokens or tokenizer.add_special_tokens)
 

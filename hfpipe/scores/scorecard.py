@@ -177,14 +177,14 @@ class Change:
 
     @property
     def loss(self) -> str:
-        """What was lost, in words: `3.1% of`, or `0.04 of nearness to 0.5 in` where the score has an ideal."""
+        """The loss in words: `3.1% of`, or `0.04 of nearness to 0.5 in` where the score has an ideal."""
         if self.after.ideal is not None:
             return f"{-self.gain:.3g} of nearness to {self.after.ideal:g} in"
         return f"{-self.relative:.1%} of" if self.relative > -100 else "more than a hundred times of"
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the change is told from noise, at 5 % over all comparisons of the stage."""
+        """True if the change is told from noise, at 5 % over all comparisons of the stage."""
         return self.gain != 0 and (self.p if self.adjusted is None else self.adjusted) < ALPHA
 
     @property

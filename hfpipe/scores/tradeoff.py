@@ -80,7 +80,7 @@ def gains_and_losses(scores: Sequence[Score]) -> tuple[list[Change], list[Change
 
 
 def is_first(scores: Sequence[Score], score: Score) -> bool:
-    """Whether no model before could be scored so: a classifier is the first with a head for its classes."""
+    """Returns True if no model before it has a score of this kind, as a base has none without a head for classes."""
     return score.stage != BASE and all(one.stage == score.stage for one in scores if one.key == score.key)
 
 
@@ -122,7 +122,7 @@ def kept_keys(suites: Mapping[str, Suite], start: Sequence[Score], ends: Sequenc
 
 
 def _can_gain(score: Score) -> bool:
-    """Whether a better score is something learned: not so of bias, which is measured beside what a stage is for."""
+    """Returns False for metrics of bias, which are measured beside the task and not learned."""
     return score.ideal is None and score.metric not in BIAS_METRICS
 
 

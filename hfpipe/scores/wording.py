@@ -14,10 +14,12 @@ from hfpipe.scores.tradeoff import Estimate
 
 
 def number(value: float, metric: str = "") -> str:
-    """A value of a metric: a share in percent, any other with four decimals, or four digits if very small or large."""
+    """A value of a metric: a share in percent, any other with four decimals, from 10 on with two, or four digits."""
     if metric in SHARE_METRICS:
         return percent(value)
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+    if 10 <= abs(value) < 1e6:
+        return f"{value:.2f}"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def percent(share: float) -> str:
@@ -51,7 +53,7 @@ def share_words(estimate: Estimate | None) -> tuple[str, str]:
 
 
 def loss_words(estimate: Estimate | None) -> tuple[str, str]:
-    """What was forgotten; a loss below zero is none, and says how much better the model became."""
+    """A mean loss and its interval, as `share_words`; one below zero is none, with the size of the improvement."""
     if estimate is not None and percent(estimate.value).startswith("-"):
         size, found = share_words(-estimate)
         return f"none, {size} better", found
