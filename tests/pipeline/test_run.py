@@ -63,6 +63,25 @@ def test_the_report_says_what_the_scorecard_holds(finished: Path) -> None:
     require_scores_of(finished / "run")
 
 
+def test_the_lines_that_say_how_to_use_a_model_work_as_they_are(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(finished / "tiny.yaml")]) == 0
+    told = capsys.readouterr().out.split("use it:\n")[1].split("\nnext:")[0]
+    stages = finished / "run/stages"
+    codes = {"the terminal": "\n".join(line.removeprefix("  ") for line in told.splitlines())}
+    for place in ("prose/model", "sounds/model", "sounds/merged"):
+        card = (stages / place / "README.md").read_text()
+        assert "More Information Needed" not in card
+        codes[place] = card.split("```python\n")[1].split("```")[0]
+    answers = {}
+    for place, code in codes.items():
+        exec(code.replace("max_new_tokens=200", "max_new_tokens=8"), {})
+        answers[place] = capsys.readouterr().out
+        assert answers[place].strip(), place
+    assert answers["sounds/model"] == answers["sounds/merged"] == answers["the terminal"] != answers["prose/model"]
+
+
 def test_a_second_run_skips_everything_and_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished / "run"
     before = {path: path.stat().st_mtime_ns for path in run.glob("stages/*/model/*.safetensors")}
