@@ -23,14 +23,7 @@ from hfpipe.recipe.signatures import (
     peft_types,
     training_fields,
 )
-from hfpipe.recipe.stage_config import Source
-
-ARGUMENTS_CLASS = {
-    "pretrain": "TrainingArguments",
-    "sft": "SFTConfig",
-    "classification": "TrainingArguments",
-    "translation": "Seq2SeqTrainingArguments",
-}
+from hfpipe.recipe.stage_config import KINDS, Source
 
 
 def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
@@ -104,7 +97,7 @@ def _check_training(stage: RawStage) -> Iterator[Fault]:
     elsewhere: dict[str, Callable[[], Fields | None]] = {"below `lora:`": lora_fields}
     if stage.kind != "sft":
         elsewhere["to kind: sft"] = lambda: training_fields("sft")
-    yield from check_block(stage.at("training"), fields, ARGUMENTS_CLASS[stage.kind], elsewhere)
+    yield from check_block(stage.at("training"), fields, KINDS[stage.kind].ARGUMENTS[1], elsewhere)
 
 
 def _check_source(source: Block) -> Iterator[Fault]:

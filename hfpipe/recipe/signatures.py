@@ -27,6 +27,7 @@ from hfpipe.recipe.source_reader import (
     parsed,
     signature_of,
 )
+from hfpipe.recipe.stage_config import KINDS
 
 # Annotations narrower than what the class takes: it turns these values into others itself.
 _ALSO_TAKEN = {"fsdp": (Kind("bool"), Kind("list"))}
@@ -70,13 +71,7 @@ _CONSTRUCTION = ("__init__", "__post_init__")  # methods that take keyword argum
 @cache
 def training_fields(kind: str) -> Fields | None:
     """Fields of the trainer's arguments, of the class that trains a kind of stage."""
-    where = {
-        "pretrain": ("transformers.training_args", "TrainingArguments"),
-        "sft": ("trl.trainer.sft_config", "SFTConfig"),
-        "classification": ("transformers.training_args", "TrainingArguments"),
-        "translation": ("transformers.training_args_seq2seq", "Seq2SeqTrainingArguments"),
-    }
-    return _fields(*where[kind])
+    return _fields(*KINDS[kind].ARGUMENTS)
 
 
 @cache

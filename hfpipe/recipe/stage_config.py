@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
@@ -207,7 +207,12 @@ class EarlyStopping(Words):
 
 
 class StageBase(Words):
-    """What stages of every kind have."""
+    """The words that stages of every kind have.
+
+    Each kind names the class of its trainer's arguments, as module and class: the fields of its `training:`.
+    """
+
+    ARGUMENTS: ClassVar[tuple[str, str]]
 
     name: Name
     kind: str
@@ -264,6 +269,8 @@ class StageBase(Words):
 class Pretrain(StageBase):
     """Continued (or first) pretraining on packed documents."""
 
+    ARGUMENTS = ("transformers.training_args", "TrainingArguments")
+
     kind: Literal["pretrain"]
     objective: Literal["causal", "masked"] = Field(
         "causal", description="what is learned: the next token (decoders), or masked tokens (encoders)"
@@ -285,6 +292,8 @@ class Pretrain(StageBase):
 class Sft(StageBase):
     """Supervised fine-tuning on prompt + completion, messages, or text."""
 
+    ARGUMENTS = ("trl.trainer.sft_config", "SFTConfig")
+
     kind: Literal["sft"]
     train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
         None,
@@ -300,6 +309,8 @@ class Sft(StageBase):
 class Classification(StageBase):
     """A classifier, or a regression, on sentence + label."""
 
+    ARGUMENTS = ("transformers.training_args", "TrainingArguments")
+
     kind: Literal["classification"]
     labels: list[str] | None = Field(None, description="the classes in order; those of the data when absent")
     class_weights: Literal["balanced"] | None = Field(None, description="`balanced`: rare classes count as much")
@@ -311,6 +322,8 @@ class Classification(StageBase):
 
 class Translation(StageBase):
     """An encoder-decoder model on source + target: translation, summarization and the like."""
+
+    ARGUMENTS = ("transformers.training_args_seq2seq", "Seq2SeqTrainingArguments")
 
     kind: Literal["translation"]
 

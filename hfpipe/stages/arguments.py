@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_liger_kernel_available
-from trl import SFTConfig
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
@@ -22,12 +22,6 @@ from hfpipe.model.load import compute_dtype
 from hfpipe.recipe import Pretrain, Recipe, Stage
 from hfpipe.stages.trackers import require_login
 
-ARGUMENTS: dict[str, type[TrainingArguments]] = {
-    "pretrain": TrainingArguments,
-    "sft": SFTConfig,
-    "classification": TrainingArguments,
-    "translation": Seq2SeqTrainingArguments,
-}
 _SHARDING = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config")
 
 
@@ -60,7 +54,8 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         RecipeError: Their class refuses them.
         MachineError: They need a package that is not installed.
     """
-    cls = ARGUMENTS[stage.kind]
+    module, name = stage.ARGUMENTS
+    cls = getattr(import_module(module), name)
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu and compute_dtype() == torch.bfloat16
     training = {key: value for key, value in stage.training.items() if key in cls.__dataclass_fields__}
