@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -14,9 +13,11 @@ from pathlib import Path
 
 from hfpipe import __version__
 from hfpipe.core import signals
-from hfpipe.core.errors import MachineError, RecipeError, UserError
+from hfpipe.core.errors import RecipeError, UserError
+from hfpipe.core.machine import machine_error
 from hfpipe.core.output import forgive_closed_pipes
 from hfpipe.core.run_lock import alone
+from hfpipe.core.run_state import require_whole_state
 from hfpipe.core.secrets import without_secrets
 
 # The options of `hfpipe push`, which are the words of a recipe's `push:`.
@@ -69,7 +70,7 @@ def _interrupted() -> int:
 
 def _tell(error: Exception) -> int:
     """Says what went wrong and returns the exit code."""
-    known = error if isinstance(error, UserError) else _machine_fault(error)
+    known = error if isinstance(error, UserError) else machine_error(error)
     if known is None:
         print(without_secrets(traceback.format_exc()), file=sys.stderr)
         print(
@@ -87,23 +88,6 @@ def _part() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _machine_fault(error: Exception) -> MachineError | None:
-    """The errors of a machine at its limits, in words."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return MachineError(
-            "out of memory on the GPU. Halve training.per_device_train_batch_size (global_batch_size keeps the result "
-            "the same), shorten training.max_length, set training.gradient_checkpointing: true, or train an adapter on "
-            "a 4-bit base (lora: and quantization: nf4)."
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineError(f"the disk is full ({error.filename or 'while writing'}). Free some space and run again.")
-    if type(error).__name__ == "SafetensorError" and "No space left on device" in str(error):
-        return MachineError("the disk is full (while weights were written). Free some space and run again.")
-    if isinstance(error, PermissionError):
-        return MachineError(f"no permission to write or read {error.filename}.")
-    return None
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -235,6 +219,7 @@ def _run_folder(name: str) -> Path:
         known = sorted(str(path.parent) for path in Path("runs").glob("*/recipe.yaml"))
         there = f"Run folders here: {', '.join(known)}." if known else "There is none in ./runs."
         raise RecipeError(f"{name} is not a run folder (it has no recipe.yaml). {there}")
+    require_whole_state(folder)
     return folder
 
 

@@ -54,7 +54,8 @@ def make_run(folder: Path, recipe: dict[str, Any] = RECIPE) -> Path:
     (stages / "chat/model/adapter_config.json").write_text(json.dumps(adapter))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / "scorecard.json").write_text(json.dumps([dict(zip(FIELDS, row, strict=True)) for row in SCORES]))
-    environment = {"python": "3.11", "packages": {"torch": "2.13"}, "hardware": {"device": "cpu"}}
+    environment = {"hfpipe": "0.1", "python": "3.11", "packages": {"torch": "2.13"}, "launch": {"processes": 1}}
+    environment |= {"hardware": {"system": "Linux", "cpus": 2, "gpus": []}, "trust_remote_code": False}
     environment["base"] = {"id": "me/base", "revision": "c" * 40}
     (folder / "environment.json").write_text(json.dumps(environment))
     base = {"revision": "c" * 40, "license": "apache-2.0", "language": "en"}

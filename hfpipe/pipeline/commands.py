@@ -13,6 +13,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
 from hfpipe.core.run_layout import model_of
+from hfpipe.core.run_state import require_whole_state
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.suites import Scored, compare_rows, score_suite, suite_rows
 from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, clear_errors, load_model, load_tokenizer, task_of
@@ -98,6 +99,7 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
             raise RecipeError(f"--stage {stage}: {name} is not a run folder, so it has no stages. Leave it out.")
         return ModelRef(_fetched(name), recipe.model)
     _require_one_run(folder)
+    require_whole_state(folder)
     every = load_recipe(folder / "recipe.yaml").stages
     finished = {one.name: one for one in every if (folder / "stages" / one.name / "done.json").exists()}
     if not finished:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.run_lock import require_output
+from hfpipe.core.run_state import require_whole_state
 from hfpipe.data.cleaning.contamination import require_no_overlap
 from hfpipe.data.dedup import require_cleaning
 from hfpipe.evaluation.suites import suite_metrics
@@ -75,6 +76,7 @@ def require_start(recipe: Recipe) -> None:
         UserError: With what to do.
     """
     ranks.on_main(partial(require_output, output_folder(recipe)))
+    ranks.on_main(partial(require_whole_state, output_folder(recipe)))
     require_cleaning(recipe)
     for suite in recipe.evaluate.values():
         suite_metrics(suite)
