@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-# Tokens of Hugging Face, what calls itself one (hf_my_token_1, not hf_tokenizer), and keys of GitHub and AWS.
+# Tokens of Hugging Face, what calls itself one (hf_my_token_1, not hf_tokenizer), and keys of GitHub, AWS, OpenAI,
+# Anthropic, W&B and Slack.
 TOKEN = re.compile(
     r"hf_[A-Za-z0-9]{16,}|\bhf_(?=\w{10})\w*(?:[Tt]oken|TOKEN|[Ss]ecret|SECRET)(?![A-Za-z])\w*"
-    r"|\bgh[pousr]_[A-Za-z0-9]{36}|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}|\bA[KS]IA[0-9A-Z]{16}\b"
+    r"|\bsk-(?=[\w-]*\d)[A-Za-z0-9_-]{20,}|\bwandb_v\d_\w{20,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
 )
 PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]+:)[^/\s:@]+(?=@)")
+NAME_IN_URL = re.compile(r"(://)(?!hf_\*)[^/\s:@]{8,}(?=@)")  # https://TOKEN@host, as git takes it
 # In the query of a URL: signatures of storage, tokens, keys.
 SECRET_IN_QUERY = re.compile(
     r"(://[^\s'\"<>]*?[?&](?:[\w-]*(?:token|signature|secret|password|credential|api[_-]?key|key-pair-id)|sig|key)=)"
@@ -33,16 +37,21 @@ def own_tokens() -> list[str]:
     return [token.strip() for token in found if token and len(token.strip()) >= SHORTEST]
 
 
-def has_secret(text: str) -> bool:
-    """Whether a text holds a token of Hugging Face, one of this machine's, or a URL with a password or a signature."""
-    return text != without_secrets(text)
+def has_secret(text: str, own: Sequence[str] | None = None) -> bool:
+    """Whether a text holds a token or key, one of this machine's, or a URL with a password or a signature.
+
+    Args:
+        text: The text.
+        own: The tokens of this machine, where they are known already; see `own_tokens`.
+    """
+    return text != without_secrets(text, own)
 
 
-def without_secrets(text: str) -> str:
-    """The text with every such token and password made unreadable."""
-    for token in own_tokens():
+def without_secrets(text: str, own: Sequence[str] | None = None) -> str:
+    """Returns the text with every such token and password made unreadable; see `has_secret`."""
+    for token in own_tokens() if own is None else own:
         text = text.replace(token, "hf_***")  # which is no alias in YAML, as *** would be
-    text = PASSWORD_IN_URL.sub(r"\1***", TOKEN.sub("hf_***", text))
+    text = NAME_IN_URL.sub(r"\1***", PASSWORD_IN_URL.sub(r"\1***", TOKEN.sub("hf_***", text)))
     while (masked := SECRET_IN_QUERY.sub(r"\1***", text)) != text:  # one of each URL at a time
         text = masked
     return text

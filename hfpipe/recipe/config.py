@@ -176,6 +176,8 @@ class Suite(Words):
         options = data.get("metric_options")
         if isinstance(options, dict):
             options = {part: value for name, value in options.items() for part in parts_of(str(name))}
+        if not all(isinstance(part, str) for part in parts):
+            return data  # which pydantic refuses
         return {
             **data,
             "metrics": list(dict.fromkeys(parts)),
@@ -247,7 +249,7 @@ class Recipe(Words):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
     name: Name
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=2**32, description="of everything that is drawn at random")
     output_dir: str | None = Field(None, description="`runs/<name>` when absent")
     model: Model
     stages: list[Stage] = Field(min_length=1)
@@ -268,7 +270,7 @@ class Recipe(Words):
     overlap: Literal["refuse", "report"] = Field(
         "refuse", description="what happens when rows of a suite are found in the training data"
     )
-    seeds: list[int] | None = Field(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
         None, min_length=2, description="the whole run is repeated with each of these; mean and spread are reported"
     )
     cross_validation: CrossValidation | None = Field(

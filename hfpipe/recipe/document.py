@@ -20,6 +20,9 @@ from hfpipe.core.secrets import without_secrets
 from hfpipe.recipe.faults import Fault, Place, Steps, dotted
 
 _TAG = "tag:yaml.org,2002:"
+# Far above any recipe; what lies beyond is a file of another kind, or made to keep a machine busy.
+MOST_BYTES, MOST_VALUES, DEEPEST = 200_000, 20_000, 30
+MOST_TOLD, LONGEST_LINE = 40, 600  # faults of a message, and letters of one of them
 _RESOLVERS = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -107,11 +110,16 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         raise RecipeError(f"{path} is a folder. Name the recipe, a YAML file{_near(path / path.name)}")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise RecipeError(f"There is no recipe at {path}{_near(path)}") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}. Name a YAML file that you may read.") from error
+    if len(content) > MOST_BYTES:
+        raise RecipeError(
+            f"{path} is no recipe: it has more than {MOST_BYTES // 1000} kB. Put data into files of its own."
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -134,6 +142,8 @@ def _near(path: Path) -> str:
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
         return Loader(text).get_single_node()
+    except RecursionError as error:
+        raise RecipeError(_too_deep(name)) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{name}:{line}: found a control character, which YAML does not allow. Remove it.") from error
@@ -147,16 +157,26 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         raise RecipeError(f"{name}:{line}: this is not YAML: {problem}. {remedy}") from error
 
 
+def _too_deep(place: str) -> str:
+    return f"{place}: blocks lie in blocks more than {DEEPEST} deep; a recipe needs a few. Look at its brackets."
+
+
 class _Builder:
     """Turns YAML's nodes into plain data and notes the place of each key."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.open: list[yaml.Node] = []  # the nodes being built, to notice one that holds itself
+        self.built = 0
 
     def build(self, node: yaml.Node, steps: Steps) -> Any:
         if any(node is outer for outer in self.open):
             raise self.error(node, "an alias (*) stands inside its own anchor (&). Write the block out")
+        self.built += 1
+        if len(self.open) > DEEPEST:
+            raise RecipeError(_too_deep(self.at(node).text))
+        if self.built > MOST_VALUES:  # aliases of aliases multiply
+            raise self.error(node, f"the recipe has more than {MOST_VALUES:,} values, those of aliases (*) counted")
         self.open.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
@@ -216,7 +236,10 @@ class _Builder:
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
             if kind == "int":
-                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+                number = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+                if number.bit_length() > 63:
+                    raise self.error(node, f"found a whole number of {number.bit_length()} bits; allowed are up to 63")
+                return number
             if kind == "float":
                 return _float(text)
         except (ValueError, KeyError):
@@ -253,6 +276,13 @@ def report(document: Document, faults: Iterable[Fault]) -> str:
         separator = ": " if path else ""
         lines[f"{place.text}: {path}{separator}{fault.text}"] = place.order
     count = f"{len(lines)} faults" if len(lines) > 1 else "1 fault"
-    ordered = "\n".join(sorted(lines, key=lambda line: lines[line]))
+    told = [_shortened(line) for line in sorted(lines, key=lambda line: lines[line])]
+    if len(told) > MOST_TOLD:
+        told[MOST_TOLD:] = [f"... and {len(told) - MOST_TOLD} more"]
+    ordered = "\n".join(told)
     remedy = "Nothing was loaded or started. Correct the recipe and run the same command again."
     return without_secrets(f"{count} in {document.name}\n\n{ordered}\n\n{remedy}")
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 3 :]}"

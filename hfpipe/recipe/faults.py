@@ -57,8 +57,13 @@ def did_you_mean(word: Any, words: Iterable[str]) -> str:
     return f" Did you mean {near}?" if near else ""
 
 
+LONGEST_WORD = 60  # letters of what could be a misspelt word
+
+
 def nearest(word: Any, words: Iterable[str]) -> str | None:
     """The word that is meant, whatever its capitals and dashes; None where no word is near."""
+    if len(str(word)) > LONGEST_WORD:
+        return None
     plain = {_plain(known): known for known in words}
     close = difflib.get_close_matches(_plain(str(word)), plain, n=1, cutoff=0.6)
     return plain[close[0]] if close else None

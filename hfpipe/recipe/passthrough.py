@@ -110,6 +110,9 @@ def _check_source(source: Block) -> Iterator[Fault]:
         fields = {name: field for name, field in (fields or {}).items() if name in ("name", "split")}
     elif fields is not None and not passed.keys() <= fields.keys():
         fields = load_dataset_fields(str(path))
+    if "split" in passed and not isinstance(passed["split"], str | None):
+        allowed = "text, such as train, or train[:1000]; several splits are joined by '+': train+validation"
+        yield Fault((*source.steps, "split"), found_and_allowed(passed.pop("split"), allowed))
     owner = "`path: builtin`" if path == "builtin" else "a source or of load_dataset"
     if fields is not None:
         own = {name: Field(name) for name in Source.model_fields if name != "columns"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hfpipe.recipe.passthrough import check_passed_through
 from hfpipe.recipe.raw import kind_of, sequence
 from hfpipe.recipe.rules.adapters import is_repeated, take_over
 from hfpipe.recipe.rules.recipe import check_rules
+from hfpipe.recipe.rules.values import check_values
 from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
 from hfpipe.recipe.stage_config import (
     BLOCK,
@@ -73,6 +75,7 @@ _TYPES = {
     "model_type": "a mapping (lines of `key: value` below it)",
     "model_attributes_type": "a mapping (lines of `key: value` below it)",
 }
+MOST_FAULTS = 200  # that are looked for; each costs a look for the nearest word
 _BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
 _BOUND_WORDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
 
@@ -89,7 +92,8 @@ def check_structure(data: dict[str, Any]) -> tuple[Recipe | None, list[Fault]]:
         recipe = Recipe.model_validate(readable)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        return None, faults + [fault for fault in (_translate(found, readable) for found in errors) if fault]
+        translated = (_translate(found, readable) for found in errors[:MOST_FAULTS])
+        return None, faults + [fault for fault in translated if fault]
     return (None if faults else recipe), faults
 
 
@@ -221,7 +225,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         faults = [*document.faults, *apply_overrides(document, overrides)]
         taken_over = take_over(document.data)
         recipe, structural = check_structure(document.data)
-        further = [*check_passed_through(document.data), *check_rules(document.data)]
+        checks = chain(check_values(document.data), check_passed_through(document.data), check_rules(document.data))
+        further = list(islice(checks, MOST_FAULTS))
     reported = {fault.steps for fault in structural}
     faults += structural + [fault for fault in further if fault.steps not in reported]
     faults = [fault for fault in faults if not is_repeated(fault, faults, taken_over)]

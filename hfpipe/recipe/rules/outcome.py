@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core.secrets import has_secret
+from hfpipe.core.secrets import has_secret, own_tokens
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, listed
 from hfpipe.recipe.metric_table import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
 from hfpipe.recipe.push_plan import _ONLY_OF, NEEDS_AN_ADAPTER
@@ -139,7 +139,10 @@ def countries() -> dict[str, str]:
 
 
 # Keys of fsspec's storage options that hold a secret, and the values of theirs that name a way to log in instead.
-_SECRET_KEY = re.compile(r"(^|_|-)(token|secret|password|passwd|key|authorization)$", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|_|-)(token|secret|password|passwd|key|authorization|cookies?|sas|connection_string)$", re.IGNORECASE
+)
+_SECRET_ANYWHERE = re.compile(r"(api_?key|access_?token|auth_?token|password|client_?secret)$", re.IGNORECASE)
 _WAYS = ("anon", "browser", "cache", "cloud", "google_default")
 _TEXT = (
     "holds a token, a password or a signed address, and a recipe is copied into the run folder, the report and the "
@@ -150,29 +153,31 @@ _TEXT = (
 
 def check_secrets(data: dict[str, Any]) -> Iterator[Fault]:
     """Yields every value that is a secret, without showing it."""
-    yield from _with_tokens((), data)
+    yield from _with_tokens((), data, own_tokens())
     sources = [source for stage in stages(data) for source in stage.sources]
     for source in [*sources, *(suite.source for suite in suites(data))]:
         yield from _with_keys(source.at("storage_options"))
 
 
-def _with_tokens(steps: Steps, value: Any) -> Iterator[Fault]:
-    if isinstance(value, str) and has_secret(value):
+def _with_tokens(steps: Steps, value: Any, own: list[str]) -> Iterator[Fault]:
+    if isinstance(value, str) and has_secret(value, own):
         yield Fault(steps, _TEXT)
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
-        if isinstance(key, str) and has_secret(key):
-            yield Fault(steps, _TEXT)
+        named = isinstance(key, str) and _SECRET_ANYWHERE.search(key) and isinstance(item, str) and item
+        if (isinstance(key, str) and has_secret(key, own)) or named:
+            yield Fault((*steps, key), _TEXT) if named else Fault(steps, _TEXT)
         else:
-            yield from _with_tokens((*steps, key), item)
+            yield from _with_tokens((*steps, key), item, own)
 
 
-def _with_keys(block: Block) -> Iterator[Fault]:
+def _with_keys(block: Block, *, secret: bool = False) -> Iterator[Fault]:
+    """Yields the values of storage options whose key says that they are secret, or a key above them."""
     for key, value in block.data.items():
-        steps = (*block.steps, key)
+        steps, named = (*block.steps, key), secret or bool(_SECRET_KEY.search(str(key)))
         if isinstance(value, dict):
-            yield from _with_keys(block.at(key))
-        elif _SECRET_KEY.search(str(key)) and isinstance(value, str) and value not in _WAYS and not has_secret(value):
+            yield from _with_keys(block.at(key), secret=named)
+        elif named and isinstance(value, str) and value not in _WAYS and not has_secret(value):
             yield Fault(steps, _TEXT)
 
 

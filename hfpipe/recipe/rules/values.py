@@ -1,0 +1,23 @@
+"""Rules of any value, wherever it stands: what no file name and no text of a run can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hfpipe.recipe.faults import Fault, Steps
+
+
+def check_values(value: Any, steps: Steps = ()) -> Iterator[Fault]:
+    """Yields texts and keys with a zero byte or half a character."""
+    if isinstance(value, str):
+        if "\0" in value:
+            yield Fault(steps, "holds a zero byte, which no text and no file name has. Remove it.")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield Fault(steps, "holds half a character (a surrogate), which cannot be written. Remove it.")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(key, str) and ("\0" in key or any("\ud800" <= letter <= "\udfff" for letter in key)):
+            yield Fault(steps, "has a key with a zero byte or half a character. Remove it.")
+        else:
+            yield from check_values(item, (*steps, key))
