@@ -213,6 +213,12 @@ def _convert(options: argparse.Namespace) -> None:
     run(options.file, options.tool, options.output)
 
 
+def _new(options: argparse.Namespace) -> None:
+    from hfpipe.convert.new import answers_of, run
+
+    run(answers_of(options))
+
+
 def _run_folder(name: str) -> Path:
     folder = Path(name)
     if not (folder / "recipe.yaml").is_file():
@@ -280,6 +286,12 @@ def _parser() -> argparse.ArgumentParser:
     recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
     recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
     command("schema", _schema, "JSON schema of a recipe, for editors")
+    new = command("new", _new, "a recipe for your own file, from five answers; what the flags do not say is asked")
+    new.add_argument("--data", metavar="FILE", help="a file, a folder, or a data set of the Hub")
+    new.add_argument("--model", metavar="ID", help="the base model: its id on the Hub, or a folder")
+    new.add_argument("--task", metavar="TASK", help="chat, instructions, pretrain, classification or translation")
+    new.add_argument("--hardware", metavar="WHAT", help="cpu, or the memory of one GPU such as 24GB")
+    new.add_argument("-o", "--output", metavar="RECIPE", help="a file to write; NAME-OF-THE-DATA.yaml when absent")
     convert = command("convert", _convert, "a recipe from a config of another tool")
     convert.add_argument("file", metavar="FILE", help="YAML, JSON, or a shell script that starts the tool")
     convert.add_argument(

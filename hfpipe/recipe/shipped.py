@@ -23,7 +23,8 @@ def list_recipes() -> str:
     """One line a recipe: its name and the first sentence of its opening comment."""
     lines = []
     for name, path in shipped_recipes().items():
-        first = path.read_text().split("\n", 1)[0].lstrip("# ")
+        comments = [line for line in path.read_text().split("\n") if not line.startswith("# yaml-language-server:")]
+        first = comments[0].lstrip("# ")
         lines.append(f"{name:24} {first}")
     return "\n".join([*lines, "", "start from one: hfpipe recipes --copy NAME"])
 

@@ -61,6 +61,14 @@ def sizes(name: str, folder: Path) -> list[str]:
         changes[f"stages.{stage.name}.training.max_steps"] = 2
         if stage.kind in ("pretrain", "translation"):
             changes[f"stages.{stage.name}.training.max_length"] = 64
+    if name == "my-files":
+        file = folder.parent / "my.jsonl"
+        turns = [
+            [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": f"{n + 1}"}] for n in range(80)
+        ]
+        file.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+        changes["stages.chat.data"] = f"[{{path: json, data_files: {file}, fold: {{of: 20, leave: 1}}}}]"
+        changes["evaluate.held-out.data.data_files"] = file
     return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
 
 

@@ -1,0 +1,297 @@
+"""`hfpipe new`: a recipe for a file of one's own, from five answers and a look at the file."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfpipe.convert.command import name_of
+from hfpipe.convert.render import render
+from hfpipe.convert.words import CHATML, source_of, turns
+from hfpipe.core.errors import RecipeError, UserError
+
+LOOKED_AT = 1000  # rows
+TASKS = {
+    "chat": "sft",
+    "instructions": "sft",
+    "pretrain": "pretrain",
+    "classification": "classification",
+    "translation": "translation",
+}
+_FORMATS = {  # of the rows that a kind of stage takes
+    "sft": ("messages", "prompt_completion", "text"),
+    "pretrain": ("text",),
+    "classification": ("classification",),
+    "translation": ("translation",),
+}
+_ASKED = {"question_answer": ("question", "answer"), "prompt_completion": ("prompt", "completion")}
+_QUESTIONS = {
+    "data": "Your data: a file (.jsonl .json .csv .parquet .txt) or a data set of the Hub",
+    "model": "The base model: its id on the Hub, or a folder",
+    "task": f"What it shall learn ({', '.join(TASKS)})",
+    "hardware": "Where it is trained: cpu, or the memory of one GPU such as 24GB",
+    "output": "Where the recipe goes",
+}
+_METRICS = {"classification": ["accuracy", "f1"], "translation": ["chrf"]}
+_RATES = {"lora": 2e-4, "pretrain": 2e-5, "full": 2e-5}
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at the first rows of the data.
+
+    Args:
+        format: The format that they were taken for.
+        end: The format that they become.
+        why: Why.
+        rows: Rows that were looked at.
+        characters: Characters of the median row and of the longest in a hundred.
+        script: The script most letters are of, such as LATIN or CJK.
+        labels: How often each label occurs; empty where there are none.
+        columns: The data's column for each of the format's.
+    """
+
+    format: str
+    end: str
+    why: str
+    rows: int
+    characters: tuple[int, int]
+    script: str
+    labels: Mapping[str, int]
+    columns: Mapping[str, str]
+
+
+def run(answers: Mapping[str, str | None]) -> None:
+    """Asks what the flags do not say, looks at the data, and writes the recipe.
+
+    Args:
+        answers: `data`, `model`, `task`, `hardware` and `output`; None where the command line does not say it.
+
+    Raises:
+        RecipeError: An answer is missing and there is nobody to ask, is none of the allowed, or the file exists.
+        DataError: The data cannot be read.
+    """
+    lacking = [key for key in ("data", "model") if not answers.get(key)]
+    if lacking and not sys.stdin.isatty():
+        raise RecipeError(
+            f"--{' and --'.join(lacking)}: missing, and standard input is no terminal, so nobody can be asked. Write: "
+            "hfpipe new --data my.jsonl --model HuggingFaceTB/SmolLM2-135M --task chat. The task, the hardware "
+            "(--hardware cpu or 24GB) and the file (-o) are worked out when they are absent."
+        )
+    asking = bool(lacking)
+    data = answers.get("data") or _ask("data")
+    model = answers.get("model") or _ask("model")
+    source = _source(data)
+    if (task := answers.get("task")) not in (None, *TASKS):
+        raise RecipeError(f"found {task!r} as the task; allowed is one of {', '.join(TASKS)}.")
+    look = look_at(source, task)
+    guess = task_of(look)
+    task = task or (_ask("task", guess) if asking else guess)
+    found = found_hardware()
+    hardware = answers.get("hardware") or (_ask("hardware", found) if asking else found)
+    name = name_of(Path(data))
+    output = Path(answers.get("output") or (_ask("output", f"{name}.yaml") if asking else f"{name}.yaml"))
+    recipe, head, comments = build(name, source, model, task, memory_of(hardware), look)
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(render(recipe, [*head, f"  hfpipe check {output}", f"  hfpipe run {output}"], comments))
+    except FileExistsError:
+        raise RecipeError(f"{output} exists already. Remove it, or name another file with -o.") from None
+    except OSError as error:
+        raise RecipeError(f"{output} cannot be written: {error.strerror}.") from error
+    print("\n".join(head[1:]))
+    print(f"wrote {output}; what fits in memory and how long it takes: hfpipe check {output}")
+
+
+def _ask(key: str, default: str = "") -> str:
+    """One question, with what is taken for an empty answer."""
+    answer = ""
+    while not answer:
+        answer = input(f"{_QUESTIONS[key]}{f' [{default}]' if default else ''}: ").strip() or default
+    return answer
+
+
+def _source(data: str) -> dict[str, Any]:
+    """The source of a file, a folder or a data set of the Hub.
+
+    Raises:
+        RecipeError: A path is named that is not there.
+    """
+    path = Path(data).expanduser()
+    source = source_of(str(path) if path.exists() else data)
+    if "data_files" in source and not path.exists():
+        raise RecipeError(
+            f"there is no file {data}. Name a file, a folder, or a data set of the Hub such as openai/gsm8k."
+        )
+    return source
+
+
+def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
+    """Reads the first rows.
+
+    Args:
+        source: The source.
+        task: What they are for; told by the columns when absent, where a text with a label is for classification.
+
+    Raises:
+        DataError: They have no format that is known, or none for the task; the message says how to name the columns.
+    """
+    opened = _opened(source, _FORMATS.get(TASKS.get(task or "", "")))
+    if task is None and opened.taken.format.name == "text":
+        with suppress(UserError):  # a text without a label
+            opened = _opened(source, ("classification",))
+    from hfpipe.recipe.row_formats import text_of
+
+    rows = list(opened.rows.take(LOOKED_AT))
+    if not rows:
+        raise RecipeError(f"{source.get('data_files', source['path'])} has no row.")
+    texts = [text_of(row) for row in rows]
+    lengths = sorted(map(len, texts))
+    labels = Counter(str(row["label"]) for row in rows if row.get("label") is not None)
+    characters = (lengths[len(lengths) // 2], lengths[min(len(lengths) - 1, len(lengths) * 99 // 100)])
+    format, why = opened.taken.format, opened.taken.why
+    end, columns = format.becomes or format.name, opened.taken.columns
+    return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns)
+
+
+def _opened(source: Mapping[str, Any], kinds: tuple[str, ...] | None) -> Any:
+    """The source as a stream, whose rows are of one of the kinds; of any when absent."""
+    from hfpipe.data.sources.load import open_source
+    from hfpipe.recipe import Source
+
+    parsed = Source.model_validate({**source, "streaming": True})
+    return open_source(parsed, kinds=kinds) if kinds else open_source(parsed)
+
+
+def script_of(texts: list[str]) -> str:
+    """The script of most letters, by their Unicode names."""
+    letters = [letter for text in texts[:100] for letter in text[:1000] if letter.isalpha()]
+    scripts = Counter(unicodedata.name(letter, "UNKNOWN").split()[0] for letter in letters)
+    return scripts.most_common(1)[0][0] if scripts else "none"
+
+
+def task_of(look: Look) -> str:
+    """The task that rows of a format are for."""
+    tasks = {"messages": "chat", "prompt_completion": "instructions", "text": "pretrain"}
+    return tasks.get(look.end, look.end if look.end in TASKS else "instructions")
+
+
+def found_hardware() -> str:
+    """The memory of this machine's GPU, or cpu."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+        return f"{round(int(said.split()[0]) / 1024)}GB"
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return "cpu"
+
+
+def memory_of(hardware: str) -> int:
+    """Gigabytes of a GPU; 0 for a CPU.
+
+    Raises:
+        RecipeError: It is neither.
+    """
+    number = re.fullmatch(r"(\d+)\s*(GB|G|GiB)?", hardware.strip(), re.IGNORECASE)
+    if hardware.strip().lower() != "cpu" and number is None:
+        raise RecipeError(f"found {hardware!r} as hardware; allowed is cpu, or the memory of one GPU such as 24GB.")
+    return int(number[1]) if number else 0
+
+
+def _size_of(model: str) -> float:
+    """Billions of parameters, by the model's name; 0 where it does not say."""
+    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![a-z])", model, re.IGNORECASE)
+    return float(found[-1][0]) / (1000 if found[-1][1].upper() == "M" else 1) if found else 0.0
+
+
+def build(
+    name: str, source: dict[str, Any], model: str, task: str, gigabytes: int, look: Look
+) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """The recipe, the comments above it, and those beside its keys.
+
+    Raises:
+        RecipeError: The task is none, or is not one that such rows are for.
+    """
+    if task not in TASKS:
+        raise RecipeError(f"found {task!r} as the task; allowed is one of {', '.join(TASKS)}.")
+    kind, source = TASKS[task], dict(source)
+    if task == "chat" and look.format == "alpaca":
+        source["format"] = "alpaca_chat"
+    elif task == "chat" and look.format in _ASKED:
+        question, answer = (f"{{{look.columns[name]}}}" for name in _ASKED[look.format])
+        source["template"] = turns(question, answer)
+    fitting = _FORMATS[kind]
+    if look.end not in fitting:
+        raise RecipeError(
+            f"the rows are {look.format} ({look.why}), and {task} takes {' or '.join(fitting)}. Take "
+            f"--task {task_of(look)}, or say what the columns mean in a recipe: `columns:` or `template:`."
+        )
+    size = _size_of(model)
+    adapter = kind in ("sft",) or (kind == "pretrain" and bool(size) and size > 1)
+    stage: dict[str, Any] = {"name": task, "kind": kind, "data": [{**source, "fold": {"of": 20, "leave": 1}}]}
+    comments = {"data": f"{look.format}: {look.why}", "evaluate.held-out": "a twentieth of the rows, never trained on"}
+    if adapter:
+        stage["lora"] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+        if gigabytes and size * 2 > gigabytes * 0.5:
+            stage["quantization"] = "nf4"
+            comments["quantization"] = (
+                f"the base in 4 bits: {size:g} billion weights take most of {gigabytes} GB otherwise"
+            )
+    length = tokens_of(look)
+    stage["global_batch_size"] = 16
+    stage["training"] = {
+        "num_train_epochs": 1 if look.rows == LOOKED_AT else 3,
+        "learning_rate": _RATES["lora" if adapter else "pretrain" if kind == "pretrain" else "full"],
+        "max_length": length,
+        "per_device_train_batch_size": 1 if stage.get("quantization") else 2 if not gigabytes else 4,
+    }
+    comments["training.max_length"] = "99 rows of 100 are shorter, by their characters"
+    recipe: dict[str, Any] = {"name": name, "model": {"id": model}, "stages": [stage]}
+    if task == "chat" and (folder := Path(model)).is_dir() and not _has_template(folder):
+        marks = ["<|im_start|>", "<|im_end|>"]
+        recipe["model"]["tokenizer"] = {"add_special_tokens": marks, "chat_template": CHATML}
+        comments["model.tokenizer"] = "the base has no chat template"
+    metrics = _METRICS.get(kind, ["bits_per_byte"])
+    recipe["evaluate"] = {"held-out": {"data": {**source, "fold": {"of": 20, "keep": 1}}, "metrics": metrics}}
+    return recipe, _head(name, source, task, look, length), comments
+
+
+def _has_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").exists() or (config.exists() and "chat_template" in config.read_text())
+
+
+def tokens_of(look: Look) -> int:
+    """Tokens that hold all but the longest rows: a power of two from 128 to 4096."""
+    dense = look.script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+    tokens = look.characters[1] / (1 if dense else 3)
+    return next((length for length in (128, 256, 512, 1024, 2048) if tokens <= length), 4096)
+
+
+def _head(name: str, source: Mapping[str, Any], task: str, look: Look, length: int) -> list[str]:
+    """What the data is, and what to do next."""
+    data = source.get("data_files", source["path"])
+    more = "the first " if look.rows == LOOKED_AT else ""
+    lines = [
+        f"{name}: {task} on {data}, written by `hfpipe new`.",
+        f"{more}{look.rows} rows of {look.format} ({look.why}); the median has {look.characters[0]:,} characters, "
+        f"99 of 100 have at most {look.characters[1]:,}: rows of {length} tokens. Letters are mostly "
+        f"{look.script.capitalize()}.",
+    ]
+    if look.labels:
+        counts = ", ".join(f"{label} {count}" for label, count in Counter(look.labels).most_common(8))
+        lines.append(f"Labels: {counts}{' and others' if len(look.labels) > 8 else ''}.")
+    return lines
+
+
+def answers_of(options: Any) -> dict[str, str | None]:
+    """The answers that the command line gives."""
+    return {key: getattr(options, key) for key in _QUESTIONS}

@@ -1,0 +1,105 @@
+"""A file of one's own becomes a recipe that `check --fast` accepts, without a question when the flags say enough."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hfpipe.cli import main
+
+TURNS = [{"from": "human", "value": "Is it so?"}, {"from": "gpt", "value": "Yes"}]
+FILES: dict[str, list[dict[str, Any]]] = {
+    "chat": [{"conversations": TURNS, "id": f"{n}"} for n in range(40)],
+    "instructions": [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(40)],
+    "pretrain": [{"text": f"A day like day {n}. " * 20} for n in range(40)],
+    "classification": [{"text": f"number {n}", "label": "even" if n % 2 == 0 else "odd"} for n in range(40)],
+    "translation": [{"source": f"day {n}", "target": f"Tag {n}"} for n in range(40)],
+}
+
+
+def written(folder: Path, rows: list[dict[str, Any]], name: str = "my.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_a_file_becomes_a_recipe_without_a_question(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "--data", written(tmp_path, FILES[task]), "--model", "team/base-1B", "--hardware", "24GB"]) == 0
+    assert "40 rows" in capsys.readouterr().out
+    assert main(["check", "--fast", "my.yaml"]) == 0, capsys.readouterr().err
+    recipe = yaml.safe_load((tmp_path / "my.yaml").read_text())
+    stage = recipe["stages"][0]
+    assert stage["name"] == task  # told by the columns
+    assert stage["data"][0]["fold"] == {"of": 20, "leave": 1}
+    assert recipe["evaluate"]["held-out"]["data"]["fold"] == {"of": 20, "keep": 1}
+
+
+def test_an_alpaca_file_is_a_chat_when_a_chat_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, [{"instruction": f"Add {n}", "input": "", "output": "x"} for n in range(40)])
+    assert main(["new", "--data", file, "--model", "team/base-8B", "--task", "chat", "--hardware", "12GB"]) == 0
+    stage = yaml.safe_load((tmp_path / "my.yaml").read_text())["stages"][0]
+    assert stage["data"][0]["format"] == "alpaca_chat"
+    assert stage["quantization"] == "nf4"  # 16 GB of weights and 12 GB of memory
+
+
+def test_without_flags_and_without_a_terminal_one_paragraph_says_what_to_write(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["new"]) == 2
+    said = capsys.readouterr().err
+    assert "hfpipe new --data my.jsonl --model" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task", "chatt"], "allowed is one of chat"),
+        (["--hardware", "big"], "such as 24GB"),
+        (["--data", "nowhere.jsonl"], "there is no file"),
+        (["-o", "here.yaml"], "exists already"),
+    ],
+)
+def test_a_wrong_answer_is_told_and_nothing_is_written(
+    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.yaml").write_text("mine")
+    file = written(tmp_path, FILES["chat"])
+    assert main(["new", "--data", file, "--model", "team/base-1B", *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "here.yaml").read_text() == "mine"
+    assert not (tmp_path / "my.yaml").exists()
+
+
+def test_rows_that_are_not_for_the_task_are_bad_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, FILES["chat"])
+    assert main(["new", "--data", file, "--model", "team/base", "--task", "translation"]) == 5
+    assert "no `source` with `target`" in capsys.readouterr().err
+
+
+def test_questions_and_answers_become_turns_of_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, [{"question": f"{n} + 1?", "answer": f"{n + 1}"} for n in range(40)])
+    assert main(["new", "--data", file, "--model", "team/base-Instruct", "--task", "chat", "--hardware", "cpu"]) == 0
+    assert main(["check", "--fast", "my.yaml"]) == 0
+    source = yaml.safe_load((tmp_path / "my.yaml").read_text())["stages"][0]["data"][0]
+    assert [turn["content"] for turn in source["template"]["messages"]] == ["{question}", "{answer}"]
+
+
+def test_what_is_missing_is_asked_at_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answers = iter([written(tmp_path, FILES["chat"]), "team/base", "", "8GB", ""])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    assert main(["new"]) == 0
+    assert main(["check", "--fast", "my.yaml"]) == 0
