@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from hfpipe.recipe.metric_table import parts_of
+from hfpipe.recipe.source_files import is_local_name
 from hfpipe.recipe.stage_config import (
     BASE,
     BLOCK,
@@ -320,4 +321,4 @@ def is_on_hub(name: str) -> bool:
 def hub_id(source: Source) -> str | None:
     """The Hub id of a source; None for a file, a folder or a builder."""
     path = source.path
-    return path if path not in BUILDERS and is_on_hub(path) else None
+    return path if path not in BUILDERS and not is_local_name(path) and is_on_hub(path) else None

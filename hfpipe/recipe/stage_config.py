@@ -117,7 +117,10 @@ class Source(Words):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
-    path: str = Field(description="a Hub data set, a builder (json, parquet, text, csv...), a folder, or `builtin`")
+    path: str = Field(
+        description="a file, a folder, a pattern such as data/*.jsonl, a Hub data set, a builder (json, csv...) with "
+        "`data_files`, or `builtin`"
+    )
     weight: float | None = Field(
         None,
         gt=0,

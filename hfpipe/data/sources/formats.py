@@ -46,16 +46,19 @@ class Taken:
         format: The format of its rows.
         columns: Its column for each of the format's, without those that a template builds.
         why: The reason, for a person.
+        files: The files that it is read from, for a person, where their kinds were found out.
     """
 
     format: RowFormat
     columns: Mapping[str, str]
     why: str
+    files: str = ""
 
     def __str__(self) -> str:
         becomes = self.format.becomes
         how = f", read as {becomes}" if becomes and becomes != self.format.name else ""
-        return f"taken for {self.format.name} ({self.why}){how}"
+        files = f"{self.files}, " if self.files else ""
+        return f"{files}taken for {self.format.name} ({self.why}){how}"
 
 
 def kinds_of(stage: Stage) -> tuple[Kind, ...]:

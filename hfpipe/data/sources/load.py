@@ -6,19 +6,21 @@ and tables stay on disk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-from huggingface_hub import HfApi
 
 from hfpipe.builtin.corpus import builtin
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.sources.builders import load_dataset
 from hfpipe.data.sources.errors import friendly
+from hfpipe.data.sources.files import FileGroup, file_groups, local_path
 from hfpipe.data.sources.formats import Kind, Rows, Taken, require_column, to_format
 from hfpipe.data.sources.line_files import by_byte_range
 from hfpipe.data.sources.parquet import TABLE_ROWS, by_row_group
@@ -27,8 +29,7 @@ from hfpipe.data.sources.sharded_files import stream_range
 from hfpipe.recipe import Fold, Source
 from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.recipe.row_formats import ENDS
-
-__all__ = ["fingerprint", "friendly", "load_rows"]
+from hfpipe.recipe.signatures import load_dataset_fields
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,62 @@ def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Ki
         DataError: The data cannot be read, or lacks the columns.
     """
     with friendly(source, opening=True):
-        rows = _open(source, default_split)
+        parts = _open(source, default_split)
     with friendly(source):
-        features = _features_of(rows, source)
-        rows = _cut(rows, source.skip, source.take)
-        if source.where is not None:
-            keep = Where(source.where, source.path)
-            for column in keep.columns:
-                require_column(column, features, "where", source)
-            rows = rows.filter(keep, input_columns=keep.columns)
-        if source.fold is not None:
-            rows = _in_fold(rows, source.fold)
-        return Opened(*to_format(rows, features, source, kinds))
+        files = ", ".join(str(group) for _, group in parts if group is not None)
+        if len(parts) == 1 or all(rows.features == parts[0][0].features for rows, _ in parts):
+            rows, taken = _in_format(_concatenated([rows for rows, _ in parts]), source, kinds)
+        else:
+            rows, taken = _of_several_kinds(parts, source, kinds)
+        return Opened(rows, replace(taken, files=files))
+
+
+def _in_format(rows: Rows, source: Source, kinds: tuple[Kind, ...]) -> tuple[Rows, Taken]:
+    """Cuts, filters and brings the rows of a source to one format."""
+    features = _features_of(rows, source)
+    rows = _cut(rows, source.skip, source.take)
+    if source.where is not None:
+        keep = Where(source.where, source.path)
+        for column in keep.columns:
+            require_column(column, features, "where", source)
+        rows = rows.filter(keep, input_columns=keep.columns)
+    if source.fold is not None:
+        rows = _in_fold(rows, source.fold)
+    return to_format(rows, features, source, kinds)
+
+
+def _of_several_kinds(
+    parts: list[tuple[Rows, FileGroup | None]], source: Source, kinds: tuple[Kind, ...]
+) -> tuple[Rows, Taken]:
+    """The rows of files of several kinds, each brought to the format, one after the other.
+
+    Raises:
+        RecipeError: The kinds come to different formats, or `where` stands beside words that count rows.
+    """
+    cuts = [word for word, value in (("skip", source.skip), ("take", source.take), ("fold", source.fold)) if value]
+    if source.where is not None and cuts:
+        raise RecipeError(
+            f"source {source.path!r} has files of several kinds, of which `where` and `{cuts[0]}` cannot both choose "
+            "rows. Name the files of one kind, such as `path: " + os.path.join(source.path, "*.jsonl") + "`."
+        )
+    whole = source.model_copy(update={"skip": 0, "take": None, "fold": None})
+    found = [_in_format(rows, whole, kinds) for rows, _ in parts]
+    ends = {taken.format.becomes or taken.format.name for _, taken in found}
+    if len(ends) > 1:
+        told = "; ".join(f"{group} {taken}" for (_, group), (_, taken) in zip(parts, found, strict=True))
+        raise RecipeError(
+            f"source {source.path!r} has files of several kinds, which do not come to one format: {told}. Name them in "
+            "sources of their own, such as `path: " + os.path.join(source.path, "*.jsonl") + "`."
+        )
+    names = [name for name in found[0][0].features if all(name in rows.features for rows, _ in found)]
+    features = Features({name: found[0][0].features[name] for name in names})
+    alike = [rows.select_columns(names).cast(features) for rows, _ in found]
+    rows = _cut(_concatenated(alike), source.skip, source.take)
+    return _in_fold(rows, source.fold) if source.fold is not None else rows, found[0][1]
+
+
+def _concatenated(parts: list[Any]) -> Rows:
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def load_rows(
@@ -85,34 +130,67 @@ def load_rows(
     return open_source(source, default_split=default_split, kinds=kinds).rows
 
 
-def fingerprint(source: Source) -> str | None:
-    """The commit of a data set on the Hub; None for what is local or cannot be asked now."""
-    path = source.path
-    if path == "builtin" or path in _PACKAGED_DATASETS_MODULES or Path(path).exists():
-        return None
-    try:
-        return HfApi().dataset_info(path, revision=source.passed_through.get("revision"), timeout=10).sha
-    except Exception:  # a fact for the record; loading says what is wrong
-        return None
-
-
-def _open(source: Source, default_split: str) -> Rows:
-    """The rows as they are stored."""
+def _open(source: Source, default_split: str) -> list[tuple[Rows, FileGroup | None]]:
+    """The rows as they are stored, by the files that hold them."""
     arguments = dict(source.passed_through)
     files = arguments.get("data_files")
     split = arguments.pop("split", None) or ("train" if isinstance(files, str | list) else default_split)
     if source.path == "builtin":
-        return builtin(arguments.get("name") or "text", split)
-    folder = Path(source.path)
+        return [(builtin(arguments.get("name") or "text", split), None)]
+    if source.path in _PACKAGED_DATASETS_MODULES:
+        needs_files = source.path not in ("eval", "iceberg", "lance")
+        if needs_files and not files and not arguments.get("data_dir"):
+            raise RecipeError(
+                f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
+            )
+        return [(load(source.path, split=split, **_with_paths(arguments, source)), None)]
+    folder = Path(local_path(source))
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         saved = _saved(folder, split)
-        return saved.to_iterable_dataset() if arguments.get("streaming") else saved
-    needs_files = source.path in _PACKAGED_DATASETS_MODULES and source.path not in ("eval", "iceberg", "lance")
-    if needs_files and not files and not arguments.get("data_dir"):
+        return [(saved.to_iterable_dataset() if arguments.get("streaming") else saved, None)]
+    is_named = any(arguments.get(word) for word in ("data_files", "data_dir", "name"))
+    groups = [] if is_named and folder.is_dir() else file_groups(source)
+    if not groups:
+        return [(load(str(folder), split=split, **arguments), None)]
+    return _read_groups(groups, split, arguments, source)
+
+
+def _read_groups(
+    groups: list[FileGroup], split: str, arguments: dict[str, Any], source: Source
+) -> list[tuple[Rows, FileGroup | None]]:
+    """The rows of groups of files; where they have one split, it is that of a stage and of a suite."""
+    splits = list(dict.fromkeys(name for group in groups for name in group.files))
+    name, slice = re.fullmatch(r"\s*([^\[]*?)\s*((?:\[.*)?)", split).groups()  # type: ignore[union-attr]
+    if name not in splits and splits == ["train"] and "split" not in source.passed_through:
+        name = "train"
+    if name not in splits and "+" not in name:
+        one = " A file has the one split `train`: leave `split` out." if splits == ["train"] else ""
         raise RecipeError(
-            f"source {source.path!r} needs `data_files` (or `data_dir`): it reads files, and none is named."
+            f"source {source.path!r} has no split {name!r}; allowed: {listed(splits)}.{did_you_mean(name, splits)}{one}"
         )
-    return load(source.path, split=split, **arguments)
+    parts: list[tuple[Rows, FileGroup | None]] = []
+    known = load_dataset_fields() or {}
+    for group in groups:
+        if name in group.files or "+" in name:
+            of_kind = load_dataset_fields(group.kind) or {}
+            only = len(groups) == 1
+            own = {word: value for word, value in arguments.items() if only or word in known or word in of_kind}
+            rows = load(group.kind, split=f"{name}{slice}", data_files=group.files, **group.options | own)
+            parts.append((rows, group))
+    return parts
+
+
+def _with_paths(arguments: dict[str, Any], source: Source) -> dict[str, Any]:
+    """The arguments with `~` and variables in the paths of files replaced."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        return local_path(source.model_copy(update={"path": value})) if isinstance(value, str) else value
+
+    return {word: plain(value) if word in ("data_files", "data_dir") else value for word, value in arguments.items()}
 
 
 def _saved(folder: Path, split: str) -> Dataset:

@@ -15,6 +15,7 @@ from typing import Any
 from hfpipe.recipe.faults import Fault, did_you_mean, dotted, found, listed
 from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites
 from hfpipe.recipe.row_formats import ROW_FORMATS, SUITE_COLUMNS, TRAINED_COLUMNS
+from hfpipe.recipe.source_files import file_kind
 
 TOGETHER = (("prompt", "completion"), ("source", "target"))
 BUILTIN_TABLES = ("text", "package", "summary", "numbers")
@@ -190,7 +191,8 @@ def _table(source: dict[Any, Any]) -> tuple[str, ...]:
 def _split(source: dict[Any, Any], default: str) -> tuple[str, str]:
     """Name of the split and its slice: "train[:5%]" -> ("train", ":5%"). Files without a split's name are `train`."""
     files = source.get("data_files")
-    if files is not None and not isinstance(files, dict) and "split" not in source:
+    is_file = file_kind(str(source.get("path"))) is not None
+    if "split" not in source and (is_file or (files is not None and not isinstance(files, dict))):
         return TRAIN, ""
     split = re.fullmatch(r"\s*([^\[]*?)\s*(?:\[(.*)\])?\s*", str(source.get("split") or default))
     return (split[1], split[2] or "") if split else (str(source.get("split")), "")
