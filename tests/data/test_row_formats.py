@@ -182,3 +182,8 @@ def test_a_stream_of_a_recognized_format_resumes(tmp_path: Path) -> None:
     again = load_rows(source)
     again.load_state_dict(stream.state_dict())
     assert [*first, *(row["messages"][0]["content"] for row in again)] == [str(n) for n in range(20)]
+
+
+def test_every_format_is_documented_with_a_row_or_a_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert [name for name in ROW_FORMATS if f"`{name}`" not in page] == []
