@@ -7,6 +7,7 @@ global batch, so the same global batches come out on any number of ranks, and a 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -81,6 +82,8 @@ class BatchLoader:
         self.collated = collated
         self.source, self.batch_size, self.pad_token_id, self.multiple = source, batch_size, pad_token_id, multiple
         self.waited_seconds = 0.0
+        self.recent: deque[list[dict[str, Any]]] = deque()  # the rows of the last `keep` batches
+        self.keep = 0
         self.is_done = False  # nothing is left to train: Trainer would take one more step
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -92,6 +95,9 @@ class BatchLoader:
             rows = next(batches, None)
             if rows is None:
                 return
+            self.recent.append(rows)
+            while len(self.recent) > self.keep:
+                self.recent.popleft()
             batch = self.collated(rows, self.pad_token_id, self.multiple)
             self.waited_seconds += time.perf_counter() - begin
             yield batch

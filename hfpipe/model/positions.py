@@ -12,12 +12,20 @@ def context_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+# What models call the table of their positions: BERT and its kin, GPT-2 and OpenAI GPT, OPT and BioGPT and BART.
+POSITIONS = ("position_embeddings", "wpe", "positions_embed", "embed_positions")
+
+
 def learned_positions(model: Any) -> int | None:
-    """The most tokens that a model takes where its positions are learned; None where they are computed."""
+    """Returns the most tokens that a model takes where its positions are a table; None where they are computed."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.endswith(("position_embeddings", "wpe")):
+        if not isinstance(module, torch.nn.Embedding) or name.rpartition(".")[2] not in POSITIONS:
+            continue
+        offset = getattr(module, "offset", None)  # rows before the first position
+        if not isinstance(offset, int):
             # RoBERTa counts from the padding token's id on.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+        return module.num_embeddings - offset
     return None
 
 

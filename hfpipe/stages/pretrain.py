@@ -26,6 +26,7 @@ from hfpipe.data.stream.packing import isolation_leak
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
+from hfpipe.model.positions import context_of
 from hfpipe.recipe import Pretrain
 from hfpipe.recipe.faults import listed
 from hfpipe.stages.arguments import clear_refusal
@@ -45,7 +46,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     model, new = load_model(run.parent, frozen=stage.adapter is not None, with_new_modules=True)
     if new:
         ranks.say(f"  the base has no weights for {listed(new)}, which begin fresh")
-    max_length = row_length(run, model, min(model.config.max_position_embeddings, DEFAULT_MAX_LENGTH))
+    max_length = row_length(run, model, min(context_of(model) or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH))
     per_device, accumulation = divide_batch(stage)
     epochs = _whole_epochs(stage)
     parts = mixture(run.recipe, stage)

@@ -47,6 +47,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     for name, weight in model.named_parameters():
         if name in exact:  # SFTTrainer rounds an adapter on a quantized base to bfloat16, where small updates vanish
             weight.data = exact[name]
+    exact.clear()  # it would keep the weights after the trainer has let them go
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
     facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths))
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}

@@ -6,32 +6,28 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import PrinterCallback, Trainer
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hfpipe.core import ranks, signals
-from hfpipe.core.errors import DataError, RecipeError, Stopped
-from hfpipe.core.files import whole_folder
+from hfpipe.core.errors import RecipeError, Stopped
 from hfpipe.data.dataloader import BatchLoader, ShuffledRows
 from hfpipe.model.adapter import (
-    TOLERANCE,
-    adapter_state,
     add_adapter,
     continue_adapter,
     original_state,
-    probe,
-    require_equal,
-    save_adapter,
-    verify_tensors,
 )
-from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
 from hfpipe.model.tokenizer import train_rows
@@ -39,7 +35,9 @@ from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, LogCallback, newest_whole
 from hfpipe.stages.context import StageRun
+from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.early_stopping import Selection
+from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
 from hfpipe.stages.trackers import guard_trackers
 
 DEFAULT_PER_DEVICE = 8
@@ -176,7 +174,9 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     checkpoints = CheckpointCallback(loader, run.hash, run.trajectory, keep)
     trainer.remove_callback(PrinterCallback)  # LogCallback prints
     guard_trackers(trainer)
-    for callback in (checkpoints, *run.callbacks):
+    make_saveable(trainer.model)
+    watch = StopWhenNotFinite(trainer, loader, run.tokenizer, run.stage.name, run.folder)
+    for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks):
         trainer.add_callback(callback)
     run.cost.tokens_per_step = tokens_per_step
     trainer.add_callback(run.cost)
@@ -192,11 +192,6 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     if last.exists():
         signals.heed()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    if losses and not losses[-1] == losses[-1]:
-        raise DataError(
-            f"stages.{run.stage.name}: the loss is not a number (NaN) at the end of training. Lower learning_rate, "
-            "raise warmup_steps, or set max_grad_norm."
-        )
     with nullcontext() if last.exists() else signals.held():  # without a checkpoint the training would be lost
         save(run, trainer, original)
     chosen = {"early_stopping": selection.facts()} if selection else {}
@@ -207,6 +202,17 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
         "last_loss": losses[-1] if losses else None,
         "data": loader.source.report(),
     }
+
+
+class _Rehearsal(TrainerCallback):
+    """Tries the save once the trainer has made its changes to the configs, before the first step."""
+
+    def __init__(self, run: StageRun, trainer: Trainer) -> None:
+        self.run, self.trainer = run, trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
+        rehearse(self.run, model, sharded=is_sharded(self.trainer))
 
 
 def _keep_every_layer(model: Any) -> None:
@@ -220,61 +226,6 @@ def _keep_every_layer(model: Any) -> None:
         module.layerdrop = 0.0
     if dropping:
         ranks.say("  the model's config drops layers at random (layerdrop): here every layer is trained at every step")
-
-
-def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> None:
-    """Writes the trained model or adapter in one piece, loads it again from disk, and compares it with the trained one.
-
-    Args:
-        run: The stage.
-        trainer: Has the trained model.
-        original: The first weights of an adapter whose making changed the base, see `original_state`.
-
-    Raises:
-        RuntimeError: What is on disk is not what was trained.
-    """
-    target = run.folder / "model"
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    with torch.no_grad():
-        # Without autocast, which the trainer wraps around a forward pass (bf16, fp16): what is loaded has none.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-        trained = None if sharded else probe(model, run.tokenizer, run.probe_texts)
-    if not ranks.is_main() and not sharded:
-        ranks.wait()
-        return
-    with whole_folder(target if ranks.is_main() else run.folder / f"rank{ranks.rank()}") as beside:
-        if run.stage.adapter is not None and not sharded:
-            save_adapter(model, beside, original)
-        else:
-            trainer.save_model(str(beside))
-        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no one should have to load
-        run.tokenizer.save_pretrained(beside)
-        if run.stage.adapter is not None and ranks.is_main():
-            _record_base(beside, run)
-            verify_tensors(beside, None if sharded else adapter_state(model, original))
-            if is_classifier(model):
-                model.config.save_pretrained(beside)  # the classes, which an adapter's own config does not name
-        if trained is not None:
-            saved = replace(run.parent, path=str(beside), revision=None)
-            again = load_model(saved, frozen=run.stage.adapter is not None)
-            coarsest = max(
-                (p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda t: TOLERANCE.get(t, 0)
-            )
-            require_equal(trained, probe(again, run.tokenizer, run.probe_texts), coarsest, f"stage {run.stage.name}")
-    ranks.wait()
-
-
-def _record_base(folder: Path, run: StageRun) -> None:
-    """Names the base in adapter_config.json as others can load it: by Hub id and commit, or a folder's full path."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    local = Path(run.parent.path)
-    config["base_model_name_or_path"] = str(local.absolute()) if local.is_dir() else run.parent.path
-    config["revision"] = run.parent.revision
-    for modules in ("target_modules", "exclude_modules"):  # sets to PEFT, whose order is another in each process
-        if isinstance(config.get(modules), list):
-            config[modules].sort()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)
