@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from hfpipe.core.errors import MachineError
 
 GIB = 2**30
@@ -58,6 +60,39 @@ def link_or_copy(file: Path, place: Path) -> None:
         os.link(file, place)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(file, place)
+
+
+def hash_of_file(path: Path) -> str:
+    """xxh3 of a file: it has to find a cut or rotten file at the speed of the disk, not to withstand an attacker."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hashes_of(folder: Path, *, without: str = "README.md") -> dict[str, list[Any]]:
+    """Size and hash of every file of a folder, by its path there; without one, a card that is written again."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != without)
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, hash_of_file(path)] for path in files}
+
+
+def fault_in(folder: Path, files: dict[str, list[Any]]) -> str | None:
+    """Returns what is wrong with the files of a folder, beginning with the name of one; None where all are as written.
+
+    Args:
+        folder: The folder.
+        files: See `hashes_of`.
+    """
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if path.is_symlink():
+            return f"{name} is a link, and was a file"
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or has another size"
+        if hash_of_file(path) != digest:
+            return f"{name} has other content than was written"
+    return None
 
 
 def require_disk(place: Path, need: int, what: str) -> None:

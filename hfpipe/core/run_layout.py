@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-MODEL, DIAL = "model", "dial"
+from hfpipe.core.errors import MachineError
+from hfpipe.core.files import fault_in, read_json
+
+MODEL, DIAL, MERGED = "model", "dial", "merged"
+STRENGTH = "strength.json"  # in `dial`
 
 
 def strength_of(stage: Path) -> float | None:
@@ -33,3 +38,30 @@ def predictions_of(stage: Path) -> Path:
     """The same of the model that the stage hands on."""
     strength = strength_of(stage)
     return stage / "predictions" if strength is None else predictions_at(stage, strength)
+
+
+def recorded_files(folder: Path) -> dict[str, list[Any]] | None:
+    """Size and hash of the files of `model`, `dial` or `merged` of a stage as they were written; None if unknown."""
+    stage = folder.parent
+    if folder.name == DIAL:
+        return read_json(folder / STRENGTH).get("files")
+    return read_json(stage / ("merge.json" if folder.name == MERGED else "done.json")).get("files")
+
+
+def damage_of(folder: Path) -> str | None:
+    """Returns what has become of the files of `model`, `dial` or `merged` of a stage; None where they are whole."""
+    files = recorded_files(folder)
+    return None if files is None else fault_in(folder, files)
+
+
+def require_whole(folder: Path) -> None:
+    """Refuses a model of a run whose files are not those that were written.
+
+    Raises:
+        MachineError: They are not.
+    """
+    if fault := damage_of(folder):
+        raise MachineError(
+            f"{folder} is damaged: {fault}. Nothing was done with it. Put the file back from a copy, or run the recipe "
+            "again, which makes it anew."
+        )

@@ -9,8 +9,8 @@ from typing import Any
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import link_or_copy, whole_folder, write_json, write_text
-from hfpipe.core.run_layout import model_of, strength_of
-from hfpipe.core.secrets import without_secrets
+from hfpipe.core.run_layout import model_of, recorded_files, require_whole, strength_of
+from hfpipe.core.secrets import has_secret, without_secrets
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
 from hfpipe.recipe.config import is_on_hub
 from hfpipe.recipe.push_plan import pushed_stage
@@ -23,6 +23,7 @@ from hfpipe.scores.scorecard import read_scorecard
 ADAPTER_CONFIG = "adapter_config.json"
 # Weights, configurations, tokenizers; never a pickle.
 PUSHED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm"}
+WEIGHTS, SMALL = {".safetensors", ".model", ".spm"}, 2**18  # bytes of a text file that is searched for secrets
 NOT_PUSHED = {"trainer_state.json"}
 
 
@@ -75,9 +76,8 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     scores = read_scorecard(scorecard) if scorecard.is_file() else []
     name = push.what if stage == pushed_stage(recipe, recipe.push or push) else f"{push.what}-{stage}"
     with whole_folder(target := run_dir / "push" / name) as folder:
-        for file in sorted(made.rglob("*")):
-            if file.is_file() and file.suffix in pushed_suffixes(recipe) and file.name not in NOT_PUSHED:
-                link_or_copy(file, folder / file.relative_to(made))
+        for file in _pushed_files(made, pushed_suffixes(recipe)):
+            link_or_copy(file, folder / file.relative_to(made))
         for name, plot in plots.items():
             write_text(folder / name, plot)
         if adapter:
@@ -88,6 +88,30 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         card = model_card(usage, shared, scores, environment, stage_costs(run_dir, recipe), list(plots))
         write_text(folder / "README.md", without_secrets(card))
     return target
+
+
+def _pushed_files(made: Path, suffixes: set[str]) -> list[Path]:
+    """The files of a model that are pushed: those that the run wrote, and no others that came to lie there.
+
+    Raises:
+        RecipeError: A text file holds a token or a password.
+    """
+    recorded = recorded_files(made)
+    names = sorted(recorded) if recorded is not None else [str(file.relative_to(made)) for file in made.rglob("*")]
+    files = [made / name for name in names]
+    files = [
+        file
+        for file in sorted(files)
+        if file.suffix in suffixes and file.name not in NOT_PUSHED and file.is_file() and not file.is_symlink()
+    ]
+    for file in files:
+        text = file.suffix not in WEIGHTS and file.stat().st_size < SMALL
+        if text and has_secret(file.read_text(encoding="utf-8", errors="replace")):
+            raise RecipeError(
+                f"{file} holds a token or a password, so nothing was pushed. Take it out (and revoke it: it may lie in "
+                "the base too), then move the stage folder away and run the recipe again."
+            )
+    return files
 
 
 def pushed_suffixes(recipe: Recipe) -> set[str]:
@@ -136,6 +160,7 @@ def find_made(run_dir: Path, what: str, stage: str, recipe: Recipe) -> Path:
             else "Run the recipe to its end: hfpipe run RECIPE continues where it stopped."
         )
         raise RecipeError(f"push.what: {what}, but {folder} does not exist. {remedy}")
+    require_whole(folder)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if is_adapter != (what == "adapter"):
         found, allowed = (

@@ -35,9 +35,13 @@ def clean_run(folder: Path, *, remove: bool) -> None:
 def _removable(folder: Path, stages: set[str]) -> Iterator[tuple[Path, str]]:
     """Folders that no result of the run lies in, and what each is. None lies in another."""
     for place in sorted((folder / "stages").glob("*")):
-        known = read_json(place / "stage.json").get("hash")
+        stage = read_json(place / "stage.json")
+        known = stage.get("hash") or stage.get("damaged")
         if known and place.name not in stages and place.name.rpartition(".")[0] in stages:
             done = read_json(place / "done.json")
+            if "damaged" in stage:
+                yield place, f"stage {place.name.rpartition('.')[0]}, whose weights were damaged"
+                continue
             trained = f"trained to its end, {done.get('steps', '?')} steps" if done else "not trained to its end"
             yield place, f"another version of stage {place.name.rpartition('.')[0]}, {trained}"
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
-from hfpipe.core.run_layout import model_of
+from hfpipe.core.run_layout import model_of, require_whole
 from hfpipe.core.run_state import require_whole_state
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.suites import Scored, compare_rows, score_suite, suite_rows
@@ -97,6 +98,7 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
     if not (folder / "recipe.yaml").is_file():
         if stage is not None:
             raise RecipeError(f"--stage {stage}: {name} is not a run folder, so it has no stages. Leave it out.")
+        ranks.on_main(partial(require_whole, folder))
         return ModelRef(_fetched(name), recipe.model)
     _require_one_run(folder)
     require_whole_state(folder)
@@ -107,6 +109,7 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
     if stage is not None and stage not in finished:
         raise RecipeError(f"--stage {stage}: {name} has no such finished stage; it has {', '.join(finished)}.")
     chosen = finished[stage or list(finished)[-1]]
+    ranks.on_main(partial(require_whole, model_of(folder / "stages" / chosen.name)))
     return ModelRef(str(model_of(folder / "stages" / chosen.name)), recipe.model, quantization=chosen.quantized)
 
 
@@ -157,6 +160,7 @@ def merge_run(folder: Path, stage: str | None) -> str:
         there = f"finished adapters: {', '.join(adapters)}" if adapters else "the run has no finished adapter"
         raise RecipeError(f"{folder}: nothing to merge{f' in stage {stage!r}' if stage else ''}; {there}.")
     name = stage or adapters[-1]
+    require_whole(model_of(folder / "stages" / name))
     _require_base(folder, ModelRef(str(model_of(folder / "stages" / name)), recipe.model))
     quiet_libraries()
     with_place = recipe.model_copy(update={"output_dir": str(folder)})

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import get_local_safetensors_metadata
 
 from hfpipe.core import ranks
-from hfpipe.core.files import GIB, read_json, write_json, write_jsonl, write_text
+from hfpipe.core.files import GIB, hashes_of, read_json, write_json, write_jsonl, write_text
 from hfpipe.core.http import limit_waiting
-from hfpipe.core.run_layout import MODEL, model_of, predictions_of, strength_of
+from hfpipe.core.run_layout import MODEL, damage_of, model_of, predictions_of, strength_of
 from hfpipe.data.mixture import mixture
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.metrics import needs_of
@@ -31,6 +31,7 @@ from hfpipe.recipe.row_formats import texts_of
 from hfpipe.scores.scorecard import BASE, Paired, Score, stages_of
 from hfpipe.scores.wording import describe
 from hfpipe.stages.identity import bound_to_length, identity
+from hfpipe.stages.pretrain import require_isolation
 
 PROBE_TEXTS = 4
 
@@ -142,6 +143,8 @@ def score_stage(run: Run, name: str) -> list[Score]:
             continue
         if model is None:
             model = load_model(run.trained(name))
+            if name == BASE:
+                require_isolation(run.recipe, model)
         found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
         for score in found.scores:
             ranks.say(f"  {name}: {suite_name} {describe(score)}")
@@ -181,13 +184,13 @@ def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], 
 def merged(run: Run, name: str) -> ModelRef:
     """The merged model of an adapter stage, made and verified if it is not there yet."""
     folder, told = run.stage_folder(name) / "merged", run.stage_folder(name) / "merge.json"
-    if not ranks.from_main(folder.exists() and told.exists()):
+    if not ranks.on_main(lambda: folder.exists() and told.exists() and damage_of(folder) is None):
         if ranks.is_main():
             block = run.recipe.merge if isinstance(run.recipe.merge, Merge) else Merge.model_validate({})
             found = merge_adapter(
                 run.handed_on(name), run.base.tokenizer, folder, probe_texts(run, PROBE_TEXTS * 8), block.max_loss
             )
-            write_json(told, dataclasses.asdict(found))
+            write_json(told, dataclasses.asdict(found) | {"files": hashes_of(folder)})
             ranks.say(f"{name}: merged and verified (largest difference {found.difference:.1e} nats)")
             for base, cost in found.costs.items():
                 chosen = " (chosen)" if base == found.base else ""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.files import read_json, whole_folder, write_json, write_jsonl
-from hfpipe.core.run_layout import DIAL, predictions_at, strength_of
+from hfpipe.core.files import hashes_of, read_json, whole_folder, write_json, write_jsonl
+from hfpipe.core.run_layout import DIAL, MODEL, STRENGTH, damage_of, predictions_at, require_whole, strength_of
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.suites import score_suite
 from hfpipe.model.interpolate import open_dial
@@ -57,6 +58,7 @@ def dial_run(folder: Path, stage: str | None, strengths: Sequence[float]) -> Non
     if not recipe.evaluate:
         raise RecipeError(f"{folder}: the recipe has no suites, so none is better than another. Add `evaluate:`.")
     quiet_libraries()
+    ranks.on_main(partial(require_whole, folder / "stages" / (stage or finished[-1]) / MODEL))
     run = open_run(recipe.model_copy(update={"output_dir": str(folder)}), folder)
     name = stage or finished[-1]
     if not run.is_done(name):
@@ -347,11 +349,12 @@ class _Sweep:
         """Writes the model at a strength to `dial/`, unless it is there."""
         folder = self.run.stage_folder(self.name) / DIAL
         facts = {"stage": self.name, "strength": strength, "hash": self.run.hashes[self.name]}
-        if ranks.from_main(read_json(folder / "strength.json")) == facts:
+        known = ranks.on_main(lambda: read_json(folder / STRENGTH) if damage_of(folder) is None else {})
+        if known | facts == known:
             return
         dial = self.dial()  # on every rank, as a parent that is an adapter may have to be merged
         if ranks.is_main():
             with whole_folder(folder) as beside:
                 dial.save(beside, strength)
-                write_json(beside / "strength.json", facts)
+                write_json(beside / STRENGTH, facts | {"files": hashes_of(beside)})
         ranks.wait()

@@ -12,7 +12,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from hfpipe.core.errors import MachineError
 from hfpipe.core.files import link_or_copy, read_json, whole_folder, write_json
+from hfpipe.core.run_layout import MODEL, damage_of
 from hfpipe.stages.checkpoints import by_step, stage_of
 
 STAGE = "stage.json"
@@ -65,7 +67,13 @@ def take_up(folder: Path, version: Version) -> list[str]:
     """
     lines = []
     found = read_json(folder / STAGE)
-    if found.get("hash") == version.hash:
+    if found.get("hash") == version.hash and (folder / "done.json").exists():
+        damage = damage_of(folder / MODEL)
+        if damage is None:
+            return []
+        lines += _set_aside_damaged(folder, version, damage)
+        found = {}
+    elif found.get("hash") == version.hash:
         return []
     if found:
         lines.append(f"the recipe has changed; the earlier work is now in {move_aside(folder)}")
@@ -83,9 +91,26 @@ def take_up(folder: Path, version: Version) -> list[str]:
     return lines
 
 
+def _set_aside_damaged(folder: Path, version: Version, damage: str) -> list[str]:
+    """Moves a finished stage aside whose weights are not those that were trained, so that it is trained again.
+
+    Raises:
+        MachineError: Only another file has changed, which may have been meant.
+    """
+    if ".safetensors" not in damage.split()[0]:
+        raise MachineError(
+            f"{folder / MODEL} is not what the stage wrote: {damage}. Put the file back, or, to train the stage again, "
+            f"move the folder away: mv {folder} {folder}.old"
+        )
+    aside = move_aside(folder)
+    write_json(aside / STAGE, {"damaged": version.hash})
+    _lend(aside, folder, version)
+    return [f"the finished stage is damaged ({damage}), so it is trained again; what is left of it is now in {aside}"]
+
+
 def _lend(earlier: Path, folder: Path, version: Version) -> bool:
     """Gives a stage folder the checkpoints of another version that it can go on from, with their log and cost."""
-    checkpoints = [one for one in by_step(earlier) if stage_of(one) == version.trajectory]
+    checkpoints = [one for one in by_step(earlier) if stage_of(one) in (version.hash, version.trajectory)]
     for checkpoint in checkpoints:
         if not (folder / checkpoint.name).exists():
             with whole_folder(folder / checkpoint.name) as beside:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hfpipe.core import ranks, signals
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
-from hfpipe.core.files import write_json
+from hfpipe.core.files import hashes_of, write_json
+from hfpipe.core.run_layout import MODEL
 from hfpipe.evaluation.shift import measure_shift
 from hfpipe.hub import push
 from hfpipe.hub.checkpoints import PushCheckpoints
@@ -127,7 +128,8 @@ def _train(run: Run, name: str, parent: str) -> None:
             )
         )
     if ranks.is_main():
-        write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts})
+        files = hashes_of(folder / MODEL)
+        write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts, "files": files})
         forget_checkpoints(folder, version)
         (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
     ranks.wait()

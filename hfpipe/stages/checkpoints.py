@@ -14,31 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core import ranks, signals
-from hfpipe.core.files import write_json, write_text
+from hfpipe.core.files import fault_in, hashes_of, write_json, write_text
 from hfpipe.data.dataloader import BatchLoader
 
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
 
 
-def _hash(path: Path) -> str:
-    """xxh3 of a file: it has to find a cut or rotten file at the speed of the disk, not to withstand an attacker."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_manifest(folder: Path, stage_hash: str) -> None:
     """Declares a checkpoint whole; `stage_hash` says of which stage it is."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {str(path.relative_to(folder)): [path.stat().st_size, _hash(path)] for path in files}
-    write_json(folder / MANIFEST, {"stage": stage_hash, "files": entries})
+    write_json(folder / MANIFEST, {"stage": stage_hash, "files": hashes_of(folder, without=MANIFEST)})
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -57,20 +45,14 @@ def fault_of(folder: Path, versions: Collection[str]) -> str | None:
     """Why a checkpoint cannot be continued from; None when it is whole and of one of the versions of its stage."""
     try:
         manifest = _manifest(folder)
-        stage, files = manifest["stage"], manifest["files"].items()
+        stage, files = manifest["stage"], manifest["files"]
     except FileNotFoundError:
         return "it has no manifest: writing it was cut short"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
     if stage not in versions:
         return "it belongs to another version of this stage"
-    for name, (size, digest) in files:
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is missing or has another size"
-        if _hash(path) != digest:
-            return f"{name} has other content than was written"
-    return None
+    return fault_in(folder, files)
 
 
 def step_of(checkpoint: Path) -> int:

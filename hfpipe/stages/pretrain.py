@@ -27,8 +27,9 @@ from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import context_of
-from hfpipe.recipe import Pretrain
+from hfpipe.recipe import Pretrain, Recipe
 from hfpipe.recipe.faults import listed
+from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.trainer import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
@@ -138,8 +139,21 @@ def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = No
     return functional.cross_entropy(logits, labels[where], reduction="sum") / count
 
 
+def require_isolation(recipe: Recipe, model: Any) -> None:
+    """Refuses a base on which a stage would pack documents that see each other: it would be worse, without a sign.
+
+    Raises:
+        RecipeError: They do.
+    """
+    packing = [stage for stage in recipe.stages if isinstance(stage, Pretrain) and stage.objective == "causal"]
+    if any(recipe.parent_of(stage.name) == BASE for stage in packing):
+        cached, model.config.use_cache = getattr(model.config, "use_cache", None), False  # as the stage does
+        _require_isolation(model)
+        model.config.use_cache = cached
+
+
 def _require_isolation(model: Any) -> None:
-    """Refuses a model on which packed documents see each other: it would train, and be worse, without a sign."""
+    """Refuses a model on which packed documents see each other."""
     leak = isolation_leak(model)
     if leak > TOLERANCE.get(model.dtype, 0.25):
         raise RecipeError(
