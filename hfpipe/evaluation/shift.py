@@ -105,7 +105,7 @@ def _bits_per_byte(texts: Sequence[str], model: Any, tokenizer: Any) -> dict[str
 
 
 def reading(pair: Mapping[str, Any]) -> str:
-    """What the numbers of a pair say, and what they advise, in plain words."""
+    """The numbers of a pair in plain words, and what they advise."""
     auc, beyond = pair["auc"], pair["jsd"] > pair["jsd_noise"]
     if auc is None:
         text = "Too few rows for a classifier to say anything."
@@ -118,24 +118,27 @@ def reading(pair: Mapping[str, Any]) -> str:
         text += "a classifier tells them apart."
     near = auc is None or auc["value"] < TOLD_APART
     if pair["about"] == "general":
-        if not near:
-            text += " Expect forgetting: replay more (`replay:`, or a source of general text), or lower learning_rate."
-        if pair["bits_per_byte"]:
-            text += _harder_or_easier(*pair["bits_per_byte"])
-    elif not near:
-        text += " The score shows how training carries over to other data: add training data that is like the suite."
-    else:
-        text += " The score speaks for data like the training data."
-    return text
+        return text if near else text + _forgetting_expected(pair["bits_per_byte"])
+    if near:
+        return f"{text} The score speaks for data like the training data."
+    return f"{text} The score shows how training carries over to other data: add training data that is like the suite."
 
 
-def _harder_or_easier(trained: Mapping[str, float], held_out: Mapping[str, float]) -> str:
-    """What the base's bits per byte on the two sides say, where the intervals do not meet."""
+def _forgetting_expected(bits: Sequence[Mapping[str, float]] | None) -> str:
+    """Advice on forgetting where the training data is unlike the text that is to be kept.
+
+    Data that a classifier tells apart is the rule in fine-tuning. How far training moves the model depends on how much
+    of the data the base does not know yet: its bits per byte.
+    """
+    cure = "Replay more (`replay:`, or a source of general text), or lower learning_rate."
+    if bits is None:
+        return f" It may be forgotten. {cure}"
+    trained, held_out = bits
     if trained["low"] > held_out["high"]:
-        return " The base finds the training data harder than this text: there is much to learn, so give it data."
+        return f" The base finds the training data harder than this text, so expect forgetting. {cure}"
     if trained["high"] < held_out["low"]:
-        return " The base finds the training data easier than this text: few steps at a low rate may do."
-    return ""
+        return " The base finds the training data easier than this text, so expect little forgetting."
+    return " The base finds the training data about as hard as this text, so some may be forgotten."
 
 
 CHARACTERS = 2000  # of each text that are looked at

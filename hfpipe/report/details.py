@@ -147,13 +147,13 @@ def _overlap_section(folder: Path) -> Section | None:
     """Rows of suites that are found in the training data."""
     rows = []
     for pair in read_json(folder / "overlap.json").get("pairs", []):
-        counts = [f"{pair[key]:,}" for key in ("looked_at", "rows", "exact", "partly", "touched")]
+        counts = [f"{pair[key]:,}" for key in ("looked_at", "rows", "exact", "partly", "near", "touched")]
         rows.append([pair["suite"], pair["stage"], pair["source"], *counts, "; ".join(pair["which"])])
-    counted = map(Number, ("rows looked at", "rows of the suite", "exact", "half or more", "any"))
+    counted = map(Number, ("rows looked at", "rows of the suite", "exact", "half or more", "near", "any"))
     note = (
-        "Rows of a suite that stand in the training data as a whole, by half or more of their 13-word sequences in one "
-        "document, or by any one sequence (Brown et al. 2020), without case, punctuation, and what more than ten "
-        "training rows share."
+        "Rows of a suite that stand in the training data as a whole, by half or more of their words in one document, "
+        "short ones within about a word (near), or by any run of 13 words (Brown et al. 2020), without case, "
+        "punctuation, and what several rows of the suite share with more than ten training rows."
     )
     head = ["suite", "stage", "source", *counted, "which"]
     return Section("Overlap of suites and training data", Table(head, rows), [note]) if rows else None

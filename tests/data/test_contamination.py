@@ -33,15 +33,46 @@ def test_a_whole_row_is_found_whatever_its_case_and_punctuation() -> None:
     assert found("thank you very", text(101)) == ([], [], [])
 
 
-def test_a_row_inside_a_longer_document_is_found_by_its_sequences() -> None:
+def test_a_row_inside_a_longer_document_is_found_by_its_runs() -> None:
     assert found(f"{text(100)} {text(5)} {text(101)}") == ([], [5], [5])
-    half = " ".join(text(7).split()[:26])  # 14 of its 28 sequences
+    half = " ".join(text(7).split()[:20])  # of 40 words
     assert found(f"{text(100)} {half}") == ([], [7], [7])
-    less = " ".join(text(7).split()[:25])
-    assert found(f"{text(100)} {less}") == ([], [], [7]), "one sequence is counted, and not refused"
+    less = " ".join(text(7).split()[:19])
+    assert found(f"{text(100)} {less}") == ([], [], [7]), "some runs are counted, and not refused"
     assert found(" ".join(text(7).split()[:12])) == ([], [], [])
-    halves = " ".join(text(7).split()[:20]), " ".join(text(7).split()[20:])
-    assert found(*halves) == ([], [], [7]), "what is scattered over documents is no copy"
+    parts = " ".join(text(7).split()[:19]), " ".join(text(7).split()[19:38])
+    assert found(*parts) == ([], [], [7]), "what is scattered over documents is no copy"
+    assert found(*[f"{text(seed)} {text(9)}" for seed in range(200, 220)]) == ([], [9], [9]), "copied twenty times"
+
+
+def looked(suite: list[dict], *trained: dict) -> dict[str, list[int]]:
+    overlap = SuiteIndex(suite).look_in(trained)
+    return {name: places for name in ("exact", "partly", "near") if (places := getattr(overlap, name))}
+
+
+def test_each_sentence_of_a_pair_is_looked_for() -> None:
+    pairs = [{"good": text(seed, 9), "bad": text(seed + 1, 9)} for seed in range(0, 20, 2)]
+    assert looked(pairs, {"text": text(4, 9)}, {"text": text(7, 9)}) == {"exact": [2, 3]}
+    swapped = " ".join([*text(10, 9).split()[:4], "other", *text(10, 9).split()[5:]])
+    assert looked(pairs, {"text": swapped}) == {"near": [5]}, "one changed word"
+    crows = [{"more": text(30, 20), "less": text(31, 20)}]
+    assert looked(crows, {"text": f"{text(100)} {text(31, 20)}"}) == {"partly": [0]}
+
+
+def test_a_question_and_its_answer_are_found_however_they_are_divided() -> None:
+    asked, said = text(40, 10), text(41, 5)
+    suite = [{"prompt": f"{asked} ", "completion": said}]
+    chat = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+    assert looked(suite, {"text": f"{asked} {said}"}) == {"exact": [0]}
+    assert looked(suite, chat) == {"exact": [0]}
+    assert looked(suite, {"prompt": asked, "completion": text(42, 9)}) == {"exact": [0]}, "the question is known"
+    assert looked([chat], {"prompt": f"{asked} ", "completion": said}) == {"exact": [0]}
+
+
+def test_one_prompt_for_a_whole_task_is_no_overlap() -> None:
+    suite = [{"prompt": f"{text(50)} ", "completion": text(seed, 30)} for seed in range(5)]
+    trained = [{"prompt": f"{text(50)} ", "completion": text(seed, 30)} for seed in range(100, 150)]
+    assert looked(suite, *trained) == {}
 
 
 def test_a_template_of_many_rows_is_no_overlap() -> None:
@@ -86,6 +117,6 @@ def test_a_run_refuses_it_unless_the_recipe_says_report(tmp_path: Path, capsys: 
     for page in ("report.md", "report.html"):
         assert "Overlap of suites and training data" in (tmp_path / "run" / page).read_text()
     assert (
-        f"| prose | json | 61 | general | 20 | 0 | 1 | 1 | {pair['which'][0]} |"
+        f"| general | prose | json | 61 | 20 | 0 | 1 | 0 | 1 | {pair['which'][0]} |"
         in (tmp_path / "run/report.md").read_text()
     )

@@ -10,7 +10,7 @@ import tiny
 from scipy.spatial.distance import jensenshannon
 
 from hfpipe.cli import main
-from hfpipe.evaluation.shift import domain_auc, jensen_shannon
+from hfpipe.evaluation.shift import domain_auc, jensen_shannon, reading
 
 WORDS = [
     "the",
@@ -78,6 +78,21 @@ def test_a_classifier_tells_other_text_apart_and_not_the_same() -> None:
     assert domain_auc(texts(WORDS, 80, 1), texts(WORDS, 5, 2), seed=0) is None
 
 
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        ((2.0, 2.1), "expect forgetting. Replay"),
+        ((0.9, 1.5), "some may be forgotten"),
+        ((0.4, 0.5), "little forgetting"),
+    ],
+)
+def test_how_much_the_base_has_to_learn_decides_the_advice(trained: tuple[float, float], said: str) -> None:
+    bits = [dict(zip(("low", "high"), ends, strict=True)) for ends in (trained, (1.0, 1.2))]
+    auc = {"value": 0.99, "low": 0.98, "high": 1.0}
+    far = {"auc": auc, "jsd": 0.5, "jsd_noise": 0.1, "about": "general", "bits_per_byte": bits}
+    assert said in reading(far)
+
+
 def test_a_run_says_what_is_near_and_what_is_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, words, count, seed in (("train", WORDS, 120, 1), ("near", WORDS, 40, 2), ("far", OTHER, 40, 3)):
         rows = [json.dumps({"text": text}) for text in texts(words, count, seed)]
@@ -97,7 +112,7 @@ def test_a_run_says_what_is_near_and_what_is_far(tmp_path: Path, capsys: pytest.
     assert near["jsd"] < near["jsd_noise"] < far["jsd"], "noise is not read as shift, and shift is not read as noise"
     assert near["reading"].startswith("No shift beyond the noise")
     assert far["reading"].startswith("Far apart")
-    assert "replay" in far["reading"]
+    assert "so expect little forgetting" in far["reading"], "this base finds the other words harder than the stage's"
     assert near["bits_per_byte"][0]["low"] < near["bits_per_byte"][1]["value"] < near["bits_per_byte"][0]["high"]
     for page in ("report.md", "report.html"):
         text = (run / page).read_text()

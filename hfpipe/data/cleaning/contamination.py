@@ -1,17 +1,21 @@
 """Overlap by content: which rows of a suite stand in the data of a stage.
 
-A row overlaps when its whole text does, or when one document has at least half of its 13-word sequences. Brown et al.
-2020 (arXiv:2005.14165, appendix C) take any one, which in web text finds many innocent rows; those are only counted.
-The share is in the manner of Chowdhery et al. 2022 (arXiv:2204.02311). As in the former, words are compared without
-case and punctuation, and a sequence in more than ten training rows is a common phrase (a template, a licence).
+A row is looked for by its texts: what it asks and answers as one, and each sentence of a pair. A row overlaps when one
+of its texts, or a question of some length, is a text of the data, or when one document holds at least half of the words
+of a text in runs of 13 (8 in texts under 27 words). Brown et al. 2020 (arXiv:2005.14165, appendix C) take any one run,
+which in web text finds many innocent rows; those are only counted. The share is in the manner of Chowdhery et al. 2022
+(arXiv:2204.02311). Of texts under 17 words, a copy with a changed word and another question of the same pattern look
+the same; they are counted as near. Words are compared without case and punctuation. A run that more than ten training
+rows and several texts of the suites hold is a common phrase (a template, a licence).
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,15 @@ from hfpipe.core.files import write_json
 from hfpipe.data.sources.batches import rows_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.recipe import Recipe, Source
-from hfpipe.recipe.row_formats import text_of
+from hfpipe.recipe.row_formats import format_of, question_of, text_of, texts_of
 
 GRAM = 13
 COMMON = 10  # training rows: a sequence in more of them is a phrase
-HELD = 0.5  # of a row's sequences
+HELD = 0.5  # of a text's words
+RUNS = ((27, GRAM), (17, 8), (11, 5), (6, 3))  # texts of at least so many words are looked for by runs of so many
+FOUND = ("exact", "partly", "near", "touched")
+NEAR = 8  # runs of fewer words show that texts are near, and not that one is a copy
+QUESTION = 8  # words: shorter questions and answers are anybody's
 # Scripts that put no space between words are compared character by character.
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+")
@@ -43,13 +51,15 @@ class Overlap:
 
     Args:
         exact: Rows whose whole text is there.
-        partly: Rows of which one row of the source has at least half the sequences.
-        touched: Rows that share any one sequence which is no common phrase.
+        partly: Rows of which one row of the source has at least half the words of a text.
+        near: Rows of short texts that differ by about a word from a row of the source.
+        touched: Rows that share any one run of 13 words which is no common phrase.
         looked_at: Number of rows of the source.
     """
 
     exact: list[int] = field(default_factory=list)
     partly: list[int] = field(default_factory=list)
+    near: list[int] = field(default_factory=list)
     touched: list[int] = field(default_factory=list)
     looked_at: int = 0
 
@@ -77,61 +87,157 @@ def _whole(words: np.ndarray) -> int:
     return xxh3_64_intdigest(words.tobytes())
 
 
+def parts_of(row: Mapping[str, Any]) -> list[str]:
+    """The columns and turns of a row that are texts of their own, where it joins several: a question, an answer."""
+    joined = [row[name] for columns in format_of(row).texts if len(columns) > 1 for name in columns]
+    turns = [turn.get("content") for turn in row.get("messages") or [] if turn["role"] != "system"]
+    return [part for part in (*joined, *turns) if isinstance(part, str)]
+
+
 class SuiteIndex:
     """The rows of suites, ready to be looked for.
 
     Args:
-        rows: The rows, with `text`, `prompt` and `completion`, `messages` or other columns of text.
+        rows: The rows, in any format.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        words = [words_of(text_of(row)) for row in rows]
-        self._whole: dict[int, list[int]] = {}
-        for place, one in enumerate(words):
-            if len(one):
-                self._whole.setdefault(_whole(one), []).append(place)
-        self._lengths = set(map(len, words)) - {0}
-        grams = [np.unique(grams_of(one)) if len(one) >= GRAM else np.zeros(0, np.uint64) for one in words]
-        joined = np.concatenate([np.zeros(0, np.uint64), *grams])
-        self._known, places = np.unique(joined, return_inverse=True)  # (K,) sequences of all rows
-        owners = np.repeat(np.arange(len(rows)), [len(one) for one in grams])
-        order = np.argsort(places, kind="stable")
-        self._place, self._owner = places[order], owners[order]  # (G,) each sequence of each row, by sequence
-        self._first = np.searchsorted(self._place, np.arange(len(self._known) + 1))
-        self._count = len(rows)
+        texts = [(place, words_of(text)) for place, row in enumerate(rows) for text in texts_of(row)]
+        questions = [(place, words_of(question_of(row))) for place, row in enumerate(rows)]
+        self._whole = _by_whole(texts)
+        self._parts = _by_whole([(place, words) for place, words in (*texts, *questions) if len(words) >= QUESTION])
+        self._lengths = {len(words) for _, words in (*texts, *questions)} - {0}
+        self._all = _Runs(GRAM, texts)
+        longest = (10**9, *(least for least, _ in RUNS))
+        self._by_length = [
+            _Runs(size, [text for text in texts if least <= len(text[1]) < longest[number]])
+            for number, (least, size) in enumerate(RUNS)
+        ]
 
     def found_in(self, words: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """The rows that a text is as a whole, and which of the rows' sequences it holds, each once."""
+        """The rows that have a text as a whole, and which of the suites' runs of 13 words it holds, each once."""
         rows = self._whole.get(_whole(words), []) if len(words) in self._lengths else []
-        if len(words) < GRAM or not len(self._known):
-            return rows, np.zeros(0, np.int64)
-        grams = grams_of(words)
-        places = np.minimum(np.searchsorted(self._known, grams), len(self._known) - 1)
-        return rows, np.unique(places[self._known[places] == grams])
+        return rows, self._all.found_in(words)
 
     def look_in(self, rows: Iterable[dict[str, Any]]) -> Overlap:
         """Looks for the suites' rows in rows that are trained on."""
+        for runs in (self._all, *self._by_length):
+            runs.forget()
         overlap, exact = Overlap(), set()
-        seen = np.zeros(len(self._known), np.int64)  # training rows that hold each sequence
-        hits: list[np.ndarray] = []  # of each training row that holds any, which
+        parts: Counter[int] = Counter()  # in how many training rows each question or answer of the suites is
         for row in rows:
             overlap.looked_at += 1
-            whole, found = self.found_in(words_of(text_of(row)))
-            exact |= {*whole}
-            if len(found):
-                seen[found] += 1
-                hits.append(found.astype(np.int32))
-        telling = seen <= COMMON
-        sizes = np.bincount(self._owner[telling[self._place]], minlength=self._count)  # telling sequences of each row
-        partly, touched = set(), set()
-        for found in hits:
-            owners = [self._owner[self._first[place] : self._first[place + 1]] for place in found[telling[found]]]
-            if owners:
-                here, shared = np.unique(np.concatenate(owners), return_counts=True)
-                touched |= {*here.tolist()}
-                partly |= {*here[shared >= HELD * sizes[here]].tolist()}
-        overlap.exact, overlap.partly, overlap.touched = sorted(exact), sorted(partly), sorted(touched)
+            texts = [words_of(text) for text in texts_of(row)]
+            for words in texts:
+                exact |= {*self._whole.get(_whole(words), [])} if len(words) in self._lengths else set()
+                for runs in (self._all, *self._by_length):
+                    runs.count(words)
+            every = [*texts, *(words_of(part) for part in parts_of(row))]
+            parts.update({_whole(words) for words in every if len(words) in self._lengths} & self._parts.keys())
+        for part, seen in parts.items():
+            if seen <= COMMON or len(self._parts[part]) == 1:  # others are the one question of a whole task
+                exact |= {*self._parts[part]}
+        partly, near = set(), set()
+        for runs in self._by_length:
+            (partly if runs.size >= NEAR else near).update(runs.held())
+        overlap.exact, overlap.partly, overlap.near = sorted(exact), sorted(partly), sorted(near - exact)
+        overlap.touched = sorted(self._all.held(share=0.0))
         return overlap
+
+
+def _by_whole(texts: Iterable[tuple[int, np.ndarray]]) -> dict[int, list[int]]:
+    """Rows by the hash of all words of a text."""
+    found: dict[int, list[int]] = {}
+    for place, words in texts:
+        if len(words):
+            found.setdefault(_whole(words), []).append(place)
+    return found
+
+
+class _Runs:
+    """Texts of suites, looked for by their runs of `size` words.
+
+    Args:
+        size: Words of a run.
+        texts: The row that each belongs to, and its words.
+    """
+
+    def __init__(self, size: int, texts: Sequence[tuple[int, np.ndarray]]) -> None:
+        texts = [(place, words) for place, words in texts if len(words) >= size]
+        runs = [grams_of(words, size) for _, words in texts]
+        self.size, self._row = size, [place for place, _ in texts]
+        self._starts = np.cumsum([0, *(len(words) for _, words in texts)])  # of each text among the words of all
+        joined = np.concatenate([np.zeros(0, np.uint64), *runs])
+        self._known, kinds = np.unique(joined, return_inverse=True)  # (K,) runs of all texts
+        order = np.argsort(kinds, kind="stable")
+        # (R,) of each run of each text, by kind: the text, and the place of its first word in it
+        self._text = np.repeat(np.arange(len(texts)), [len(one) for one in runs])[order]
+        self._place = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(one)) for one in runs)])[order]
+        self._first = np.searchsorted(kinds[order], np.arange(len(self._known) + 1))
+        self.forget()
+
+    def found_in(self, words: np.ndarray) -> np.ndarray:
+        """Which of the runs a text holds, each once."""
+        if len(words) < self.size or not len(self._known):
+            return np.zeros(0, np.int64)
+        runs = grams_of(words, self.size)
+        kinds = np.minimum(np.searchsorted(self._known, runs), len(self._known) - 1)
+        return np.unique(kinds[self._known[kinds] == runs])
+
+    def forget(self) -> None:
+        """Begins anew with other training data."""
+        self._seen = np.zeros(len(self._known), np.int64)  # training texts that hold each
+        self._hits: list[np.ndarray] = []  # of each training text that holds any, which
+
+    def count(self, words: np.ndarray) -> None:
+        """Looks into a training text."""
+        found = self.found_in(words)
+        if len(found):
+            self._seen[found] += 1
+            self._hits.append(found.astype(np.int32))
+
+    def held(self, share: float = HELD) -> set[int]:
+        """The rows with a text of which one training text holds at least so much; 0 is any run.
+
+        What counts is the words that no common phrase covers; a text has to have a few of them.
+        """
+        if not self._hits:
+            return set()
+        several = np.array([len(np.unique(self._text[a:b])) > 1 for a, b in pairwise(self._first)])
+        telling = ~((self._seen > COMMON) & several)
+        begins, ends = self._words_in(np.flatnonzero(~telling))
+        depth = np.zeros(self._starts[-1] + 1, np.int64)
+        np.add.at(depth, begins, 1)
+        np.add.at(depth, ends, -1)
+        self._own = np.append(0, np.cumsum(np.cumsum(depth)[:-1] == 0))  # words of all texts before each that tell
+        own = np.diff(self._own[self._starts])
+        enough = np.minimum(HELD * np.diff(self._starts), NEAR) if share else 1
+        rows: set[int] = set()
+        for found in self._hits:
+            covered = self._covered(found[telling[found]])
+            held = np.flatnonzero((covered > 0) & (covered >= share * own) & (own >= enough))
+            rows.update(self._row[text] for text in held.tolist())
+        return rows
+
+    def _inside(self, kinds: np.ndarray) -> np.ndarray:
+        """Where runs of these kinds are in the arrays of all runs."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(*self._first[kind : kind + 2]) for kind in kinds)])
+
+    def _words_in(self, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First and last word (exclusive) of each run of these kinds, among the words of all texts."""
+        inside = self._inside(kinds)
+        begins = np.sort(self._starts[self._text[inside]] + self._place[inside])
+        return begins, begins + self.size
+
+    def _covered(self, kinds: np.ndarray) -> np.ndarray:
+        """(T,) how many telling words of each text the runs of these kinds cover."""
+        begins, ends = self._words_in(kinds)
+        covered = np.zeros(len(self._row), np.int64)
+        if len(begins):
+            ends[:-1] = np.minimum(ends[:-1], begins[1:])
+            text = np.searchsorted(self._starts, begins, side="right") - 1
+            np.add.at(covered, text, self._own[ends] - self._own[begins])
+        return covered
 
 
 TABLE_ROWS, STREAM_ROWS = 100_000, 10_000  # looked at: about ten seconds, and what a network brings in as long
@@ -177,16 +283,15 @@ def overlap_lines(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
         source = f"{pair['looked_at']:,} rows of stages.{pair['stage']} ({pair['source']})"
         if pair["which"]:
             text = f"suite {pair['suite']}: {pair['held']:,} of {pair['rows']:,} rows stand in {source}"
-            lines.append(
-                f"{text}, as a whole or by half or more of their 13-word sequences: {'; '.join(pair['which'])}"
-            )
+            lines.append(f"{text}, as a whole or by half or more of their words: {'; '.join(pair['which'])}")
         else:
-            lines.append(f"suite {pair['suite']}: no row stands in {source}")
+            near = f"; {pair['near']:,} short ones are near to rows of it, within about a word" if pair["near"] else ""
+            lines.append(f"suite {pair['suite']}: no row stands in {source}{near}")
     return lines
 
 
 def _pairs(recipe: Recipe, suites: Mapping[str, Rows]) -> Iterable[dict[str, Any]]:
-    """For each source and suite: `rows` of the suite, `looked_at`, and how many are `exact`, `partly`, `touched`."""
+    """For each source and suite: `rows` of the suite, `looked_at`, and how many rows were found in each way."""
     index = SuiteIndex([row for rows in suites.values() for row in rows])
     for stage in recipe.stages:
         for source in stage.data:
@@ -205,7 +310,10 @@ def _pairs(recipe: Recipe, suites: Mapping[str, Rows]) -> Iterable[dict[str, Any
                     "rows": len(rows),
                     "looked_at": found.looked_at,
                     "held": len(held),
-                    **{key: sum(p in here for p in getattr(found, key)) for key in ("exact", "partly", "touched")},
+                    **{
+                        key: sum(p in here for p in getattr(found, key))
+                        for key in ("exact", "partly", "near", "touched")
+                    },
                     "which": [_name(rows[place - here.start], place - here.start) for place in held[:NAMED]],
                 }
 
