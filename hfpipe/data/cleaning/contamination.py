@@ -137,7 +137,8 @@ class SuiteIndex:
         for part, seen in parts.items():
             if seen <= COMMON or len(self._parts[part]) == 1:  # others are the one question of a whole task
                 exact |= {*self._parts[part]}
-        partly, near = set(), set()
+        partly: set[int] = set()
+        near: set[int] = set()
         for runs in self._by_length:
             (partly if runs.size >= NEAR else near).update(runs.held())
         overlap.exact, overlap.partly, overlap.near = sorted(exact), sorted(partly), sorted(near - exact)
