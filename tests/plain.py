@@ -19,15 +19,19 @@ from transformers import (
 )
 
 from hfpipe.cli import main
+from hfpipe.evaluation.suites import score_suite, suite_rows
 from hfpipe.model.create import train_tokenizer
+from hfpipe.model.load import ModelRef, load_model, load_tokenizer
+from hfpipe.recipe import load_recipe
+from hfpipe.scores.scorecard import Score
 
 CONTEXT = 48
 
 
-def make_model(folder: Path, *, llama: bool) -> Path:
+def make_model(folder: Path, *, llama: bool, context: int = CONTEXT) -> Path:
     """A Llama whose tokenizer puts a BOS token in front, or a GPT-2 whose tokenizer does not."""
     texts = [f"The {animal} said {sound} by the river. Question: Answer:" for animal, sound in tiny.SOUNDS.items()]
-    tokenizer = train_tokenizer(texts * 20, 320, CONTEXT)
+    tokenizer = train_tokenizer(texts * 20, 320, context)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_attention_heads": 2}
     if llama:
@@ -35,10 +39,10 @@ def make_model(folder: Path, *, llama: bool) -> Path:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, tokenizer.eos_token_id)]
         )
-        config: Any = LlamaConfig(**sizes, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=CONTEXT)
+        config: Any = LlamaConfig(**sizes, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=context)
         network: Any = LlamaForCausalLM(config)
     else:
-        network = GPT2LMHeadModel(GPT2Config(**sizes, n_layer=2, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0))
+        network = GPT2LMHeadModel(GPT2Config(**sizes, n_layer=2, n_positions=context, bos_token_id=0, eos_token_id=0))
     for parameter in network.parameters():
         parameter.data.mul_(6)  # so that the likelihoods lie far apart
     network.save_pretrained(folder)
@@ -85,14 +89,35 @@ class Plain:
         return float(table.gather(1, target[:, None]).sum()), bool((table.argmax(-1) == target).all()), size
 
 
-def scored(folder: Path, model: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> dict[str, float]:
-    """The scores of a suite on `rows`, through the command line."""
+def records(folder: Path, model: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each row's record: its place, its values, and what the model gave by kind (`likelihood`, `generation`)."""
+    return scores_and_records(folder, model, rows, suite)[1]
+
+
+def scores_and_records(
+    folder: Path, model: Path, rows: list[dict[str, Any]], suite: dict[str, Any]
+) -> tuple[list[Score], list[dict[str, Any]]]:
+    """The scores and the records of a suite on `rows`."""
+    recipe = load_recipe(_recipe_of(folder, rows, suite))
+    ref = ModelRef(str(model), options=recipe.model)
+    block = recipe.evaluate["it"]
+    tokenizer = load_tokenizer(str(model))
+    scored = score_suite("it", block, suite_rows(block, 0), load_model(ref), tokenizer, "base")
+    return scored.scores, scored.records
+
+
+def _recipe_of(folder: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = tiny.recipe(folder)
-    source = {"path": "json", "data_files": str(folder / "rows.jsonl"), **suite.pop("data", {})}
-    content["evaluate"] = {"it": {"data": source, "batch_size": 2, **suite}}
+    source = {"path": "json", "data_files": str(folder / "rows.jsonl"), **suite.get("data", {})}
+    content["evaluate"] = {"it": {"batch_size": 2, **suite, "data": source}}
     tiny.write_data(folder)
-    path = str(tiny.write(folder, content))
+    return tiny.write(folder, content)
+
+
+def scored(folder: Path, model: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> dict[str, float]:
+    """The scores of a suite on `rows`, through the command line."""
+    path = str(_recipe_of(folder, rows, suite))
     assert main(["check", "--fast", path]) == 0
     assert main(["evaluate", str(model), path, "--output", str(folder / "scores.json")]) == 0
     found = json.loads((folder / "scores.json").read_text())

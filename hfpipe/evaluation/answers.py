@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.labels import known_names
-from hfpipe.data.tokenize import encode, prompt_and_completion
+from hfpipe.data.tokenize import prompt_and_completion
 from hfpipe.evaluation.continuations import (
     Pair,
     encode_blank,
@@ -29,14 +29,18 @@ from hfpipe.evaluation.likelihood import bits_of, by_length, generate, likelihoo
 from hfpipe.evaluation.masked import fill_masks, pseudo_bits
 from hfpipe.evaluation.metrics.matches import names_of
 from hfpipe.evaluation.multiple_choice import choice_form, common_choices, split_last_word
+from hfpipe.evaluation.row_text import row_text
 from hfpipe.evaluation.seq2seq import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood
+from hfpipe.evaluation.windows import encode_texts, windows, words_of
 from hfpipe.model.classifier import Label
 from hfpipe.model.load import ModelRef, is_masked, task_of
-from hfpipe.model.positions import context_of, within_positions
+from hfpipe.model.positions import context_of, window_of, within_positions
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_table import MASKED_METRICS
 from hfpipe.recipe.row_formats import format_of
+
+WINDOW = 2048  # tokens that a model without a known context reads at once, as in lm-eval
 
 
 def asked_of(suite: Suite, rows: Rows) -> list[str]:
@@ -69,28 +73,32 @@ def tells_apart(rows: Rows, problem: str | None, names: list[str]) -> bool:
 
 
 def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """Bits, bytes and tokens of each row's text or completion."""
+    """Bits, bytes, tokens and words of each row's text or completion, in rolling windows; see windows.py."""
     if suite.target == "last_word":
         pairs = [split_last_word(row["text"]) for row in mine]
         encoded = encode_continuations(pairs, tokenizer, suite.max_length or context_of(model))
-        words = [1] * len(mine)
+        words, parts = [1] * len(mine), [[row] for row in encoded]
     else:
-        limit = within_positions(model, suite.max_length or TEXT_LENGTH)
-        encoded = encode(mine, tokenizer, max_length=limit, append_eos=False)
-        words = [len((row.get("text") or row.get("completion") or "").split()) for row in mine]
-    found = likelihoods(model, encoded, tokenizer.pad_token_id, suite.batch_size)
-    return [
-        {
-            "bits": one.bits,
-            "bytes": row.scored_bytes,
-            "tokens": int(row.scored.sum()),
-            "words": count,
-            "greedy": int(one.greedy),
-        }
-        if row.scored_bytes
-        else None
-        for one, row, count in zip(found, encoded, words, strict=True)
-    ]
+        texts = [row_text(row, tokenizer) for row in mine]
+        encoded, words = encode_texts(texts, tokenizer), [words_of(row) for row in texts]
+        size = window_of(model, suite.max_length) or WINDOW
+        parts = [windows(row, size) for row in encoded]
+    found = iter(likelihoods(model, [one for row in parts for one in row], tokenizer.pad_token_id, suite.batch_size))
+    answers: Answers = []
+    for row, pieces, count in zip(encoded, parts, words, strict=True):
+        spent = [next(found) for _ in pieces]
+        answers.append(
+            {
+                "bits": sum(one.bits for one in spent),
+                "bytes": row.scored_bytes,
+                "tokens": int(row.scored.sum()),
+                "words": count,
+                "greedy": int(all(one.greedy for one in spent)),
+            }
+            if row.scored_bytes
+            else None
+        )
+    return answers
 
 
 def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:

@@ -32,3 +32,16 @@ def learned_positions(model: Any) -> int | None:
 def within_positions(model: Any, max_length: int) -> int:
     """`max_length`, or the number of learned positions where they are fewer."""
     return min(max_length, learned_positions(model) or max_length)
+
+
+def window_of(model: Any, max_length: int | None = None) -> int | None:
+    """Tokens that a model reads at once: its context, or `max_length` where that is shorter; None where none is known.
+
+    Tokens that a prompt adapter puts in front take their part of it.
+    """
+    limits = [limit for limit in (context_of(model), learned_positions(model)) if limit is not None]
+    if not limits:
+        return max_length
+    adapters = getattr(model, "peft_config", None) or {}
+    virtual = sum(getattr(config, "num_virtual_tokens", None) or 0 for config in adapters.values())
+    return min(limits) - virtual if max_length is None else min(max_length, min(limits) - virtual)

@@ -162,7 +162,7 @@ class Suite(Words):
         "for marks in the text, e.g. {name: {women: [Anna], men: [Ali]}}",
     )
     max_length: int | None = Field(
-        None, gt=1, description="tokens of context when a row is scored; 1024 of a text, the model's own for choices"
+        None, gt=1, description="tokens that the model reads at once when a row is scored; its own context when absent"
     )
     batch_size: int = Field(16, gt=0, description="rows scored at once on each rank")
     generation: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.GenerationConfig")
