@@ -15,7 +15,6 @@ from transformers import AutoConfig
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.labels import known_names
-from hfpipe.data.tokenize import prompt_and_completion
 from hfpipe.evaluation.continuations import (
     Pair,
     encode_blank,
@@ -25,7 +24,16 @@ from hfpipe.evaluation.continuations import (
     in_common,
 )
 from hfpipe.evaluation.counterfactuals import families, taken_back
-from hfpipe.evaluation.likelihood import bits_of, by_length, generate, likelihoods
+from hfpipe.evaluation.generation import (
+    MOST_GENERATED,
+    compared,
+    decode,
+    encode_prompts,
+    generate,
+    references,
+    stop_tokens,
+)
+from hfpipe.evaluation.likelihood import bits_of, by_length, likelihoods
 from hfpipe.evaluation.masked import fill_masks, pseudo_bits
 from hfpipe.evaluation.metrics.matches import names_of
 from hfpipe.evaluation.multiple_choice import choice_form, common_choices, split_last_word
@@ -249,21 +257,34 @@ def require_known_classes(rows: Rows, known: list[str]) -> None:
 
 
 def _generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """What the model says after each row's prompt, and what is right."""
+    """The answer that the model generates to each row's prompt, and the right one, both as generation.py compares them.
+
+    `cut` is the number of tokens that a prompt lost at its beginning, where it lost some.
+    """
     if "text" in rows[0]:
         raise RecipeError("a metric on generated answers needs rows with `prompt` and `completion`, or `messages`.")
-    chat = "messages" in rows[0]
-    prompts = [prompt_and_completion(row, tokenizer)[0] for row in mine]
-    right, everyone = (
-        [row["messages"][-1]["content"] if chat else row["completion"] for row in some] for some in (mine, rows)
-    )
-    options = dict(suite.generation)
-    if "max_new_tokens" not in options and "max_length" not in options:
-        # Of all rows, not of this rank's: what is generated must not depend on the number of ranks.
-        longest = max(len(ids) for ids in tokenizer(everyone)["input_ids"])
-        options["max_new_tokens"] = min(longest + 4, 512)
-    answers = generate(model, prompts, tokenizer, suite.batch_size, chat, options)
-    return [{"prediction": said, "reference": text} for said, text in zip(answers, right, strict=True)]
+    stops = stop_tokens(model, tokenizer, suite.generation)
+    # Of all rows, not of this rank's: what is generated must not depend on the number of ranks.
+    right = references([row_text(row, tokenizer) for row in rows], tokenizer, stops, suite.reasoning)
+    if runs_on := sum(one.open for one in right):
+        ranks.say(
+            f"  the chat template ends {runs_on:,} of {len(right):,} right answers by a mark that is no stop token of "
+            "the model: generation runs on behind it. Make it the tokenizer's EOS, or name it in "
+            "generation_config.json or in `generation: {eos_token_id: ...}` of the suite."
+        )
+    longest = MOST_GENERATED if suite.reasoning == "strip" else max(one.size for one in right)
+    texts = [row_text(row, tokenizer) for row in mine]
+    said = generate(model, encode_prompts(texts, tokenizer), tokenizer, suite, longest)
+    return [
+        {
+            "prediction": compared(row, decode(answer.ids, tokenizer), tokenizer, suite.reasoning),
+            "reference": reference.text,
+            **({"cut": answer.cut} if answer.cut else {}),
+        }
+        for row, answer, reference in zip(
+            texts, said, references(texts, tokenizer, stops, suite.reasoning), strict=True
+        )
+    ]
 
 
 def _masked(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:

@@ -1,4 +1,4 @@
-"""What a suite asks of a model: the likelihood of given tokens, and generated answers. Batched by length."""
+"""The likelihood of given tokens under a causal model, in batches of rows of like length."""
 
 from __future__ import annotations
 
@@ -115,42 +115,3 @@ def likelihoods(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_si
         for index, total, misses in zip(indices, totals.tolist(), missed.tolist(), strict=True):
             found[index] = Likelihood(total / math.log(2), not misses)
     return found
-
-
-@torch.no_grad()
-def generate(
-    model: Any, prompts: Sequence[str], tokenizer: Any, batch_size: int, chat: bool, options: dict[str, Any]
-) -> list[str]:
-    """Answers to prompts, greedy unless the options say otherwise.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        prompts: Texts to continue.
-        tokenizer: The model's tokenizer.
-        batch_size: Prompts of a batch.
-        chat: Whether a chat template has written the special tokens already.
-        options: Fields of transformers' GenerationConfig.
-    """
-    encoded = tokenizer(list(prompts), add_special_tokens=not chat)["input_ids"]
-    empty = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    encoded = [ids or empty for ids in encoded]
-    answers = [""] * len(prompts)
-    for indices in by_length([len(ids) for ids in encoded], batch_size):
-        longest = max(len(encoded[index]) for index in indices)
-        ids = torch.full((len(indices), longest), tokenizer.pad_token_id)
-        mask = torch.zeros((len(indices), longest), dtype=torch.long)
-        for place, index in enumerate(indices):  # on the left, so that every answer begins at the same place
-            ids[place, longest - len(encoded[index]) :] = torch.as_tensor(encoded[index])
-            mask[place, longest - len(encoded[index]) :] = 1
-        settings = {
-            "do_sample": False,
-            "max_new_tokens": 32,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            **options,
-        }
-        output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings)
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        for index, answer in zip(indices, texts, strict=True):
-            answers[index] = answer
-    return answers

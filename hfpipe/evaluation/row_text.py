@@ -123,3 +123,34 @@ def closing_marks(text: str, tokenizer: Any) -> str:
     marks = "|".join(map(re.escape, special_texts(tokenizer)))
     found = re.search(rf"(?:\s*(?:{marks}))+\s*\Z", text) if marks else None
     return found.group() if found else ""
+
+
+# Opening and closing marks of reasoning: Qwen, DeepSeek and most; Magistral; Cohere; gpt-oss; Gemma 4; Seed; Kimi.
+_REASONING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+)
+_FINAL = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")  # gpt-oss, before the answer itself
+
+
+def without_reasoning(text: str, prompt: str = "") -> str:
+    """Takes the reasoning blocks off an answer, with the white space behind them; a block that never ends takes all.
+
+    Args:
+        text: The answer.
+        prompt: What stood before it: some templates open the block there.
+    """
+    for opening, closing in _REASONING:
+        if prompt.rstrip().endswith(opening):
+            text = opening + text
+        text = re.sub(rf"{re.escape(opening)}.*?(?:{re.escape(closing)}\s*|\Z)", "", text, flags=re.DOTALL)
+        if closing.startswith(("</", "[/")):  # closed, and opened by nobody
+            text = text.rpartition(closing)[2].lstrip() if closing in text else text
+    return _FINAL.sub("", text)

@@ -166,6 +166,9 @@ class Suite(Words):
     )
     batch_size: int = Field(16, gt=0, description="rows scored at once on each rank")
     generation: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.GenerationConfig")
+    reasoning: Literal["keep", "strip"] = Field(
+        "keep", description="`strip` takes reasoning blocks (<think>...</think>) off generated and right answers"
+    )
 
     @model_validator(mode="before")
     @classmethod
