@@ -17,6 +17,7 @@ from hfpipe.cli import main
 from hfpipe.core.errors import RecipeError
 from hfpipe.evaluation.metrics import OURS, load_metric
 from hfpipe.evaluation.metrics.rows import paired_test, resampled_sums
+from hfpipe.evaluation.metrics.words import unicode_words
 from hfpipe.recipe import load_recipe
 from hfpipe.recipe.metric_table import MASKED_METRICS, OUR_METRICS
 from hfpipe.scores.scorecard import Change, Score, forgetting
@@ -101,9 +102,42 @@ def test_rouge_is_rouge_scores(name: str) -> None:
         assert computed(name, ENGLISH, **options)[name] == pytest.approx(plain, abs=1e-15)
 
 
-def test_rouge_of_chinese_is_refused_unless_it_has_a_tokenizer() -> None:
-    with pytest.raises(RecipeError, match="tokenize: zh"):
-        computed("rouge1", CHINESE)
+SCRIPTS = {  # a sentence, its words, and one that shares the digit alone
+    "Russian": ("Кошка спит за рекой в 7 часов.", 7, "Собака лает на холме 7."),
+    "Arabic": ("القطة تنام قرب النهر 7", 5, "الكلب ينبح 7"),
+    "Hindi": ("बिल्ली नदी के पास सोती है 7।", 7, "कुत्ता भौंकता 7।"),
+    "Japanese": ("猫は川で寝る7", 7, "犬ガ吠エ7"),
+    "Thai": ("แมวนอน 7", 7, "หมาเห่า 7"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_texts_of_other_scripts_are_compared_by_their_words(script: str) -> None:
+    right, words, other = SCRIPTS[script]
+    for name in ("rouge1", "rougeL", "squad_f1", "exact_match", "chrf"):
+        full = 100 if name == "chrf" else 1
+        assert computed(name, [(right, right)])[name] == pytest.approx(full)
+        assert computed(name, [(other, right)])[name] < 0.4 * full  # the digit alone is shared
+    assert computed("squad_em", [(right.rstrip(".।"), right)])["squad_em"] == 1
+    assert len(unicode_words(right)) == words
+
+
+def test_few_foreign_letters_leave_rouge_and_squad_as_they_are_and_the_signature_names_another_tokenizer() -> None:
+    pairs = [("the cat sat on the hill", "the cafés of the hill are open, said the owl")]
+    plain = RougeScorer(["rouge1"]).score(pairs[0][1], pairs[0][0])["rouge1"].fmeasure
+    english, russian = load_metric("rouge1"), load_metric("rouge1")
+    assert english.compute(predictions=[pairs[0][0]], references=[pairs[0][1]])["rouge1"] == plain
+    russian.compute(predictions=["кошка"], references=["кошка спит"])
+    assert (english.signature, russian.signature) == ("", "tok:unicode")
+    with pytest.raises(RecipeError, match="use_stemmer is for English"):
+        computed("rouge1", [("кошка", "кошка")], use_stemmer=True)
+    with pytest.raises(RecipeError, match="Keep one of them"):
+        load_metric("rouge1", {"tokenize": "intl", "use_stemmer": True})
+    with pytest.raises(RecipeError, match="Take chrf"):
+        computed("ter", [("แมวนอน", "หมาเห่า")])
+
+
+def test_rouge_of_chinese_takes_the_tokenizer_that_the_recipe_names() -> None:
     assert computed("rouge1", CHINESE[2:], tokenize="zh")["rouge1"] == 1
     # 今 天 的 天 气 非 常 好 。 against 今 天 天 气 很 好 。: 6 shared of 7 and 9.
     assert computed("rouge1", CHINESE[:1], tokenize="zh")["rouge1"] == pytest.approx(12 / 16)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -12,43 +10,60 @@ from sacrebleu.metrics.bleu import BLEU, _get_tokenizer
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.evaluation.metrics.rows import Ratio
+from hfpipe.evaluation.metrics.words import reads_english, unicode_words
+
+UNICODE = "unicode"  # see words.py
+NAMES = (UNICODE, *BLEU.TOKENIZERS)
 
 
 class Words:
-    """One of sacrebleu's tokenizers in the form that rouge_score takes; words in lower case, as its own has them."""
+    """A tokenizer in the form that rouge_score takes: Unicode's words, or one of sacrebleu's in lower case."""
 
     def __init__(self, name: str) -> None:
-        self.tokenizer = _get_tokenizer(name)()
+        self.split = None if name == UNICODE else _get_tokenizer(name)()
 
     def tokenize(self, text: str) -> list[str]:
-        return self.tokenizer(text.lower()).split()
+        return unicode_words(text) if self.split is None else self.split(text.lower()).split()
 
 
 class Rouge(Ratio):
-    """Mean F-measure over the rows (Lin 2004). rouge_score reads the letters a to z and digits only.
+    """Mean F-measure over the rows (Lin 2004).
 
-    Options: `use_stemmer` (English), and `tokenize`, one of sacrebleu's tokenizers, for texts with other letters.
+    rouge_score's own tokenizer reads the letters a to z and digits only. It is used where it reads nine tenths of the
+    letters of the right answers, and else Unicode's words; the signature says so.
+
+    Options: `use_stemmer` (English), and `tokenize`: `unicode`, or one of sacrebleu's tokenizers.
     """
 
     def prepare(self) -> None:
-        options: dict[str, Any] = dict(self.options)
-        self.tokenize = options.pop("tokenize", None)
-        if self.tokenize is not None and self.tokenize not in BLEU.TOKENIZERS:
+        self.tokenize = self.options.get("tokenize")
+        self.stems = bool(self.options.get("use_stemmer"))
+        if self.tokenize is not None and self.tokenize not in NAMES:
             raise RecipeError(
-                f"metric_options.{self.key}: no tokenizer {self.tokenize!r}; allowed: {', '.join(BLEU.TOKENIZERS)}."
+                f"metric_options.{self.key}: no tokenizer {self.tokenize!r}; allowed: {', '.join(NAMES)}."
             )
-        self.scorer = RougeScorer([self.key], tokenizer=Words(self.tokenize) if self.tokenize else None, **options)
+        if self.tokenize is not None and self.stems:
+            raise RecipeError(
+                f"metric_options.{self.key}: use_stemmer is of rouge_score's own tokenizer, which `tokenize` replaces. "
+                "Keep one of them."
+            )
+
+    @property
+    def signature(self) -> str:
+        return f"tok:{self.tokenize}" if self.tokenize else ""
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        foreign = sum(not re.search("[a-z0-9]", text.lower()) for text in references)
-        if self.tokenize is None and 2 * foreign > len(references):
-            raise RecipeError(
-                f"{foreign} of {len(references)} right answers have no letter from a to z, and rouge_score reads no "
-                f"other: {self.key} would be 0 whatever the model says. Give the suite a tokenizer for its language: "
-                f"`metric_options: {{{self.key}: {{tokenize: zh}}}}` for Chinese, `intl` for most others, or use chrf."
-            )
+        if self.tokenize is None and not reads_english(references):
+            if self.stems:
+                raise RecipeError(
+                    f"{self.key}: use_stemmer is for English, and more than a tenth of the letters of the right "
+                    "answers are not its letters. Leave it out: words of any script are read then."
+                )
+            self.tokenize = UNICODE
+        words = Words(self.tokenize) if self.tokenize else None
+        scorer = RougeScorer([self.key], use_stemmer=self.stems, tokenizer=words)
         values = [
-            self.scorer.score(reference, prediction)[self.key].fmeasure
+            scorer.score(reference, prediction)[self.key].fmeasure
             for prediction, reference in zip(predictions, references, strict=True)
         ]
         return np.column_stack([values, np.ones(len(values))])

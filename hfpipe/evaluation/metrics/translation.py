@@ -16,6 +16,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.evaluation.metrics.rows import RowMetric
+from hfpipe.evaluation.metrics.words import MOST_UNREAD
 
 SACREBLEU = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
 KANA = re.compile(r"[\u3040-\u30ff]")
@@ -25,11 +26,12 @@ CHOSEN = {"bleu": ("tokenize", "trg_lang"), "ter": ("normalized", "asian_support
 
 
 def tokenizer_for(references: Sequence[str]) -> str | None:
-    """sacrebleu's tokenizer for texts in a script without spaces; None where most letters are of one that has them."""
+    """sacrebleu's tokenizer for texts in a script without spaces; None where the letters are of one that has them."""
     text = "".join(references)
     kana, han, other = (len(pattern.findall(text)) for pattern in (KANA, HAN, OTHER_WITHOUT_SPACES))
-    if 2 * (kana + han + other) <= sum(map(str.isalpha, text)):
-        return None
+    letters = sum(map(str.isalpha, text))
+    if 2 * (kana + han + other) <= letters:  # the Chinese tokenizer leaves the words of other scripts whole
+        return "zh" if han > MOST_UNREAD * letters and kana <= 0.05 * (kana + han) else None
     if kana > 0.05 * (kana + han):  # Japanese; sacrebleu's own choice for it is an extra
         return "ja-mecab" if importlib.util.find_spec("MeCab") and importlib.util.find_spec("ipadic") else "char"
     return "zh" if han > other else "char"
@@ -60,6 +62,11 @@ class SacreBleu(RowMetric):
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         if self.key in CHOSEN and not any(option in self.options for option in CHOSEN[self.key]):
             name = tokenizer_for(references)
+            if self.key == "ter" and name == "char" and not KANA.search("".join(references)):
+                raise RecipeError(
+                    "ter: sacrebleu divides Chinese and Japanese into words, and no other script without spaces, so a "
+                    "sentence would be one word. Take chrf, or bleu (`metric_options: {bleu: {tokenize: char}}`)."
+                )
             by_script = {"tokenize": name} if self.key == "bleu" else {"normalized": True, "asian_support": True}
             self.scorer = self._scorer(self.options | (by_script if name else {}))
         return np.asarray(self.scorer._extract_corpus_statistics(predictions, [references]), dtype=float)
