@@ -11,7 +11,7 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.evaluation.metrics.rows import Z
+from hfpipe.evaluation.metrics.rows import Z, wilson
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import did_you_mean
 from hfpipe.scores.scorecard import Score
@@ -89,17 +89,26 @@ def _scores(name: str, suite: Suite, result: dict[str, Any], stage: str) -> Iter
                 continue
             error = table.get(f"{metric}_stderr,{of}")
             error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+            count = counts.get(task, sum(counts.values()))
+            low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
+            if error is not None and _is_share(value, error, count):
+                low, high = wilson(value, count)
             yield Score(
                 stage,
                 name,
                 metric if own else f"{task}/{metric}",
                 float(value),
                 error,
-                n=counts.get(task, sum(counts.values())),
+                n=count,
                 higher_is_better=bool(result.get("higher_is_better", {}).get(task, {}).get(metric, True)),
-                low=None if error is None else value - Z * error,
-                high=None if error is None else value + Z * error,
+                low=low,
+                high=high,
             )
+
+
+def _is_share(value: float, error: float, count: int) -> bool:
+    """Tells a share of rows by its standard error, which lm-eval has from the spread of its ones and zeros."""
+    return 0 <= value <= 1 and count > 1 and math.isclose(error**2, value * (1 - value) / (count - 1), abs_tol=1e-12)
 
 
 def _manager(suite: Suite) -> Any:

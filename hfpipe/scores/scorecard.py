@@ -54,7 +54,7 @@ class Score:
         high: Upper end.
         paired: Earlier stage to the difference from its score on the rows that both were scored on.
         ideal: The best value of a score that can be too high and too low (a share of preferences); None of any other.
-        signature: How exactly the metric counts, in its library's own words (sacrebleu); empty where it has none.
+        signature: How exactly the metric counts, in its library's own words (sacrebleu), and which prompts were cut.
         baselines: What answers without a model score on the same rows, by name (`the majority class`, `chance`); empty
             where there are no labels to give them.
     """

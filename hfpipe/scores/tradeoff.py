@@ -178,15 +178,33 @@ def point(
     return Point(_gain(gains, scales), _loss(lost), over)
 
 
+ONE_LIKELIHOOD = ("bits_per_byte", "word_perplexity", "perplexity")  # of one suite: the same bits in three units
+
+
+def _told_once(changes: Iterable[Change]) -> list[Change]:
+    """Changes without those that tell a suite's likelihood again in another unit; bits per byte come first."""
+    every = list(changes)
+    there = {change.after.key for change in every}
+    return [
+        change
+        for change in every
+        if change.after.metric not in ONE_LIKELIHOOD
+        or not any(
+            (change.after.suite, metric) in there
+            for metric in ONE_LIKELIHOOD[: ONE_LIKELIHOOD.index(change.after.metric)]
+        )
+    ]
+
+
 def _gain(changes: Iterable[Change], scales: Mapping[Key, float]) -> Estimate | None:
-    finite = [change for change in changes if math.isfinite(change.gain)]
+    finite = [change for change in _told_once(changes) if math.isfinite(change.gain)]
     shares = [(change, scales.get(change.after.key) or 1.0) for change in finite]
     return _mean((change.after.suite, change.gain / scale, change.stderr / scale) for change, scale in shares)
 
 
 def _loss(changes: Iterable[Change], scales: Mapping[Key, float] | None = None) -> Estimate | None:
     found = []
-    for change in (change for change in changes if math.isfinite(change.gain)):
+    for change in (change for change in _told_once(changes) if math.isfinite(change.gain)):
         size = (scales or {}).get(change.after.key) or abs(change.before.value) or abs(change.gain) or 1.0
         size = 1.0 if change.after.ideal is not None else size  # a budget is how much further from the ideal it may be
         found.append((change.after.suite, -change.gain / size, change.stderr / size))

@@ -95,10 +95,16 @@ class MatthewsCorrelation(ClassMetric):
     """Correlation between what was said and what is right, for two or more classes (Gorodkin 2004); 0 is chance."""
 
     lowest = -1.0
+    undefined = False
+
+    @property
+    def signature(self) -> str:
+        return "undefined: all answers are of one class; 0 by convention" if self.undefined else ""
 
     def whole(self, predictions: Answers, references: Answers, statistics: np.ndarray) -> float:
         if not all(isinstance(answer, str) for answer in references):
             raise RecipeError(f"{self.key} is for one class a row, and these have several. Take f1 or f1_micro.")
+        self.undefined = any(len(set(side)) < 2 for side in (predictions, references))
         return float(sklearn_metrics.matthews_corrcoef(references, predictions))
 
     def value(self, sums: np.ndarray) -> np.ndarray:
