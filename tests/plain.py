@@ -98,7 +98,7 @@ def scores_and_records(
     folder: Path, model: Path, rows: list[dict[str, Any]], suite: dict[str, Any]
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """The scores and the records of a suite on `rows`."""
-    recipe = load_recipe(_recipe_of(folder, rows, suite))
+    recipe = load_recipe(recipe_of(folder, rows, suite))
     ref = ModelRef(str(model), options=recipe.model)
     block = recipe.evaluate["it"]
     tokenizer = load_tokenizer(str(model))
@@ -106,7 +106,7 @@ def scores_and_records(
     return scored.scores, scored.records
 
 
-def _recipe_of(folder: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> Path:
+def recipe_of(folder: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = tiny.recipe(folder)
     source = {"path": "json", "data_files": str(folder / "rows.jsonl"), **suite.get("data", {})}
@@ -117,7 +117,7 @@ def _recipe_of(folder: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) 
 
 def scored(folder: Path, model: Path, rows: list[dict[str, Any]], suite: dict[str, Any]) -> dict[str, float]:
     """The scores of a suite on `rows`, through the command line."""
-    path = str(_recipe_of(folder, rows, suite))
+    path = str(recipe_of(folder, rows, suite))
     assert main(["check", "--fast", path]) == 0
     assert main(["evaluate", str(model), path, "--output", str(folder / "scores.json")]) == 0
     found = json.loads((folder / "scores.json").read_text())

@@ -176,8 +176,7 @@ def references(texts: Sequence[RowText], tokenizer: Any, stops: Sequence[int], r
     for row, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
         end = next((place for place, one in enumerate(ids) if one in stops), None)
         written = row.completion if end is None else row.completion[: offsets[end][0]]
-        decoded = decode(ids[:end], tokenizer)
-        text = decoded if _dense(decoded) == _dense(written) else written
+        text = as_decoded(written, ids[:end], tokenizer)
         runs_on = row.chat and end is None and bool(closing_marks(text, tokenizer))
         size = len(ids) if end is None else end + 1
         found.append(Reference(compared(row, text, tokenizer, reasoning), size, runs_on))
@@ -189,12 +188,14 @@ def decode(ids: list[int], tokenizer: Any) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def as_decoded(text: str, ids: list[int], tokenizer: Any) -> str:
+    """A text as its tokenizer gives it back, where that differs in white space alone, and else as it was written."""
+    decoded = decode(ids, tokenizer)
+    return decoded if re.sub(r"\s", "", decoded) == re.sub(r"\s", "", text) else text
+
+
 def compared(row: RowText, text: str, tokenizer: Any, reasoning: str) -> str:
     """The part of an answer that is compared, a prediction or a right answer alike."""
     if row.chat:
         text = text.removesuffix(closing_marks(text, tokenizer))
     return without_reasoning(text, row.prompt) if reasoning == "strip" else text
-
-
-def _dense(text: str) -> str:
-    return re.sub(r"\s", "", text)

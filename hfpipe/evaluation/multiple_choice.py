@@ -43,15 +43,20 @@ def choice_form(row: Row, suite: Suite, common: Sequence[str] | None) -> Choice:
         common: The choices of every row, where the rows have none of their own.
     """
     if "good" in row:  # whole sentences; the bad one first, so that a tie is no preference for the good one
-        return Choice([row["bad"], row["good"]], 1, [("", row["bad"]), ("", row["good"])])
+        sentences = [row["bad"], row["good"]]
+        return Choice(sentences, 1, [("", (suite.delimiter or "") + sentence) for sentence in sentences])
     prompt = row["prompt"]
     choices = list(row.get("choices") or common or ())
     answer = row["answer"] if "answer" in row else choices.index(row["completion"])
     if suite.blank is not None:
         before, _, after = prompt.partition(suite.blank)
         return Choice(choices, answer, [(before + choice, " " + after.strip()) for choice in choices])
-    between = "" if "completion" in row else suite.delimiter  # a completion begins as it is written
+    between = (
+        "" if "completion" in row else " " if suite.delimiter is None else suite.delimiter
+    )  # a completion begins as it is written
     if not prompt or prompt[-1:].isspace():
+        between = " " if suite.delimiter is None else suite.delimiter
+    if "completion" in row or not prompt or prompt[-1:].isspace():  # a completion begins as it is written
         between = ""
     return Choice(choices, answer, [(prompt, (between if not text[:1].isspace() else "") + text) for text in choices])
 

@@ -11,6 +11,7 @@ import torch
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.data.tokenize import IGNORED
+from hfpipe.evaluation.generation import MOST_GENERATED, as_decoded, decode, stop_tokens
 from hfpipe.evaluation.likelihood import Likelihood, by_length
 from hfpipe.model.seq2seq import (
     Pair,
@@ -27,7 +28,6 @@ from hfpipe.recipe import Suite
 Rows = list[dict[str, Any]]
 Answers = list[dict[str, Any] | None]
 TEXT_LENGTH = 1024  # tokens of a text, a source or a target that are scored, unless the suite says otherwise
-MOST_GENERATED = 512
 
 
 def likelihoods_of(
@@ -64,7 +64,12 @@ def pair_generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer:
         options["max_new_tokens"] = int(min(longest + 4, MOST_GENERATED, most_tokens(model) - 1))
     sources = [row["source"] for row in mine]
     said = generate_targets(model, sources, tokenizer, suite.batch_size, _limit(suite, model), options)
-    return [{"prediction": text, "reference": row["target"]} for text, row in zip(said, mine, strict=True)]
+    marks = {one for part in target_marks(tokenizer) for one in part}
+    right = tokenizer(text_target=[row["target"] for row in mine])["input_ids"] if mine else []
+    return [
+        {"prediction": text, "reference": as_decoded(row["target"], _without_marks(ids, marks), tokenizer)}
+        for text, row, ids in zip(said, mine, right, strict=True)
+    ]
 
 
 def _limit(suite: Suite, model: Any) -> int:
@@ -128,7 +133,10 @@ def generate_targets(
         options: Fields of transformers' GenerationConfig.
     """
     before, behind = target_marks(tokenizer)
-    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": behind[0], "pad_token_id": tokenizer.pad_token_id}
+    stops = list(dict.fromkeys([behind[0], *stop_tokens(model, tokenizer, options)]))
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+    start = model.config.decoder_start_token_id
+    marks = {*before, *behind, *stops, tokenizer.pad_token_id, tokenizer.bos_token_id, start}
     if before:
         settings["forced_bos_token_id"] = before[0]
     elif len(behind) > 1:  # mBART's first tokenizer: `text </s> de_DE`, turned round to begin the decoder
@@ -140,6 +148,12 @@ def generate_targets(
         ids, mask = _padded([encoded[index] for index in indices], tokenizer.pad_token_id)
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         output = model.generate(**inputs, **{**settings, **options})
-        for index, answer in zip(indices, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            answers[index] = answer
+        for index, said in zip(indices, output.tolist(), strict=True):
+            answers[index] = decode(_without_marks(said, marks), tokenizer)
     return answers
+
+
+def _without_marks(ids: list[int], marks: set[int]) -> list[int]:
+    """Tokens of a target without those that begin and end it."""
+    inner = [place for place, one in enumerate(ids) if one not in marks]
+    return ids[inner[0] : inner[-1] + 1] if inner else []

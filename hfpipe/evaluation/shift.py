@@ -25,6 +25,7 @@ from hfpipe.data.tokenize import encode
 from hfpipe.evaluation.likelihood import bits_of
 from hfpipe.evaluation.metrics import load_metric
 from hfpipe.model.load import ModelRef, load_model, task_of
+from hfpipe.model.positions import within_positions
 from hfpipe.recipe import Recipe, Shift, Source, Stage, hash_of
 from hfpipe.recipe.row_formats import text_of
 
@@ -98,7 +99,8 @@ def _about(recipe: Recipe, stage: Stage, suite: str, rows: Sequence[dict[str, An
 
 def _bits_per_byte(texts: Sequence[str], model: Any, tokenizer: Any) -> dict[str, float]:
     rows = [{"text": text} for text in texts[:MODEL_ROWS]]
-    encoded = [row for row in encode(rows, tokenizer, max_length=MODEL_TOKENS, append_eos=False) if row.scored_bytes]
+    limit = within_positions(model, MODEL_TOKENS)
+    encoded = [row for row in encode(rows, tokenizer, max_length=limit, append_eos=False) if row.scored_bytes]
     bits = bits_of(model, encoded, tokenizer.pad_token_id, MODEL_BATCH)
     result = load_metric("bits_per_byte").compute(predictions=bits, references=[row.scored_bytes for row in encoded])
     return {"value": result["bits_per_byte"], "low": result["low"], "high": result["high"]}

@@ -52,6 +52,7 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"the suite on {suite.data.path} has no row with content (and a right answer, where it asks).")
     _require_metrics_for(suite, rows[0])
+    _require_two_classes(suite, rows)
     return rows
 
 
@@ -59,6 +60,16 @@ def _has_content(row: dict[str, Any]) -> bool:
     """Whether no text of a row is empty; what is right may be a 0, and only what is missing is empty."""
     texts = {key: value for key, value in row.items() if key not in ("id", COMPLETION_TURNS, *BESIDE_MESSAGES)}
     return all(value is not None if key in ("label", "answer") else value for key, value in texts.items())
+
+
+def _require_two_classes(suite: Suite, rows: list[dict[str, Any]]) -> None:
+    """Refuses Matthews' correlation of one class, which no model's answers can give a value."""
+    named = [row.get("label", row.get("completion", row.get("answer"))) for row in rows]
+    if "matthews_correlation" in suite.metrics and len(set(map(str, named))) < 2:
+        raise DataError(
+            f"the suite on {suite.data.path}: matthews_correlation is undefined where all right answers are one class, "
+            f"and all {len(rows):,} rows say {named[0]!r}. Take rows of two classes or more, or accuracy."
+        )
 
 
 def _require_metrics_for(suite: Suite, row: dict[str, Any]) -> None:
@@ -148,6 +159,7 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
         result = _compute(metric_name, metric, predictions, references, suite.metric_options.get(metric_name))
         better = higher_is_better(metric_name, metric)
         ideal = getattr(metric, "ideal", None)
+        result["signature"] = "; ".join(filter(None, [result.get("signature"), *_cuts(taken, needs_of(metric))]))
         result["baselines"] = baselines(metric, references) if "sentence" in rows[0] else {}
         scores.append(Score(stage, name, metric_name, higher_is_better=better, ideal=ideal, **result))
         if getattr(metric, "by_row", False):
@@ -155,6 +167,14 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
             for record, value in zip(taken, values.tolist(), strict=True):
                 record["values"][metric_name] = value
     return Scored(scores, [record for record in records if len(record.keys() & ANSWERS.keys())])
+
+
+def _cuts(records: Sequence[dict[str, Any]], need: str) -> list[str]:
+    """Says how many prompts lost their beginning, where some did: a fact of the score."""
+    cut = [record[need]["cut"] for record in records if record[need].get("cut")]
+    if not cut:
+        return []
+    return [f"{len(cut)} of {len(records)} prompts lost their beginning ({max(cut)} tokens at most)"]
 
 
 def _asked(row: dict[str, Any]) -> dict[str, str]:

@@ -145,7 +145,11 @@ class Suite(Words):
         "above it counts (fail), or not (pass)",
     )
     choices: list[str] | None = Field(None, description="the answers `accuracy` ranks; those of the suite when absent")
-    delimiter: str = Field(" ", description="what stands between a prompt and each of its `choices`")
+    delimiter: str | None = Field(
+        None,
+        description="text between a prompt and each of its `choices`, a space when absent; before both sentences of a "
+        'minimal pair, where lm-eval has a space (`delimiter: " "`) and hfpipe nothing when absent',
+    )
     blank: str | None = Field(
         None, min_length=1, description="a mark in the prompt where the choices are set: what follows it is scored"
     )

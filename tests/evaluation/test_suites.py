@@ -121,6 +121,51 @@ def test_minimal_pairs_are_the_plain_scripts_and_a_tie_is_wrong(model: Path, tmp
     assert found == {"accuracy": hits / len(rows)}
 
 
+def test_minimal_pairs_with_a_delimiter_are_lm_evals(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    rows = [
+        {"good": f"The {one} {verb} {sound}.", "bad": f"{sound} the {verb} {one}."}
+        for one, sound in tiny.SOUNDS.items()
+        for verb in ("said", "heard", "sat by")
+    ]
+    ours = scored(tmp_path, model, rows, {"metrics": ["accuracy"], "delimiter": " "})
+    task = {
+        "task": "tiny_pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "",
+        "doc_to_target": 0,
+        "doc_to_choice": "{{[good, bad]}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(yaml.safe_dump(task))
+    content = tiny.recipe(tmp_path)
+    content["evaluate"] = {"it": {"lm_eval": "tiny_pairs", "include_path": str(tmp_path / "tasks")}}
+    path, output = str(tiny.write(tmp_path, content)), tmp_path / "scores.json"
+    assert main(["evaluate", str(model), path, "--output", str(output)]) == 0
+    assert [score["value"] for score in json.loads(output.read_text())] == list(ours.values())
+    judge = Plain(model)
+    pairs = [tuple(judge("", " " + row[side])[0] for side in ("good", "bad")) for row in rows]
+    assert ours["accuracy"] == sum(good > bad for good, bad in pairs) / len(rows)
+    assert [good > bad for good, bad in pairs] != [
+        judge("", row["good"])[0] > judge("", row["bad"])[0] for row in rows
+    ], "these rows do not tell the two rules apart"
+
+
+def test_matthews_correlation_of_one_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "The cat", "completion": " mew"}, {"prompt": "The kitten", "completion": " mew"}]
+    content = tiny.recipe(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "split": "train"}
+    content["evaluate"] = {"it": {"data": source, "metrics": ["matthews_correlation"], "choices": [" mew", " moo"]}}
+    tiny.write_data(tmp_path)
+    assert main(["check", str(tiny.write(tmp_path, content))]) == 5
+    assert "undefined where all right answers are one class" in capsys.readouterr().err
+
+
 def test_last_words_are_the_plain_scripts(model: Path, tmp_path: Path) -> None:
     plain = Plain(model)
     rows = [{"text": f"The {animal} by the river, the {animal} said {tiny.SOUNDS[animal]}"} for animal in tiny.ANIMALS]
@@ -175,6 +220,9 @@ def test_a_task_of_lm_eval_gives_its_scores_and_they_are_those_of_the_same_suite
         value, n = score["value"], len(rows)
         assert (score["n"], score["higher_is_better"]) == (n, True)
         assert score["stderr"] == pytest.approx((value * (1 - value) / (n - 1)) ** 0.5)
+        middle, z = (value + 1.96**2 / (2 * n)) / (1 + 1.96**2 / n), 1.96 / (1 + 1.96**2 / n)  # Wilson's interval
+        half = z * (value * (1 - value) / n + 1.96**2 / (4 * n**2)) ** 0.5
+        assert (score["low"], score["high"]) == (pytest.approx(middle - half), pytest.approx(middle + half))
     content["evaluate"]["it"]["lm_eval"] = "tiny_question"
     assert main(["evaluate", str(model), str(tiny.write(tmp_path, content))]) == 2
     assert "Did you mean tiny_questions?" in capsys.readouterr().err
