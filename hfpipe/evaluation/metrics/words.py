@@ -1,8 +1,8 @@
 """Words of any script, for metrics whose own tokenizer reads English letters only.
 
-ROUGE's and SQuAD's scripts are written for English. Where they do not read more than a tenth of the letters of the
-right answers, the words are Unicode's: runs of letters, marks and digits, and each character of a script that is written
-without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese), as in the scripts of MLQA (arXiv:1910.07475).
+ROUGE's and SQuAD's scripts are written for English. Where more than a tenth of the letters of the right answers are not
+theirs, the words are Unicode's: runs of letters, marks and digits, and each character of a script without spaces
+(Chinese, Japanese, Thai, Lao, Khmer, Burmese), as in the scripts of MLQA (arXiv:1910.07475).
 """
 
 from __future__ import annotations
