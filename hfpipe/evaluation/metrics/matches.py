@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hfpipe.evaluation.metrics.rows import Ratio, Share, wilson
+from hfpipe.evaluation.metrics.rows import Ratio, Share
 from hfpipe.evaluation.metrics.words import reads_english, unicode_words
 
 
@@ -47,7 +47,7 @@ class ExactMatch(Share):
         return prediction.strip() == reference.strip()
 
 
-class SquadExactMatch(Ratio):
+class SquadExactMatch(Share):
     """Exact match of SQuAD (Rajpurkar et al. 2016): case, punctuation, articles and white space aside.
 
     Right answers in other scripts than English: see words.py.
@@ -59,28 +59,30 @@ class SquadExactMatch(Ratio):
     def signature(self) -> str:
         return "tok:unicode" if self.unicode else ""
 
-    def row_score(self, prediction: str, reference: str) -> float:
-        """The score of one row, both texts normalised."""
-        return float(prediction == reference)
+    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        self.unicode = not reads_english(references)
+        return super().statistics(predictions, references)
+
+    def hit(self, prediction: str, reference: str) -> bool:
+        return normalised(prediction, self.unicode) == normalised(reference, self.unicode)
+
+
+class SquadF1(Ratio):
+    """Mean over the rows of the F1 of the words of answer and reference, both normalised as for `squad_em`."""
+
+    unicode = False
+
+    @property
+    def signature(self) -> str:
+        return "tok:unicode" if self.unicode else ""
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         self.unicode = not reads_english(references)
-        plain = _in_any_script if self.unicode else normalised
-        values = [self.row_score(plain(p), plain(r)) for p, r in zip(predictions, references, strict=True)]
+        values = [
+            words_f1(normalised(said, self.unicode), normalised(right, self.unicode))
+            for said, right in zip(predictions, references, strict=True)
+        ]
         return np.column_stack([values, np.ones(len(values))])
-
-    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
-        return super().interval(value, statistics, draws)[0], *wilson(value, len(statistics))
-
-
-class SquadF1(SquadExactMatch):
-    """Mean over the rows of the F1 of the words of answer and reference, both normalised as SQuAD does."""
-
-    def row_score(self, prediction: str, reference: str) -> float:
-        return words_f1(prediction, reference)
-
-    def interval(self, value: float, statistics: np.ndarray, draws: np.ndarray) -> tuple[float, float, float]:
-        return Ratio.interval(self, value, statistics, draws)
 
 
 def names_of(answer: str | list[str]) -> set[str]:
@@ -88,14 +90,15 @@ def names_of(answer: str | list[str]) -> set[str]:
     return {answer} if isinstance(answer, str) else set(answer)
 
 
-def normalised(text: str) -> str:
-    """The normalisation of SQuAD's official script: lower case, without punctuation (ASCII) and English articles."""
+def normalised(text: str, unicode: bool = False) -> str:
+    """The normalisation of SQuAD's official script: lower case, without punctuation (ASCII) and English articles.
+
+    With `unicode`, the words of any script instead.
+    """
+    if unicode:
+        return " ".join(unicode_words(text))
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def _in_any_script(text: str) -> str:
-    return " ".join(unicode_words(text))
 
 
 def words_f1(prediction: str, reference: str) -> float:
