@@ -73,7 +73,9 @@ def test_texts_are_scored_as_lm_evals_rolling_windows(model: Path, tmp_path: Pat
 def test_a_long_prompt_loses_its_beginning_and_a_long_completion_is_scored_whole(model: Path, tmp_path: Path) -> None:
     judge = plain.Plain(model)
     prompt, completion = texts()[1].strip(), " The cat said mew."
-    found = plain.scored(tmp_path, model, [{"prompt": prompt, "completion": completion}], {"metrics": METRICS})
+    rows = [{"prompt": prompt, "completion": completion}]
+    scores, _ = plain.scores_and_records(tmp_path, model, rows, {"metrics": METRICS})
+    found = {score.metric: score.value for score in scores}
     nats = -judge(prompt, completion)[0]
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(completion), rel=1e-5)
     assert math.log(found["word_perplexity"]) == pytest.approx(nats / len(completion.split()), rel=1e-5)
