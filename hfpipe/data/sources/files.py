@@ -30,6 +30,7 @@ SAMPLE = 1 << 18  # bytes of a file that are looked at
 FARTHEST = 1 << 24  # bytes in which a first letter beyond ASCII is looked for
 NOT_DATA = {"readme.md", "license.txt", "license.md", "licence.txt", "dataset_infos.json", "state.json"}
 DELIMITERS = (",", ";", "\t", "|")
+BAD_BYTES = 2  # so few are damage, and say nothing of another encoding
 FEW = 0.1  # share of letters that cannot be decoded, up to which a file is UTF-8 with some bad bytes
 
 
@@ -209,7 +210,7 @@ def encoding_of(sample: bytes) -> str:
     decoded = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
     bad = decoded.count("\ufffd")
     letters = sum(not letter.isascii() for letter in decoded) - bad
-    if bad <= FEW * letters:
+    if bad <= max(FEW * letters, BAD_BYTES):
         return "utf-8"
     high = re.findall(rb"[\x80-\xff]+", sample)
     in_runs = sum(len(run) for run in high if len(run) > 1) / sum(map(len, high))
