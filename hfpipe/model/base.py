@@ -26,7 +26,16 @@ from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import create_model, train_tokenizer
-from hfpipe.model.load import AUTO_CLASSES, ModelRef, clear_errors, load_tokenizer, pickles_only, task_of, task_of_type
+from hfpipe.model.load import (
+    AUTO_CLASSES,
+    ModelRef,
+    clear_errors,
+    config_of,
+    load_tokenizer,
+    pickles_only,
+    task_of,
+    task_of_type,
+)
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 from hfpipe.recipe.row_formats import texts_of
@@ -92,12 +101,8 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
 
 
 def rows_of_embeddings(ref: ModelRef) -> int:
-    """Rows of the embeddings of a model, by its config."""
-    with clear_errors("model", ref.path):
-        config = AutoConfig.from_pretrained(
-            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
-        )
-    return config.get_text_config().vocab_size
+    """Returns the rows of the embeddings of a model, by its config."""
+    return config_of(ref).get_text_config().vocab_size
 
 
 def _create(recipe: Recipe, folder: Path) -> None:
@@ -110,7 +115,8 @@ def _create(recipe: Recipe, folder: Path) -> None:
         texts = texts_for_tokenizer(recipe, block.train)
         tokenizer: Any = train_tokenizer(texts, block.train.vocab_size, context, task)
     else:
-        tokenizer = load_tokenizer(block.id or "", revision=block.revision, task=task)
+        words = block.passed_through
+        tokenizer = load_tokenizer(block.id or "", revision=block.revision, task=task, words=words)
     prepare_tokenizer(tokenizer, block)
     model = create_model(architecture, tokenizer, recipe.seed)
     with whole_folder(folder) as beside:
@@ -130,11 +136,9 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
 
 def _tokenizer(recipe: Recipe, ref: ModelRef) -> Any:
     block, task = recipe.model.tokenizer, task_of(ref)
-    trust = recipe.model.trust_remote_code
-    if block is not None and block.id is not None:
-        tokenizer = load_tokenizer(block.id, revision=block.revision, trust_remote_code=trust, task=task)
-    else:
-        tokenizer = load_tokenizer(ref.path, revision=ref.revision, trust_remote_code=trust, task=task)
+    trust, words = recipe.model.trust_remote_code, block.passed_through if block is not None else {}
+    path, revision = (ref.path, ref.revision) if block is None or block.id is None else (block.id, block.revision)
+    tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust, task=task, words=words)
     prepare_tokenizer(tokenizer, block)
     if len(tokenizer) == 0:
         raise DataError(f"the tokenizer of {ref.path} has no tokens.")
@@ -193,10 +197,7 @@ def require_loadable(recipe: Recipe) -> None:
     options = recipe.model
     if options.id is None:
         return
-    with clear_errors("model", options.id):
-        config = AutoConfig.from_pretrained(
-            options.id, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
+    config = config_of(ModelRef(options.id, options, revision=options.revision))
     _require_unquantized(recipe, config)
     with clear_errors("model", options.id):
         pickled, safe = (
@@ -240,9 +241,6 @@ def _require_linear(recipe: Recipe, stage: str, config: Any) -> None:
 
 def shapes_of(ref: ModelRef) -> Any:
     """The model of a `ModelRef` without its weights: on torch's meta device, where nothing takes memory."""
-    with clear_errors("model", ref.path):
-        config = AutoConfig.from_pretrained(
-            ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
-        )
+    config = config_of(ref)
     with torch.device("meta"):
         return AUTO_CLASSES[task_of(ref)].from_config(config, trust_remote_code=ref.options.trust_remote_code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +35,10 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.hub_errors import trouble
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
-from hfpipe.model.tokenizer import make_room
+from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Quantization
+from hfpipe.recipe.passthrough import check_config
+from hfpipe.recipe.raw import Block
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What a model can be for, and the class that loads it for that.
@@ -215,7 +217,12 @@ def _not_found(what: str, path: str) -> str:
 
 
 def load_tokenizer(
-    path: str, *, revision: str | None = None, trust_remote_code: bool = False, task: str = "causal"
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    task: str = "causal",
+    words: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loads a tokenizer and makes sure that it has an EOS and a padding token.
 
@@ -224,6 +231,7 @@ def load_tokenizer(
         revision: Commit or branch of a Hub id.
         trust_remote_code: Whether code of its repository may run.
         task: What its model is for. That of an encoder-decoder model need not be fast: Marian's is not.
+        words: Words of transformers' own that the recipe gives it, such as `eos_token`.
 
     Raises:
         RecipeError: It does not exist, is not a fast tokenizer, or has no EOS token.
@@ -232,11 +240,12 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
+    give_words(tokenizer, words or {})
     closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]
     if not tokenizer.is_fast and task != "seq2seq":
         raise RecipeError(f"tokenizer {path!r} has no fast (Rust) form, which hfpipe needs for offsets and speed.")
     if closing is None:
-        raise RecipeError(f"tokenizer {path!r} has no EOS token; set one in its tokenizer_config.json.")
+        raise RecipeError(f"tokenizer {path!r} has no EOS token. Name one: model.tokenizer: {{eos_token: ...}}.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = closing
     return tokenizer
@@ -250,11 +259,27 @@ def task_of_type(model_type: str) -> str:
 
 
 def config_of(ref: ModelRef) -> Any:
-    """transformers' config of a model that is not an adapter."""
+    """Returns transformers' config of a model that is not an adapter, with the recipe's changes to it.
+
+    Raises:
+        RecipeError: There is no such model, or its config has no such field.
+    """
+    changes = ref.options.config or {}
     with clear_errors("model", ref.path):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
         )
+    model = Block(("model",), {"config": changes})
+    for fault in check_config(model, config.model_type):
+        raise RecipeError(f"{'.'.join(map(str, fault.steps))}: {fault.text}")
+    for name, value in changes.items():
+        key = "rope_parameters" if name == "rope_scaling" and hasattr(config, "rope_parameters") else name
+        before = getattr(config, key, None)  # what a mapping does not say stays: rope_theta, for one
+        setattr(config, key, before | value if isinstance(before, dict) and isinstance(value, dict) else value)
+    if changes:
+        with clear_errors("model", ref.path):
+            config = type(config).from_dict(config.to_dict())  # which looks whether it fits together
+    return config
 
 
 def is_quantized(config: Any) -> bool:
@@ -302,6 +327,10 @@ def load_model(
         return put_adapter(load_model(ref.base, head=head_of(ref), place=place), ref)
     task = "classification" if head is not None else task_of(ref)
     options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
+    if ref.options.config:
+        options = {"config": config_of(ref)} | ({"ignore_mismatched_sizes": True} if head else {})
+        for name, value in (head or {}).items():
+            setattr(options["config"], name, value)
     if ref.quantization:
         options["quantization_config"] = quantization_config(ref.quantization, task)
     if ref.quantization or place is not None:

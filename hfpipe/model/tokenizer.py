@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,13 +17,33 @@ _MARKER = re.compile(r"<\|[^<>|\s]+\|>|</?[A-Za-z_][\w-]*>|\[/?[A-Z_]{2,}\]")
 
 
 def prepare_tokenizer(tokenizer: Any, block: Tokenizer | None) -> Any:
-    """Gives a tokenizer the tokens and the chat template of the recipe; tokens that it has already stay as they are."""
+    """Gives a tokenizer the words, tokens and chat template of the recipe; tokens that it has stay as they are."""
     if block is not None:
+        give_words(tokenizer, block.passed_through)
         tokenizer.add_tokens(list(block.add_tokens))
         tokenizer.add_tokens(list(block.add_special_tokens), special_tokens=True)
         if block.chat_template is not None:
             tokenizer.chat_template = block.chat_template
     return tokenizer
+
+
+def give_words(tokenizer: Any, words: Mapping[str, Any]) -> None:
+    """Gives a tokenizer words of transformers' own: special tokens, which are added where it has none, and settings.
+
+    Raises:
+        RecipeError: transformers refuses one.
+    """
+    special = {key: value for key, value in words.items() if key in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    if "extra_special_tokens" in words:
+        special["extra_special_tokens"] = words["extra_special_tokens"]
+    try:
+        tokenizer.add_special_tokens(special)
+        for key, value in words.items():
+            if key not in special:
+                setattr(tokenizer, key, value)
+                tokenizer.init_kwargs[key] = value  # by which it is saved
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"model.tokenizer: transformers refuses {', '.join(words)}: {error}") from error
 
 
 def template_warning(tokenizer: Any, block: Tokenizer | None) -> str | None:

@@ -73,12 +73,11 @@ def run_tokenizer(recipe: Recipe) -> Any:
     if block is not None and block.train is not None:
         sample = block.train.model_copy(update={"take": 2000})
         tokenizer: Any = train_tokenizer(texts_for_tokenizer(recipe, sample), block.train.vocab_size, 1024, task)
-    elif block is not None and block.id is not None:
-        tokenizer = load_tokenizer(block.id, revision=block.revision, task=task)
     else:
-        tokenizer = load_tokenizer(
-            options.id or "", revision=options.revision, trust_remote_code=options.trust_remote_code, task=task
-        )
+        trust, words = options.trust_remote_code, block.passed_through if block is not None else {}
+        own = block is not None and block.id is not None
+        path, revision = (block.id, block.revision) if own and block else (options.id, options.revision)
+        tokenizer = load_tokenizer(path or "", revision=revision, trust_remote_code=trust, task=task, words=words)
     return prepare_tokenizer(tokenizer, block)
 
 

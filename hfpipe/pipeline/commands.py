@@ -99,7 +99,9 @@ def _model_of(name: str, recipe: Recipe, stage: str | None) -> ModelRef:
         if stage is not None:
             raise RecipeError(f"--stage {stage}: {name} is not a run folder, so it has no stages. Leave it out.")
         ranks.on_main(partial(require_whole, folder))
-        return ModelRef(_fetched(name), recipe.model)
+        ref = ModelRef(_fetched(name), recipe.model)
+        changed = ref.is_adapter or name == recipe.model.id  # another model has a config of its own
+        return ref if changed else replace(ref, options=recipe.model.model_copy(update={"config": None}))
     _require_one_run(folder)
     require_whole_state(folder)
     every = load_recipe(folder / "recipe.yaml").stages

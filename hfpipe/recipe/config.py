@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from hfpipe.recipe.chat_templates import template_text
 from hfpipe.recipe.metric_table import parts_of
 from hfpipe.recipe.source_files import is_local_name
 from hfpipe.recipe.stage_config import (
@@ -88,16 +89,27 @@ class TokenizerTraining(Words):
 
 
 class Tokenizer(Words):
+    """The tokenizer. Keys that are not declared here are words of transformers' own, such as `eos_token`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
     id: str | None = Field(None, description="a tokenizer on the Hub or in a folder")
     revision: str = "main"
     train: TokenizerTraining | None = Field(None, description="train one from nothing")
-    chat_template: str | None = Field(None, description="a Jinja chat template, when the tokenizer has none")
+    chat_template: Annotated[str, AfterValidator(template_text)] | None = Field(
+        None, description="a Jinja chat template: its text, the path of a file, or a name such as chatml or llama3"
+    )
     add_tokens: list[Token] = Field(
         default_factory=list, description="words that become one token each; their embeddings are trained"
     )
     add_special_tokens: list[Token] = Field(
         default_factory=list, description="the same for marks such as <|im_start|>, which decoding leaves out"
     )
+
+    @property
+    def passed_through(self) -> dict[str, Any]:
+        """The words of transformers' tokenizers, as the recipe gives them."""
+        return dict(self.model_extra or {})
 
 
 class Model(Words):
@@ -107,6 +119,9 @@ class Model(Words):
     revision: str = "main"
     architecture: dict[str, Any] | None = Field(
         None, description="fields of a transformers config, with `model_type`: start from nothing"
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="fields of the model's transformers config that are changed, e.g. {rope_scaling: {...}}"
     )
     tokenizer: Tokenizer | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")

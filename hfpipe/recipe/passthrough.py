@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hfpipe.recipe.annotations import explain, fits
+from hfpipe.recipe.config import Tokenizer
 from hfpipe.recipe.faults import Fault, did_you_mean, found_and_allowed
 from hfpipe.recipe.raw import Block, RawStage, stages, suites
 from hfpipe.recipe.signatures import (
@@ -21,6 +24,7 @@ from hfpipe.recipe.signatures import (
     model_types,
     peft_fields,
     peft_types,
+    tokenizer_fields,
     training_fields,
 )
 from hfpipe.recipe.stage_config import KINDS, Source
@@ -43,7 +47,14 @@ def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_source(suite.source)
         if suite.data.get("generation"):
             yield from check_block(suite.at("generation"), generation_fields(), "GenerationConfig")
-    yield from _check_architecture(Block((), data).at("model").at("architecture"))
+    model = Block((), data).at("model")
+    yield from _check_architecture(model.at("architecture"))
+    yield from check_config(model, _type_in(model.data.get("id")))
+    tokenizer, taken = model.at("tokenizer"), tokenizer_fields()
+    words = {key: value for key, value in tokenizer.data.items() if key not in Tokenizer.model_fields}
+    if taken is not None:
+        taken = {name: Field(name) for name in Tokenizer.model_fields} | taken
+        yield from check_block(Block(tokenizer.steps, words), taken, "`tokenizer`")
 
 
 def check_block(
@@ -117,6 +128,34 @@ def _check_source(source: Block) -> Iterator[Fault]:
     if fields is not None:
         own = {name: Field(name) for name in Source.model_fields if name != "columns"}
         yield from check_block(Block(source.steps, passed), own | fields, owner)
+
+
+def check_config(model: Block, model_type: str | None) -> Iterator[Fault]:
+    """Yields the unknown fields of `model.config`, and values of a wrong type.
+
+    Args:
+        model: The block `model`.
+        model_type: Of the model that is loaded; None where that is not known yet.
+    """
+    changes = model.at("config")
+    if "model_type" in changes.data:
+        yield Fault((*changes.steps, "model_type"), "is what the model is, and cannot be changed. Remove it.")
+    elif changes.data and model_type is not None:
+        fields = config_fields(model_type)
+        rope = (
+            {"rope_scaling": Field("rope_scaling", ast.Constant("dict"))} if "rope_parameters" in (fields or {}) else {}
+        )
+        yield from check_block(changes, fields and fields | rope, f"the {model_type} config", exact=True)
+
+
+def _type_in(folder: Any) -> str | None:
+    """The type of the model in a folder; of one on the Hub it is known once its config is loaded."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes()) if isinstance(folder, str) else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _check_architecture(architecture: Block) -> Iterator[Fault]:

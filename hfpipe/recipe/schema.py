@@ -16,6 +16,7 @@ from hfpipe.recipe.signatures import (
     lora_fields,
     masking_fields,
     peft_types,
+    tokenizer_fields,
 )
 from hfpipe.recipe.stage_config import KINDS
 
@@ -32,6 +33,10 @@ def json_schema() -> dict[str, Any]:
         peft["properties"], peft["required"] = {"type": {"enum": list(peft_types())}}, ["type"]
     _close(blocks["Pretrain"]["properties"]["masking"]["anyOf"][0], masking_fields())
     _close(blocks["Suite"]["properties"]["generation"], generation_fields())
+    if (taken := tokenizer_fields()) is not None:
+        tokenizer = blocks["Tokenizer"]
+        tokenizer["properties"] |= {name: _schema_of(field) for name, field in taken.items()}
+        tokenizer["additionalProperties"] = False
     passed = load_dataset_fields("any path")
     if passed is not None:
         source = blocks["Source"]

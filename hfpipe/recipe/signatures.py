@@ -134,6 +134,42 @@ def generation_fields() -> Fields | None:
     } or None
 
 
+# Of a tokenizer's own words, those that say what it is made of, or that a recipe says otherwise.
+_NOT_OF_A_RECIPE = {
+    "backend",
+    "chat_template",
+    "files_loaded",
+    "max_len",
+    "model_specific_special_tokens",
+    "name_or_path",
+    "processor_class",
+    "response_schema",
+    "verbose",
+}
+
+
+@cache
+def tokenizer_fields() -> Fields | None:
+    """Words that transformers' tokenizers take when they are made, such as `eos_token` and `padding_side`."""
+    located = find_class("transformers.tokenization_utils_base", "PreTrainedTokenizerBase")
+    special = literal(assigned(located[1].body, "SPECIAL_TOKENS_ATTRIBUTES")) if located else None
+    if located is None or not isinstance(special, list):
+        return None
+    sides = ast.parse("Literal['left', 'right']", mode="eval").body
+    kinds = {
+        "model_max_length": ast.Constant("int"),
+        "padding_side": sides,
+        "truncation_side": sides,
+        "clean_up_tokenization_spaces": ast.Constant("bool"),
+        "split_special_tokens": ast.Constant("bool"),
+        "extra_special_tokens": ast.Constant("list[str]"),
+        "model_input_names": ast.Constant("list[str]"),
+    }
+    names = [name for name in _taken_from_kwargs(*located) if name not in _NOT_OF_A_RECIPE]
+    fields = {name: Field(name, kinds.get(name)) for name in (*kinds, *names)}
+    return {name: Field(name, ast.Constant("str")) for name in special} | fields
+
+
 @cache
 def config_fields(model_type: str) -> Fields | None:
     """Fields of the transformers config of a model type, the names it maps to them, and what it takes besides."""

@@ -73,11 +73,14 @@ def _check_model(model: Block) -> Iterator[Fault]:
     if has_architecture and not has_id and model.data.get("tokenizer") is None:
         text = "missing; a model made from nothing needs a tokenizer, `{id: ...}` or `{train: {vocab_size: ...}}`."
         yield Fault((*model.steps, "tokenizer"), text)
+    if has_architecture and model.data.get("config") is not None:
+        text = "changes the config of a model that is loaded. Write its fields below `architecture`."
+        yield Fault((*model.steps, "config"), text)
     if isinstance(model.data.get("tokenizer"), dict):
         yield from _check_tokenizer(tokenizer, loaded=has_id and not has_architecture)
 
 
-_ADDITIONS = {"chat_template", "add_tokens", "add_special_tokens"}  # to the tokenizer that a model has
+_OF_ITS_OWN = {"id", "train", "revision"}  # all other words change the tokenizer that a model has
 
 
 def _check_tokenizer(tokenizer: Block, *, loaded: bool) -> Iterator[Fault]:
@@ -87,7 +90,7 @@ def _check_tokenizer(tokenizer: Block, *, loaded: bool) -> Iterator[Fault]:
     elif has_train and loaded:
         text = "a new tokenizer does not fit the embeddings of a loaded model. Remove it, or start from `architecture`."
         yield Fault((*tokenizer.steps, "train"), text)
-    elif not has_id and not has_train and not (loaded and tokenizer.data.keys() <= _ADDITIONS):
+    elif not has_id and not has_train and not (loaded and not tokenizer.data.keys() & _OF_ITS_OWN):
         yield Fault(tokenizer.steps, "needs `id` (a tokenizer to load) or `train: {vocab_size: ...}`.")
 
 
