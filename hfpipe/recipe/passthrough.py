@@ -50,9 +50,9 @@ def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
     model = Block((), data).at("model")
     yield from _check_architecture(model.at("architecture"))
     yield from check_config(model, _type_in(model.data.get("id")))
-    tokenizer, taken = model.at("tokenizer"), tokenizer_fields()
+    tokenizer = model.at("tokenizer")
     words = {key: value for key, value in tokenizer.data.items() if key not in Tokenizer.model_fields}
-    if taken is not None:
+    if words and (taken := tokenizer_fields()) is not None:
         taken = {name: Field(name) for name in Tokenizer.model_fields} | taken
         yield from check_block(Block(tokenizer.steps, words), taken, "`tokenizer`")
 
