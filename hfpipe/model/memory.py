@@ -11,13 +11,16 @@ which kernel computes attention, what autocast casts, layers quantized by bitsan
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -25,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
+HEAP = 2**25  # glibc gives freed blocks below 32 MiB back to no one (mallopt(3), M_MMAP_THRESHOLD)
+HOLES = 0.5  # and as much again of them is lost in holes: from 0.2 to 0.9 on glibc 2.36, see benchmarks/memory.py
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary", "framework")
 Step = Callable[[Any], torch.Tensor]  # a model's forward pass to its loss
 
@@ -77,6 +82,13 @@ class Device:
     padded: bool = True
 
 
+_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+def _masks(indices: Any) -> list[torch.Tensor]:
+    return [index for index in indices if index is not None and index.dtype == torch.bool]
+
+
 class _Trace(TorchDispatchMode):
     """Counts the bytes of the tensors that live, by part, and keeps the counts of the moment with the most.
 
@@ -94,6 +106,7 @@ class _Trace(TorchDispatchMode):
         self.live = dict.fromkeys(PARTS, 0)
         self.peak = dict(self.live)
         self._total = self._most = 0
+        self._sizes, self.largest = [0, 0], [0, 0]  # live bytes in blocks below HEAP and from it on, and their maxima
         # What is there already is counted elsewhere, and a transposed weight is no tensor of its own.
         known = [*model.parameters(), *model.buffers()]
         self._storages = {tensor.untyped_storage()._cdata: (0, "weights") for tensor in known}
@@ -102,25 +115,20 @@ class _Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
             return self.answer
-        if func is aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
-            args = (args[0], [self._chosen(index) for index in args[1]])
-        elif "index_put" in func.__name__ and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        masks = _masks(args[1]) if func in _INDEXED else []
+        if masks and "put" in func.__name__:
             return args[0]
+        if masks:
+            size = math.ceil(self.share * masks[0].numel())
+            out = args[0].new_empty(size, *args[0].shape[masks[0].dim() :])
         elif func is aten.nonzero.default:
-            return self._chosen(args[0])[:, None].expand(-1, args[0].dim())
-        out = func(*args, **(kwargs or {}))
+            out = args[0].new_empty(math.ceil(self.share * args[0].numel()), args[0].dim(), dtype=torch.long)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor)
         return out
-
-    def _chosen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """An index tensor as long as the True values of a mask."""
-        if mask is None or mask.dtype != torch.bool:
-            return mask
-        if mask.dim() > 1:
-            raise NotImplementedError("a boolean index of several dimensions")
-        return torch.empty(math.ceil(self.share * mask.numel()), dtype=torch.long, device="meta")
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -133,6 +141,8 @@ class _Trace(TorchDispatchMode):
         weakref.finalize(storage, self._drop, key)
         self.live[part] += size
         self._total += size
+        self._sizes[size >= HEAP] += size
+        self.largest = [*map(max, self.largest, self._sizes)]
         if self._total > self._most:
             self._most, self.peak = self._total, dict(self.live)
 
@@ -140,6 +150,7 @@ class _Trace(TorchDispatchMode):
         size, part = self._storages.pop(key)
         self.live[part] -= size
         self._total -= size
+        self._sizes[size >= HEAP] -= size
 
     def keep(self, weight: torch.Tensor) -> None:
         """Counts the gradient of a weight as one, from now on; a hook of the weight."""
@@ -175,6 +186,8 @@ class _OnDevice(TorchFunctionMode):
             args, kwargs = tree_map_only(torch.Tensor, to, (args, kwargs))
         if name == "scaled_dot_product_attention":
             return _attention(self.device.kind, *args, **kwargs)
+        if name in ("grouped_mm", "_grouped_mm"):  # of a mixture of experts: the shape of any expert's product
+            return args[0] @ args[1][0]
         return func(*args, **kwargs)
 
     def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -251,7 +264,9 @@ class QuantizedLinear(torch.nn.Linear):
     def stored_bytes(self) -> int:
         """Bytes of the weight and its scales: one float32 (with double quantization one byte) for 64 weights."""
         rows = self.out_features * 4
-        return self.weight.numel() // 2 + self.weight.numel() // 64 * 4 if self.bits == 4 else self.weight.numel() + rows
+        return (
+            self.weight.numel() // 2 + self.weight.numel() // 64 * 4 if self.bits == 4 else self.weight.numel() + rows
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         given = x.dtype
@@ -360,7 +375,8 @@ def trace(
         share: Share of the tokens that a boolean index picks (masked language modelling).
 
     Returns:
-        Gradients, activations, logits and temporary bytes at the peak; weights of the model.
+        Weights of the model; gradients, activations, logits and temporary bytes at the peak; as `framework`, what the
+        C allocator keeps of freed memory.
     """
     seen = _Trace(model, vocabulary, share, answer=not device.padded)
     hooks = [w.register_post_accumulate_grad_hook(seen.keep) for w in model.parameters() if w.requires_grad]
@@ -385,7 +401,9 @@ def trace(
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    return Memory(weights=weight_bytes(model), **{part: seen.peak[part] for part in PARTS if seen.peak[part]})
+    at_peak = sum(seen.peak.values())
+    waste = max(0, round((1 + HOLES) * seen.largest[0]) + seen.largest[1] - at_peak) if device.kind == "cpu" else 0
+    return replace(Memory(**seen.peak), weights=weight_bytes(model), framework=waste)
 
 
 def _contexts(placed: _OnDevice) -> tuple[Any, Any]:
@@ -397,3 +415,28 @@ def weight_bytes(model: Any) -> int:
     packed = {id(m.weight): m.stored_bytes for m in model.modules() if isinstance(m, QuantizedLinear)}
     weights = sum(packed.get(id(weight), weight.nbytes) for weight in model.parameters())
     return weights + sum(buffer.nbytes for buffer in model.buffers())
+
+
+class PeakMeter:
+    """Measures the peak memory of this process: on a GPU what torch reserved, else the resident set.
+
+    Linux tells the peak since a moment; elsewhere only that of the whole process is known.
+    """
+
+    def __init__(self) -> None:
+        self._gpu = torch.cuda.is_available()
+        self.before = 0 if self._gpu else psutil.Process().memory_info().rss
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+    def read(self) -> int:
+        """Returns the peak in bytes since the meter was made."""
+        if self._gpu:
+            return torch.cuda.max_memory_reserved()
+        with suppress(OSError, AttributeError):
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            return int(found[1]) * 1024 if found else 0
+        return psutil.Process().memory_info().rss

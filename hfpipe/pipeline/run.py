@@ -13,12 +13,12 @@ from hfpipe.evaluation.shift import measure_shift
 from hfpipe.hub import push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.base import shapes_of
-from hfpipe.model.load import task_of
+from hfpipe.model.load import ModelRef, config_of, task_of
 from hfpipe.pipeline.context import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.pipeline.dial import settle
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.pipeline.reuse import forget_checkpoints, take_up
-from hfpipe.recipe import Recipe
+from hfpipe.recipe import Recipe, Stage
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.content import closing_lines
@@ -26,6 +26,7 @@ from hfpipe.scores.scorecard import BASE, Score, judge_budget, of_lineage, write
 from hfpipe.scores.wording import change_words
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.cost import CostMeter
+from hfpipe.stages.memory import predicted, setting_of
 
 
 def run_recipe(recipe: Recipe) -> Path:
@@ -127,6 +128,7 @@ def _train(run: Run, name: str, parent: str) -> None:
                 callbacks=(PushCheckpoints(run.folder, run.recipe, stage, start),) if pushing else (),
             )
         )
+        _predict(run, stage, start, cost, facts.pop("longest"))
     if ranks.is_main():
         files = hashes_of(folder / MODEL)
         write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts, "files": files})
@@ -134,6 +136,18 @@ def _train(run: Run, name: str, parent: str) -> None:
         (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
     ranks.wait()
     signals.heed()
+
+
+def _predict(run: Run, stage: Stage, start: ModelRef, cost: CostMeter, longest: tuple[int, int]) -> None:
+    """Records what the memory of a stage was predicted to be, for the rows that it had."""
+    if ranks.is_main():
+        config = config_of(start)
+        setting = setting_of(run.recipe, stage, vocabulary=start.vocabulary, tokens=longest[0], targets=longest[1])
+        memory, unknown = predicted(config, setting)
+        if memory is None:
+            ranks.say(f"  no prediction of the memory: {unknown}")
+        else:
+            cost.predicted(memory)
 
 
 def _over_budget(recipe: Recipe, scores: list[Score], stage: str) -> str | None:

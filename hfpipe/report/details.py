@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core.files import read_json, read_jsonl
+from hfpipe.core.files import GIB, read_json, read_jsonl
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
 from hfpipe.report.layout import Number, Section, Table
@@ -217,8 +217,10 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
     for name, total in [*totals.items(), *([("all stages", sums)] if len(totals) > 1 else [])]:
         device = f"{total['devices']} x {total['device']}" if "device" in total else ""
         keys = ("device_hours", "tokens", "tokens_per_second", "flops", "kwh", "kg_co2", "attempts")
-        rows.append([name, device, _clock(total["seconds"]), *(_short(total.get(key)) for key in keys)])
+        memory = [_gigabytes(total.get(key)) for key in ("peak_memory", "predicted_memory")]
+        rows.append([name, device, _clock(total["seconds"]), *(_short(total.get(key)) for key in keys), *memory])
     counted = map(Number, ("time", hours, "tokens", "tokens/s", "FLOPs", "kWh", "kg CO2", "attempts"))
+    counted = [*counted, Number("peak memory"), Number("predicted")]
     return Section("Cost", Table(["stage", "on", *counted], rows), _cost_notes(totals))
 
 
@@ -226,7 +228,8 @@ def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:
     notes = [
         "Training only, from loading the model to saving it, summed over interrupted and resumed attempts; scoring the "
         "suites is not counted. FLOPs are 6 x parameters outside the embeddings x tokens with padding, as transformers "
-        "counts them."
+        "counts them. Peak memory is the main process's (on a GPU what torch's allocator took), and predicted is what "
+        "the model's shapes say for its longest rows."
     ]
     last = list(totals.values())[-1]
     unmeasured = [name for name, total in totals.items() if total["measured"] < total["attempts"]]
@@ -253,6 +256,10 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _gigabytes(size: float | None) -> str:
+    return f"{size / GIB:.2f} GiB" if size else ""
 
 
 def _short(value: float | None) -> str:

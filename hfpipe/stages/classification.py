@@ -62,7 +62,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         stage.training.get("pad_to_multiple_of", 1),
         collate_labelled,
     )
-    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths))
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(max(lengths), 0))
     facts["data"]["sources"] = found.sources
     return facts
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hfpipe.core import ranks
 from hfpipe.core.errors import Stopped
 from hfpipe.core.files import write_json
+from hfpipe.model.memory import Memory, PeakMeter
 from hfpipe.recipe import Energy
 
 SUMMED = ("steps", "tokens", "flops", "seconds", "training_seconds", "device_hours")
@@ -92,6 +93,7 @@ class CostMeter(TrainerCallback):
     def __init__(self, folder: Path, stage_hash: str, energy: Energy | bool) -> None:
         self.path, self.stage_hash = folder / "cost.json", stage_hash
         self.tokens_per_step: float | None = None
+        self._peak = PeakMeter()
         self._begin = time.perf_counter()
         self._training = 0.0  # the clock at the first step of this attempt
         self._from = (0, 0.0)  # step and FLOPs of the checkpoint that is continued from
@@ -140,6 +142,17 @@ class CostMeter(TrainerCallback):
 
     on_save = on_train_end = on_log
 
+    def predicted(self, memory: Memory) -> None:
+        """Records a prediction of the peak memory beside what is measured.
+
+        Args:
+            memory: Of this rank; what the process held when the stage began comes on top.
+        """
+        parts = memory.parts()
+        parts["framework"] += self._peak.before
+        parts["total"] += self._peak.before
+        self.record["predicted_memory"] = parts
+
     def _gather(self) -> None:
         """Asks the other machines what they drew; on every rank."""
         if ranks.ranks() > 1:
@@ -151,6 +164,7 @@ class CostMeter(TrainerCallback):
         if not ranks.is_main():
             return
         self.record["seconds"] = round(time.perf_counter() - self._begin, 3)
+        self.record |= {"memory_before": self._peak.before, "peak_memory": self._peak.read()}
         self.record["device_hours"] = self.record["seconds"] * self.record["devices"] / 3600
         if self._meter is not None:
             self.record |= {key: value + self._elsewhere.get(key, 0.0) for key, value in self._meter.read().items()}
@@ -178,5 +192,7 @@ def total_of(attempts: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": speed,
         "attempts": len(attempts),
         "measured": sum("kwh" in record for record in attempts),
+        "peak_memory": max((record.get("peak_memory", 0) for record in attempts), default=0) or None,
+        "predicted_memory": attempts[-1].get("predicted_memory", {}).get("total"),
         **{key: attempts[-1][key] for key in ("device", "devices", "energy_by", "country")},
     }

@@ -90,7 +90,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     collated = masking.collate if masking else collate
     loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id, collated=collated)
-    facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length)
+    facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length, longest=(max_length, 0))
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
         source |= removed
     ranks.say(_waste(facts["data"]))

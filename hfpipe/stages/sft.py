@@ -49,7 +49,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
             weight.data = exact[name]
     exact.clear()  # it would keep the weights after the trainer has let them go
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
-    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths))
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(max(lengths), 0))
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}
     facts["data"]["sources"] = {name: {**found, **epochs} for name, found in sources.items()}
     return facts

@@ -142,7 +142,13 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
     return add_adapter(model, block, run.recipe.seed)
 
 
-def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step: float | None) -> dict[str, Any]:
+def train(
+    run: StageRun,
+    trainer: Trainer,
+    loader: BatchLoader,
+    tokens_per_step: float | None,
+    longest: tuple[int, int],
+) -> dict[str, Any]:
     """Trains from the last whole checkpoint, or from the start, to the end, and saves the model.
 
     Args:
@@ -150,6 +156,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
         trainer: Trainer or SFTTrainer, with its model and arguments.
         loader: Serves this rank's batches in place of the trainer's own loader.
         tokens_per_step: Tokens of a step over all ranks, for the log.
+        longest: Tokens of the longest row, and of the longest target beside it.
 
     Returns:
         Facts about the training for done.json.
@@ -198,6 +205,7 @@ def train(run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step:
     return {
         **chosen,
         "steps": trainer.state.global_step,
+        "longest": longest,
         "train_loss": result.training_loss,
         "last_loss": losses[-1] if losses else None,
         "data": loader.source.report(),

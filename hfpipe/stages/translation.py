@@ -39,7 +39,7 @@ def run_translation(run: StageRun) -> dict[str, Any]:
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation)
     collator = DataCollatorForSeq2Seq(run.tokenizer)
     adapted = with_adapter(run, model, task_type="SEQ_2_SEQ_LM")
-    loss = _Loss(arguments.label_smoothing_factor)
+    loss = Loss(arguments.label_smoothing_factor)
     with clear_refusal(stage, "Seq2SeqTrainer"):
         trainer = Seq2SeqTrainer(model=adapted, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     end = end_token(run.tokenizer)
@@ -49,12 +49,13 @@ def run_translation(run: StageRun) -> dict[str, Any]:
         run.tokenizer.pad_token_id,
         collated=lambda batch, *_: _collate(batch, collator, model, end),
     )
-    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths))
+    longest = max(map(len, rows["input_ids"])), max(map(len, rows["labels"]))
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=longest)
     facts["data"]["sources"] = sources
     return facts
 
 
-class _Loss:
+class Loss:
     """Cross-entropy, summed over the target tokens and divided by those of the global batch.
 
     The models' own losses are means over one micro-batch, whatever Trainer tells them of the global one.

@@ -1,0 +1,299 @@
+"""Will it fit? Predicts the peak memory of a stage on one rank, and ranks what would make it smaller."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from hfpipe.core import ranks
+from hfpipe.core.files import GIB
+from hfpipe.model.adapter import add_adapter
+from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
+from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
+from hfpipe.model.tokenizer import make_room
+from hfpipe.recipe import Pretrain, Recipe, Stage
+from hfpipe.stages.arguments import stage_arguments
+from hfpipe.stages.pretrain import masked_loss
+from hfpipe.stages.trainer import divide_batch
+from hfpipe.stages.translation import Loss as TranslationLoss
+
+CONTEXT = 0.6 * GIB  # of a GPU's memory, taken by CUDA and its libraries
+CACHED = 0.05  # of a GPU's tensors, lost in the blocks of torch's allocator
+LIBRARIES = 30 * 2**20  # on a CPU, what is loaded at the first step only
+DEFAULT_LENGTH = 1024
+MASKED_SHARE = 0.15
+SHARDED = ("fsdp", "zero3")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that the peak memory of a training depends on, beside the model's config.
+
+    Args:
+        kind: "causal", "masked", "sft", "classification" or "translation".
+        device: "cpu" or "cuda".
+        rows: Rows of a micro-batch on one rank.
+        accumulation: Micro-batches of a step.
+        tokens: Tokens of the longest row.
+        targets: Of the longest target of a translation.
+        dtype: Of the weights as they are loaded.
+        autocast: Precision of Trainer's autocast; None without.
+        optim: Trainer's name of the optimizer.
+        checkpointing: Arguments of activation checkpointing; None without.
+        attention: transformers' name of the attention implementation; None for its default.
+        adapter: PEFT's `type` and fields; None where all weights are trained.
+        bits: 4 or 8 of a quantized base; None.
+        compute: Dtype in which quantized layers compute.
+        ranks: Processes that train.
+        sharding: "none", "zero1", "zero2", "zero3" or "fsdp".
+        vocabulary: Rows that the embeddings grow to; None.
+    """
+
+    kind: str
+    device: str = "cpu"
+    rows: int = 8
+    accumulation: int = 1
+    tokens: int = DEFAULT_LENGTH
+    targets: int = 0
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    optim: str = "adamw_torch_fused"
+    checkpointing: dict[str, Any] | None = None
+    attention: str | None = None
+    adapter: dict[str, Any] | None = None
+    bits: int | None = None
+    compute: torch.dtype | None = None
+    ranks: int = 1
+    sharding: str = "none"
+    vocabulary: int | None = None
+
+
+def setting_of(
+    recipe: Recipe, stage: Stage, *, tokens: int, targets: int = 0, vocabulary: int | None = None
+) -> Setting:
+    """The setting of a stage on this machine.
+
+    Args:
+        recipe: The recipe.
+        stage: The stage.
+        tokens: Tokens of the longest row (or source).
+        targets: Tokens of the longest target, of a translation.
+        vocabulary: Tokens that the embeddings must have rows for.
+    """
+    rows, accumulation = divide_batch(stage)
+    arguments = stage_arguments(stage, Path("."), recipe.seed, 10)
+    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    block = stage.quantized
+    given = block.bnb_4bit_compute_dtype if block else None
+    kind = stage.objective if isinstance(stage, Pretrain) else stage.kind
+    return Setting(
+        kind=kind,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        rows=rows,
+        accumulation=accumulation,
+        tokens=tokens,
+        targets=targets,
+        dtype=weights_dtype(recipe.model, frozen=stage.adapter is not None),
+        autocast=half,
+        optim=str(getattr(arguments.optim, "value", arguments.optim)),
+        checkpointing=dict(arguments.activation_checkpointing_kwargs or {})
+        if arguments.activation_checkpointing
+        else None,
+        attention=recipe.model.attn_implementation,
+        adapter=stage.adapter,
+        bits=None if block is None else 8 if block.type == "int8" else 4,
+        compute=None if block is None else getattr(torch, given) if given else compute_dtype(),
+        ranks=ranks.ranks(),
+        sharding=_sharding(stage),
+        vocabulary=vocabulary,
+    )
+
+
+def _sharding(stage: Stage) -> str:
+    """How accelerate was told to spread the weights over the ranks."""
+    if stage.training.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        level = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        return f"zero{level}" if level in "123" else "none"
+    return "none"
+
+
+def predict(config: Any, setting: Setting) -> Memory:
+    """The peak memory of one rank, by parts.
+
+    Args:
+        config: transformers' config of the model.
+        setting: How it is trained.
+
+    Raises:
+        Exception: The model cannot be run on shapes alone; any that it raises.
+    """
+    model = _model(config, setting)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    padded = setting.kind == "causal" or (setting.kind != "masked" and setting.rows > 1)  # packed rows have a mask too
+    device = Device(setting.device, setting.autocast, padded)
+    if setting.adapter is not None and setting.checkpointing is not None:
+        model.enable_input_require_grads()
+    step = _STEPS[setting.kind](setting)
+    found = trace(
+        model,
+        step,
+        device,
+        vocabulary=vocabulary,
+        checkpointing=setting.checkpointing,
+        accumulate=setting.accumulation > 1,
+        share=MASKED_SHARE,
+    )
+    states, host, moment = _optimizer_bytes(setting, trained)
+    gradients = sum(weight.nbytes for weight in trained)
+    backward = replace(found, optimizer=states)
+    step_end = Memory(found.weights, gradients, states, temporary=moment, framework=found.framework)
+    if setting.ranks > 1:
+        backward, step_end = (_spread(one, setting, gradients, _unit(model, setting)) for one in (backward, step_end))
+    peak = max(backward, step_end, key=lambda one: one.total)
+    if setting.device == "cuda":
+        return replace(peak, framework=round(CACHED * peak.total), host=host)
+    return replace(peak, framework=peak.framework + LIBRARIES, host=host)
+
+
+def predicted(config: Any, setting: Setting) -> tuple[Memory | None, str]:
+    """Returns `predict`'s answer, or None and the reason why the model cannot be run on shapes alone."""
+    try:
+        return predict(config, setting), ""
+    except Exception as error:  # any model's code may ask for the values of a tensor
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+
+
+def _model(config: Any, setting: Setting) -> Any:
+    """The model as it is trained, on the meta device."""
+    task = {"sft": "causal", "translation": "seq2seq"}.get(setting.kind, setting.kind)
+    options = {"attn_implementation": setting.attention} if setting.attention in ("eager", "sdpa") else {}
+    with torch.device("meta"):
+        model = AUTO_CLASSES[task].from_config(config, dtype=setting.dtype, **options)
+        make_room(model, setting.vocabulary)
+        if setting.bits:
+            quantize(model, setting.bits, setting.compute, keep=("score", "classifier"))
+        if setting.adapter is not None:
+            word = {"classification": "SEQ_CLS", "translation": "SEQ_2_SEQ_LM"}.get(setting.kind)
+            fields = {key: value for key, value in setting.adapter.items() if key != "init_lora_weights"}
+            model = add_adapter(model, fields | ({"task_type": word} if word else {}), 0)
+    model.train()
+    if setting.kind in ("causal", "sft"):
+        model.config.use_cache = False
+    return model
+
+
+def _ids(setting: Setting, tokens: int | None = None) -> torch.Tensor:
+    return torch.zeros(setting.rows, tokens or setting.tokens, dtype=torch.long, device="meta")
+
+
+def _causal(setting: Setting) -> Any:
+    ids = _ids(setting)
+    return lambda model: model(input_ids=ids, position_ids=ids, labels=ids, num_items_in_batch=1).loss
+
+
+def _masked(setting: Setting) -> Any:
+    ids = _ids(setting)
+    return lambda model: masked_loss(model(input_ids=ids, attention_mask=ids), ids)
+
+
+def _sft(setting: Setting) -> Any:
+    """SFTTrainer's loss: hidden states through the tiled head, on a CPU of every position."""
+    ids = _ids(setting)
+
+    def step(model: Any) -> torch.Tensor:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hidden = inner.base_model(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state[:, :-1]
+        head = inner.get_output_embeddings().weight
+        return TiledHead.apply(hidden.reshape(-1, hidden.shape[-1]), head, setting.device, setting.autocast).sum()
+
+    return step
+
+
+def _classification(setting: Setting) -> Any:
+    ids = _ids(setting)
+    return lambda model: model(input_ids=ids, attention_mask=ids).logits.float().sum()
+
+
+def _translation(setting: Setting) -> Any:
+    ids, said = _ids(setting), _ids(setting, setting.targets or setting.tokens)
+    loss = TranslationLoss(0.0)
+    return lambda model: loss(model(input_ids=ids, attention_mask=ids, decoder_input_ids=said), said, 1)
+
+
+_STEPS = {
+    "causal": _causal,
+    "masked": _masked,
+    "sft": _sft,
+    "classification": _classification,
+    "translation": _translation,
+}
+
+
+def _optimizer_bytes(setting: Setting, trained: list[torch.Tensor]) -> tuple[int, int, int]:
+    """Bytes of an optimizer's states, of those that may lie in the machine's memory, and of its step for a moment."""
+    name, total = setting.optim, sum(weight.nbytes for weight in trained)
+    largest = max((weight.numel() for weight in trained), default=0) * 4
+    if "8bit" in name:  # bitsandbytes leaves small tensors in float32
+        each = 1 if "lion" in name or "rmsprop" in name else 2
+        states = sum(weight.numel() * each * (1 if weight.numel() >= 4096 else 4) for weight in trained)
+    elif "adafactor" in name:
+        states = sum(4 * (sum(weight.shape) if weight.dim() > 1 else weight.numel()) for weight in trained)
+        return states, 0, 3 * largest
+    elif name.startswith("sgd"):
+        states = 0
+    else:
+        states = total * (1 if any(one in name for one in ("lion", "rmsprop", "adagrad")) else 2)
+    if "paged" in name and setting.device == "cuda":
+        return 0, states, 0
+    fused = "fused" in name or "bit" in name or "bnb" in name
+    return states, 0, 0 if fused else total if setting.device == "cuda" else 2 * largest
+
+
+def _spread(memory: Memory, setting: Setting, gradients: int, unit: int) -> Memory:
+    """The share of one rank of a memory that was predicted for one process.
+
+    Args:
+        memory: Of one process.
+        setting: Its ranks and sharding.
+        gradients: Bytes of all gradients.
+        unit: Bytes of the largest part of the model that is gathered at once.
+    """
+    count = setting.ranks
+    if setting.sharding == "none":  # DDP keeps the gradients in buckets beside them
+        return replace(memory, gradients=memory.gradients + gradients)
+    share = {"optimizer": memory.optimizer // count}
+    if setting.sharding in ("zero2", *SHARDED):
+        share["gradients"] = memory.gradients // count
+    if setting.sharding in SHARDED:
+        share |= {"weights": memory.weights // count, "temporary": memory.temporary + 2 * unit}
+    return replace(memory, **share)
+
+
+def _unit(model: Any, setting: Setting) -> int:
+    """Bytes of the largest layer, or of what lies outside of the layers, in the precision that it is gathered in."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = inner._no_split_modules or ()
+    layers = [weight_bytes(module) for module in inner.modules() if type(module).__name__ in names]
+    rest = weight_bytes(inner) - sum(layers)
+    largest = max([*layers, rest])
+    return largest * setting.autocast.itemsize // setting.dtype.itemsize if setting.autocast else largest
+
+
+def available(device: str) -> tuple[int, str]:
+    """Bytes that this machine has for one rank, and where."""
+    if device == "cuda":
+        return round(torch.cuda.mem_get_info()[1] - CONTEXT), "GPU"
+    here = (
+        ranks.state().num_processes
+        if os.environ.get("LOCAL_WORLD_SIZE") is None
+        else int(os.environ["LOCAL_WORLD_SIZE"])
+    )
+    return psutil.virtual_memory().total // here - psutil.Process().memory_info().rss, "machine"
