@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 HEAP = 2**25  # glibc gives freed blocks below 32 MiB back to no one (mallopt(3), M_MMAP_THRESHOLD)
-HOLES = 0.5  # and as much again of them is lost in holes: from 0.2 to 0.9 on glibc 2.36, see benchmarks/memory.py
+HOLES = 0.75  # and this share of them is lost in holes: 0.2 to 1.2 on glibc 2.36, see benchmarks/memory.py
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary", "framework")
 Step = Callable[[Any], torch.Tensor]  # a model's forward pass to its loss
 
@@ -330,7 +330,7 @@ class TiledHead(torch.autograd.Function):
         needs = ctx.needs_input_grad
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        with _tile(hidden, weight, ctx.kind, ctx.dtype, 5):
+        with _tile(hidden, weight, ctx.kind, ctx.dtype, 7):
             pass
         return (
             for_hidden.to(hidden.dtype) if for_hidden is not None else None,
@@ -349,6 +349,7 @@ def _tile(hidden: torch.Tensor, weight: torch.Tensor, kind: str, dtype: torch.dt
         held.append(torch.empty(columns, weight.shape[1], dtype=dtype, device="meta"))
     if kind == "cpu":
         held += [torch.empty(rows, columns, dtype=torch.float32, device="meta") for _ in range(copies)]
+        held.append(torch.empty(rows, columns, dtype=torch.bool, device="meta"))  # where the target stands
     yield
     del held
 

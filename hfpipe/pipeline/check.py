@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-import psutil
 import torch
 
 from hfpipe.core.errors import MachineError
@@ -30,6 +29,7 @@ from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, encode_rows, long_rows
+from hfpipe.stages.fit import fitted, require_memory
 from hfpipe.stages.trainer import divide_batch
 
 LONG_ROWS = {"cut": "lose their end", "split": "go on in another row", "drop": "are left out"}
@@ -45,7 +45,7 @@ def preflight(recipe: Recipe) -> None:
     require_start(recipe)
     loaded = _loaded(recipe)
     tokenizer, model = loaded.tokenizer, loaded.model
-    parameters, embedding = model.num_parameters(), model.get_input_embeddings().weight.numel()
+    parameters = model.num_parameters()
     print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
     if warning := template_warning(tokenizer, recipe.model.tokenizer):
         print(f"warning    {warning}")
@@ -57,14 +57,18 @@ def preflight(recipe: Recipe) -> None:
     answers = require_training(loaded)
     for line in answers.hub:
         print(f"hub        {line}")
-    for stage in recipe.stages:
+    for stage, fit in zip(recipe.stages, answers.fits, strict=True):
         if warning := long_rows(stage, model):
             print(f"warning    {warning}")
         _tell_stage(recipe, stage, tokenizer, answers.samples)
-        _check_memory(stage, parameters, embedding)
+        print(f"memory     {stage.name}: {fit.line()}")
+        for line in fitted(recipe, fit)[1] if recipe.fit == "auto" else ():
+            print(f"fit        {stage.name}: {line}")
     for line in overlap_lines(answers.overlap):
         print(f"overlap    {line}")
     _check_disk(recipe, parameters)
+    if recipe.fit != "auto":
+        require_memory(recipe, answers.fits)
 
 
 def run_tokenizer(recipe: Recipe) -> Any:
@@ -137,28 +141,6 @@ def _tell_stage(recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[t
     print(
         f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"
     )
-
-
-def _check_memory(stage: Stage, parameters: int, embedding: int) -> None:
-    need = _memory_bytes(stage, parameters, embedding)
-    on_gpu = torch.cuda.is_available()
-    have = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
-    print(f"memory     {stage.name}: weights and optimizer about {need / GIB:.1f} GiB of {have / GIB:.1f} GiB")
-    if need > have:
-        raise MachineError(
-            f"stage {stage.name} needs about {need / GIB:.1f} GiB for weights and optimizer alone and this "
-            f"{'GPU' if on_gpu else 'machine'} has {have / GIB:.1f} GiB. Train an adapter (lora:), on a 4-bit base "
-            "(quantization: nf4), take a smaller model, or shard it over several GPUs (recipes/accelerate/fsdp2.yaml)."
-        )
-
-
-def _memory_bytes(stage: Stage, parameters: int, embedding: int) -> float:
-    """Bytes of weights, gradients and AdamW's moments; activations come on top and depend on the batch."""
-    if stage.adapter is None:
-        return 16.0 * parameters
-    linears = parameters - embedding
-    weights = 0.55 * linears + 2 * embedding if stage.quantized else 2.0 * parameters
-    return weights + 16 * 0.01 * parameters  # an adapter is about 1 % of its base
 
 
 def _facts_of(

@@ -83,6 +83,12 @@ class Run:
         trained = self.trained(name)
         return trained if name == BASE else dataclasses.replace(trained, path=str(model_of(self.stage_folder(name))))
 
+    def record(self) -> None:
+        """Writes recipe.yaml: what is run, with the commits of the model and of every data set."""
+        if ranks.is_main():
+            resolved = self.recipe.model_copy(update={"model": self.recipe.model.model_copy(update=self.base.pinned)})
+            write_text(self.folder / "recipe.yaml", dump_recipe(resolved))
+
     def hash_stages(self) -> None:
         """Works out the version of every stage, from what it is and from what its parent hands on."""
         for stage in self.recipe.stages:
@@ -108,12 +114,11 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
         suite_metrics(suite)  # an unknown metric is refused before anything is loaded
     base = prepare_base(recipe, folder / "stages" / BASE)
     if ranks.is_main():
-        resolved = recipe.model_copy(update={"model": recipe.model.model_copy(update=base.pinned)})
-        write_text(folder / "recipe.yaml", dump_recipe(resolved))
         write_json(folder / "environment.json", environment(base.ref, recipe.evaluate))
     with ranks.state().main_process_first():
         rows = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
     run = Run(recipe, folder, base, rows, {BASE: base.hash})
+    run.record()
     run.hash_stages()
     return run
 

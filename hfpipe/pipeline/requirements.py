@@ -25,6 +25,7 @@ from hfpipe.model.tokenizer import require_room
 from hfpipe.recipe import Recipe
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.compatibility import Sample, require_fitting, require_rows
+from hfpipe.stages.fit import Fit, fit_of
 from hfpipe.stages.trainer import divide_batch
 
 
@@ -62,11 +63,13 @@ class Answers:
         hub: A line for each repository that is pushed to.
         samples: The first rows of every source, by stage and place.
         overlap: What suites and training data share, see `require_no_overlap`.
+        fits: The predicted memory of every stage; nothing is refused over it yet, see `require_memory`.
     """
 
     hub: list[str]
     samples: dict[tuple[str, int], Sample]
     overlap: list[dict[str, Any]]
+    fits: list[Fit]
 
 
 def require_start(recipe: Recipe) -> None:
@@ -103,4 +106,6 @@ def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
     hub = ranks.on_main(partial(check_access, recipe))
     samples = ranks.on_main(partial(require_rows, recipe, tokenizer))
     ranks.on_main(partial(require_fitting, recipe, tokenizer, loaded.suites, model, loaded.task))
-    return Answers(hub, samples, require_no_overlap(recipe, loaded.suites, folder))
+    overlap = require_no_overlap(recipe, loaded.suites, folder)
+    fits = [fit_of(recipe, stage, model, tokenizer, samples) for stage in recipe.stages]
+    return Answers(hub, samples, overlap, fits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from hfpipe.core import ranks, signals
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
@@ -13,7 +14,8 @@ from hfpipe.evaluation.shift import measure_shift
 from hfpipe.hub import push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.base import shapes_of
-from hfpipe.model.load import ModelRef, config_of, task_of
+from hfpipe.model.load import ModelRef, config_of, device, free_memory, task_of
+from hfpipe.model.shards import give_back_memory
 from hfpipe.pipeline.context import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
 from hfpipe.pipeline.dial import settle
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
@@ -26,7 +28,8 @@ from hfpipe.scores.scorecard import BASE, Score, judge_budget, of_lineage, write
 from hfpipe.scores.wording import change_words
 from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.cost import CostMeter
-from hfpipe.stages.memory import predicted, setting_of
+from hfpipe.stages.fit import Fit, fitted, require_memory, smaller
+from hfpipe.stages.memory import out_of_memory, predicted, setting_of
 
 
 def run_recipe(recipe: Recipe) -> Path:
@@ -48,8 +51,11 @@ def run_recipe(recipe: Recipe) -> Path:
     if not all(run.is_done(stage.name) for stage in recipe.stages):
         base = run.base
         loaded = Loaded(recipe, base.tokenizer, base.added, shapes_of(base.ref), task_of(base.ref), run.rows)
-        for line in require_training(loaded, folder).hub:
+        answers = require_training(loaded, folder)
+        for line in answers.hub:
             ranks.say(f"push: {line}")
+        run = _made_to_fit(run, answers.fits)
+        recipe = run.recipe
     scores = score_stage(run, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
     ranks.wait()
@@ -86,6 +92,31 @@ def run_recipe(recipe: Recipe) -> Path:
     return folder
 
 
+def _made_to_fit(run: Run, fits: list[Fit]) -> Run:
+    """Returns the run with stages that fit into this machine.
+
+    Raises:
+        MachineError: One does not, and the recipe does not say `fit: auto`, or that finds no way.
+    """
+    if run.recipe.fit != "auto":
+        require_memory(run.recipe, fits)
+        return run
+    stages = []
+    for fit in fits:
+        stage, told = fitted(run.recipe, fit)
+        stages.append(stage)
+        for line in told:
+            ranks.say(f"{stage.name}: made to fit by {line}")
+    if stages == run.recipe.stages:
+        return run
+    fitting = dataclasses.replace(
+        run, recipe=run.recipe.model_copy(update={"stages": stages}), hashes={BASE: run.base.hash}, versions={}
+    )
+    fitting.hash_stages()
+    fitting.record()
+    return fitting
+
+
 def _to_merge(recipe: Recipe) -> list[str]:
     """The stages whose adapter is merged at the end: the last one, and the one that is pushed merged."""
     names = [next(s.name for s in reversed(recipe.stages) if s.adapter is not None)] if recipe.merge else []
@@ -109,8 +140,30 @@ def _train(run: Run, name: str, parent: str) -> None:
         start = start.base if continued is not None else merged(run, parent)
     how = f"{stage.quantized.type} {stage.method}" if stage.quantized else stage.method
     ranks.say(f"{name}: {stage.kind} ({how}) from {parent}{', its adapter trained further' if continued else ''}")
+    while True:
+        try:
+            facts = _train_once(run, stage, start, continued)
+            break
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            stage = _smaller_stage(run, stage, error)
+        free_memory(device())
+        give_back_memory()
+    if ranks.is_main():
+        files = hashes_of(folder / MODEL)
+        write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts, "files": files})
+        forget_checkpoints(folder, version)
+        (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
+    ranks.wait()
+    signals.heed()
+
+
+def _train_once(run: Run, stage: Stage, start: ModelRef, continued: ModelRef | None) -> dict[str, Any]:
+    """Trains a stage from its last checkpoint, or from the start; returns the facts for done.json."""
+    folder, version = run.stage_folder(stage.name), run.versions[stage.name]
     pushing = run.recipe.push is not None and run.recipe.push.checkpoints == "every_save"
-    with CostMeter(folder, run.hashes[name], run.recipe.energy) as cost:
+    with CostMeter(folder, version.hash, run.recipe.energy) as cost:
         facts = STAGES[stage.kind](
             StageRun(
                 recipe=run.recipe,
@@ -129,13 +182,27 @@ def _train(run: Run, name: str, parent: str) -> None:
             )
         )
         _predict(run, stage, start, cost, facts.pop("longest"))
-    if ranks.is_main():
-        files = hashes_of(folder / MODEL)
-        write_json(folder / "done.json", {"hash": run.hashes[name], "parent": parent, **facts, "files": files})
-        forget_checkpoints(folder, version)
-        (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
-    ranks.wait()
-    signals.heed()
+    return facts
+
+
+def _smaller_stage(run: Run, stage: Stage, error: Exception) -> Stage:
+    """Returns a stage that ran out of memory as it is tried again: the same steps, in smaller pieces.
+
+    Raises:
+        MachineError: The recipe does not say `fit: auto`, or there is nothing left to try, or there are several ranks,
+            of which the others wait for this one.
+    """
+    setting = setting_of(run.recipe, stage, tokens=1)
+    change = smaller(stage, setting.rows, setting.accumulation, checkpointing=setting.checkpointing is not None)
+    out = f"stage {stage.name} ran out of memory while it trained"
+    if change is None or run.recipe.fit != "auto" or ranks.ranks() > 1:
+        first = "" if change is None else f"Next would be {change[1]}, with the same result: `fit: auto` does it. "
+        raise MachineError(
+            f"{out}, with {setting.rows} rows at once. {first}`hfpipe check` ranks what makes it smaller. What was "
+            "trained up to the last checkpoint stays: the same command continues from there."
+        ) from error
+    ranks.say(f"  {out}: it goes on from its last checkpoint, {change[1]}")
+    return change[0]
 
 
 def _predict(run: Run, stage: Stage, start: ModelRef, cost: CostMeter, longest: tuple[int, int]) -> None:

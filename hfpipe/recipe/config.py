@@ -293,6 +293,9 @@ class Recipe(Words):
     overlap: Literal["refuse", "report"] = Field(
         "refuse", description="what happens when rows of a suite are found in the training data"
     )
+    fit: Literal["refuse", "auto"] = Field(
+        "refuse", description="what happens where a stage needs more memory than there is: auto makes it smaller"
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
         None, min_length=2, description="the whole run is repeated with each of these; mean and spread are reported"
     )

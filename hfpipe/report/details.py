@@ -219,9 +219,8 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
         keys = ("device_hours", "tokens", "tokens_per_second", "flops", "kwh", "kg_co2", "attempts")
         memory = [_gigabytes(total.get(key)) for key in ("peak_memory", "predicted_memory")]
         rows.append([name, device, _clock(total["seconds"]), *(_short(total.get(key)) for key in keys), *memory])
-    counted = map(Number, ("time", hours, "tokens", "tokens/s", "FLOPs", "kWh", "kg CO2", "attempts"))
-    counted = [*counted, Number("peak memory"), Number("predicted")]
-    return Section("Cost", Table(["stage", "on", *counted], rows), _cost_notes(totals))
+    counted = ("time", hours, "tokens", "tokens/s", "FLOPs", "kWh", "kg CO2", "attempts", "peak memory", "predicted")
+    return Section("Cost", Table(["stage", "on", *map(Number, counted)], rows), _cost_notes(totals))
 
 
 def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -297,3 +297,8 @@ def available(device: str) -> tuple[int, str]:
         else int(os.environ["LOCAL_WORLD_SIZE"])
     )
     return psutil.virtual_memory().total // here - psutil.Process().memory_info().rss, "machine"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory, on a GPU or in the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

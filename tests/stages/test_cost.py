@@ -91,6 +91,14 @@ def test_a_killed_attempt_counts_and_the_sum_is_what_was_spent(killed: Path) -> 
     )
 
 
+def test_every_attempt_records_its_peak_memory_and_the_last_its_prediction(killed: Path) -> None:
+    cost = json.loads((killed / "run/stages/prose/cost.json").read_text())
+    last = cost["attempts"][-1]
+    assert all(attempt["peak_memory"] >= attempt["memory_before"] > 0 for attempt in cost["attempts"])
+    assert cost["total"]["peak_memory"] == max(attempt["peak_memory"] for attempt in cost["attempts"])
+    assert cost["total"]["predicted_memory"] == last["predicted_memory"]["total"] > last["predicted_memory"]["weights"]
+
+
 def test_energy_is_measured_without_a_network_a_word_or_a_file(killed: Path) -> None:
     total = json.loads((killed / "run/stages/prose/cost.json").read_text())["total"]
     assert 0 < total["kwh"] < 0.01
@@ -112,6 +120,7 @@ def test_the_pages_hold_the_cost(killed: Path) -> None:
         assert f"{total['tokens']:,}" in page
         assert f"{total['flops']:,.0f}" in page
         assert f"{total['kwh']:.3g}" in page
+        assert all(f"{total[key] / 2**30:.2f} GiB" in page for key in ("peak_memory", "predicted_memory"))
         assert "electricity mix of DEU" in page
         assert ("a lower bound" in page) == (total["measured"] == 1), "the kill may come before the first reading"
     assert ("co2_eq_emissions" in card) == (total["measured"] == 2), "the Hub is told the whole, or nothing"

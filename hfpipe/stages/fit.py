@@ -1,0 +1,271 @@
+"""Does a stage fit into this machine, and if not, what would make it smaller, the cheapest first?"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hfpipe.core.errors import MachineError
+from hfpipe.core.files import GIB
+from hfpipe.data.tokenize import IGNORED
+from hfpipe.model.classifier import DEFAULT_MAX_LENGTH as CLASSIFIER_LENGTH
+from hfpipe.model.memory import PARTS, Memory
+from hfpipe.model.positions import learned_positions
+from hfpipe.model.seq2seq import most_tokens
+from hfpipe.recipe import Pretrain, Recipe, Stage
+from hfpipe.stages.compatibility import Sample, encode_rows
+from hfpipe.stages.memory import DEFAULT_LENGTH, Setting, available, predicted, setting_of
+
+UNSEEN = 2  # rows that were not sampled may be longer by this factor
+RANKS = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One more change, on top of those before it.
+
+    Args:
+        text: What to write into the recipe.
+        cost: What it costs, in words.
+        words: The stage's words that it changes; None where a recipe alone cannot.
+        memory: The prediction with it; None where it cannot be predicted.
+    """
+
+    text: str
+    cost: str
+    words: dict[str, Any] | None
+    memory: Memory | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a stage needs, and what there is.
+
+    Args:
+        stage: The stage.
+        config: transformers' config of its model.
+        setting: What the prediction is for.
+        memory: The prediction; None where the model cannot be run on shapes alone.
+        unknown: Why not.
+        room: Bytes that one rank may take.
+        place: Of what: "GPU" or "machine".
+    """
+
+    stage: Stage
+    config: Any
+    setting: Setting
+    memory: Memory | None
+    unknown: str
+    room: int
+    place: str
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is None or self.memory.total <= self.room
+
+    def line(self) -> str:
+        """The prediction with its parts, for a person."""
+        if self.memory is None:
+            return f"not predicted: this model's code needs the values of its tensors ({self.unknown})"
+        parts = [f"{part} {_gib(size)}" for part in PARTS if (size := getattr(self.memory, part)) >= GIB / 200]
+        rows = f"{self.setting.rows} rows of {self.setting.tokens:,} tokens"
+        return f"{_gib(self.memory.total)} of {_gib(self.room)} GiB at the peak, for {rows}: {', '.join(parts)}"
+
+
+def fit_of(recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, samples: Mapping[tuple[str, int], Sample]) -> Fit:
+    """Predicts whether a stage fits.
+
+    Args:
+        recipe: The recipe.
+        stage: The stage.
+        model: The base; its shapes are enough.
+        tokenizer: The run's tokenizer.
+        samples: The first rows of every source, see `require_rows`.
+    """
+    tokens, targets = _longest(recipe, stage, model, tokenizer, samples)
+    setting = setting_of(recipe, stage, tokens=tokens, targets=targets, vocabulary=len(tokenizer))
+    memory, unknown = predicted(model.config, setting)
+    room, place = available(setting.device)
+    return Fit(stage, model.config, setting, memory, unknown, room, place)
+
+
+def _longest(
+    recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, samples: Mapping[tuple[str, int], Sample]
+) -> tuple[int, int]:
+    """Tokens of the longest row, and of the longest target of a translation, as far as the first rows tell."""
+    asked = stage.training.get("max_length")
+    if isinstance(stage, Pretrain):
+        return asked or min(getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH), DEFAULT_LENGTH), 0
+    default = min(tokenizer.model_max_length, CLASSIFIER_LENGTH if stage.kind == "classification" else DEFAULT_LENGTH)
+    positions = most_tokens(model) if stage.kind == "translation" else learned_positions(model)
+    limit = asked or int(min(default, positions or default))
+    rows = targets = 1
+    for place, source in enumerate(stage.data):
+        sample = samples[stage.name, place]
+        factor = 1 if sample.count is not None and sample.count <= len(sample.rows) else UNSEEN
+        for row in encode_rows(sample.rows, stage, tokenizer, limit, recipe.seed, source) if sample.rows else ():
+            said = 0
+            if stage.kind == "translation":
+                said = sum(label != IGNORED for label in row["labels"])
+            rows = max(rows, factor * (len(row["input_ids"]) - said))
+            targets = max(targets, factor * said)
+    return min(rows, limit), min(targets, stage.training.get("max_target_length") or limit)
+
+
+def remedies(fit: Fit, recipe: Recipe) -> list[Remedy]:
+    """Changes that make a stage smaller, the cheapest first, each on top of those before it, until it fits.
+
+    Args:
+        fit: What does not fit.
+        recipe: The recipe; one that pushes a whole model keeps it whole.
+    """
+    found: list[Remedy] = []
+    setting = fit.setting
+    for text, cost, words, changed in _steps(fit, recipe):
+        setting = changed
+        memory, _ = predicted(fit.config, setting)
+        found.append(Remedy(text, cost, words, memory))
+        if memory is not None and memory.total <= fit.room:
+            break
+    return found
+
+
+def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] | None, Setting]]:
+    """Yields text, cost, words and setting of each change."""
+    stage, setting = fit.stage, fit.setting
+    for rows in [n for n in range(setting.rows - 1, 0, -1) if setting.rows % n == 0]:
+        smaller = replace(setting, rows=rows, accumulation=setting.accumulation * setting.rows // rows)
+        if rows > 1 and not _fits(fit, smaller):  # only the largest that fits is worth a line, or else 1
+            continue
+        setting = smaller
+        words: dict[str, Any] = {"per_device_train_batch_size": rows}
+        text = f"per_device_train_batch_size: {rows}"
+        if stage.global_batch_size is None:
+            words["gradient_accumulation_steps"] = setting.accumulation
+            text += f" with gradient_accumulation_steps: {setting.accumulation}"
+        yield text, "the same result, a little slower", {"training": words}, setting
+        break
+    if setting.checkpointing is None:
+        setting = replace(setting, checkpointing={})
+        yield (
+            "activation_checkpointing: true",
+            "the same result, 25 to 33 % slower",
+            {"training": {"activation_checkpointing": True}},
+            setting,
+        )
+    few_bits = importlib.util.find_spec("bitsandbytes") is not None
+    if setting.adapter is None:
+        for optim in ("adamw_8bit", "paged_adamw_8bit") if setting.device == "cuda" and few_bits else ("adafactor",):
+            if setting.optim in (optim, "sgd"):
+                continue
+            cost = "another optimizer: look at the learning rate" if optim == "adafactor" else "nearly the same result"
+            yield f"optim: {optim}", cost, {"training": {"optim": optim}}, (setting := replace(setting, optim=optim))
+        kept_whole = isinstance(stage, Pretrain) or (recipe.push is not None and recipe.push.what == "model")
+        if not kept_whole:
+            lora = {"r": 16}
+            setting = replace(setting, adapter={"type": "lora", **lora}, optim=fit.setting.optim)
+            yield (
+                "lora: {r: 16}",
+                "an adapter is trained, and not all weights",
+                {"lora": lora, "training": {"optim": fit.setting.optim}},
+                setting,
+            )
+    if setting.adapter is not None and setting.bits is None and few_bits:
+        setting = replace(setting, bits=4, compute=setting.autocast)
+        yield "quantization: nf4", "the base is rounded to 4 bits; slower", {"quantization": "nf4"}, setting
+    if setting.bits is None:
+        for count in RANKS:
+            spread = replace(setting, ranks=count, sharding="fsdp")
+            if _fits(fit, spread) or count == RANKS[-1]:
+                yield f"{count} ranks with FSDP", f"{count} devices", None, spread
+                break
+    for tokens in (setting.tokens // 2, setting.tokens // 4):
+        if tokens >= 64:
+            shorter = replace(setting, tokens=tokens, targets=min(setting.targets, tokens))
+            yield f"max_length: {tokens}", "longer rows are cut", None, shorter
+
+
+def _fits(fit: Fit, setting: Setting) -> bool:
+    memory, _ = predicted(fit.config, setting)
+    return memory is not None and memory.total <= fit.room
+
+
+def with_words(stage: Stage, words: Mapping[str, Any]) -> Stage:
+    """A stage with the words of a remedy in the place of its own."""
+    training = {**stage.training, **words.get("training", {})}
+    if "activation_checkpointing" in words.get("training", {}):
+        training.pop("gradient_checkpointing", None)  # its older name
+    return stage.model_copy(update={**words, "training": training})
+
+
+def fitted(recipe: Recipe, fit: Fit) -> tuple[Stage, list[str]]:
+    """The stage of a `fit: auto` recipe with the cheapest remedies that make it fit, and what was done, in words.
+
+    Raises:
+        MachineError: Even with all of them it does not fit.
+    """
+    if fit.fits:
+        return fit.stage, []
+    stage, told = fit.stage, []
+    for remedy in remedies(fit, recipe):
+        if remedy.words is None or remedy.memory is None:
+            break
+        stage = with_words(stage, remedy.words)
+        told.append(f"{remedy.text} ({remedy.cost}; {_gib(remedy.memory.total)} GiB)")
+        if remedy.memory.total <= fit.room:
+            return stage, told
+    raise MachineError(refusal(fit, recipe, "and `fit: auto` finds no way to make it fit"))
+
+
+def refusal(fit: Fit, recipe: Recipe, why: str = "") -> str:
+    """What to say of a stage that does not fit, with the ranked remedies."""
+    assert fit.memory is not None
+    ranked = [
+        f"{number}. {remedy.text} -> {_gib(remedy.memory.total) if remedy.memory else 'unknown'} GiB ({remedy.cost})"
+        for number, remedy in enumerate(remedies(fit, recipe), start=1)
+    ]
+    return (
+        f"stage {fit.stage.name} needs about {_gib(fit.memory.total)} GiB at its peak and this {fit.place} has "
+        f"{_gib(fit.room)} GiB for it{', ' + why if why else ''}. What would make it smaller, each on top of those "
+        f"before it, the cheapest first: {'; '.join(ranked) or 'nothing that is known here'}. "
+        + ("" if recipe.fit == "auto" else "`fit: auto` in the recipe takes those of them that a recipe can say.")
+    ).strip()
+
+
+def require_memory(recipe: Recipe, fits: list[Fit]) -> None:
+    """Refuses a stage that does not fit.
+
+    Raises:
+        MachineError: With the remedies, ranked.
+    """
+    for fit in fits:
+        if not fit.fits:
+            raise MachineError(refusal(fit, recipe))
+
+
+def smaller(stage: Stage, rows: int, accumulation: int, *, checkpointing: bool) -> tuple[Stage, str] | None:
+    """The cheapest change after which the same steps take less memory; None where there is none left.
+
+    Args:
+        stage: A stage that ran out of memory.
+        rows: Rows of its micro-batch.
+        accumulation: Micro-batches of its step.
+        checkpointing: Whether it has activation checkpointing.
+    """
+    if rows > 1:
+        less = max(n for n in range(1, rows) if rows % n == 0)
+        words: dict[str, Any] = {"per_device_train_batch_size": less}
+        if stage.global_batch_size is None:
+            words["gradient_accumulation_steps"] = accumulation * rows // less
+        return with_words(
+            stage, {"training": words}
+        ), f"{less} rows at once, {accumulation * rows // less} times a step"
+    if not checkpointing:
+        return with_words(stage, {"training": {"activation_checkpointing": True}}), "with activation checkpointing"
+    return None
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2f}"
