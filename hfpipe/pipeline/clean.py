@@ -36,7 +36,7 @@ def _removable(folder: Path, stages: set[str]) -> Iterator[tuple[Path, str]]:
     """Folders that no result of the run lies in, and what each is. None lies in another."""
     for place in sorted((folder / "stages").glob("*")):
         stage = read_json(place / "stage.json")
-        known = stage.get("hash") or stage.get("damaged")
+        known = stage.get("hash")
         if known and place.name not in stages and place.name.rpartition(".")[0] in stages:
             done = read_json(place / "done.json")
             if "damaged" in stage:

@@ -103,7 +103,7 @@ def _set_aside_damaged(folder: Path, version: Version, damage: str) -> list[str]
             f"move the folder away: mv {folder} {folder}.old"
         )
     aside = move_aside(folder)
-    write_json(aside / STAGE, {"damaged": version.hash})
+    write_json(aside / STAGE, {"hash": f"damaged-{version.hash}", "damaged": version.hash})
     _lend(aside, folder, version)
     return [f"the finished stage is damaged ({damage}), so it is trained again; what is left of it is now in {aside}"]
 

@@ -52,6 +52,8 @@ def test_damaged_weights_are_used_by_no_command_and_trained_again(
     assert "the finished stage is damaged" in capsys.readouterr().out
     assert weights.read_bytes() == whole
     assert len(list(stages.glob("sounds.*"))) == 1
+    assert main(["clean", run]) == 0
+    assert "whose weights were damaged" in capsys.readouterr().out
 
 
 def test_a_small_file_that_has_changed_is_not_worth_a_training(finished: Path, tmp_path: Path, capsys: Any) -> None:
