@@ -123,6 +123,15 @@ def _check(options: argparse.Namespace) -> None:
     print(f"no fault found; start it with: hfpipe run {options.recipe}")
 
 
+def _prepare(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    from hfpipe.pipeline.prepare import prepare_recipe
+
+    prepare_recipe(recipe)
+
+
 def _preview(options: argparse.Namespace) -> None:
     from hfpipe.pipeline.check import preview
     from hfpipe.recipe import load_recipe
@@ -252,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     command("run", _run, "run the whole recipe; run again to continue where it stopped", recipe=True)
     check = command("check", _check, "what can be known before training: faults, rows, tokens, steps", recipe=True)
     check.add_argument("--fast", action="store_true", help="the file alone, in half a second")
+    command("prepare", _prepare, "read, clean and tokenize the data, on a machine without a GPU", recipe=True)
     preview = command(
         "preview", _preview, "the first rows as the model sees them, trained tokens coloured", recipe=True
     )

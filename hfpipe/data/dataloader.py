@@ -1,12 +1,9 @@
-"""Finite rows in a shuffled, resumable order, batches of tensors for Trainer, and the time it waits for them.
-
-Row n of the run is row n % N of the permutation of epoch n // N. Step s takes the rows from s*G to (s+1)*G, G being the
-global batch, so the same global batches come out on any number of ranks, and a resume costs one permutation.
-"""
+"""Finite rows in a shuffled, resumable order, batches of tensors for Trainer, and the time it waits for them."""
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -15,11 +12,12 @@ import numpy as np
 import torch
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.data.tokenize import IGNORED
+from hfpipe.data.row_order import Epoch, GroupedRows, RowOrder
+from hfpipe.data.text_tokens import IGNORED
 
 
 class RowSource(Protocol):
-    """What serves the rows of one rank and knows its place: `TokenStream` and `ShuffledRows`."""
+    """Gives the rows of one rank and knows its place: `TokenStream` and `ResumableSampler`."""
 
     def batches(self, rows: int) -> Iterator[list[dict[str, Any]]]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -34,29 +32,32 @@ class RowSource(Protocol):
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
     """Stacks rows into tensors (B, L).
 
-    Packed rows (with `position_ids`) are of one length and get NO attention mask: with one, transformers no longer sees
-    from the positions where a document begins, and documents leak into each other. Other rows are padded on the right.
+    Rows are padded on the right. Packed rows (with `position_ids`) get NO attention mask: with one, transformers no
+    longer sees from the positions where a document begins, and documents leak into each other. Their padding counts
+    its positions from 0, as a document of its own.
 
     Args:
         rows: `{"input_ids": [L], "labels": [L]}`, and `position_ids` when packed.
         pad_token_id: Fills `input_ids`; labels are filled with -100.
         multiple: L is rounded up to a multiple of this.
     """
-    if "position_ids" in rows[0]:
-        keys = ("input_ids", "position_ids", "labels")
-        return {key: torch.from_numpy(np.stack([row[key] for row in rows]).astype(np.int64)) for key in keys}
+    packed = "position_ids" in rows[0]
     length = max(len(row["input_ids"]) for row in rows)
     length += -length % multiple
     batch = {
         "input_ids": torch.full((len(rows), length), pad_token_id),
-        "attention_mask": torch.zeros((len(rows), length), dtype=torch.long),
         "labels": torch.full((len(rows), length), IGNORED),
+        ("position_ids" if packed else "attention_mask"): torch.zeros((len(rows), length), dtype=torch.long),
     }
     for index, row in enumerate(rows):
         size = len(row["input_ids"])
         batch["input_ids"][index, :size] = torch.as_tensor(row["input_ids"])
-        batch["attention_mask"][index, :size] = 1
         batch["labels"][index, :size] = torch.as_tensor(row["labels"])
+        if packed:
+            batch["position_ids"][index, :size] = torch.as_tensor(row["position_ids"])
+            batch["position_ids"][index, size:] = torch.arange(length - size)
+        else:
+            batch["attention_mask"][index, :size] = 1
     return batch
 
 
@@ -103,19 +104,22 @@ class BatchLoader:
             yield batch
 
 
-class ShuffledRows:
-    """Serves the rows of one rank.
+class ResumableSampler:
+    """Gives the rows of one rank, and knows the place.
 
-    Within a global batch the rows are dealt by length: micro-batches hold rows of like length, which saves padding and
-    changes nothing else, since the loss is a sum over the tokens of the global batch.
+    Step s takes the rows from s*G to (s+1)*G, G being the global batch, so the same global batches come out on any
+    number of ranks. Within one the rows are dealt by length: micro-batches hold rows of like length, which saves
+    padding and changes nothing else, since the loss is a sum over the tokens of the global batch.
 
     Args:
-        rows: Indexable rows with `input_ids` and `labels`.
-        lengths: (N,) tokens of each row.
-        total: Rows to serve in all; the last global batch is filled with rows that carry no label.
+        rows: Indexable examples with `input_ids` and `labels`.
+        lengths: (N,) tokens of each example.
+        total: Rows to give in all; the last global batch is filled with rows that carry no label.
         per_device: Rows of a micro-batch on one rank.
         accumulation: Micro-batches of a step.
-        seed: Seed of the permutations.
+        seed: Seed of the order.
+        order: The rows of each epoch; when absent, grouped by length.
+        packed: Whether rows of several examples are to be made, with `position_ids`.
         rank: This rank.
         ranks: Number of ranks.
     """
@@ -123,52 +127,74 @@ class ShuffledRows:
     def __init__(
         self,
         rows: Any,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         *,
         total: int,
         per_device: int,
         accumulation: int,
         seed: int,
+        order: RowOrder | None = None,
+        packed: bool = False,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         self.rows, self.lengths, self.total = rows, np.asarray(lengths), total
         self.per_device, self.accumulation = per_device, accumulation
-        self.seed, self.rank, self.ranks = seed, rank, ranks
+        self.rank, self.ranks, self.packed = rank, ranks, packed
         self.global_batch = per_device * accumulation * ranks
-        self.served = 0  # rows of all ranks, in whole micro-batches
-        self._permutations: dict[int, np.ndarray] = {}
+        self.order = order or GroupedRows(self.lengths, self.global_batch, seed)
+        self.progress = 0  # rows of all ranks, in whole micro-batches
+        self.tokens = self.places = 0  # given by this rank in this process: of examples, and with padding
+        self._epochs: dict[int, Epoch] = {}
+        self._begins = [0]  # of each epoch, the number of its first row
 
     def batches(self, rows: int) -> Iterator[list[dict[str, Any]]]:
-        """Yields this rank's micro-batches until `total` rows are served on all ranks together."""
+        """Yields this rank's micro-batches until `total` rows are given on all ranks together."""
         if rows != self.per_device:
             raise ValueError(f"made for micro-batches of {self.per_device} rows, asked for {rows}")
-        while self.served < self.total:
-            start = self.served - self.served % self.global_batch
-            indices = [self._row(n) for n in range(start, min(start + self.global_batch, self.total))]
-            indices.sort(key=lambda index: -self.lengths[index])
-            for micro in range((self.served - start) // (rows * self.ranks), self.accumulation):
-                dealt = indices[micro * rows * self.ranks : (micro + 1) * rows * self.ranks][self.rank :: self.ranks]
-                self.served += rows * self.ranks
-                batch = [self.rows[int(index)] for index in dealt]
-                yield batch + [self._blank(indices[-1])] * (rows - len(batch))
+        while self.progress < self.total:
+            start = self.progress - self.progress % self.global_batch
+            wanted = [self._examples(n) for n in range(start, min(start + self.global_batch, self.total))]
+            wanted.sort(key=lambda examples: -int(self.lengths[examples].sum()))
+            for micro in range((self.progress - start) // (rows * self.ranks), self.accumulation):
+                dealt = wanted[micro * rows * self.ranks : (micro + 1) * rows * self.ranks][self.rank :: self.ranks]
+                self.progress += rows * self.ranks
+                batch = [self._row(examples) for examples in dealt]
+                batch += [self._padding(wanted[-1])] * (rows - len(batch))
+                sizes = [len(row["input_ids"]) for row in batch]
+                self.tokens += int(sum(self.lengths[examples].sum() for examples in dealt))
+                self.places += len(batch) * max(sizes)
+                yield batch
 
-    def _row(self, n: int) -> int:
-        epoch, place = divmod(n, len(self.lengths))
-        if epoch not in self._permutations:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
-            self._permutations = {key: value for key, value in self._permutations.items() if key == epoch - 1}
-            self._permutations[epoch] = order
-        return int(self._permutations[epoch][place])
+    def _examples(self, n: int) -> np.ndarray:
+        """Returns the examples of row n of the run."""
+        while n >= self._begins[-1]:
+            number = len(self._begins) - 1
+            self._begins.append(self._begins[-1] + self._epoch(number).rows)
+        number = bisect_right(self._begins, n) - 1
+        return self._epoch(number).row(n - self._begins[number])
 
-    def _blank(self, index: int) -> dict[str, Any]:
-        """A row that carries no label: it fills the last batch and adds nothing to the loss."""
-        ids = list(self.rows[int(index)]["input_ids"])
-        return {"input_ids": ids, "labels": [IGNORED] * len(ids), "blank": True}
+    def _epoch(self, number: int) -> Epoch:
+        if number not in self._epochs:
+            self._epochs = {other: rows for other, rows in self._epochs.items() if other == number - 1}
+            self._epochs[number] = self.order.epoch(number)
+        return self._epochs[number]
+
+    def _row(self, examples: np.ndarray) -> dict[str, Any]:
+        if not self.packed:
+            return self.rows[int(examples[0])]
+        parts = [self.rows[int(example)] for example in examples]
+        row = {key: np.concatenate([part[key] for part in parts]) for key in ("input_ids", "labels")}
+        return {**row, "position_ids": np.concatenate([np.arange(len(part["input_ids"])) for part in parts])}
+
+    def _padding(self, examples: np.ndarray) -> dict[str, Any]:
+        """Returns a row that carries no label: it fills the last batch and adds nothing to the loss."""
+        row = self._row(examples[:1])
+        return {**row, "labels": [IGNORED] * len(row["input_ids"]), "blank": True}
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the last micro-batch, the same on every rank."""
-        return {"served": self.served}
+        """Returns the position after the last micro-batch, the same on every rank."""
+        return {"progress": self.progress}
 
     @staticmethod
     def merge_states(states: list[dict[str, int]]) -> dict[str, int]:
@@ -180,18 +206,26 @@ class ShuffledRows:
         Raises:
             RecipeError: The position is not the beginning of a global batch of this size.
         """
-        if state["served"] % self.global_batch:
+        progress = state.get("progress")
+        if progress is None or progress % self.global_batch:
+            found = "is of an earlier version" if progress is None else f"stands at row {progress}"
             raise RecipeError(
-                f"the checkpoint stands at row {state['served']}, which is not a whole number of global batches of "
-                f"{self.global_batch} rows; set global_batch_size as it was when the run began."
+                f"the checkpoint {found}, which is not a whole number of global batches of {self.global_batch} rows; "
+                "set global_batch_size as it was when the run began, or remove the stage's checkpoints to begin anew."
             )
-        self.served = state["served"]
+        self.progress = progress
 
     @property
     def goes_on(self) -> bool:
         """Whether a longer run stands at this position too: none fills a batch where this one ends."""
-        return self.served <= self.total
+        return self.progress <= self.total
 
     def report(self) -> dict[str, Any]:
-        """Facts about what was served."""
-        return {"rows": min(self.served, self.total), "epochs": min(self.served, self.total) / len(self.lengths)}
+        """Returns facts about the rows that were given; the share of padding of this rank since it started."""
+        given = min(self.progress, self.total)
+        padding = {"padding_share": round(1 - self.tokens / self.places, 4)} if self.places else {}
+        if given:
+            self._examples(given - 1)
+        number = max(bisect_right(self._begins, max(given - 1, 0)) - 1, 0)
+        size = self._epoch(number).rows
+        return {"rows": given, "epochs": number + (given - self._begins[number]) / size, **padding}

@@ -14,9 +14,9 @@ import numpy as np
 
 from hfpipe.core.errors import DataError
 from hfpipe.data.chat import Chats, Span, chat_text, conversation, generation_marked_template, is_trained
-from hfpipe.data.sources.templates import COMPLETION_TURNS
 from hfpipe.data.text_tokens import IGNORED, Text, TextTokenizer, TokenRows, untrimmed
 from hfpipe.recipe import Sft, Source
+from hfpipe.recipe.row_formats import COMPLETION_TURNS
 
 __all__ = ["IGNORED", "Encoded", "RowTokenizer", "TokenRows", "encode", "encode_for_training"]
 

@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from itertools import islice
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+import numpy as np
+from datasets import Dataset
 from trl import SFTTrainer
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import DataError
-from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.dataloader import BatchLoader
-from hfpipe.data.mixture import mixture
-from hfpipe.data.sources.load import load_rows
-from hfpipe.data.tokenize import sft_tokenizer
+from hfpipe.data.row_order import PackedRows
+from hfpipe.data.stream.packing import isolation_leak
+from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
-from hfpipe.model.positions import learned_positions
-from hfpipe.recipe import Sft, Source
-from hfpipe.recipe.row_formats import TEXT_KINDS
+from hfpipe.recipe import Sft
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_arguments, weighted, with_adapter
-
-DEFAULT_MAX_LENGTH = 1024  # TRL's
+from hfpipe.stages.sft_rows import sft_length, sft_rows
+from hfpipe.stages.trainer import StageRun, plan_of, train, trainer_arguments, with_adapter
 
 
 def run_sft(run: StageRun) -> dict[str, Any]:
     """Trains an sft stage and saves its model; see `stages.common.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Sft)
-    if stage.training.get("packing"):
-        ranks.say("  packing has no effect here: every example is a row of its own, padded to the longest of its batch")
     model = load_model(run.parent, frozen=stage.adapter is not None)
-    rows, sources = _tokenized_rows(run, stage, _length(run, model))
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    plan = plan_of(stage, len(rows))
+    length = sft_length(run, model)
+    rows, sources = sft_rows(run, length)
+    lengths = rows.lengths
+    plan = plan_of(stage, len(rows), _packed(run, model, lengths, length))
     source = plan.serve(run, rows, lengths)
     # What of a row is trained on stands in its labels by now; asked again, SFTTrainer looks for conversations.
-    labelled = {"assistant_only_loss": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    labelled = {"assistant_only_loss": False, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
     model = with_adapter(run, model)
     exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     with clear_refusal(stage, "SFTTrainer"):
-        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=run.tokenizer)
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list([{key: value.tolist() for key, value in rows[0].items()}]),  # not read
+            processing_class=run.tokenizer,
+        )
     for name, weight in model.named_parameters():
         if name in exact:  # SFTTrainer rounds an adapter on a quantized base to bfloat16, where small updates vanish
             weight.data = exact[name]
@@ -55,60 +53,25 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     return facts
 
 
-def _length(run: StageRun, model: Any) -> int | None:
-    """Tokens to keep of a row; all of them where the recipe says `max_length: null`, as in TRL."""
-    if run.stage.training.get("max_length", DEFAULT_MAX_LENGTH) is None and learned_positions(model) is None:
+def _packed(run: StageRun, model: Any, lengths: np.ndarray, length: int | None) -> PackedRows | None:
+    """Returns how examples share rows where the recipe asks for it and the model keeps them apart; says what is done.
+
+    Grouped by length, rows of one step are padded little, and as many examples make a step as the recipe says; that is
+    safe on any model, and so what is done by itself.
+    """
+    if not run.stage.training.get("packing"):
         return None
-    return row_length(run, model, DEFAULT_MAX_LENGTH)
-
-
-def _tokenized_rows(run: StageRun, stage: Sft, length: int | None) -> tuple[Dataset, dict[str, dict[str, Any]]]:
-    """Tokens and labels of every row of the stage and of those it replays, in a fixed order; what was read of each."""
-    read = [_tokenize(run, source, length) for source in stage.data]
-    parts, facts = [part for part, _ in read], [found for _, found in read]
-    if any(source.weight is not None for source in stage.data):
-        parts = weighted(parts, [source.weight or 1.0 for source in stage.data])
-    sources = list(stage.data)
-    replayed = [part for part in mixture(run.recipe, stage) if part.replayed]
-    if replayed:
-        whole = sum(map(len, parts)) / (1 - sum(part.share for part in replayed))  # rows of the stage
-        for earlier in replayed:
-            wanted = math.ceil(whole * earlier.share)
-            part, found = _tokenize(run, earlier.source, length, at_most=wanted)
-            if len(part) < wanted:
-                ranks.say(f"  {earlier.source.title}: {len(part):,} rows to replay, {wanted:,} would make up its share")
-            parts.append(part)
-            facts.append({**found, "replayed": True})
-            sources.append(earlier.source)
-    tokens = [sum(map(len, part["input_ids"])) for part in parts]
-    for found, given in zip(facts, tokens, strict=True):
-        found["token_share"] = round(given / sum(tokens), 4)
-    names = [f"{number}: {source.title}" for number, source in enumerate(sources)]
-    return concatenate_datasets(parts), dict(zip(names, facts, strict=True))
-
-
-def _tokenize(
-    run: StageRun, source: Source, length: int | None, at_most: int | None = None
-) -> tuple[Dataset, dict[str, Any]]:
-    """Reads and tokenizes a source in batches, on every rank alike; and what was read of it."""
-    assert isinstance(run.stage, Sft)
-    read, rows_to_tokens = Read(), sft_tokenizer(run.stage, run.tokenizer, length, source)
-    rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS), source)
-    clean = islice(tidy_rows(rows, source, read), at_most)
-    tokenized: list[dict[str, list[int]]] = []
-    while chunk := [*islice(clean, 1000)]:
-        made = rows_to_tokens.encode(chunk)
-        tokenized += made
-        for number, word in made.refused:
-            read.dirty.add([f"the chat template refuses it ({word})"], str(chunk[number].get("id", "without an id")))
-    refuse_dirt(source, read.dirty, read.rows, run.stage.max_dirty_share)
-    left = read.rows - len(read.dirty)
-    if not tokenized:
-        raise DataError(
-            f"stages.{run.stage.name}: {source.title} gave {left} rows and none of them has a token to train on. Look "
-            "at them with `hfpipe preview`; a prompt longer than max_length leaves no room for its completion."
+    model.config.use_cache = False  # a cache would let examples of one row see each other
+    leak = isolation_leak(model)
+    if leak > TOLERANCE.get(model.dtype, 0.25):
+        ranks.say(
+            f"  packing: this model ({type(model).__name__}, attention {model.config._attn_implementation}) does not "
+            "keep the examples of a row apart, so each is a row of its own, beside others of like length"
         )
-    if left > len(tokenized):
-        told = f"{left - len(tokenized)} of {left} rows have no token to train on and are left out"
-        ranks.say(f"  {source.title}: {told}")
-    return Dataset.from_list(tokenized), read.facts() | removed
+        return None
+    room = length or int(lengths.max())
+    packed = PackedRows(lengths, room, run.recipe.seed)
+    rows = packed.epoch(0).rows
+    share = 1 - lengths.sum() / (rows * room)
+    ranks.say(f"  packing: {len(lengths):,} examples in {rows:,} rows of {room:,} tokens, {share:.1%} of them padding")
+    return packed

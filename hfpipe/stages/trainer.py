@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -22,7 +21,8 @@ from transformers import (
 
 from hfpipe.core import ranks, signals
 from hfpipe.core.errors import RecipeError, Stopped
-from hfpipe.data.dataloader import BatchLoader, ShuffledRows
+from hfpipe.data.dataloader import BatchLoader, ResumableSampler
+from hfpipe.data.row_order import PackedRows, count_rows
 from hfpipe.model.adapter import (
     add_adapter,
     continue_adapter,
@@ -43,10 +43,10 @@ from hfpipe.stages.trackers import guard_trackers
 DEFAULT_PER_DEVICE = 8
 
 
-def weighted(parts: list[Dataset], weights: list[float]) -> list[Dataset]:
-    """The largest numbers of rows that stand in the proportion of the weights and repeat none."""
-    unit = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-    return [part.select(range(max(1, int(unit * weight)))) for part, weight in zip(parts, weights, strict=True)]
+def shares_of_rows(rows: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Returns the largest numbers of rows that stand in the proportion of the weights and repeat none."""
+    unit = min(count / weight for count, weight in zip(rows, weights, strict=True))
+    return [max(1, int(unit * weight)) for weight in weights]
 
 
 def divide_batch(stage: Stage) -> tuple[int, int]:
@@ -243,12 +243,14 @@ class Plan:
     Args:
         per_device: Rows of a micro-batch on one rank.
         accumulation: Micro-batches of a step.
-        total: Rows to serve in all, over all epochs.
+        total: Rows to give in all, over all epochs.
+        packed: Packs examples into rows; None where each is a row.
     """
 
     per_device: int
     accumulation: int
     total: int
+    packed: PackedRows | None = None
 
     @property
     def global_batch(self) -> int:
@@ -259,31 +261,39 @@ class Plan:
     def max_steps(self) -> int:
         return math.ceil(self.total / self.global_batch)
 
-    def tokens_per_step(self, lengths: Sequence[int]) -> float:
+    def tokens_per_step(self, lengths: Sequence[int] | np.ndarray) -> float:
         """Tokens of a step over all ranks, on average."""
-        return self.global_batch * fmean(lengths)
+        rows = len(lengths) if self.packed is None else self.packed.epoch(0).rows
+        return self.global_batch * float(np.sum(lengths)) / rows
 
-    def serve(self, run: StageRun, rows: Any, lengths: Sequence[int]) -> ShuffledRows:
-        """This rank's rows; see `ShuffledRows`."""
-        return ShuffledRows(
+    def serve(self, run: StageRun, rows: Any, lengths: Sequence[int] | np.ndarray) -> ResumableSampler:
+        """This rank's rows; see `ResumableSampler`."""
+        return ResumableSampler(
             rows,
             lengths,
             total=self.total,
             per_device=self.per_device,
             accumulation=self.accumulation,
             seed=run.recipe.seed,
+            order=self.packed,
+            packed=self.packed is not None,
             rank=ranks.rank(),
             ranks=ranks.ranks(),
         )
 
 
-def plan_of(stage: Stage, rows: int) -> Plan:
-    """Divides `rows` rows by the recipe's `max_steps`, or else its `num_train_epochs`.
+def plan_of(stage: Stage, examples: int, packed: PackedRows | None = None) -> Plan:
+    """Divides the rows of so many examples by the recipe's `max_steps`, or else its `num_train_epochs`.
 
     Raises:
         RecipeError: As `divide_batch`.
     """
     per_device, accumulation = divide_batch(stage)
-    plan = Plan(per_device, accumulation, total=round(rows * stage.training.get("num_train_epochs", 1)))
-    steps = stage.training.get("max_steps", -1)
-    return Plan(per_device, accumulation, total=steps * plan.global_batch) if steps > 0 else plan
+    epochs, steps = stage.training.get("num_train_epochs", 1), stage.training.get("max_steps", -1)
+    if steps > 0:
+        total = steps * per_device * accumulation * ranks.ranks()
+    elif packed is None:
+        total = round(examples * epochs)
+    else:
+        total = count_rows(packed, epochs)
+    return Plan(per_device, accumulation, total, packed)

@@ -22,7 +22,15 @@ from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
 from hfpipe.recipe import Source, Translation
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.trainer import StageRun, plan_of, require_positions, train, trainer_arguments, weighted, with_adapter
+from hfpipe.stages.trainer import (
+    StageRun,
+    plan_of,
+    require_positions,
+    shares_of_rows,
+    train,
+    trainer_arguments,
+    with_adapter,
+)
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -116,7 +124,8 @@ def _tokenized_rows(
         part, facts[f"{number}: {source.title}"] = _tokenize(run, source, lengths)
         parts.append(part)
     if any(source.weight is not None for source in stage.data):
-        parts = weighted(parts, [source.weight or 1.0 for source in stage.data])
+        counts = shares_of_rows([len(part) for part in parts], [source.weight or 1.0 for source in stage.data])
+        parts = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
     return concatenate_datasets(parts), facts
 
 

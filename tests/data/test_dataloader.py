@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.data.dataloader import ShuffledRows, collate
+from hfpipe.data.dataloader import ResumableSampler, collate
 from hfpipe.data.tokenize import IGNORED
 
 ROWS = [{"input_ids": [n] * (1 + n * 7 % 13), "labels": [n] * (1 + n * 7 % 13)} for n in range(37)]
 LENGTHS = [len(row["input_ids"]) for row in ROWS]
 
 
-def source(per_device: int, accumulation: int, rank: int = 0, ranks: int = 1, total: int = 100) -> ShuffledRows:
-    return ShuffledRows(
+def source(per_device: int, accumulation: int, rank: int = 0, ranks: int = 1, total: int = 100) -> ResumableSampler:
+    return ResumableSampler(
         ROWS, LENGTHS, total=total, per_device=per_device, accumulation=accumulation, seed=7, rank=rank, ranks=ranks
     )
 
@@ -57,7 +57,7 @@ def test_interrupted_is_uninterrupted_at_every_step() -> None:
 def test_another_global_batch_is_refused_in_the_middle_of_one() -> None:
     other = source(3, 1)
     with pytest.raises(RecipeError, match="global_batch_size"):
-        other.load_state_dict({"served": 8})
+        other.load_state_dict({"progress": 8})
 
 
 def test_collate_pads_right_and_gives_packed_rows_no_mask() -> None:

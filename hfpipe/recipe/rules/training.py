@@ -36,8 +36,9 @@ _ONLY = {
     "save_only_model": (False, "a run could not be continued exactly without its optimizer."),
     "auto_find_batch_size": (False, "the batches follow from the recipe; write `per_device_train_batch_size`."),
     "truncation_mode": ("keep_start", "rows that are too long are cut at their end."),
-    "padding_free": (False, "every example is a row of its own."),
-    "train_sampling_strategy": ("random", "rows are shuffled by the recipe's `seed`."),
+    "padding_free": (False, "rows of one step are of like length; with `packing: true` examples share rows."),
+    "packing_strategy": ("bfd", "whole examples share a row, best fit first, and none is cut that fits."),
+    "train_sampling_strategy": ("random", "rows are shuffled by the recipe's `seed`, and grouped by length."),
 }
 _AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")

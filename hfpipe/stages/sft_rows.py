@@ -1,0 +1,121 @@
+"""The rows of an sft stage as tokens, made once; see `data.token_store`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hfpipe.core import ranks
+from hfpipe.core.errors import DataError
+from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
+from hfpipe.data.mixture import mixture
+from hfpipe.data.sources.load import load_rows
+from hfpipe.data.token_store import Columns, Concatenated, TokenStore, columns_of, made_once, told, write_columns
+from hfpipe.data.tokenize import sft_tokenizer
+from hfpipe.model.positions import learned_positions
+from hfpipe.recipe import Sft, Source
+from hfpipe.recipe.row_formats import TEXT_KINDS
+from hfpipe.stages.trainer import StageRun, row_length, shares_of_rows
+
+DEFAULT_MAX_LENGTH = 1024  # TRL's
+BLOCK = 1_000  # rows tokenized at a time
+
+
+def sft_length(run: StageRun, model: Any) -> int | None:
+    """Returns the most tokens of a row; None where the recipe says `max_length: null`, as in TRL."""
+    if run.stage.training.get("max_length", DEFAULT_MAX_LENGTH) is None and learned_positions(model) is None:
+        return None
+    return row_length(run, model, DEFAULT_MAX_LENGTH)
+
+
+def sft_rows(run: StageRun, length: int | None) -> tuple[Concatenated, dict[str, dict[str, Any]]]:
+    """Returns the rows of the stage and of those it replays, in a fixed order, and what was read of each source."""
+    stage = run.stage
+    assert isinstance(stage, Sft)
+    read = [_tokens_of(run, source, length) for source in stage.data]
+    parts, facts = [part for part, _ in read], [found for _, found in read]
+    if any(source.weight is not None for source in stage.data):
+        counts = shares_of_rows([len(part) for part in parts], [source.weight or 1.0 for source in stage.data])
+        parts = [part.first(count) for part, count in zip(parts, counts, strict=True)]
+    sources = list(stage.data)
+    replayed = [part for part in mixture(run.recipe, stage) if part.replayed]
+    if replayed:
+        whole = sum(map(len, parts)) / (1 - sum(part.share for part in replayed))  # rows of the stage
+        for earlier in replayed:
+            wanted = math.ceil(whole * earlier.share)
+            part, found = _tokens_of(run, earlier.source, length, at_most=wanted)
+            if len(part) < wanted:
+                ranks.say(f"  {earlier.source.title}: {len(part):,} rows to replay, {wanted:,} would make up its share")
+            parts.append(part)
+            facts.append({**found, "replayed": True})
+            sources.append(earlier.source)
+    tokens = [int(part.lengths.sum()) for part in parts]
+    for found, given in zip(facts, tokens, strict=True):
+        found["token_share"] = round(given / sum(tokens), 4)
+    names = [f"{number}: {source.title}" for number, source in enumerate(sources)]
+    return Concatenated(parts), dict(zip(names, facts, strict=True))
+
+
+def _tokens_of(
+    run: StageRun, source: Source, length: int | None, at_most: int | None = None
+) -> tuple[TokenStore, dict[str, Any]]:
+    """Tokenizes a source, or finds its tokens from before; says what was left out of it and what was cut."""
+    stage = run.stage
+    assert isinstance(stage, Sft)
+    rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS), source)
+
+    def make(path: Path) -> dict[str, Any]:
+        read, counts = Read(), {"untrained": 0, "long": 0, "tokens": 0, "kept": 0}
+        rows_to_tokens = sft_tokenizer(stage, run.tokenizer, length, source)
+        clean = islice(tidy_rows(rows, source, read), at_most)
+
+        def blocks() -> Iterator[Columns]:
+            while chunk := [*islice(clean, BLOCK)]:
+                made = rows_to_tokens.encode(chunk)
+                for number, word in made.refused:
+                    name = str(chunk[number].get("id", "without an id"))
+                    read.dirty.add([f"the chat template refuses it ({word})"], name)
+                counts["untrained"] += made.untrained
+                counts["long"] += made.long
+                counts["tokens"] += len(made.ids)
+                counts["kept"] += len(made)
+                if len(made):
+                    yield columns_of(made)
+
+        write_columns(path, told(blocks(), source.title, len(rows) if isinstance(rows, Dataset) else None))
+        refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
+        left = read.rows - len(read.dirty)
+        if not counts["kept"]:
+            raise DataError(
+                f"stages.{stage.name}: {source.title} gave {left} rows and none of them has a token to train on. Look "
+                "at them with `hfpipe preview`; a prompt longer than max_length leaves no room for its completion."
+            )
+        return {**read.facts(), **counts}
+
+    own = any(source is one for one in stage.data)
+    words: list[Any] = [stage.train_on, stage.too_long, length, at_most, own, stage.max_dirty_share]
+    words += [stage.training.get("completion_only_loss"), stage.training.get("assistant_only_loss")]
+    if not isinstance(rows, Dataset):
+        words += [run.hash, source.model_dump()]
+    store, found, before = made_once(rows, run.tokenizer, words, make, run.folder / "tokens")
+    for line in _lines(found, source, stage, length, before):
+        ranks.say(f"  {line}")
+    found = {key: value for key, value in found.items() if key not in ("tokens", "kept")}
+    return store, {**found, **removed}
+
+
+def _lines(found: dict[str, Any], source: Source, stage: Sft, length: int | None, before: bool) -> Iterator[str]:
+    """Yields what to say of the tokens of a source."""
+    how = "tokenized before" if before else "tokenized"
+    yield f"{source.title}: {found['kept']:,} rows, {found['tokens']:,} tokens, {how}"
+    left = found["rows"] - sum(found["dirty"].values())
+    if found["untrained"]:
+        yield f"{source.title}: {found['untrained']} of {left} rows have no token to train on and are left out"
+    if found["long"]:
+        done = {"cut": "are cut", "split": "are split", "drop": "are left out"}[stage.too_long]
+        yield f"{source.title}: {found['long']:,} rows are longer than {length} tokens and {done} (too_long)"
