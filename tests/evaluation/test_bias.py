@@ -19,9 +19,10 @@ from hfpipe.core.errors import DataError
 from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.counterfactuals import replaced
 from hfpipe.evaluation.metrics import OURS, load_metric
+from hfpipe.recipe import Suite
 from hfpipe.recipe.metric_table import BIAS_METRICS, WITH_IDEAL
 from hfpipe.report.details import LIMITS
-from hfpipe.scores.scorecard import Change, Score, over_budget
+from hfpipe.scores.scorecard import Change, Score, judge_budget
 
 
 @pytest.fixture(scope="module")
@@ -294,9 +295,10 @@ def score(stage: str, value: float, stderr: float = 0.001) -> Score:
 def test_a_budget_on_a_score_with_an_ideal_is_the_distance_from_it() -> None:
     assert Change(score("base", 0.60), score("one", 0.55)).gain == pytest.approx(0.05)
     assert Change(score("base", 0.45), score("one", 0.40)).gain == pytest.approx(-0.05)
-    assert over_budget([score("base", 0.52), score("one", 0.60)], "one", "bias", 0.03)
-    assert not over_budget([score("base", 0.52), score("one", 0.54)], "one", "bias", 0.03)
-    assert not over_budget([score("base", 0.60), score("one", 0.42)], "one", "bias", 0.03)
+    suite = Suite.model_validate({"data": {"path": "x"}, "metrics": ["stereotype_score"], "budget": 0.03})
+    for before, after, over in ((0.52, 0.60, True), (0.52, 0.54, False), (0.60, 0.42, False)):
+        scores = [score("base", before), score("one", after)]
+        assert bool(judge_budget(scores, "one", "bias", suite).over) == over
     assert score("base", 0.6).arrow == "→ 0.5"
 
 
