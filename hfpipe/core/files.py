@@ -119,5 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Reads one JSON value a line; a text in it may hold marks that `splitlines` would take for the end of a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """Reads one JSON value a line; a last line that a kill cut short is left out.
+
+    A text in a line may hold marks that `splitlines` would take for its end.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[-1] and not lines[-1].endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines if line.strip()]

@@ -30,6 +30,7 @@ SCORE: dict[Any, Any] = {
     "?paired": {str: (*NUMBER, {str: (*NUMBER, str, bool, MAYBE)}, MAYBE)},
     "?signature": str,
     "?ideal": (*NUMBER, MAYBE),
+    "?baselines": {str: NUMBER},
 }
 SOURCE_FACTS = {"rows": int, "?token_share": NUMBER, "?documents": int, "?epochs": NUMBER} | {
     f"?{kind}{part}": shape

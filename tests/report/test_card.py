@@ -104,7 +104,7 @@ def test_the_card_of_every_kind_of_base(
 def test_what_lies_beside_a_saved_model_is_our_card_before_any_push(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for stage in ("law", "chat"):
-        done = {"parent": "base", "steps": 1, "data": {}}
+        done = {"hash": "x", "parent": "base", "steps": 1, "data": {}}
         (run / "stages" / stage / "done.json").write_text(json.dumps(done))
         (run / "stages" / stage / "model" / "README.md").write_text("# Model Card\n\n[More Information Needed]\n")
     assert main(["report", str(run)]) == 0
@@ -127,7 +127,13 @@ def test_what_lies_beside_a_saved_model_is_our_card_before_any_push(tmp_path: Pa
 
 def test_a_dialled_stage_says_so_where_its_strength_is_folded_in(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    done = {"parent": "law", "steps": 1, "data": {}, "dialled": {"strength": 0.5, "over_budget": "general"}}
+    done = {
+        "hash": "x",
+        "parent": "law",
+        "steps": 1,
+        "data": {},
+        "dialled": {"strength": 0.5, "over_budget": "general"},
+    }
     (run / "stages/chat/done.json").write_text(json.dumps(done))
     (run / "stages/chat/model").rename(run / "stages/chat/dial")
     (run / "stages/chat/model").mkdir()

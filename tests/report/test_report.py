@@ -85,7 +85,13 @@ def test_without_a_budget_the_scores_say_what_was_forgotten(tmp_path: Path) -> N
     assert "full (all weights), lora (LoRA) learned 20.0 %" in report
     assert "Biderman" in report
     assert "| full | none |" in report
-    done = {"parent": "prose", "steps": 6, "data": {}, "dialled": {"strength": 0.25, "over_budget": "general"}}
+    done = {
+        "hash": "x",
+        "parent": "prose",
+        "steps": 6,
+        "data": {},
+        "dialled": {"strength": 0.25, "over_budget": "general"},
+    }
     (run / "stages/full").mkdir(parents=True)
     (run / "stages/full/done.json").write_text(json.dumps(done))
     assert main(["report", str(run)]) == 0
@@ -153,7 +159,7 @@ def dial_of(best: float | None) -> dict:
         over = ["general bits_per_byte"] if loss > 0.05 else []
         one = {"strength": strength, "gain": gain, "gain_stderr": 0.01, "forgetting": loss, "forgetting_stderr": 0.002}
         points.append({**one, "over": over, "inside": not over, "scores": [score]})
-    facts = {"stage": "lora", "parent": "prose", "method": "adapter", "kept": ["general"], "best": best}
+    facts = {"hash": "x", "stage": "lora", "parent": "prose", "method": "adapter", "kept": ["general"], "best": best}
     return {**facts, "points": points, "verdict": "Strength 0.5 gains most inside the budgets."}
 
 
@@ -225,7 +231,7 @@ NAMES = (
     "&lt;b&gt; &#124; \\| \\",
     "two\nlines\n\n## and a heading\n```\nfence",
     "{{ 7 * 7_000 }} {% raw %} {# no #}",
-    "lone \ud800 surrogate, \u2028 line, nul \x00",
+    "a \u2028 line, a nul \x00",
 )
 
 
@@ -242,7 +248,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / "stages" / stage / "predictions").mkdir(parents=True)
         (run / "stages" / stage / "model").mkdir()
         facts = {"rows": 3, "epochs": 1, "dirty": {name: 1 for name in NAMES}, "dirty_ids": list(NAMES)}
-        done = {"parent": "base", "steps": 1, "last_loss": 1.0}
+        done = {"hash": "x", "parent": "base", "steps": 1, "last_loss": 1.0}
         done["data"] = {"rows": 3, "sources": {f"{n}: {name}": facts for n, name in enumerate(NAMES)}}
         (run / "stages" / stage / "done.json").write_text(json.dumps(done))
         rows = [
@@ -250,7 +256,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {"generation": {"prediction": name, "reference": name}, "choice": {"prediction": name, "reference": name}}
             for n, name in enumerate(NAMES)
         ]
-        lines = [json.dumps(row, ensure_ascii="\ud800" in row["id"]) for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         (run / "stages" / stage / "predictions" / "sounds.jsonl").write_text("\n".join(lines) + "\n")
     environment = json.loads((run / "environment.json").read_text())
     environment |= {"remote_metrics": list(NAMES), "packages": {name: name for name in NAMES}}
@@ -261,12 +267,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "overlap.json").write_text(json.dumps({"pairs": [pair | counts for pair in pairs]}))
     scores = [Score(**row) for row in json.loads((run / "scorecard.json").read_text())]
     scores += [Score(s, "sounds", f"me/{name}", 1.0, 0.1, 9, True) for name in NAMES for s in ("base", "prose", "lora")]
-    write_scorecard([score for score in scores if "\ud800" not in score.metric], run / "scorecard.json")
+    write_scorecard(scores, run / "scorecard.json")
     recipe = load_recipe(run / "recipe.yaml")
-    words = [name for name in NAMES if "\ud800" not in name]
     source = recipe.stages[0].data[0]
-    source = type(source).model_validate(source.model_dump(exclude_defaults=True) | {"data_files": words})
-    training = {"run_name": " ".join(words)}
+    source = type(source).model_validate(source.model_dump(exclude_defaults=True) | {"data_files": list(NAMES)})
+    training = {"run_name": " ".join(NAMES)}
     stages = [
         stage.model_copy(update={"training": stage.training | training, "data": [source, *stage.data]})
         for stage in recipe.stages
@@ -287,7 +292,7 @@ def test_whatever_data_holds_is_text_on_the_page(hostile: Path, name: str) -> No
         assert {len(row) for row in rows} == {len(head)}, title
     shown = " ".join(page.text.split())
     for text in NAMES:
-        plain = " ".join(text.encode("utf-8", "replace").decode().replace("\x00", "").split())
+        plain = " ".join(text.replace("\x00", "").split())
         assert plain in shown or "nul" in plain or "README" in name, text
 
 
@@ -296,7 +301,9 @@ def test_code_in_prose_is_marked_and_not_written_with_backticks(tmp_path: Path) 
     (run / "stages/prose").mkdir(parents=True)
     total = {"seconds": 3, "device": "CPU", "devices": 1, "device_hours": 0.1, "tokens": 9, "tokens_per_second": 3}
     total |= {"flops": 1e9, "kwh": 0.1, "kg_co2": None, "attempts": 1, "measured": 1, "country": None}
-    (run / "stages/prose/cost.json").write_text(json.dumps({"total": total | {"energy_by": "codecarbon"}}))
+    (run / "stages/prose/cost.json").write_text(
+        json.dumps({"attempts": [], "total": total | {"energy_by": "codecarbon"}})
+    )
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "<code>energy: {country_iso_code: ...}</code>" in page
