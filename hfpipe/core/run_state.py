@@ -47,7 +47,7 @@ DONE = {
     "?early_stopping": (EARLY_STOPPING, MAYBE),
     "data": {"?sources": {str: SOURCE_FACTS}, "?cut_share": NUMBER, "?padding_share": NUMBER},
 }
-OVERLAP = {"stage": str, "source": str, "suite": str, "which": [str]} | dict.fromkeys(
+OVERLAP = {"stage": str, "source": str, "suite": str, "which": [str], "?near": int} | dict.fromkeys(
     ("rows", "looked_at", "exact", "partly", "touched"), int
 )
 INTERVAL = {"value": NUMBER, "low": NUMBER, "high": NUMBER}

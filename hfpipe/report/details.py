@@ -147,7 +147,8 @@ def _overlap_section(folder: Path) -> Section | None:
     """Rows of suites that are found in the training data."""
     rows = []
     for pair in read_json(folder / "overlap.json").get("pairs", []):
-        counts = [f"{pair[key]:,}" for key in ("looked_at", "rows", "exact", "partly", "near", "touched")]
+        keys = ("looked_at", "rows", "exact", "partly", "near", "touched")
+        counts = [f"{pair[key]:,}" if key in pair else "" for key in keys]
         rows.append([pair["suite"], pair["stage"], pair["source"], *counts, "; ".join(pair["which"])])
     counted = map(Number, ("rows looked at", "rows of the suite", "exact", "half or more", "near", "any"))
     note = (
