@@ -254,7 +254,7 @@ MISTAKES = [  # words of the source, error, what its message says
     ({"path": "parquet", "data_files": "bad.parquet"}, DataError, ["bad.parquet", "magic"]),
     ({"path": "csv", "data_files": "bad.csv"}, DataError, ["bad.csv", "line 3"]),
     ({"sep": ","}, RecipeError, ["sep"]),
-    ({"path": "./nowhere", "data_files": None}, RecipeError, ["./nowhere", "no folder here"]),
+    ({"path": "./nowhere", "data_files": None}, RecipeError, ["./nowhere", "there is no such file or folder here"]),
     ({"path": "./void", "data_files": None}, RecipeError, ["without data files"]),
     ({"path": "./conf", "data_files": None}, RecipeError, ["`name:`", "law, web"]),
     ({"path": "./conf", "data_files": None, "name": "lwa"}, RecipeError, ["law, web", "mean law?"]),

@@ -125,7 +125,13 @@ except UserError as error:
         ("team/rows", 403, {}, 4, "cannot be reached"),
         ("team/gated", 401, {}, 4, "is gated"),
         ("team/rows", None, {"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE is set"),
-        ("./nowhere", None, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}, 2, "no folder here"),
+        (
+            "./nowhere",
+            None,
+            {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+            2,
+            "there is no such file or folder here",
+        ),
     ],
 )
 def test_a_hub_that_refuses(
