@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from hfpipe.core.errors import UserError
 
@@ -21,7 +21,12 @@ EXCHANGE_SECONDS = 60.0
 
 def state() -> PartialState:
     """This launch as accelerate sees it; without an accelerator the ranks meet over gloo, if they are told to."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=on_cpu() or not torch.accelerator.is_available())
+
+
+def on_cpu() -> bool:
+    """Whether the launch asks for the CPU (`use_cpu: true` of its file) where there may be an accelerator."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def rank() -> int:

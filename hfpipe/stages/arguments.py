@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -56,13 +58,13 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
     """
     module, name = stage.ARGUMENTS
     cls = getattr(import_module(module), name)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and not ranks.on_cpu()
     bf16 = on_gpu and compute_dtype() == torch.bfloat16
     training = {key: value for key, value in stage.training.items() if key in cls.__dataclass_fields__}
     defaults = {
         "logging_steps": max(1, min(10, max_steps // 10)),
         "report_to": "none",
-        "use_cpu": not on_gpu and not torch.backends.mps.is_available(),
+        "use_cpu": ranks.on_cpu() or not (on_gpu or torch.backends.mps.is_available()),
         "bf16": bf16 and not training.get("fp16", False),
         "gradient_checkpointing": on_gpu,
         "save_strategy": "steps",
@@ -105,6 +107,7 @@ def require_arguments(recipe: Recipe, tokenizer: Any) -> None:
                 f"stages.{stage.name}.training.fsdp needs several ranks, and this is one process. Start the run by "
                 "`accelerate launch`, or leave it out."
             )
+        _require_deepspeed(stage)
         # A sharding set up here would hold for the base too, which is scored on one device.
         plain = {key: value for key, value in stage.training.items() if key not in _SHARDING}
         arguments = stage_arguments(stage.model_copy(update={"training": plain}), Path("."), recipe.seed, 1)
@@ -124,6 +127,27 @@ def require_arguments(recipe: Recipe, tokenizer: Any) -> None:
             get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
         if isinstance(stage, Pretrain) and stage.objective == "masked":
             frame_of(tokenizer, words=Masking(tokenizer, stage.masking or {}, recipe.seed).collator.whole_word_mask)
+
+
+def _require_deepspeed(stage: Stage) -> None:
+    """Refuses a DeepSpeed file that is not there or not JSON, and DeepSpeed where it is not installed."""
+    given = stage.training.get("deepspeed")
+    if not given:
+        return
+    named = f"stages.{stage.name}.training.deepspeed"
+    if isinstance(given, str):
+        try:
+            content = json.loads(Path(given).read_bytes())
+        except OSError as error:
+            raise RecipeError(
+                f"{named}: {given} cannot be read ({error.strerror}). Name a file of DeepSpeed."
+            ) from error
+        except ValueError as error:
+            raise RecipeError(f"{named}: {given} is not JSON: {error}.") from error
+        if not isinstance(content, dict):
+            raise RecipeError(f"{named}: {given} holds no mapping, as a file of DeepSpeed does.")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MachineError(f"{named} needs deepspeed, which is not installed: pip install deepspeed. Or leave it out.")
 
 
 def _optimizer(arguments: TrainingArguments) -> torch.optim.Optimizer:

@@ -51,7 +51,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     if stage.adapter is not None:  # the new modules of the head are trained in full beside it
         saved = outermost([*new, *(stage.adapter.get("modules_to_save") or [])])
         model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
-    loss = _Loss(problem, weights)
+    loss = _Loss(problem, weights, arguments.label_smoothing_factor)
     with clear_refusal(stage, "Trainer"):
         trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     ranks.say(f"  {len(rows):,} rows, {', '.join(names[:8]) + (', ...' if len(names) > 8 else '') or 'a number'}")
@@ -70,8 +70,8 @@ def run_classification(run: StageRun) -> dict[str, Any]:
 class _Loss:
     """The problem's loss, summed over the rows and divided by the labels of the global batch; -100 is ignored."""
 
-    def __init__(self, problem: str, weights: torch.Tensor | None) -> None:
-        self.problem, self.weights = problem, weights
+    def __init__(self, problem: str, weights: torch.Tensor | None, smoothing: float) -> None:
+        self.problem, self.weights, self.smoothing = problem, weights, smoothing
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs["logits"].float()
@@ -79,7 +79,8 @@ class _Loss:
         count = known.sum() if num_items_in_batch is None else num_items_in_batch
         if self.problem == "single_label_classification":
             weight = None if self.weights is None else self.weights.to(logits.device)
-            loss = functional.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORED, reduction="sum")
+            options: dict[str, Any] = {"ignore_index": IGNORED, "label_smoothing": self.smoothing}
+            loss = functional.cross_entropy(logits, labels, weight=weight, reduction="sum", **options)
         elif self.problem == "regression":
             loss = (functional.mse_loss(logits, labels, reduction="none") * known).sum()
         else:

@@ -62,6 +62,11 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
             found = labelled_rows(recipe, stage, at_most=LABELS)
             earlier = heads.get(recipe.parent_of(stage.name)) if stage.parent_adapter == "continue" else None
             heads[stage.name] = head = head_of(stage, found, earlier)
+            if stage.training.get("label_smoothing_factor") and head.problem != "single_label_classification":
+                raise RecipeError(
+                    f"stages.{stage.name}.training.label_smoothing_factor has no effect on a {_HEADS[head.problem]}: "
+                    "it takes a share of one right class and gives it to the others. Leave it out."
+                )
             if found.whole or stage.labels or found.declared:
                 require_fitting_suites(recipe, stage, head, suites)
     for name, rows in suites.items():
@@ -173,6 +178,7 @@ def _answers(suite: Suite, rows: Rows, task: str, head: Head | None) -> bool:
     return task != "classification" or (head is not None and tells_apart(rows, head.problem, head.names))
 
 
+_HEADS = {"regression": "regression", "multi_label_classification": "classifier of several labels a row"}
 _MODELS = {
     "causal": "a model of next tokens",
     "masked": "a model of masked tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -85,7 +86,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     if not masked:
         model.config.use_cache = False  # a cache would let packed documents see each other
         _require_isolation(model)
-    loss = masked_loss if masked else None
+    loss = partial(masked_loss, label_smoothing=arguments.label_smoothing_factor) if masked else None
     with clear_refusal(stage, "Trainer"):
         trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     collated = masking.collate if masking else collate
@@ -128,7 +129,9 @@ def _whole_epochs(stage: Pretrain) -> int | None:
     return int(epochs)
 
 
-def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+def masked_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy summed over the masked tokens and divided by those of the global batch.
 
     The models' own loss is a mean over a micro-batch, and micro-batches differ in their number of masked tokens.
@@ -136,7 +139,7 @@ def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = No
     where = labels != IGNORED
     count = where.sum() if num_items_in_batch is None else num_items_in_batch
     logits = outputs["logits"][where].float()  # only these: the logits of all tokens are the largest tensor by far
-    return functional.cross_entropy(logits, labels[where], reduction="sum") / count
+    return functional.cross_entropy(logits, labels[where], reduction="sum", label_smoothing=label_smoothing) / count
 
 
 def require_isolation(recipe: Recipe, model: Any) -> None:

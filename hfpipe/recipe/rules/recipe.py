@@ -20,6 +20,7 @@ from hfpipe.recipe.rules.adapters import (
 from hfpipe.recipe.rules.outcome import check_country, check_push, check_repeats, check_secrets
 from hfpipe.recipe.rules.sources import check_cleaning, check_overlap, check_pairs, check_source
 from hfpipe.recipe.rules.training import check_training
+from hfpipe.recipe.rules.without_effect import check_generation_effect
 from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
 
 BASE = "base"
@@ -42,6 +43,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_metrics(suite)
         yield from _check_swap(suite)
         yield from _check_harness(suite)
+        yield from check_generation_effect(suite)
         if suite.source.data.get("weight") is not None:
             yield Fault(
                 (*suite.source.steps, "weight"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from hfpipe.recipe.faults import Fault
 from hfpipe.recipe.raw import Block, RawStage
+from hfpipe.recipe.rules.without_effect import check_training_effect
 
 # Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
 _DECIDED = {
@@ -27,8 +28,8 @@ _DECIDED = {
     "model_init_kwargs": "Use the words of `model:`, such as `dtype` and `attn_implementation`.",
     "trust_remote_code": "Use `model: {trust_remote_code: true}`.",
     "chat_template_path": "Use `model: {tokenizer: {chat_template: ...}}`.",
-    "eos_token": "It is the tokenizer's: name one that has it with `model: {tokenizer: {id: ...}}`.",
-    "pad_token": "It is the tokenizer's: name one that has it with `model: {tokenizer: {id: ...}}`.",
+    "eos_token": "It is the tokenizer's: write `model: {tokenizer: {eos_token: ...}}`.",
+    "pad_token": "It is the tokenizer's: write `model: {tokenizer: {pad_token: ...}}`.",
     "parallelism_config": "Write it in the file that `accelerate launch --config_file` is given.",
 }
 # Keys of which one value alone is what happens.
@@ -65,6 +66,11 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
             if training.data.get(key) is not None:
                 text = "says the same as `train_on` of the stage, which is set too. Keep one of the two."
                 yield Fault((*training.steps, key), text)
+    smoothing = training.data.get("label_smoothing_factor")
+    if isinstance(smoothing, int | float) and not 0 <= smoothing < 1:
+        text = f"found {smoothing}; allowed is a share from 0 to below 1, as in torch's cross_entropy."
+        yield Fault((*training.steps, "label_smoothing_factor"), text)
+    yield from check_training_effect(stage)
     yield from _check_scores(training, "early_stopping" in stage.data)
 
 
