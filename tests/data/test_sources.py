@@ -356,7 +356,7 @@ def test_the_hub_and_its_refusals(hub: HubServer, tmp_path: Path) -> None:
 
 def test_without_a_network_it_says_so(tmp_path: Path) -> None:
     program = (
-        "from hfpipe.data.sources.load import fingerprint, load_rows; from hfpipe.core.errors import MachineError\n"
+        "from hfpipe.data.sources.load import load_rows; from hfpipe.core.errors import MachineError\n"
         "from hfpipe.recipe import Source\n"
         "try: load_rows(Source(path='me/nothing'))\nexcept MachineError as error: print(error)"
     )

@@ -147,15 +147,15 @@ def test_metrics_that_refuse_the_right_answers_are_told_before_training(
         assert word in message
 
 
-def test_rouge_of_chinese_is_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ter_of_thai_is_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = chain(tmp_path)
-    rows = [{"prompt": "moon", "completion": " 月亮"}, {"prompt": "sun", "completion": " 太阳"}]
-    (tmp_path / "zh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"path": "json", "data_files": str(tmp_path / "zh.jsonl"), "split": "train"}
-    content["evaluate"] = {"chinese": {"data": data, "metrics": ["bleu", "rougeL"]}}
+    rows = [{"prompt": "moon", "completion": " พระจันทร์"}, {"prompt": "sun", "completion": " พระอาทิตย์"}]
+    (tmp_path / "th.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": "json", "data_files": str(tmp_path / "th.jsonl"), "split": "train"}
+    content["evaluate"] = {"thai": {"data": data, "metrics": ["ter"]}}
     code, message = refused(tmp_path, content, capsys)
     assert code == 2
-    assert "evaluate.chinese: " in message
+    assert "evaluate.thai: " in message
 
 
 @pytest.mark.parametrize("family", ["causal", "masked", "seq2seq"])
