@@ -1,7 +1,7 @@
 """The order in which a stage takes its rows, and which of them share one: nothing is padded that need not be.
 
-Rows of like length stand together (`GroupedRows`), or several examples share a row (`PackedRows`). Both follow from the
-seed and the epoch alone, so a resume and other ranks come to the same.
+Rows of like length stand together (`GroupedRows`), or several examples share a row (`PackedRows`), or neither
+(`ShuffledRows`). All follow from the seed and the epoch alone, so a resume and other ranks come to the same.
 """
 
 from __future__ import annotations
@@ -40,6 +40,24 @@ class RowOrder(Protocol):
     """The rows of each epoch in their order; each is made of one example or of several."""
 
     def epoch(self, number: int) -> Epoch: ...
+
+
+class ShuffledRows:
+    """Examples in a shuffled order, each a row.
+
+    For classification: where length goes with the class, steps of like length would be steps of few classes.
+
+    Args:
+        examples: Number of examples.
+        seed: Seed of the shuffles.
+    """
+
+    def __init__(self, examples: int, seed: int) -> None:
+        self._examples, self._seed = examples, seed
+
+    def epoch(self, number: int) -> Epoch:
+        """Returns the rows of an epoch."""
+        return Epoch(np.random.default_rng([self._seed, number]).permutation(self._examples).astype(np.int32))
 
 
 class GroupedRows:

@@ -47,7 +47,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     limit = row_length(run, model, min(run.tokenizer.model_max_length, DEFAULT_MAX_LENGTH))
     rows = _tokenized(run, texts, labels, names, limit)
     lengths = [len(row["input_ids"]) for row in rows]
-    source = plan.serve(run, rows, lengths)
+    source = plan.serve(run, rows, lengths, grouped=False)
     if stage.adapter is not None:  # the new modules of the head are trained in full beside it
         saved = outermost([*new, *(stage.adapter.get("modules_to_save") or [])])
         model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)

@@ -22,7 +22,7 @@ from transformers import (
 from hfpipe.core import ranks, signals
 from hfpipe.core.errors import RecipeError, Stopped
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler
-from hfpipe.data.row_order import PackedRows, count_rows
+from hfpipe.data.row_order import PackedRows, ShuffledRows, count_rows
 from hfpipe.model.adapter import (
     add_adapter,
     continue_adapter,
@@ -266,8 +266,11 @@ class Plan:
         rows = len(lengths) if self.packed is None else self.packed.epoch(0).rows
         return self.global_batch * float(np.sum(lengths)) / rows
 
-    def serve(self, run: StageRun, rows: Any, lengths: Sequence[int] | np.ndarray) -> ResumableSampler:
-        """This rank's rows; see `ResumableSampler`."""
+    def serve(
+        self, run: StageRun, rows: Any, lengths: Sequence[int] | np.ndarray, *, grouped: bool = True
+    ) -> ResumableSampler:
+        """Returns the sampler of this rank's rows, those of a step of like length if `grouped`."""
+        order = self.packed if grouped else ShuffledRows(len(lengths), run.recipe.seed)
         return ResumableSampler(
             rows,
             lengths,
@@ -275,7 +278,7 @@ class Plan:
             per_device=self.per_device,
             accumulation=self.accumulation,
             seed=run.recipe.seed,
-            order=self.packed,
+            order=order,
             packed=self.packed is not None,
             rank=ranks.rank(),
             ranks=ranks.ranks(),
