@@ -406,8 +406,8 @@ def test_language_codes_stand_where_each_family_has_them(family: str, marian: Pa
     inputs = plain(held_out(tmp_path)[0]["en"], return_tensors="pt")
     begins = {"decoder_start_token_id": target} if first else {"forced_bos_token_id": target}
     output = model.generate(**inputs, **begins, do_sample=False, max_new_tokens=31)
-    said = plain.decode(output[0], skip_special_tokens=True)
-    assert said.startswith(answers(tmp_path / "run", "words")[0]["generation"]["prediction"])
+    said = answers(tmp_path / "run", "words")[0]["generation"]["prediction"]
+    assert said in plain.decode(output[0])  # codes of languages that this model says in the middle are kept
 
 
 def test_languages_that_are_missing_or_unknown_are_told(
