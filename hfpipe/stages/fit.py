@@ -111,6 +111,8 @@ def _longest(
                 said = sum(label != IGNORED for label in row["labels"])
             rows = max(rows, factor * (len(row["input_ids"]) - said))
             targets = max(targets, factor * said)
+    if stage.training.get("packing"):
+        rows = limit
     return min(rows, limit), min(targets, stage.training.get("max_target_length") or limit)
 
 

@@ -52,6 +52,7 @@ class Setting:
         ranks: Processes that train.
         sharding: "none", "zero1", "zero2", "zero3" or "fsdp".
         vocabulary: Rows that the embeddings grow to; None.
+        packed: Whether several examples of `sft` share a row, which takes a mask.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Setting:
     ranks: int = 1
     sharding: str = "none"
     vocabulary: int | None = None
+    packed: bool = False
 
 
 def setting_of(
@@ -111,6 +113,7 @@ def setting_of(
         ranks=ranks.ranks(),
         sharding=_sharding(stage),
         vocabulary=vocabulary,
+        packed=kind == "sft" and bool(stage.training.get("packing")),
     )
 
 
@@ -137,7 +140,8 @@ def predict(config: Any, setting: Setting) -> Memory:
     model = _model(config, setting)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    padded = setting.kind == "causal" or (setting.kind != "masked" and setting.rows > 1)  # packed rows have a mask too
+    masked = setting.kind == "causal" or setting.packed  # packed rows have a mask, however many there are
+    padded = masked or (setting.kind != "masked" and setting.rows > 1)
     device = Device(setting.device, setting.autocast, padded)
     if setting.adapter is not None and setting.checkpointing is not None:
         model.enable_input_require_grads()

@@ -28,7 +28,8 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     length = sft_length(run, model)
     rows, sources = sft_rows(run, length)
     lengths = rows.lengths
-    plan = plan_of(stage, len(rows), _packed(run, model, lengths, length))
+    packed = _packed(run, model, lengths, length)
+    plan = plan_of(stage, len(rows), packed)
     source = plan.serve(run, rows, lengths)
     # What of a row is trained on stands in its labels by now; asked again, SFTTrainer looks for conversations.
     labelled = {"assistant_only_loss": False, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
@@ -47,7 +48,8 @@ def run_sft(run: StageRun) -> dict[str, Any]:
             weight.data = exact[name]
     exact.clear()  # it would keep the weights after the trainer has let them go
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
-    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(max(lengths), 0))
+    longest = (packed is not None and length) or int(lengths.max())
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(longest, 0))
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}
     facts["data"]["sources"] = {name: {**found, **epochs} for name, found in sources.items()}
     return facts

@@ -1,6 +1,10 @@
 """A stage that does not fit is refused before anything is loaded, with what would make it smaller."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +54,38 @@ def test_check_shows_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["check", str(tiny.write(tmp_path, content))]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory     prose"))
     assert all(part in line for part in ("at the peak", "4 rows of 64 tokens", "weights", "optimizer", "framework"))
+
+
+OUT_OF_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+import hfpipe.pipeline.run, trl
+from hfpipe.cli import main
+now = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (now + 1500 * 2**20,) * 2)
+sys.exit(main(["run", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_training_out_of_memory_goes_on_in_smaller_pieces_or_ends_with_what_would_help(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False, shift=False, energy=False)
+    stage = content["stages"][0]
+    content["stages"], stage["global_batch_size"] = [stage], 4096
+    stage["training"] |= {"per_device_train_batch_size": 4096, "max_steps": 1, "max_length": 32}
+
+    def run(fit: str) -> subprocess.CompletedProcess[str]:
+        recipe = tiny.write(tmp_path, content | {"fit": fit})
+        command = [sys.executable, "-c", OUT_OF_MEMORY, str(recipe)]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+    refused = run("refuse")
+    assert refused.returncode == 4
+    assert (
+        "stage prose ran out of memory while it trained, with 4096 rows at once. Next would be 2048" in refused.stderr
+    )
+    done = run("auto")
+    assert done.returncode == 0, done.stderr
+    assert "it goes on from its last checkpoint, 2048 rows at once, 2 times a step" in done.stdout
+    assert json.loads((tmp_path / "run/stages/prose/done.json").read_text())["steps"] == 1
