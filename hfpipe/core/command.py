@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).absolute().parents[1]
-# PYTHONPATH may name the working directory too. A checkout that is not installed comes last, behind every library.
+# PYTHONPATH may name the working directory too, and what `.pth` files import would come from there before a line of
+# ours runs: `-E` keeps it out, and its other folders are added here. A checkout that is not installed comes last,
+# behind every library.
 _START = """
 import os, sys
 package = sys.argv.pop(1)
-sys.path[:] = [*(path for path in sys.path if path not in ("", os.getcwd(), package)), package]
+named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+sys.path[:] = [*(path for path in named + sys.path if path not in ("", os.getcwd(), package)), package]
 import runpy
 runpy.run_module(sys.argv.pop(1), run_name="__main__")
 """
@@ -24,7 +27,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__")
 
 def python_command(module: str) -> list[str]:
     """Returns the command that runs a module of hfpipe in a process of its own."""
-    return [sys.executable, "-P", "-c", _START, str(PACKAGE.parent), module]
+    return [sys.executable, "-E", "-P", "-c", _START, str(PACKAGE.parent), module]
 
 
 def our_command() -> str:
