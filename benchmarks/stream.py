@@ -69,7 +69,7 @@ def clock() -> np.ndarray:
 
 
 def bare(texts: list[str], tokenizer: Any) -> np.ndarray:
-    """What the tokenizer takes alone."""
+    """Times the tokenizer alone."""
     begin = clock()
     for start in range(0, len(texts), WINDOW_DOCUMENTS):
         batch = texts[start : start + WINDOW_DOCUMENTS]
@@ -78,7 +78,7 @@ def bare(texts: list[str], tokenizer: Any) -> np.ndarray:
 
 
 def streamed(files: str, tokenizer: Any) -> tuple[np.ndarray, int]:
-    """What the stream takes to read every document once, into tensors; and the tokens that came out."""
+    """Times the stream that reads every document once, into tensors; returns the number of tokens too."""
     stream = opened(files, tokenizer, exhausted="stop")
     begin = clock()
     for _ in BatchLoader(stream, ROWS, tokenizer.eos_token_id):
@@ -87,7 +87,7 @@ def streamed(files: str, tokenizer: Any) -> tuple[np.ndarray, int]:
 
 
 def prepared(texts: list[str], tokenizer: Any) -> np.ndarray:
-    """What SFTTrainer takes to tokenize and pack the documents; what it takes without any is taken off."""
+    """Times SFTTrainer's tokenization and packing of the documents, less its time for no documents."""
     architecture = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     model = create_model({**architecture, "num_attention_heads": 2, "max_position_embeddings": 1024}, tokenizer, 0)
 

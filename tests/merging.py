@@ -1,4 +1,4 @@
-"""What the tests of merges share: a random adapter of a base, and the memory that a block of code holds."""
+"""Shared by the tests of merges: a random adapter of a base, and the memory that a block of code holds."""
 
 import ctypes
 import gc

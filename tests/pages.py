@@ -123,7 +123,7 @@ def _same(shown: list[str], values: list[float], metric: str) -> None:
 
 
 def _is(shown: str, value: float, metric: str) -> bool:
-    """Whether a printed number is a value, rounded to the digits that are printed."""
+    """Returns True if a printed number is a value, rounded to the digits that are printed."""
     value *= 100 if metric in SHARES else 1
     number = float(shown.replace(",", ""))
     digits = len(shown.partition("e")[0].partition(".")[2])

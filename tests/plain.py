@@ -67,7 +67,7 @@ def make_encoder(folder: Path) -> Path:
 
 
 class Plain:
-    """What a person would write: log-softmax in float32, one text at a time."""
+    """The plain way to score: log-softmax in float32, one text at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -98,7 +98,7 @@ class Pusher:
         return self.run(f"'URL', hub.push(Path('run'), **{arguments!r})")
 
     def check(self, pushes: list[dict[str, Any]], recipe: dict[str, Any] = RECIPE) -> list[str]:
-        """What `check_access` says of recipes with these `push:` blocks, or its error."""
+        """Returns the words of `check_access` on recipes with these `push:` blocks, or its error."""
         for number, push in enumerate(pushes):
             (self.folder / f"asked{number}.yaml").write_text(json.dumps(recipe | {"push": push}))
         done = self.run(f"json.dumps([asked(f'asked{{n}}.yaml') for n in range({len(pushes)})])")

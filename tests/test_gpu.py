@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: bf16 training, a 4-bit base, and a resume on the accelerator."""
+"""Checks that need a CUDA device: bf16 training, a 4-bit base, and a resume on the accelerator."""
 
 import json
 import signal

@@ -211,7 +211,7 @@ def _documents(found: list[Row]) -> list[Row]:
 
 
 def _is_new(paragraph: str, plain: str, seen: set[bytes]) -> bool:
-    """Whether a paragraph was not there before; one with few plain words counts with its code and marks."""
+    """Returns True if a paragraph was not there before; one with few plain words counts with its code and marks."""
     key = _digest(plain if len(plain) >= 40 else " ".join(paragraph.split()))
     if key in seen:
         return False

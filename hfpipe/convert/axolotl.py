@@ -501,7 +501,7 @@ def convert(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> None:
-    """What axolotl does where its config is silent."""
+    """Writes out axolotl's defaults where its config is silent."""
     config = draft.config
     draft.default("stage.training.per_device_train_batch_size", 1)
     draft.default("stage.training.num_train_epochs", 1)
@@ -525,7 +525,7 @@ def _trained(draft: Draft) -> words.Trained:
 
 
 def rows_too_long(draft: Draft, what: str) -> None:
-    """What becomes of rows that are longer than `max_length`."""
+    """Converts the word for rows that are longer than `max_length`."""
     words.too_long(draft, "excess_length_strategy", "cut" if what == "truncate" else "drop")
 
 

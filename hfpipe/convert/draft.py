@@ -67,7 +67,7 @@ Table = dict[str, Rule]
 
 @dataclass(frozen=True)
 class Note:
-    """What became of a key: `lost` changes the weights, `changed` is said otherwise, `unneeded` has no effect."""
+    """The fate of a key: `lost` changes the weights, `changed` is said otherwise, `unneeded` has no effect."""
 
     kind: Literal["lost", "changed", "unneeded"]
     key: str

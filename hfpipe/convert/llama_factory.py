@@ -338,7 +338,7 @@ def convert(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> None:
-    """What LLaMA-Factory does where its config is silent."""
+    """Writes out LLaMA-Factory's defaults where its config is silent."""
     config = draft.config
     if "lora" in draft.stage:
         draft.default("stage.lora.r", 8)

@@ -276,7 +276,7 @@ def _method(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> None:
-    """What ms-swift does where its arguments are silent."""
+    """Writes out ms-swift's defaults where its arguments are silent."""
     config = draft.config
     if "lora" in draft.stage:
         for name, value in (("r", 8), ("lora_alpha", 32), ("lora_dropout", 0.05), ("target_modules", "all-linear")):

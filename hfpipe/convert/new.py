@@ -277,7 +277,7 @@ def tokens_of(look: Look) -> int:
 
 
 def _head(name: str, source: Mapping[str, Any], task: str, look: Look, length: int) -> list[str]:
-    """What the data is, and what to do next."""
+    """Returns the comment lines that describe the data and the next command."""
     data = source.get("data_files", source["path"])
     more = "the first " if look.rows == LOOKED_AT else ""
     lines = [

@@ -281,7 +281,7 @@ def convert(draft: Draft) -> None:
 
 
 def _split(draft: Draft, data: dict[str, Any]) -> None:
-    """What a split says beside its data sets, and the sets that are held out."""
+    """Converts a split's keys beside its data sets, and the sets that are held out."""
     if data.get("pack") and draft.stage["kind"] == "sft":
         draft.train("data.train.pack", "training.packing", True)
     if len(draft.stage["data"]) > 1 and data.get("mixture_strategy"):
@@ -295,7 +295,7 @@ def _split(draft: Draft, data: dict[str, Any]) -> None:
 
 
 def _defaults(draft: Draft, data: dict[str, Any]) -> None:
-    """What oumi does where its config is silent."""
+    """Writes out oumi's defaults where its config is silent."""
     if "lora" in draft.stage:
         draft.default("stage.lora.r", 8)
         draft.default("stage.lora.lora_alpha", 8)

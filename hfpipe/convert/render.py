@@ -62,7 +62,7 @@ def _item(item: Any, indent: str, comments: Mapping[str, str], before: str) -> l
 
 
 def _is_short(value: Any, line: str) -> bool:
-    """Whether a block stands on one line: it is short, and holds no other block but short lists."""
+    """Returns True if a block stands on one line: it is short, and holds no other block but short lists."""
     if isinstance(value, Mapping):
         plain = all(not isinstance(inner, Mapping) and "\n" not in str(inner) for inner in value.values())
         return plain and len(line) <= 88

@@ -221,7 +221,7 @@ def convert(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> None:
-    """What torchtune does where its config is silent."""
+    """Writes out torchtune's defaults where its config is silent."""
     config = draft.config
     draft.default("stage.training.weight_decay", 0.01)  # torch.optim.AdamW's own
     draft.default("stage.training.lr_scheduler_type", "constant")

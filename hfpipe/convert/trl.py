@@ -145,7 +145,7 @@ def convert(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> None:
-    """What TRL does where its config is silent."""
+    """Writes out TRL's defaults where its config is silent."""
     config = draft.config
     if config.get("use_peft"):
         for place, value in (("r", 16), ("lora_alpha", 32), ("lora_dropout", 0.05)):
@@ -167,7 +167,7 @@ def _defaults(draft: Draft) -> None:
 
 
 def _all_tokens(draft: Draft) -> bool:
-    """Whether TRL trains on every token: it does of conversations and texts, and of prompts only when told to."""
+    """True if TRL trains on every token: of conversations and texts always, of prompts only when told to."""
     return draft.config.get("completion_only_loss") is False or all("columns" not in one for one in draft.stage["data"])
 
 

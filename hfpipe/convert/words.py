@@ -34,7 +34,7 @@ CHATML = (
 
 
 def knows(block: type[BaseModel], word: str) -> bool:
-    """Whether a recipe has a word."""
+    """Returns True if a recipe has a word."""
     return word in block.model_fields
 
 
@@ -200,7 +200,7 @@ def checkpointing(draft: Draft, value: Any) -> None:
 
 
 def named_templates() -> bool:
-    """Whether a recipe takes TRL's chat templates by name."""
+    """Returns True if a recipe takes TRL's chat templates by name."""
     description = Tokenizer.model_fields["chat_template"].description or ""
     return "name" in description
 
@@ -245,7 +245,7 @@ def lora_plus(draft: Draft, key: str, ratio: float) -> None:
 
 
 def too_long(draft: Draft, key: str, what: Literal["cut", "drop"]) -> None:
-    """What becomes of rows that are longer than `max_length`: hfpipe cuts them at their end."""
+    """Converts the word for rows that are longer than `max_length`: hfpipe cuts them at their end."""
     if knows(Sft, "too_long"):
         draft.put("stage.too_long", what)
     elif what == "drop":
@@ -253,17 +253,17 @@ def too_long(draft: Draft, key: str, what: Literal["cut", "drop"]) -> None:
 
 
 def can_freeze() -> bool:
-    """Whether a stage trains a part of the weights."""
+    """Returns True if a stage trains a part of the weights."""
     return knows(Sft, "train_only")
 
 
 def knows_train_on() -> bool:
-    """Whether a stage says by a word whose tokens are trained on."""
+    """Returns True if a stage says by a word whose tokens are trained on."""
     return knows(Sft, "train_on")
 
 
 def is_file(path: str) -> bool:
-    """Whether a path is one of a file or folder on this machine, by its form."""
+    """Returns True if a path is one of a file or folder on this machine, by its form."""
     return path.startswith(("/", "./", "../", "~")) or "data_files" in source_of(path)
 
 

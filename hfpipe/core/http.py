@@ -37,7 +37,7 @@ XET_READS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEM
 
 
 class Patience:
-    """How long this process waits for the Hub.
+    """The time that this process waits for the Hub.
 
     Args:
         seconds: For an answer, whatever is tried meanwhile.
@@ -74,7 +74,7 @@ class Patience:
         return self._since is not None and self._failed - self._since >= self.seconds - 1.0
 
     def note(self, request: httpx2.Request, trouble: str | None) -> None:
-        """What was the matter with a request, in words; None for nothing.
+        """Keeps in words why a request failed; None for a request that did not.
 
         Raises:
             NoAnswer: It was the last try.
@@ -197,7 +197,7 @@ class _Timed(httpx2.SyncByteStream):
 
 
 def _within(seconds: float, call: Callable[[], httpx2.Response], request: httpx2.Request) -> httpx2.Response:
-    """What a call returns, which is left behind in a thread of its own when it takes longer.
+    """Returns the result of a call; a call that takes longer is left behind in a thread of its own.
 
     A limit on each read, which is all that HTTP clients have, does not end a header that comes byte by byte.
     """

@@ -113,7 +113,7 @@ def refusing_storage(error: BaseException) -> str | None:
 
 
 def trouble(error: BaseException) -> str | None:
-    """What is the matter with the Hub or the way to it, and what helps; None where an error is about something else."""
+    """Puts a fault of the Hub, or of the way to it, into words with a remedy; None for any other error."""
     if known := next((one for one in causes(error) if isinstance(one, NoAnswer | WebPage)), None):
         return f"{known}."
     status, response = status_of(error), response_of(error)

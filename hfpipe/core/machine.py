@@ -1,4 +1,5 @@
-"""What a machine at its limits raises, in words: one table, asked by the command line for whatever nothing else caught.
+"""One table of the errors that a machine at its limits raises; the command line asks it for any error not caught
+before.
 
 Each entry says how an error is recognized, and the paragraph that is shown instead of a traceback.
 """

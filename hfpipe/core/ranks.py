@@ -25,7 +25,7 @@ def state() -> PartialState:
 
 
 def on_cpu() -> bool:
-    """Whether the launch asks for the CPU (`use_cpu: true` of its file) where there may be an accelerator."""
+    """Returns True if the launch asks for the CPU (`use_cpu: true` of its file) where there may be an accelerator."""
     return parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
@@ -57,7 +57,7 @@ def from_main(value: Any) -> Any:
 
 
 def on_main(ask: Callable[[], Found]) -> Found:
-    """What the main process finds, on every rank; if that is a `UserError`, every rank raises it."""
+    """Returns on every rank the value that the main process finds; if that is a `UserError`, every rank raises it."""
     found: Any = None
     if is_main():
         try:
@@ -71,7 +71,7 @@ def on_main(ask: Callable[[], Found]) -> Found:
 
 
 def each(work: Callable[[], Found]) -> list[Found]:
-    """What every rank finds, in rank order, on every rank; it may take one of them for ever so long.
+    """Returns on every rank the values that all ranks find, in rank order; one of them may take any time.
 
     Whoever waits in a collective call is given up on after minutes (600 s with NCCL). So the work goes on in a thread
     beside, and the ranks tell each other every `EXCHANGE_SECONDS` who is done. An error of one is raised there and a

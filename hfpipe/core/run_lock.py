@@ -145,7 +145,7 @@ def _refuse(path: Path, holder: dict[str, Any], silent: float | None, file: int)
 
 
 def _holder(file: int) -> dict[str, Any]:
-    """What the lock file says of its holder; nothing where it is empty or cannot be read."""
+    """Reads the holder from the lock file; returns nothing where it is empty or cannot be read."""
     try:
         found = json.loads(os.pread(file, 1 << 16, 0))
     except (OSError, ValueError):

@@ -214,7 +214,7 @@ _ABSENT = object()
 
 
 def _torn(text: str) -> bool:
-    """Whether a text holds half of a character, which cannot be written."""
+    """Returns True if a text holds half of a character, which cannot be written."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

@@ -38,7 +38,7 @@ def own_tokens() -> list[str]:
 
 
 def has_secret(text: str, own: Sequence[str] | None = None) -> bool:
-    """Whether a text holds a token or key, one of this machine's, or a URL with a password or a signature.
+    """Returns True if a text holds a token or key, one of this machine's, or a URL with a password or a signature.
 
     Args:
         text: The text.

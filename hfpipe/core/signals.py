@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
-    """What has come so far; written by the main thread, read by the one that watches."""
+    """The signals received so far; written by the main thread, read by the one that watches."""
 
     def __init__(self) -> None:
         self.depth = 0  # of `held`
@@ -53,7 +53,7 @@ def exit_code() -> int | None:
 
 
 def pending() -> bool:
-    """Whether a signal has come that what is under way has to heed."""
+    """Returns True if a signal has come that what is under way has to heed."""
     return _state.pending is not None or _state.ending is not None
 
 

@@ -62,7 +62,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1
 
 
 class BatchLoader:
-    """What Trainer iterates: this rank's batches in run order, which accelerate must not shard again.
+    """The loader that Trainer iterates: this rank's batches in run order, which accelerate must not shard again.
 
     Args:
         source: Serves the rows and holds the position.
@@ -217,7 +217,7 @@ class ResumableSampler:
 
     @property
     def goes_on(self) -> bool:
-        """Whether a longer run stands at this position too: none fills a batch where this one ends."""
+        """True if a longer run stands at this position too: none fills a batch where this one ends."""
         return self.progress <= self.total
 
     def report(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def require_cleaning(recipe: Recipe) -> None:
 
 
 def cleaning_of(source: Source) -> str:
-    """What is removed of a source, in words."""
+    """Names the rows that are removed from a source, in words."""
     near = None if source.near is None else f"near duplicates from a similarity of {source.near:g}"
     what = [near, "duplicates" if source.deduplicate == "exact" else None]
     return ", ".join(filter(None, [*what, "what overlaps a suite" if source.decontaminate else None]))
@@ -201,7 +201,7 @@ class Cleaner:
 
 
 def _texts_of(rows: Dataset | IterableDataset, source: Source) -> Texts:
-    """What rows say, each in its place; None for the dirty ones."""
+    """Returns the text of each row in its place; None for the dirty ones."""
 
     def texts() -> Iterator[str | None]:
         read, given = Read(), 0
@@ -215,7 +215,7 @@ def _texts_of(rows: Dataset | IterableDataset, source: Source) -> Texts:
 
 
 def _texts_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source, most: int | None) -> Texts:
-    """What the documents of a lane's first share say, each in its place, up to so many characters; None for dirt."""
+    """Returns the texts of a lane's first share, each in its place, up to so many characters; None for dirt."""
 
     def texts() -> Iterator[str | None]:
         reader, given, characters = Reader(rows, lane, lanes, source, epochs=1), 0, 0

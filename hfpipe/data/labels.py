@@ -84,14 +84,14 @@ def _first_labels(rows: Any) -> list[Any]:
 
 
 def _are_flags(labels: Sequence[Any]) -> bool:
-    """Whether lists of numbers have a place for each class: one length, and nothing but 0 and 1."""
+    """Returns True if lists of numbers have a place for each class: one length, and nothing but 0 and 1."""
     lists = [label for label in labels if label is not None]
     lengths = {len(label) for label in lists}
     return len(lengths) == 1 and lengths != {0} and lengths != {1} and all(v in (0, 1) for one in lists for v in one)
 
 
 def _are_classes(rows: Any, expected: bool) -> bool:
-    """Whether numbers with a point are the numbers of classes."""
+    """Returns True if numbers with a point are the numbers of classes."""
     labels = _first_labels(rows)
     present = [label for label in labels if label is not None and label == label]
     whole = bool(present) and all(label == int(label) for label in present if abs(label) < math.inf)
@@ -103,7 +103,7 @@ def _is_whole(name: str) -> bool:
 
 
 def known_names(labels: Iterable[str | list[str]], known: Sequence[str]) -> dict[str, str]:
-    """What the names in the data are called by a model.
+    """Maps the names in the data to the names that a model gives its classes.
 
     A name is a class of the same name, of the same name in other capitals (NEGATIVE), or a number in place of a name.
 

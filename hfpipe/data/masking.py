@@ -23,7 +23,7 @@ WORD = 1 << 28  # the bit of a token that begins a word, above the tokens of any
 
 @dataclass(frozen=True)
 class Frame:
-    """What a tokenizer puts around a text: [CLS] and [SEP], or <s> and </s>.
+    """The special tokens that a tokenizer puts around a text: [CLS] and [SEP], or <s> and </s>.
 
     Args:
         before: Tokens in front.

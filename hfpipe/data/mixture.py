@@ -1,4 +1,4 @@
-"""What a stage draws from: its own sources by their weights, and the sources of a stage that it replays."""
+"""The mixture that a stage draws from: its own sources by their weights, and the sources of a stage that it replays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model answers to the rows of a suite: the likelihood of a text, a choice, a class, generated words.
+"""Asks a model the rows of a suite: the likelihood of a text, a choice, a class, generated words.
 
 Each function gives one answer a row of this rank's share, in its order; None for a row that cannot be scored.
 """
@@ -52,14 +52,15 @@ WINDOW = 2048  # tokens that a model without a known context reads at once, as i
 
 
 def asked_of(suite: Suite, rows: Rows) -> list[str]:
-    """What the models are for that can answer a suite, keys of `AUTO_CLASSES`."""
+    """Returns the kinds of models that can answer a suite, keys of `AUTO_CLASSES`."""
     if MASKED_METRICS.intersection(suite.metrics):
         return ["masked"]
     return list(format_of(rows[0]).tasks)
 
 
 def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
-    """Whether a suite asks what a model can answer: classes of a classifier, masked tokens of an encoder, else text.
+    """Returns True if a suite asks what a model can answer: classes of a classifier, masked tokens of an encoder, else
+    text.
 
     A head does not exist before its stage, so a classifier's suite has no score on the base.
     """
@@ -74,7 +75,7 @@ def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
 
 
 def tells_apart(rows: Rows, problem: str | None, names: list[str]) -> bool:
-    """Whether a classifier has any of the classes of a suite; the stages of a run may have different ones."""
+    """Returns True if a classifier has any of the classes of a suite; the stages of a run may have different ones."""
     if problem == "regression" or isinstance(rows[0]["label"], float):
         return problem == "regression" and isinstance(rows[0]["label"], float)
     return bool(known_names([row["label"] for row in rows], names))
@@ -171,7 +172,7 @@ def _stereotype_pair(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer
 
 
 def _stereotypes(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """What StereoSet's scripts give the stereotype, the anti-stereotype and the unrelated sentence.
+    """Scores the stereotype, the anti-stereotype and the unrelated sentence as StereoSet's scripts do.
 
     Of a causal model the log-likelihood per token; of an encoder the mean probability of the tokens in the blank.
     """
@@ -288,7 +289,7 @@ def _generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any
 
 
 def _masked(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """What an encoder says to the masked tokens of each row's text."""
+    """Lets an encoder predict the masked tokens of each row's text."""
     if "text" not in rows[0]:
         raise RecipeError(f"the metrics {', '.join(suite.metrics)} mask tokens of a text: their suite needs `text`.")
     numbers = range(ranks.rank(), len(rows), ranks.ranks())
@@ -334,7 +335,7 @@ ANSWERS = {
 
 
 def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """What a model answers to all rows of a suite; each is asked on one rank.
+    """Returns a model's answers to all rows of a suite; each is asked on one rank.
 
     Args:
         need: What the metric needs, a key of `ANSWERS`.
@@ -360,7 +361,7 @@ def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) 
 def classify(
     model: Any, texts: Sequence[str], tokenizer: Any, max_length: int, batch_size: int
 ) -> list[tuple[Label, float]]:
-    """What a classifier says about each text.
+    """Returns the class that a classifier gives each text, and its score.
 
     Args:
         model: A classifier in evaluation mode.

@@ -95,7 +95,8 @@ def encode_sentence(text: str, tokenizer: Any, max_length: int | None) -> list[E
 
 
 def encode_blank(context: str, text: str, tokenizer: Any) -> list[Encoded]:
-    """What fills the blank of a sentence, for an encoder: a text for each of its tokens, as in StereoSet's script.
+    """Encodes the word that fills the blank of a sentence, for an encoder: a text for each of its tokens, as in
+    StereoSet's script.
 
     The word at the blank, without punctuation, is filled in from the left, one token more each time; the next token is
     the target.

@@ -37,7 +37,7 @@ def by_length(lengths: Sequence[int], batch_size: int, most_tokens: int | None =
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model gives the targets of a row.
+    """The likelihood that a model gives the targets of a row.
 
     Args:
         bits: Bits that it spends on them, the negative logarithm of their probability.

@@ -20,7 +20,8 @@ BOOTSTRAP = 1000  # for the standard errors of the metrics that have no formula
 
 
 def harness_rows(suite: Suite) -> list[dict[str, Any]]:
-    """What a task asks, as rows of text: they are looked for in the training data like those of any suite.
+    """Returns the questions of a task as rows of text: they are looked for in the training data like those of any
+    suite.
 
     Raises:
         MachineError: lm-eval is not installed, or the task's data cannot be had.

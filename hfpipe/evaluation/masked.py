@@ -1,4 +1,4 @@
-"""What a suite asks of an encoder: tokens of held-out text that are masked."""
+"""Suites for an encoder: predicting masked tokens of held-out text."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """What is asked about a row.
+    """The question of a row and its endings.
 
     Args:
         choices: The texts to choose from.
@@ -35,7 +35,7 @@ class Choice:
 
 
 def choice_form(row: Row, suite: Suite, common: Sequence[str] | None) -> Choice:
-    """What is asked about a row.
+    """Returns the question of a row and its endings.
 
     Args:
         row: A row of a suite, as `plain_choices` leaves it.

@@ -1,4 +1,4 @@
-"""What an encoder-decoder model answers to rows of source + target; see answers.py, which asks it."""
+"""Asks an encoder-decoder model the rows of source + target; called by answers.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pair_likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer:
 
 
 def pair_generation(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """What the model says to each row's source, and the row's target."""
+    """Generates the model's answer to each row's source, and returns it with the row's target."""
     set_languages(tokenizer, suite.data)
     options = dict(suite.generation)
     if "max_new_tokens" not in options and "max_length" not in options:
@@ -119,7 +119,7 @@ def target_likelihoods(model: Any, pairs: Sequence[Pair], pad_token_id: int, bat
 def generate_targets(
     model: Any, sources: Sequence[str], tokenizer: Any, batch_size: int, max_length: int, options: dict[str, Any]
 ) -> list[str]:
-    """What an encoder-decoder model says to each source, without sampling unless the options ask for it.
+    """Generates an encoder-decoder model's answer to each source, without sampling unless the options ask for it.
 
     What the options do not say is the model's own generation_config.json (beams, forbidden words). A language code
     before or behind the target is given, as `target_marks` has it.

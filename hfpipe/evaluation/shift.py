@@ -193,7 +193,7 @@ def token_divergence(one: Sequence[str], other: Sequence[str], tokenizer: Any) -
 
 
 def domain_auc(one: Sequence[str], other: Sequence[str], seed: int) -> dict[str, float] | None:
-    """How well a linear classifier on hashed character n-grams tells two samples apart, on texts it has not seen.
+    """Returns the AUC of a linear classifier on hashed character n-grams between two samples, on texts it has not seen.
 
     Args:
         one: Texts.

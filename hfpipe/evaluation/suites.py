@@ -57,7 +57,7 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
 
 
 def _has_content(row: dict[str, Any]) -> bool:
-    """Whether no text of a row is empty; what is right may be a 0, and only what is missing is empty."""
+    """Returns True if no text of a row is empty; what is right may be a 0, and only what is missing is empty."""
     texts = {key: value for key, value in row.items() if key not in ("id", COMPLETION_TURNS, *BESIDE_MESSAGES)}
     return all(value is not None if key in ("label", "answer") else value for key, value in texts.items())
 
@@ -178,7 +178,7 @@ def _cuts(records: Sequence[dict[str, Any]], need: str) -> list[str]:
 
 
 def _asked(row: dict[str, Any]) -> dict[str, str]:
-    """What a row asks, cut to what a person reads in a report; nothing of a row that is text alone."""
+    """Returns the question of a row, cut to the length that a report shows; nothing for a row that is text alone."""
     text = question_of(row)
     return {"asked": text[:ASKED]} if text else {}
 
@@ -206,7 +206,7 @@ def compare_rows(suite: Suite, before: list[dict[str, Any]], after: list[dict[st
 
 
 def _pairs(metric: Any, records: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """What a metric takes as predictions and references."""
+    """Returns the predictions and references that a metric takes."""
     need, (one, other) = needs_of(metric), getattr(metric, "takes", ("prediction", "reference"))
     return [record[need][one] for record in records], [record[need][other] for record in records]
 
@@ -252,7 +252,7 @@ def _compute(
 
 
 def baselines(metric: Any, references: Sequence[Any]) -> dict[str, float]:
-    """What answers without a model score on the labels of a suite, for models that come without a head for them.
+    """Returns the scores on a suite's labels of answers without a model, for models that come without a head for them.
 
     Args:
         metric: One of ours that takes predicted and right labels; others have none.

@@ -115,7 +115,7 @@ def _pushed_files(made: Path, suffixes: set[str]) -> list[Path]:
 
 
 def pushed_suffixes(recipe: Recipe) -> set[str]:
-    """What files are pushed; of a model whose code is not in transformers, that code as well: nothing loads without."""
+    """Returns the suffixes of the files that are pushed, a model's own code included where transformers lacks it."""
     return PUSHED | ({".py"} if recipe.model.trust_remote_code else set())
 
 

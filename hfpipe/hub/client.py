@@ -42,7 +42,7 @@ def logged_in(patience: Patience | None = None) -> HfApi:
 
 
 def who_may_write(api: HfApi) -> dict[str, Any]:
-    """What the Hub says of the token's owner.
+    """Asks the Hub for the token's owner.
 
     Raises:
         MachineError: The token may only read.
@@ -66,7 +66,9 @@ def full_name(repo_id: str, me: dict[str, Any]) -> str:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether trying again soon may help: the Hub is busy, a connection broke, somebody committed at the same time."""
+    """Returns True if trying again soon may help: the Hub is busy, a connection broke, somebody committed at the same
+    time.
+    """
     status, error = status_of(error), unwrapped(error)
     if isinstance(error, NoAnswer):
         return False
@@ -82,7 +84,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, repo_id: str) -> str:
-    """What happened to a push and what helps, in one or two sentences."""
+    """Tells in one or two sentences what happened to a push and what helps."""
     if known := trouble(error):
         return known
     status, reason = status_of(error), told(error)

@@ -1,4 +1,5 @@
-"""What a run takes from the Hub, by commit: found at the first start, kept in hub.json for the life of the run.
+"""Pins everything that a run takes from the Hub to a commit: found at the first start, kept in hub.json for the run's
+life.
 
 So a data set that moves on does not change a run under way, and the run folder's recipe.yaml repeats the run.
 """

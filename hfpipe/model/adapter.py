@@ -136,7 +136,7 @@ def continue_adapter(model: Any, folder: str) -> PeftModel:
 
 
 def _trains_in_float32(model: Any) -> bool:
-    """Whether an adapter is kept in float32 on a base of half precision."""
+    """Returns True if an adapter is kept in float32 on a base of half precision."""
     # With ZeRO-3 all parameters that are gathered together have one type: https://github.com/huggingface/trl/issues/6089
     return not is_deepspeed_zero3_enabled() or getattr(model, "hf_quantizer", None) is not None
 

@@ -55,6 +55,6 @@ def outermost(modules: Sequence[str]) -> list[str]:
 
 
 def is_classifier(model: Any) -> bool:
-    """Whether a model, or the one below an adapter, has a classification head."""
+    """Returns True if a model, or the one below an adapter, has a classification head."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__name__.endswith(SUFFIX)

@@ -95,7 +95,7 @@ class AdapterDial:
             require_equal(before, probe(self.at(0.0), tokenizer, texts), loaded.dtype, f"{trained.path} at strength 0")
 
     def _parents(self, base: dict[str, torch.Tensor], new: list[str]) -> dict[str, torch.Tensor]:
-        """What the base has in the place of every tensor that is not the adapter's alone; a new module is its own."""
+        """Returns the base's tensor for every tensor that is not the adapter's alone; a new module is its own."""
         parents = {}
         own = {*SCALED[self.kind], *KEPT[self.kind], *MULTIPLIED.get(self.kind, ()), MAGNITUDE}
         for name, tensor in self.tensors.items():
@@ -117,7 +117,7 @@ class AdapterDial:
         return parents
 
     def _rows(self, module: str) -> list[int]:
-        """Which rows of an embedding the adapter trains."""
+        """Returns the rows of an embedding that the adapter trains."""
         rows = self.config.get("trainable_token_indices") or self.config.get("token_indices")
         if isinstance(rows, dict):
             return next(value for name, value in rows.items() if module.endswith(name))

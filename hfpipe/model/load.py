@@ -107,7 +107,7 @@ def free_memory(place: torch.device) -> int:
 
 
 def has_room(size: int, free: int) -> bool:
-    """Whether a model of `size` bytes may go where `free` bytes are, and leave some to compute in."""
+    """Returns True if a model of `size` bytes may go where `free` bytes are, and leave some to compute in."""
     return size + size // 10 + 2**28 <= free
 
 
@@ -201,7 +201,7 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
 
 
 def pickles_only(path: str) -> str:
-    """What to say of a model without weights as safetensors."""
+    """Returns the message for a model without weights as safetensors."""
     return (
         f"model {path!r} has no weights as safetensors, and hfpipe reads nothing else: a pickle can run any code. Look "
         "on its page for a converted branch (a pull request of SFconvertbot) and name it: `revision: refs/pr/NUMBER`. "
@@ -252,7 +252,7 @@ def load_tokenizer(
 
 
 def task_of_type(model_type: str) -> str:
-    """What models of a type are for, as they are pretrained: a key of `AUTO_CLASSES`. BART is in both tables."""
+    """Returns the task that models of a type are pretrained for: a key of `AUTO_CLASSES`. BART is in both tables."""
     if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return "seq2seq"
     return "masked" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
@@ -283,12 +283,12 @@ def config_of(ref: ModelRef) -> Any:
 
 
 def is_quantized(config: Any) -> bool:
-    """Whether the files of a model are in few bits already."""
+    """Returns True if the files of a model are in few bits already."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def task_of(ref: ModelRef) -> str:
-    """What the model of a `ModelRef` was made for: a key of `AUTO_CLASSES`."""
+    """Returns the task that the model of a `ModelRef` was made for: a key of `AUTO_CLASSES`."""
     if ref.is_adapter:
         adapter = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
         task = ADAPTER_TASKS.get(adapter.get("task_type"))
@@ -394,6 +394,6 @@ def _modules_of(info: dict[str, Any]) -> list[str]:
 
 
 def is_masked(model: Any) -> bool:
-    """Whether a model, or the one below an adapter, fills in masks."""
+    """Returns True if a model, or the one below an adapter, fills in masks."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__name__.endswith("ForMaskedLM")

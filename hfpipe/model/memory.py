@@ -69,7 +69,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Device:
-    """What of a device decides how much memory a step takes.
+    """The facts of a device that decide how much memory a step takes.
 
     Args:
         kind: "cpu" or "cuda".

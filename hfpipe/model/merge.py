@@ -51,7 +51,7 @@ NO_LOSS = 1e-5  # nats per token that come of the order of sums
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """What a merge came to.
+    """The result of a merge.
 
     Args:
         base: What the adapter was merged into: `FULL` or `DEQUANTIZED`.

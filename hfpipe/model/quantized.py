@@ -115,7 +115,7 @@ def _held(model: Any, fresh: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def _quantized(quantizer: Any, shapes: Any, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of a layer in few bits, without its bias.
+    """Returns the tensors that a checkpoint holds of a quantized layer, without its bias.
 
     Args:
         quantizer: transformers', of bitsandbytes.

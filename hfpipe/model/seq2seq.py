@@ -120,7 +120,7 @@ def most_tokens(model: Any) -> float:
 
 
 def decoder_input(model: Any, labels: torch.Tensor) -> torch.Tensor:
-    """What the decoder reads while it learns to say labels (B, L), padded with -100: the same, one place later.
+    """Labels (B, L), padded with -100, shifted right by one place: the decoder's input (teacher forcing).
 
     The model's own way of it, which for mBART turns the language code round. M2M100, and so NLLB, has no such method.
     """

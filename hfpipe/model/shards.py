@@ -50,7 +50,7 @@ def bytes_of(model: Any) -> int:
 
 
 def _saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """What parameters are called in the files, without those that transformers makes other tensors of (experts)."""
+    """Maps parameters to their names in the files, without those that transformers makes other tensors of (experts)."""
     given = {name: model.get_parameter(name) for name in names}
     reverted = revert_weight_conversion(model, dict(given))
     found = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reverted.items()}

@@ -47,7 +47,7 @@ def give_words(tokenizer: Any, words: Mapping[str, Any]) -> None:
 
 
 def template_warning(tokenizer: Any, block: Tokenizer | None) -> str | None:
-    """What to say of a recipe's chat template whose marks are no tokens: the model reads them in pieces, as text."""
+    """Warns of a recipe's chat template whose marks are no tokens: the model reads them in pieces, as text."""
     if block is None or block.chat_template is None:
         return None
     known = tokenizer.get_vocab()

@@ -86,7 +86,7 @@ def run_tokenizer(recipe: Recipe) -> Any:
 
 
 def _task(recipe: Recipe) -> str:
-    """What the base is for, a key of `AUTO_CLASSES`."""
+    """Returns the task of the base, a key of `AUTO_CLASSES`."""
     options = recipe.model
     if options.architecture is not None:
         return task_of_type(str(options.architecture.get("model_type")))
@@ -158,7 +158,7 @@ def _facts_of(
 
 
 def _marks(sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
-    """What is wrong with the beginnings and ends of the first rows of a source, in plain words."""
+    """Lists in plain words the faults of the beginnings and ends of a source's first rows."""
     encoded = encode_rows(sample, stage, tokenizer, None, 0, source)
     ids = [row["input_ids"] for row in encoded]
     trained = [[token for token in row["labels"][-3:] if token != IGNORED] for row in encoded]  # a line feed may follow

@@ -1,4 +1,4 @@
-"""What a run folder keeps beside its results, shown and removed: `hfpipe clean RUN [--yes]`."""
+"""Shows and removes the files that a run folder keeps beside its results: `hfpipe clean RUN [--yes]`."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Run:
         return self.folder / "stages" / name
 
     def is_done(self, name: str) -> bool:
-        """Whether a stage is trained as the recipe has it now."""
+        """Returns True if a stage is trained as the recipe has it now."""
         return read_json(self.stage_folder(name) / "done.json").get("hash") == self.hashes[name]
 
     def trained(self, name: str) -> ModelRef:

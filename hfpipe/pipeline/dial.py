@@ -208,7 +208,7 @@ def best_of(points: Sequence[dict[str, Any]]) -> float | None:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """What the dial says, in a sentence or two."""
+    """Returns the dial's verdict, in a sentence or two."""
     best, kept = found["best"], found["kept"]
     points = {one["strength"]: one for one in found["points"]}
     if best is None:
@@ -239,7 +239,7 @@ def _estimate(one: dict[str, Any], key: str) -> Estimate | None:
 
 
 def _no_less(one: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Whether a strength gains as much as the best one within the standard error of the best one's gain."""
+    """Returns True if a strength gains as much as the best one within the standard error of the best one's gain."""
     return one["gain"] is not None and best["gain"] - one["gain"] <= best["gain_stderr"]
 
 
@@ -330,7 +330,7 @@ class _Sweep:
         return []
 
     def _instead_of_the_parent(self, suite: str) -> dict[str, Path]:
-        """What strength 0 gave, under the parent's name, for a suite that the parent could not be scored on."""
+        """Strength 0's scores under the parent's name, for a suite that the parent could not be scored on."""
         if any(score.suite == suite and score.stage == self.parent for score in self.earlier):
             return {}
         return {self.parent: predictions_at(self.run.stage_folder(self.name), 0)}

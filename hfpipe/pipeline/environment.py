@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, launch. It goes into environment.json; no variable's value, so no secret."""
+"""The versions, hardware and launch of a run, for environment.json; no variable's value, so no secret."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _lend_base(first: Path, folder: Path) -> None:
 
 
 def _shared_share(recipe: Recipe) -> float:
-    """What one more repeat cannot average away: folds are trained on much the same rows.
+    """Returns the share of variance that one more repeat cannot average away: folds are trained on much the same rows.
 
     Nadeau and Bengio (2003, doi:10.1023/A:1024068626366) add the held-out rows per trained row to the variance of the
     mean, in units of the variance of one fold.

@@ -1,4 +1,4 @@
-"""What a run needs, in the order in which it is asked: once by `run` before it begins, and once by `check`.
+"""The requirements of a run, in the order of asking: asked once by `run` before it begins, and once by `check`.
 
 `require_start` asks what can be known before a model or a row is loaded, `require_training` the rest. What is refused
 here costs nothing; a chain of hours must not end at its third stage over what its first rows say.
@@ -36,7 +36,7 @@ def output_folder(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the requirements of the training are judged by.
+    """The data and models that the requirements of the training are judged by.
 
     Args:
         recipe: The recipe.
@@ -57,7 +57,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Answers:
-    """What was learned on the way.
+    """Facts learned while the requirements were asked.
 
     Args:
         hub: A line for each repository that is pushed to.

@@ -1,4 +1,4 @@
-"""What was trained before: found again after a recipe has changed, and continued where only its length has.
+"""Finds earlier training again after a recipe has changed, and continues it where only its length has.
 
 A stage folder belongs to one version of its stage, by the hash in its stage.json. The folder of another version is
 moved aside to `stages/<stage>.<hash>`; it comes back when its recipe does. A run deletes none of them: `hfpipe clean`

@@ -218,7 +218,7 @@ def _predict(run: Run, stage: Stage, start: ModelRef, cost: CostMeter, longest: 
 
 
 def _over_budget(recipe: Recipe, scores: list[Score], stage: str) -> str | None:
-    """What a stage lost above a budget, in words; None where it is inside all of them."""
+    """Tells in words what a stage lost above a budget; None where it is inside all of them."""
     line = of_lineage(scores, recipe.lineage(stage))
     for name, suite in recipe.evaluate.items():
         judged = judge_budget(line, stage, name, suite)

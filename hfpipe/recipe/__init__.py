@@ -1,4 +1,4 @@
-"""What a recipe may say: its words, loading and overrides, every fault at once. Imports no heavy library."""
+"""The recipe: its words, loading and overrides, every fault at once. Imports no heavy library."""
 
 from hfpipe.recipe.config import (
     CrossValidation,

@@ -1,4 +1,4 @@
-"""What values an annotation allows, read from its source: `Optional[Union[list[str], str]]`, `SchedulerType | str`.
+"""Reads the values that an annotation allows from its source: `Optional[Union[list[str], str]]`, `SchedulerType | str`.
 
 An annotation that is not understood allows anything: the library itself has the last word.
 """
@@ -139,7 +139,7 @@ def _word_of(value: Any) -> str:
 
 
 def fits(value: Any, kinds: tuple[Kind, ...], *, exact: bool = False) -> bool:
-    """Whether a value is of one of the kinds.
+    """Returns True if a value is of one of the kinds.
 
     Args:
         value: The recipe's value.
@@ -169,7 +169,7 @@ def _matches(value: Any, choice: Any) -> bool:
 
 
 def explain(value: Any, kinds: tuple[Kind, ...]) -> str:
-    """What was found and what is allowed, for a value that does not fit."""
+    """Names the value found and the values allowed, for a value that does not fit."""
     near = nearest(value, _words(kinds)) if isinstance(value, str) else None
     if isinstance(value, int) and not isinstance(value, bool) and any(kind.word == "float" for kind in kinds):
         return f"found the number {value}; this library asks for a float. Did you mean {value}.0?"

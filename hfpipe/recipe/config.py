@@ -209,7 +209,7 @@ class Suite(Words):
 
 
 class Push(Words):
-    """What goes to the Hub when the run is done."""
+    """The artifact that goes to the Hub when the run is done."""
 
     repo_id: RepoId
     what: Literal["adapter", "model", "merged", "both"] = Field(
@@ -239,7 +239,7 @@ class Push(Words):
 
 
 class Merge(Words):
-    """How much a merge may change the model, where the adapter was trained on a quantized base."""
+    """The bounds on how much a merge may change the model, where the adapter was trained on a quantized base."""
 
     max_loss: float = Field(
         0.1, ge=0, description="nats per token that the merged model may lose against the adapter on held-out texts"
@@ -247,7 +247,7 @@ class Merge(Words):
 
 
 class Energy(Words):
-    """How the energy of training is measured, where codecarbon is installed."""
+    """The way to measure the energy of training, where codecarbon is installed."""
 
     country_iso_code: str | None = Field(
         None, description="the country that the electricity comes from, in three letters such as DEU; CO2 needs it"
@@ -255,7 +255,7 @@ class Energy(Words):
 
 
 class Shift(Words):
-    """How the shift between training data and suites is measured."""
+    """The way to measure the shift between training data and suites."""
 
     rows: int = Field(500, gt=0, description="rows of each stage and suite that are looked at")
 
@@ -314,7 +314,9 @@ class Recipe(Words):
         return self.stages[number].parent or (self.stages[number - 1].name if number else BASE)
 
     def lineage(self, stage: str) -> list[str]:
-        """What a stage came from, the base first and itself last; not the stages beside it, from the same parent."""
+        """Returns the ancestors of a stage, the base first and itself last; not the stages beside it, from the same
+        parent.
+        """
         return [BASE] if stage == BASE else [*self.lineage(self.parent_of(stage)), stage]
 
 
@@ -339,7 +341,7 @@ BUILDERS = {
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name is a Hub id, and not a folder of this machine."""
+    """Returns True if a name is a Hub id, and not a folder of this machine."""
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 

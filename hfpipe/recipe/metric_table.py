@@ -104,5 +104,5 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def is_elsewhere(name: str) -> bool:
-    """Whether a name that is not ours goes to `evaluate.load`."""
+    """Returns True if a name that is not ours goes to `evaluate.load`."""
     return name in HUB_METRICS or "/" in name or "\\" in name or name.endswith(".py")

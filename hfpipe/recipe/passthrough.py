@@ -88,7 +88,9 @@ def check_block(
 
 
 def stage_fields(kind: str) -> Fields | None:
-    """What `training` of a stage takes: its arguments class, and hfpipe's lengths where that class has none."""
+    """Returns the fields of `training` of a stage: its arguments class's, and hfpipe's lengths where that class has
+    none.
+    """
     fields = training_fields(kind)
     own = {"max_length": Field("max_length", ast.Constant("int"), help="tokens of a row")}
     if kind == "translation":

@@ -1,4 +1,4 @@
-"""What a recipe pushes, and where: known before anything is trained."""
+"""Plans which artifact a recipe pushes, and where: known before anything is trained."""
 
 from __future__ import annotations
 

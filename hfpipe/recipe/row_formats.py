@@ -233,7 +233,7 @@ def question_of(row: Mapping[str, Any]) -> str:
 
 
 def is_trained(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn of a conversation may be trained on: its own `train: false` or `weight: 0` says no."""
+    """Returns True if a turn of a conversation may be trained on: its own `train: false` or `weight: 0` says no."""
     return turn.get("train") is not False and turn.get("weight") != 0
 
 

@@ -55,7 +55,9 @@ class Field:
 
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
-        """What it takes; empty for anything. Worked out for the keys of a recipe only: an enum may be files away."""
+        """Returns the kinds of value it takes; empty for anything. Worked out for a recipe's keys only: an enum may be
+        files away.
+        """
         kinds = kinds_of(self.annotation, partial(enum_members, self.module))
         if kinds == (Kind("str"),) and self.choices:
             kinds = (Kind("str", self.choices),)
@@ -110,7 +112,7 @@ def peft_fields(type: str) -> Fields | None:
 
 @cache
 def is_prompt_learning(type: str) -> bool:
-    """Whether a type of adapter is tokens before the prompt and no change of the weights."""
+    """Returns True if a type of adapter is tokens before the prompt and no change of the weights."""
     located = find_class(f"peft.tuners.{type}", peft_types().get(type, ""))
     return located is not None and any(node.name == "PromptLearningConfig" for _, node in ancestry(*located))
 
@@ -324,7 +326,7 @@ def _taken_from_kwargs(module: str, node: ast.ClassDef) -> Iterator[str]:
 
 
 def _parameters_of_init(module: str, node: ast.ClassDef) -> list[str]:
-    """What a class that is no dataclass takes: the parameters of its own `__init__`."""
+    """Returns the parameters of a class's own `__init__`, for a class that is no dataclass."""
     arguments = [method.args for method in methods_of(module, node) if method.name == "__init__"]
     return [argument.arg for every in arguments for argument in (*every.args[1:], *every.kwonlyargs)]
 

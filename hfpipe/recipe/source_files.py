@@ -25,12 +25,14 @@ def file_kind(name: str) -> str | None:
 
 
 def is_local_name(path: str) -> bool:
-    """Whether a path can mean nothing but files of this machine: by how it begins, by its ending, or as a pattern."""
+    """Returns True if a path can mean nothing but files of this machine: by how it begins, by its ending, or as a
+    pattern.
+    """
     return path.startswith(("./", "../", "/", "~", "$")) or file_kind(path) is not None or is_pattern(path)
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path is a pattern such as `data/*.jsonl`."""
+    """Returns True if a path is a pattern such as `data/*.jsonl`."""
     return "://" not in path and any(sign in path for sign in "*?[")
 
 

@@ -59,7 +59,7 @@ def parsed(module: str, *, bodies: bool = False) -> ast.Module:
 
 @cache
 def _names(module: str) -> dict[str, ast.ClassDef | ast.ImportFrom]:
-    """What the top level of a module defines or imports, also inside `if` and `try`."""
+    """Returns the names that the top level of a module defines or imports, also inside `if` and `try`."""
     names: dict[str, ast.ClassDef | ast.ImportFrom] = {}
     statements: list[ast.stmt] = list(parsed(module).body)
     while statements:
@@ -108,7 +108,7 @@ def ancestry(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDe
 
 
 def is_whole(module: str, node: ast.ClassDef) -> bool:
-    """Whether every base that may hold fields was found; without one, right keys would look wrong."""
+    """Returns True if every base that may hold fields was found; without one, right keys would look wrong."""
     bases = [base.id for base in node.bases if isinstance(base, ast.Name) and re.search("Config|Arguments", base.id)]
     located = [find_class(module, base) for base in bases]
     return all(found is not None and is_whole(*found) for found in located)

@@ -104,7 +104,7 @@ class Fold(Words):
 
 
 class Deduplicate(Words):
-    """How alike documents must be to be one."""
+    """The likeness at which two documents count as one."""
 
     near: Share = Field(0.8, ge=0.5, lt=1, description="least Jaccard similarity of their word 5-grams")
 
@@ -157,7 +157,7 @@ class Source(Words):
 
     @property
     def title(self) -> str:
-        """What it is called where a person reads it: the path, and the configuration that a data set of many has."""
+        """Its name where a person reads it: the path, and the configuration that a data set of many has."""
         name = self.passed_through.get("name")
         return f"{self.path} {name}" if name is not None else self.path
 
@@ -169,7 +169,7 @@ class Source(Words):
 
     @property
     def cleaned(self) -> bool:
-        """Whether rows are removed before training."""
+        """True if rows are removed before training."""
         return self.deduplicate is not None or self.decontaminate
 
     @property
@@ -182,7 +182,7 @@ class Source(Words):
 
 
 class Quantization(Words):
-    """How the frozen base of an adapter is stored while it trains; bitsandbytes' own names go below `type`."""
+    """The storage of an adapter's frozen base while it trains; bitsandbytes' own names go below `type`."""
 
     type: Literal["nf4", "int8", "none"]
     bnb_4bit_use_double_quant: bool = True
@@ -252,12 +252,12 @@ class StageBase(Words):
 
     @property
     def task(self) -> str:
-        """What the model that the stage leaves is for: `causal`, `masked` or `classification`."""
+        """The task of the model that the stage leaves: `causal`, `masked` or `classification`."""
         return "causal"
 
     @property
     def method(self) -> str:
-        """What is trained, in a word: full, LoRA, or PEFT's name of another adapter."""
+        """Names in a word what is trained: full, LoRA, or PEFT's name of another adapter."""
         if self.adapter is None:
             return "full"
         return "LoRA" if self.adapter["type"] == "lora" else str(self.adapter["type"])

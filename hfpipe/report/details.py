@@ -86,7 +86,7 @@ def _tallied(facts: Mapping[str, Any], kind: str) -> str:
 
 
 def _selection_section(folder: Path, recipe: Recipe) -> Section | None:
-    """Which checkpoint early stopping chose for each stage."""
+    """Returns the checkpoint that early stopping chose for each stage."""
     rows = []
     for stage in recipe.stages:
         if chosen := read_json(folder / "stages" / stage.name / "done.json").get("early_stopping"):
@@ -161,7 +161,7 @@ def _overlap_section(folder: Path) -> Section | None:
 
 
 def _shift_section(folder: Path) -> Section | None:
-    """How far each stage's training data lies from the general text and from the suites of its task."""
+    """Returns the distance of each stage's training data from the general text and from the suites of its task."""
     rows, readings = [], []
     for pair in read_json(folder / "shift.json").get("pairs", []):
         auc = pair["auc"]

@@ -109,7 +109,7 @@ def _less(found: Comparison) -> bool:
 
 
 def _how(method: str, strength: float | None) -> str:
-    """How a stage was trained, and at which strength it is handed on."""
+    """Describes how a stage was trained, and at which strength it is handed on."""
     return ("all weights" if method == "full" else method) + ("" if strength is None else f", dialled to {strength:g}")
 
 

@@ -72,7 +72,7 @@ class Usage:
 
 
 def usage_in_run(run: Path, recipe: Recipe, stage: str, folder: Path) -> Usage:
-    """How to use what a stage left in a folder of the run, from where the command was started."""
+    """Code that uses the model in a folder of the run, from where the command was started."""
     config, adapter = (read_json(folder / name) for name in ("config.json", "adapter_config.json"))
     known = read_json(run / "environment.json").get("base") or {}
     base, revision = recipe.model.id, known.get("revision")

@@ -87,7 +87,7 @@ class Score:
 
     @property
     def merit(self) -> float:
-        """How good the score is, whatever its direction: more is better."""
+        """The score with its direction turned so that more is better."""
         if self.ideal is not None:
             return -abs(self.value - self.ideal)
         return self.value if self.higher_is_better else -self.value
@@ -299,7 +299,7 @@ def _scored_before(scores: Sequence[Score], stage: str, key: Key) -> list[Score]
 
 @dataclass(frozen=True)
 class Budget:
-    """How the scores of one suite stand to its budget.
+    """Compares the scores of one suite with its budget.
 
     Args:
         over: Changes whose loss is told to be above the budget.

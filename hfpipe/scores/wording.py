@@ -103,7 +103,7 @@ def change_words(change: Change) -> ChangeWords:
 
 
 def _size(change: Change) -> tuple[str, str]:
-    """How much better or worse, and the interval of that."""
+    """Says by how much a score is better or worse, and the interval of that."""
     after, way = change.after, "better" if change.gain > 0 else "worse"
     if change.gain == 0:
         return ("unchanged" if change.difference == 0 else f"as far from {after.ideal:g}"), ""

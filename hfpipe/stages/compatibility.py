@@ -1,4 +1,4 @@
-"""Whether data, stages, suites and model fit together: looked at before anything is trained, by `run` and `check`.
+"""Checks that data, stages, suites and model fit together, before anything is trained, for `run` and `check`.
 
 A chain of hours must not end at its third stage over what its first rows say.
 """
@@ -211,7 +211,7 @@ def _unanswered(suite: Suite, rows: Rows, task: str, recipe: Recipe, heads: Mapp
 
 
 def long_rows(stage: Stage, model: Any) -> str | None:
-    """What to say of rows that are longer than what a model with computed positions was made for."""
+    """Warns of rows that are longer than the length that a model with computed positions was made for."""
     asked, context = stage.training.get("max_length"), context_of(model)
     if asked is None or context is None or asked <= context:
         return None

@@ -1,4 +1,4 @@
-"""What a stage is given to run."""
+"""The context that a stage is given to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training cost: time, devices, tokens, FLOPs, and energy by codecarbon where it is installed.
+"""The cost of training: time, devices, tokens, FLOPs, and energy by codecarbon where it is installed.
 
 Every attempt at a stage leaves one record in the stage's cost.json, rewritten at each log line and checkpoint, so that
 an attempt which is killed counts as far as it was logged, and the sum over the attempts is what the stage really cost.

@@ -79,7 +79,7 @@ class StopWhenNotFinite(TrainerCallback):
             self._stop(state.global_step, 0, torch.tensor(True))
 
     def _not_finite(self) -> torch.Tensor:
-        """Whether the step's loss or gradient norm is no number, on the device."""
+        """Returns a flag on the device: True if the step's loss or gradient norm is not finite."""
         assert self._sum is not None
         found = ~torch.isfinite(self._sum)
         scaled = self.trainer.accelerator.scaler is not None  # fp16: it leaves out steps whose gradients overflow

@@ -85,7 +85,8 @@ class Selection(TrainerCallback):
             control.should_training_stop = True
 
     def facts(self) -> dict[str, Any]:
-        """What was chosen, for done.json: the suite and metric, `step`, `value`, and every evaluation as (step, value).
+        """Returns the choice, for done.json: the suite and metric, `step`, `value`, and every evaluation as (step,
+        value).
 
         The score on this suite is the best of several, so it flatters the model; the report says so.
         """

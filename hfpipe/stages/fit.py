@@ -41,7 +41,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a stage needs, and what there is.
+    """The memory that a stage needs, and the memory that there is.
 
     Args:
         stage: The stage.
@@ -222,7 +222,7 @@ def fitted(recipe: Recipe, fit: Fit) -> tuple[Stage, list[str]]:
 
 
 def refusal(fit: Fit, recipe: Recipe, why: str = "") -> str:
-    """What to say of a stage that does not fit, with the ranked remedies."""
+    """Returns the message for a stage that does not fit, with the ranked remedies."""
     assert fit.memory is not None
     ranked = [
         f"{number}. {remedy.text} -> {_gib(remedy.memory.total) if remedy.memory else 'unknown'} GiB ({remedy.cost})"

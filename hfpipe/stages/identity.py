@@ -1,4 +1,4 @@
-"""Which words of a stage decide its weights. Two recipes that agree on them share what was trained.
+"""The words of a stage that decide its weights. Two recipes that agree on them share what was trained.
 
 A word counts unless it is listed here: a word that is new in a later version of the libraries trains a stage again
 rather than pass for one that does nothing. Words that change the order of sums only (how a batch is divided, what is

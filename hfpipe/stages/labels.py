@@ -38,7 +38,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Head:
-    """What a classification stage trains a head for.
+    """The classes that a classification stage trains a head for.
 
     Args:
         problem: transformers' word for it.

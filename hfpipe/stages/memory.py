@@ -118,7 +118,7 @@ def setting_of(
 
 
 def _sharding(stage: Stage) -> str:
-    """How accelerate was told to spread the weights over the ranks."""
+    """Returns accelerate's plan of spreading the weights over the ranks."""
     if stage.training.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return "fsdp"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -304,5 +304,5 @@ def available(device: str) -> tuple[int, str]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory, on a GPU or in the machine."""
+    """Returns True if an error says that there is no more memory, on a GPU or in the machine."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

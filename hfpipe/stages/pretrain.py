@@ -101,7 +101,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
 
 
 def _waste(found: dict[str, Any]) -> str:
-    """What was read, and how much of it was padded and cut, in a line of the log."""
+    """Returns a line of the log: the tokens read, and the shares padded and cut."""
     unequal = found["padding_share"] > MUCH_PADDING and found["lanes"] > ranks.ranks()
     return (
         f"  {found['tokens']:,} tokens, {found['documents']:,} documents; padding {found['padding_share']:.2%}"
@@ -118,7 +118,7 @@ def _ended_early(step: int, max_steps: int) -> str:
 
 
 def _whole_epochs(stage: Pretrain) -> int | None:
-    """How often every document is read, where that is what ends the training.
+    """Returns the number of times that every document is read, where that is what ends the training.
 
     Not with several sources that repeat: their weights say how much each gives. Nor with a part of an epoch.
     """

@@ -134,7 +134,7 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Whether the weights are spread over the ranks."""
+    """Returns True if the weights are spread over the ranks."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 

@@ -161,7 +161,7 @@ def test_a_later_turn_that_rewrites_earlier_ones_moves_no_label(tokenizer: Any) 
 
 
 def test_many_rows_of_many_shapes_are_labelled_as_each_alone(tokenizer: Any) -> None:
-    """What is looked up by shape after the first rows is what rendering says."""
+    """Labels looked up by shape after the first rows equal those of rendering."""
     words = ["moo", "assistant", "user", "<|im_end|>", "yelp\n", " fox ", "<think>\nx\n</think>\n\ny", "system"]
     rows = []
     for number in range(120):

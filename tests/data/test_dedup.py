@@ -154,7 +154,7 @@ def test_a_stream_is_looked_at_as_far_as_it_will_be_read_and_no_further(tmp_path
 @pytest.mark.parametrize("word", ["exact", "near"])
 @pytest.mark.parametrize("table", [None, 0, 1])
 def test_sources_of_a_stage_share_what_they_have_seen(tmp_path: Path, tokenizer, word: str, table: int | None) -> None:
-    """Whether they are streams or a table, and whichever comes first; one that does not ask is left alone."""
+    """Streams and tables alike, in either order; a source that does not ask is left alone."""
     chance = random.Random(3)
     different = [prose(seed, 60) for seed in range(90)]
     parts = [chance.choices(different[:60], k=80), chance.choices(different[30:], k=80), different[:20]]

@@ -1,4 +1,4 @@
-"""What stands in a file is what is trained on and compared: no value changes its text on the way."""
+"""Values of a file are trained on and compared as they stand in it: none changes its text on the way."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, hub: HubServer) -> Pa
 
 @pytest.mark.parametrize("columns", [None, Features({"n": Value("int64")})], ids=["Python", "Arrow"])
 def test_rows_read_from_beginning_to_end_wait_too(columns: Features | None, monkeypatch, capsys) -> None:
-    """What fine-tuning, suites and cleaning read of a stream."""
+    """Fine-tuning, suites and cleaning read streams from beginning to end."""
     monkeypatch.setattr("hfpipe.data.sources.retry.FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     faults = [17, 17, 40]

@@ -41,7 +41,7 @@ CHATML = (
 
 
 def of_trl(tokenizer: Any, rows: list[dict], folder: Path, **training: Any) -> list[tuple[list[int], list[int]]]:
-    """What SFTTrainer makes of rows: tokens and labels."""
+    """Returns the tokens and labels that SFTTrainer makes of rows."""
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
     arguments = SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **training)

@@ -17,7 +17,7 @@ from hfpipe.recipe import load_recipe
 
 
 def save(callback: PushCheckpoints, run: Path, step: int) -> None:
-    """What Trainer does at a checkpoint, and at its end."""
+    """Does Trainer's steps at a checkpoint, and at its end."""
     made, checkpoint = run / "stages/chat/model", run / f"stages/chat/checkpoint-{step}"
     checkpoint.mkdir()
     for file in made.iterdir():

@@ -1,4 +1,4 @@
-"""What can be planted: faults of a server, and of the way to it."""
+"""Faults that can be planted, of a server and of the way to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DRIPPED = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nX-Padding: " + b"." * 
 
 @dataclass
 class Fault:
-    """What to do with the next `times` requests whose `METHOD /path?query` holds `match`."""
+    """Answers the next `times` requests whose `METHOD /path?query` holds `match` with a fault."""
 
     match: str
     kind: str  # status, drop, stall, drip, page, cut (amid the reply), or lose (carried out, the reply never comes)

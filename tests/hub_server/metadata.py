@@ -1,4 +1,4 @@
-"""What the Hub demands of the metadata of a model card: its `validate-yaml`, as far as the cards of models go."""
+"""The Hub's demands on the metadata of a model card: its `validate-yaml`, as far as the cards of models go."""
 
 from __future__ import annotations
 

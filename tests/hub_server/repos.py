@@ -1,4 +1,4 @@
-"""What the Hub keeps: repositories, commits, files."""
+"""The repositories, commits and files that the Hub keeps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class File:
 
     @property
     def oid(self) -> str:
-        """What clients compare with their local file to find out whether it changed."""
+        """The hash that clients compare with their local file to find out whether it changed."""
         return self.sha256 if self.large else self.blob_id
 
 

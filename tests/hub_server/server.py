@@ -64,7 +64,7 @@ class HubServer:
         self.http.server_close()
 
     def env(self, home: Path, *, token: str | None = "", xet: bool = True) -> dict[str, str]:
-        """What a client process needs in its environment.
+        """Returns the variables that a client process needs in its environment.
 
         Args:
             home: the client's own `HF_HOME`, so that no cache or login of this machine is used.

@@ -1,4 +1,4 @@
-"""What cannot be loaded as a recipe asks is refused before any weight, with the remedy and the right exit code."""
+"""A model that cannot be loaded as a recipe asks is refused before any weight, with remedy and exit code."""
 
 import sys
 from pathlib import Path

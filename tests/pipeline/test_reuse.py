@@ -1,4 +1,4 @@
-"""What was trained before is found again, continued where only the length has grown, and never deleted by a run."""
+"""Earlier training is found again, continued where only the length has grown, and never deleted by a run."""
 
 import dataclasses
 import json

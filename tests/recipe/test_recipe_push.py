@@ -1,4 +1,4 @@
-"""What `push:` of a recipe may say: what could not be pushed at the end is refused before anything is loaded."""
+"""`push:` of a recipe: a push that would fail at the end is refused before anything is loaded."""
 
 from __future__ import annotations
 

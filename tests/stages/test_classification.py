@@ -62,7 +62,7 @@ def written(folder: Path, problem: str, *, skewed: bool = False, **stage: Any) -
 
 
 def records(folder: Path, need: str = "choice") -> Iterator[tuple[Any, Any]]:
-    """What was said and what is right of each row."""
+    """Yields the answer and the right answer of each row."""
     for line in (folder / "run/stages/kinds/predictions/kinds.jsonl").read_text().splitlines():
         yield json.loads(line)[need]["prediction"], json.loads(line)[need]["reference"]
 

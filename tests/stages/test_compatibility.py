@@ -1,4 +1,4 @@
-"""What the third stage of a chain would refuse is refused by `check`, and by `run` before the first one is trained."""
+"""A fault of the third stage of a chain is refused by `check`, and by `run` before the first one is trained."""
 
 import json
 from pathlib import Path

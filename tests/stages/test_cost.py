@@ -1,4 +1,4 @@
-"""What training cost: summed over attempts, measured without a network, in every view of the run."""
+"""The cost of training: summed over attempts, measured without a network, in every view of the run."""
 
 import json
 import os

@@ -24,7 +24,7 @@ def recipe(folder: Path, training: dict[str, Any], **stage: Any) -> Path:
 
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the model is called with, and whether it was being trained."""
+    """Records the inputs of the model's calls, and whether it was being trained."""
     calls: list[dict[str, Any]] = []
     forward = LlamaForCausalLM.forward
 

@@ -47,7 +47,7 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass
 class Overlap:
-    """What the rows of suites share with a source: places in the list of rows.
+    """Rows that the suites share with a source, as places in the list of rows.
 
     Args:
         exact: Rows whose whole text is there.
@@ -178,7 +178,7 @@ class _Runs:
         self.forget()
 
     def found_in(self, words: np.ndarray) -> np.ndarray:
-        """Which of the runs a text holds, each once."""
+        """Returns the runs that a text holds, each once."""
         if len(words) < self.size or not len(self._known):
             return np.zeros(0, np.int64)
         runs = grams_of(words, self.size)
@@ -278,7 +278,7 @@ def require_no_overlap(recipe: Recipe, suites: Mapping[str, Rows], folder: Path 
 
 
 def overlap_lines(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was found, a sentence for each pair."""
+    """Describes the overlap, a sentence for each pair."""
     lines = []
     for pair in pairs:
         source = f"{pair['looked_at']:,} rows of stages.{pair['stage']} ({pair['source']})"

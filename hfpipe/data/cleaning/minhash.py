@@ -1,4 +1,4 @@
-"""What cleaning remembers of a row: eight bytes, a MinHash signature on disk, and which sequences of suites it holds.
+"""The memory of cleaning: of each row eight bytes, a MinHash signature on disk, and the sequences of suites it holds.
 
 Near duplicates are found by MinHash (Broder 1997, "On the resemblance and containment of documents") over word 5-grams,
 as Lee et al. 2022 (arXiv:2107.06499) and FineWeb (Penedo et al. 2024, arXiv:2406.17557) do.
@@ -90,7 +90,7 @@ def judge(
     suites: bool,
     earlier: Sequence[tuple[Sequence[Path], np.ndarray]] = (),
 ) -> tuple[np.ndarray, list[int]]:
-    """Which rows are removed, and why.
+    """The rows that are removed, and the reasons.
 
     Rows that overlap a suite go first: they hold a sequence of it that no more than ten rows hold (one in more is a
     phrase; Brown et al. 2020, arXiv:2005.14165, appendix C), or are a whole row of it. Of what is left, the first of

@@ -141,7 +141,7 @@ class Tally:
 
     @property
     def encoding_advice(self) -> str:
-        """What to do about files that are not UTF-8, where there are any."""
+        """Returns advice on files that are not UTF-8, where there are any."""
         return " For files that are not UTF-8, give the source its `encoding`." if NOT_UTF8 in self.counts else ""
 
 
@@ -168,7 +168,7 @@ def refuse_dirt(source: Source, dirty: Tally, rows: int, max_dirty_share: float)
 
 @dataclass(frozen=True)
 class Finding:
-    """What lanes have found in a source.
+    """Counts of the rows of a source that the lanes found dirty, mended or removed.
 
     Args:
         rows: Rows read, each counted once.
@@ -205,7 +205,7 @@ def judge(source: Source, findings: Sequence[Finding], max_dirty_share: float) -
 
 @dataclass
 class Read:
-    """What was read of a source that is held as rows.
+    """The rows read from a source that is held as rows.
 
     Args:
         rows: Rows read.

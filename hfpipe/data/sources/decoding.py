@@ -36,7 +36,8 @@ def table_blocks(rows: Dataset, size: int, begin: int = 0) -> Iterator[dict[str,
 
 
 def can_be_arrow(rows: IterableDataset) -> bool:
-    """Whether a stream has Arrow's own values: not those that Python has made already, nor JSON, nor what is nested.
+    """Returns True if a stream has Arrow's own values: not those that Python has made already, nor JSON, nor what is
+    nested.
 
     Nor views of strings, of which Arrow cannot take some.
     """

@@ -1,4 +1,4 @@
-"""What goes wrong when a source is opened or read, as one paragraph with the remedy.
+"""Errors of opening or reading a source, each as one paragraph with the remedy.
 
 Which exceptions these are was found by making each mistake with datasets 5.2; several are bare ValueErrors, told apart
 by their text.
@@ -109,7 +109,7 @@ def _explain(error: BaseException, source: Source, files: list[str]) -> UserErro
 
 
 def _of_a_file(error: BaseException) -> bool:
-    """Whether it was raised while a builder of `datasets` read a file."""
+    """Returns True if it was raised while a builder of `datasets` read a file."""
     places = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
     return any(Path(place).match("datasets/packaged_modules/*/*.py") for place in places)
 

@@ -102,7 +102,7 @@ def file_groups(source: Source) -> list[FileGroup]:
 
 
 def near_names(path: str) -> str:
-    """What to say of files and folders with a name like that of a path; nothing where there are none."""
+    """Names the files and folders with a name like that of a path; an empty text where there are none."""
     folder, name = os.path.split(path.rstrip("/"))
     if not os.path.isdir(folder or ".") or is_pattern(path):
         return ""

@@ -40,7 +40,7 @@ TEXT_TYPES = ("string", "large_string", "string_view", "null")
 
 @dataclass(frozen=True)
 class Taken:
-    """What a source was taken for.
+    """The format that a source was taken for, and why.
 
     Args:
         format: The format of its rows.
@@ -240,7 +240,7 @@ class _Turns:
 
 
 def _fits(format: RowFormat, columns: Mapping[str, str], features: Features, turns: _Turns) -> bool:
-    """Whether columns hold what a format wants; those under the names of ours are judged later, with a message."""
+    """Returns True if columns fit a format; columns under our names are judged later, with a message."""
     if format.name == "sharegpt":
         return turns.keys_of(columns["conversations"]) >= {"from", "value"}
     if format.name == "messages" and "messages" in columns:
@@ -259,7 +259,9 @@ def _is_text(feature: Any) -> bool:
 
 
 def _has_odd_turns(features: Features, columns: Mapping[str, str]) -> bool:
-    """Whether turns need a look, one by one: of mixed types, in parts, with calls, or with the system beside them."""
+    """Returns True if turns need a look, one by one: of mixed types, in parts, with calls, or with the system beside
+    them.
+    """
     turn = turn_of(features[columns["messages"]]) if "messages" in columns else None
     if isinstance(turn, Json):
         return True
@@ -269,7 +271,7 @@ def _has_odd_turns(features: Features, columns: Mapping[str, str]) -> bool:
 
 
 def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> DataError:
-    """What to say of columns that are no format that will do."""
+    """Returns the error for columns that fit no allowed format."""
     columns = listed(features)
     preference = ROW_FORMATS["preference"]
     if {*preference.columns} <= features.keys() and not isinstance(source.columns, dict):

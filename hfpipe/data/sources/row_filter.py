@@ -95,7 +95,8 @@ class Where:
         return list(dict.fromkeys(node.id for node in sorted(names, key=lambda node: node.col_offset)))
 
     def __call__(self, *values: Any) -> bool:
-        """Whether a row is kept; a comparison with a missing value is false, except `x == None` and `x is None`.
+        """Returns True if a row is kept; a comparison with a missing value is false, except `x == None` and `x is
+        None`.
 
         Raises:
             DataError: Values are compared that have no order, such as a text with a number.

@@ -44,7 +44,7 @@ class SharedFiles(ArrowExamplesIterable):
         self.opened: Callable[..., Any] = partial(xopen, mode="rb", download_config=config)
 
     def parts_of(self, file: str) -> int:
-        """How many parts a file has; looked up once for all lanes."""
+        """Counts the parts of a file; looked up once for all lanes."""
         raise NotImplementedError
 
     def tables(self, state: dict[str, Any]) -> Tables:

@@ -134,12 +134,12 @@ def _text_of(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:
 
 
 def turn_of(feature: Any) -> Any:
-    """What a list holds: of a conversation the type of a turn, a mapping; None of what is no list."""
+    """Returns the type of a list's items, for a conversation that of a turn, a mapping; None for anything else."""
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
 def is_conversation(feature: Any) -> bool:
-    """Whether a column holds turns with `role` and `content`."""
+    """Returns True if a column holds turns with `role` and `content`."""
     turn = turn_of(feature)
     return isinstance(turn, dict) and {"role", "content"} <= set(turn)
 

@@ -238,7 +238,7 @@ class TokenStream:
         return counts
 
     def notes(self) -> list[str]:
-        """How the sources divide over the lanes, where that is worth a line of the log."""
+        """Describes how the sources divide over the lanes, where that is worth a line of the log."""
         lines = []
         for source, origin in zip(self.sources, self.origins, strict=True):
             table = isinstance(source, Dataset)
@@ -304,7 +304,7 @@ class TokenStream:
         }
 
     def _findings(self) -> list[Finding]:
-        """What this rank's lanes have found in each source by the end of the windows begun."""
+        """Returns what this rank's lanes have found in each source by the end of the windows begun."""
         if self._found is None:
             lanes = [position.sources for position in self._positions.values() if position.sources]
             whole = len(lanes) == len(self._positions)
@@ -345,11 +345,11 @@ class TokenStream:
 
     @property
     def goes_on(self) -> bool:
-        """Whether a longer run stands at this position too: not where the data ends."""
+        """True if a longer run stands at this position too: not where the data ends."""
         return self.epochs is None
 
     def report(self) -> dict[str, Any]:
-        """What all ranks have served, see `served.report`. Every rank has to call this."""
+        """Reports the progress of all ranks, see `progress.report`. Every rank has to call this."""
         by_lane = {lane: position for part in gather(self._positions) for lane, position in part.items()}
         positions = [by_lane[lane] for lane in sorted(by_lane)]  # the same on any number of ranks
         rows = [len(source) if isinstance(source, Dataset) else None for source in self.sources]

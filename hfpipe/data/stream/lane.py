@@ -200,7 +200,7 @@ class Strand:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left."""
+        """True if nothing is left."""
         return not self.left and self.reader.ended and not len(self._rest)
 
     def _now(self) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class Strand:
         return packed.rows
 
     def facts(self) -> dict[str, Any]:
-        """What was drawn so far."""
+        """Counts the rows and tokens drawn so far."""
         return {
             "tokens": self.tokens,
             "epochs": self.reader.epoch,

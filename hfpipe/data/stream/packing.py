@@ -80,7 +80,7 @@ def pack(tokens: np.ndarray, starts: np.ndarray, length: int) -> Packed:
 
 @torch.no_grad()
 def isolation_leak(model: Any, length: int = 32) -> float:
-    """How far packed rows are from their documents run alone on this model, by the largest log-probability difference.
+    """Returns the largest log-probability difference between packed rows and their documents run alone on this model.
 
     Position ids keep packed documents apart only without an attention mask and without a cache, and not in every
     architecture; where they do not, nothing fails and the model is just worse. So it is measured, on a batch as the

@@ -1,4 +1,4 @@
-"""What a stream has served, by lane, and the report on it."""
+"""Progress of a stream by lane, and the report on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTED = ("rows", "tokens", "documents", "cut", "continued_rows")
 
 @dataclass
 class Position:
-    """How far a lane has been served.
+    """The place that a lane has reached.
 
     Args:
         served: Tokens of each source that were given so far, documents that began, and those that ended.
@@ -44,7 +44,7 @@ def report(
     table_rows: Sequence[int | None],
     removed: Sequence[list[np.ndarray] | None],
 ) -> dict[str, Any]:
-    """What was served: of rows drawn into windows and not given out, only what was read counts them.
+    """Counts the rows already yielded; prefetched rows are not counted.
 
     Args:
         positions: Of every lane.

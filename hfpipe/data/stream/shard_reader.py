@@ -151,7 +151,7 @@ class Reader:
 
     @property
     def _number(self) -> int:
-        """Which share this epoch's is."""
+        """Returns the number of this epoch's share."""
         return (self._lane + self.epoch) % self._lanes
 
     @property
@@ -203,7 +203,7 @@ class Reader:
         }
 
     def tallies(self) -> dict[str, Any]:
-        """What was dirty, mended or removed: reasons, and ids of the first rows."""
+        """Counts the rows that were dirty, mended or removed: reasons, and ids of the first rows."""
         return {
             "dirty": dict(self.dirty.counts),
             "dirty_ids": list(self.dirty.ids),

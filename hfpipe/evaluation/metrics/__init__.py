@@ -131,12 +131,14 @@ def space_of(name: str) -> str | None:
 
 
 def arguments_of(options: dict[str, Any] | None) -> dict[str, Any]:
-    """What of the options of a metric that is not ours goes to its `compute`."""
+    """Returns the options of a metric that go to its `compute`, for a metric that is not ours."""
     return {key: value for key, value in (options or {}).items() if key != "revision"}
 
 
 def needs_of(metric: Any) -> str:
-    """What a metric needs from the model: one of `evaluation.ANSWERS`; all that are not ours need `generation`."""
+    """Returns the kind of answer that a metric needs, one of `evaluation.ANSWERS`; all that are not ours need
+    `generation`.
+    """
     return getattr(metric, "needs", "generation")
 
 

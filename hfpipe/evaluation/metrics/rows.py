@@ -54,7 +54,7 @@ class RowMetric(evaluate.Metric):
 
     @property
     def signature(self) -> str:
-        """How exactly the metric counts, in its library's own words; empty where it has none."""
+        """The exact way of counting, in the words of the metric's library; empty where it has none."""
         return ""
 
     def prepare(self) -> None:
@@ -95,7 +95,7 @@ class RowMetric(evaluate.Metric):
         return widening * float(np.std(draws, ddof=1)), min(float(low), value), max(float(high), value)
 
     def size(self, statistics: np.ndarray) -> int:
-        """How many of the rows the score is about."""
+        """Counts the rows that the score is about."""
         return len(statistics)
 
     def whole(self, predictions: Sequence[Any], references: Sequence[Any], statistics: np.ndarray) -> float:
@@ -140,7 +140,7 @@ class Share(Ratio):
         return np.column_stack([np.asarray(hits, dtype=float), np.ones(len(hits))])
 
     def hit(self, prediction: Any, reference: Any) -> bool:
-        """Whether a row is right."""
+        """Returns True if a row is right."""
         raise NotImplementedError
 
     def interval(self, value: float, statistics: np.ndarray) -> Interval:

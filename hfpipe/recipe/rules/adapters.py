@@ -42,14 +42,14 @@ def adapter_of(stage: RawStage) -> Block | None:
 
 
 def is_mergeable(stage: RawStage) -> bool:
-    """Whether the stage's adapter can become part of the weights; a prompt cannot."""
+    """Returns True if the stage's adapter can become part of the weights; a prompt cannot."""
     adapter = adapter_of(stage)
     kind = text_of(adapter.data.get("type")) if adapter else None
     return kind is None or is_mergeable_type(kind)
 
 
 def is_mergeable_type(kind: str) -> bool:
-    """Whether PEFT can make an adapter of this type part of the weights."""
+    """Returns True if PEFT can make an adapter of this type part of the weights."""
     return not (is_prompt_learning(kind) or kind in _NOT_MERGED)
 
 
@@ -188,7 +188,7 @@ def parent_of(stage: RawStage, earlier: Sequence[RawStage]) -> RawStage | None:
 
 
 def is_continued(stage: RawStage) -> bool:
-    """Whether a stage trains its parent's adapter further."""
+    """Returns True if a stage trains its parent's adapter further."""
     return stage.data.get("parent_adapter") == "continue"
 
 
@@ -216,7 +216,7 @@ def take_over(data: dict[str, Any]) -> dict[Steps, Steps]:
 
 
 def is_repeated(fault: Fault, faults: Sequence[Fault], taken: dict[Steps, Steps]) -> bool:
-    """Whether a fault lies in words that were taken over, and is reported where they stand too."""
+    """Returns True if a fault lies in words that were taken over, and is reported where they stand too."""
     origin = taken.get(fault.steps[:3])
     return origin is not None and Fault((*origin, *fault.steps[3:]), fault.text) in faults
 

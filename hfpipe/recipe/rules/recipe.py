@@ -147,7 +147,7 @@ def _check_masking(stage: RawStage) -> Iterator[Fault]:
 
 
 def _positive(value: Any) -> bool:
-    """Whether a number is above zero; a value of another type is another check's to report."""
+    """Returns True if a number is above zero; a value of another type is another check's to report."""
     return value is not None and (not isinstance(value, (int, float)) or value > 0)
 
 
@@ -178,7 +178,7 @@ _LEFT = {
 
 
 def _task(stage: RawStage) -> str:
-    """What the model that a stage leaves is for; `words.StageBase.task` of a stage as plain data."""
+    """Returns the task of the model that a stage leaves; `stage_config.StageBase.task` of a stage as plain data."""
     if stage.kind in ("classification", "translation"):
         return "seq2seq" if stage.kind == "translation" else "classification"
     return "masked" if stage.kind == "pretrain" and stage.data.get("objective") == "masked" else "causal"

@@ -173,7 +173,7 @@ def _share_rows(trained: dict[Any, Any], held_out: dict[Any, Any]) -> bool:
 
 
 def _folds_meet(first: Any, second: Any) -> bool:
-    """Whether two folds of the same rows have rows in common."""
+    """Returns True if two folds of the same rows have rows in common."""
     one, other = mapping(first), mapping(second)
     if not one or not other or one.get("of") != other.get("of"):
         return True
@@ -217,7 +217,7 @@ def _rows(source: dict[Any, Any]) -> tuple[float, float]:
 
 
 def _slices_meet(first: str, second: str) -> bool:
-    """Whether two slices such as ":90%" and "90%:" meet; False where they cannot be compared."""
+    """Returns True if two slices such as ":90%" and "90%:" meet; False where they cannot be compared."""
     units = {"%" in part for part in (first, second)}
     ranges = [re.fullmatch(r"(\d*)%?:(\d*)%?", part) for part in (first, second)]
     if len(units) > 1 or not all(ranges):

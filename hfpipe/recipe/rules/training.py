@@ -75,7 +75,7 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
 
 
 def _check_scores(training: Block, scored: bool) -> Iterator[Fault]:
-    """What asks for scores while a stage trains."""
+    """Checks the words that ask for scores while a stage trains."""
     text = "a stage is scored while it trains by `early_stopping: {suite: ...}`, which keeps the best checkpoint."
     for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
         if training.data.get(key) not in (None, False, "no") and not (scored and key != "eval_on_start"):

@@ -26,7 +26,7 @@ PIECE = 2 << 20  # bytes: a resume reads a piece again in each lane
 
 @dataclass
 class FilesConfig(BuilderConfig):
-    """What the options of all kinds of files have beside those of `datasets`.
+    """Options that all kinds of files have beside those of `datasets`.
 
     Args:
         known_as: The name in the cache, under which `datasets` looks for it without a network too.
@@ -50,16 +50,16 @@ class FileBuilder(ArrowBasedBuilder):
 
     @property
     def piece_bytes(self) -> int:
-        """How much of a file is read at a time."""
+        """Bytes of a file that are read at a time."""
         return min(int(self.config.chunksize), PIECE)
 
     @property
     def divides(self) -> bool:
-        """Whether its options let a file be read by the piece: not where a newline takes several bytes."""
+        """True if its options let a file be read by the piece: not where a newline takes several bytes."""
         return "\n".encode(self.config.encoding or "utf-8") == NEWLINE
 
     def has_rows(self, first: bytes) -> bool:
-        """Whether a file that begins like this has rows, and is not one value."""
+        """Returns True if a file that begins like this has rows, and is not one value."""
         return True
 
     def mended(self, piece: bytes) -> bytes:
@@ -67,7 +67,9 @@ class FileBuilder(ArrowBasedBuilder):
         return piece
 
     def head_of(self, file: BinaryIO) -> tuple[bytes, int]:
-        """What goes before pieces that do not begin the file, and how many rows it makes; read from the beginning."""
+        """Returns the bytes that go before pieces that do not begin the file, and their number of rows; read from the
+        beginning.
+        """
         return b"", 0
 
     def rows_of(self, file: BinaryIO, size: int) -> bytes:

@@ -180,7 +180,7 @@ class JsonFiles(FileBuilder):
 
 
 def _begins_with_row(lines: Sequence[str]) -> bool:
-    """Whether the first lines are rows of their own; a file may begin with a broken one."""
+    """Returns True if the first lines are rows of their own; a file may begin with a broken one."""
     first = [line for line in lines[:LOOKED_AT] if line and not line.isspace()]
     return not first or (not first[0].lstrip().startswith("[") and any(_row(line) is not None for line in first))
 
