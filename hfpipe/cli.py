@@ -140,18 +140,19 @@ def _preview(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hfpipe.recipe import load_recipe
+    from hfpipe.recipe import load_suites
 
-    recipe = load_recipe(options.recipe, options.set)
-    from hfpipe.pipeline.commands import evaluate_model
+    suites = load_suites(options.suites, options.set)
+    from hfpipe.pipeline.evaluate import chosen_suites, evaluate_model
 
-    evaluate_model(options.model, recipe, options.output, options.against, options.stage)
+    suites = chosen_suites(suites, options.suite, options.limit)
+    evaluate_model(options.model, suites, options.output, options.against, options.stage)
 
 
 def _merge(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
     with alone(folder):
-        from hfpipe.pipeline.commands import merge_run
+        from hfpipe.pipeline.merge import merge_run
 
         print(merge_run(folder, options.stage))
 
@@ -266,10 +267,11 @@ def _parser() -> argparse.ArgumentParser:
         "preview", _preview, "the first rows as the model sees them, trained tokens coloured", recipe=True
     )
     preview.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
-    evaluate = commands.add_parser("evaluate", help="score any model, adapter or run folder on a recipe's suites")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate = command("evaluate", _evaluate, "score any model, adapter or run folder on suites, without a training")
     evaluate.add_argument("model", metavar="MODEL", help="Hub id, folder of a model or an adapter, or run folder")
-    evaluate.add_argument("recipe", metavar="RECIPE", help="a recipe file")
+    evaluate.add_argument("suites", metavar="SUITES", help="a file with an `evaluate:` block, or a recipe")
+    evaluate.add_argument("--suite", action="append", metavar="NAME", help="this suite alone; give it again for more")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N rows of each suite")
     evaluate.add_argument("--stage", help="of a run folder: which stage's model or adapter; the last one when absent")
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
     evaluate.add_argument("--against", metavar="MODEL", help="another model: print the differences, paired row by row")

@@ -9,6 +9,7 @@ from hfpipe.recipe.config import (
     Recipe,
     Shift,
     Suite,
+    Suites,
     Tokenizer,
     TokenizerTraining,
 )
@@ -27,7 +28,7 @@ from hfpipe.recipe.stage_config import (
     StageBase,
     Translation,
 )
-from hfpipe.recipe.validate import load_recipe
+from hfpipe.recipe.validate import load_recipe, load_suites
 
 __all__ = [
     "Classification",
@@ -48,6 +49,7 @@ __all__ = [
     "Stage",
     "StageBase",
     "Suite",
+    "Suites",
     "Tokenizer",
     "TokenizerTraining",
     "Translation",
@@ -55,5 +57,6 @@ __all__ = [
     "hash_of",
     "json_schema",
     "load_recipe",
+    "load_suites",
     "shared_recipe",
 ]

@@ -275,7 +275,7 @@ class Recipe(Words):
     seed: int = Field(42, ge=0, lt=2**32, description="of everything that is drawn at random")
     output_dir: str | None = Field(None, description="`runs/<name>` when absent")
     model: Model
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage] = Field(min_length=1, description="the trainings, in order; `hfpipe evaluate` needs none")
     evaluate: dict[Name, Suite] = Field(default_factory=dict)
     merge: Annotated[
         Annotated[bool, Tag(WORD)] | Annotated[Merge, Tag(BLOCK)],
@@ -318,6 +318,17 @@ class Recipe(Words):
         parent.
         """
         return [BASE] if stage == BASE else [*self.lineage(self.parent_of(stage)), stage]
+
+
+class Suites(Words):
+    """A file that trains nothing: suites for `hfpipe evaluate MODEL FILE`, which any model is scored on."""
+
+    seed: int = Field(42, ge=0, lt=2**32, description="of everything that is drawn at random")
+    model: Model = Field(
+        default_factory=lambda: Model.model_validate({}),
+        description="how a model is loaded: dtype, attn_implementation, trust_remote_code",
+    )
+    evaluate: dict[Name, Suite] = Field(min_length=1)
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -22,6 +22,7 @@ from hfpipe.recipe.config import (
     Recipe,
     Shift,
     Suite,
+    Suites,
     Tokenizer,
     TokenizerTraining,
 )
@@ -31,7 +32,7 @@ from hfpipe.recipe.overrides import apply_overrides
 from hfpipe.recipe.passthrough import check_passed_through
 from hfpipe.recipe.raw import kind_of, sequence
 from hfpipe.recipe.rules.adapters import is_repeated, take_over
-from hfpipe.recipe.rules.recipe import check_rules
+from hfpipe.recipe.rules.recipe import check_rules, check_suites_file
 from hfpipe.recipe.rules.values import check_values
 from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
 from hfpipe.recipe.stage_config import (
@@ -92,7 +93,7 @@ def check_structure(data: dict[str, Any]) -> tuple[Recipe | None, list[Fault]]:
         recipe = Recipe.model_validate(readable)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        translated = (_translate(found, readable) for found in errors[:MOST_FAULTS])
+        translated = (_translate(found, readable, Recipe) for found in errors[:MOST_FAULTS])
         return None, faults + [fault for fault in translated if fault]
     return (None if faults else recipe), faults
 
@@ -117,16 +118,16 @@ def _with_kind(stage: Any) -> Any:
     return stage | {"kind": kind} if isinstance(stage, dict) and kind else stage
 
 
-def _translate(error: ErrorDetails, data: dict[str, Any]) -> Fault | None:
+def _translate(error: ErrorDetails, data: dict[str, Any], top: type[BaseModel]) -> Fault | None:
     steps = _plain_steps(error["loc"])
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind.startswith("union_tag"):
         return None  # the kind of a stage, which _check_kind has reported
     if kind == "missing":
-        about = _description(steps, data)
+        about = _description(steps, data, top)
         return Fault(steps, f"missing; {about}." if about else "missing.")
     if kind == "extra_forbidden":
-        return Fault(steps, _unknown_key(steps, data))
+        return Fault(steps, _unknown_key(steps, data, top))
     if kind == "invalid_key":
         return Fault(
             steps, f"found {found(steps[-1])} as a key; allowed is a word. Did you mean '{steps[-1]}' in quotes?"
@@ -136,7 +137,10 @@ def _translate(error: ErrorDetails, data: dict[str, Any]) -> Fault | None:
         about = about or "letters, digits, '.', '_' and '-', beginning with a letter or a digit"
         return Fault(steps, f"found {found(value)}; allowed are {about}.")
     if kind == "too_short":
-        return Fault(steps, "found an empty list; allowed is a list with at least one item.")
+        what = "a list with at least one item" if isinstance(value, list) else "a mapping with at least one entry"
+        return Fault(
+            steps, f"found {'an empty list' if isinstance(value, list) else 'nothing in it'}; allowed is {what}."
+        )
     if kind == "literal_error":
         return Fault(steps, _wrong_word(value, context["expected"]))
     if kind in _BOUNDS:
@@ -165,28 +169,28 @@ def _wrong_word(value: Any, expected: str) -> str:
     return found_and_allowed(value, f"one of {listed(words)}" if len(words) > 1 else words[0], near=near)
 
 
-def _block_at(steps: Steps, data: dict[str, Any]) -> type[BaseModel]:
+def _block_at(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> type[BaseModel]:
     """The words of the block that lies at a path."""
     if not steps:
-        return Recipe
+        return top
     if len(steps) == 2 and steps[0] == "stages":
         return KINDS[kind_of(sequence(data["stages"])[steps[1]]) or "sft"]
     if len(steps) == 2 and steps[0] == "evaluate":
         return Suite
     if "template" in steps[:-1]:
         return Turn
-    return _BLOCKS.get(steps[-1], Recipe)
+    return _BLOCKS.get(steps[-1], top)
 
 
-def _description(steps: Steps, data: dict[str, Any]) -> str:
+def _description(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> str:
     if steps[-1] == "path":  # of a source, whose block is not closed
         return "a Hub data set, a builder (json, parquet, text, csv...), a folder, or `builtin`"
-    field = _block_at(steps[:-1], data).model_fields.get(str(steps[-1]))
+    field = _block_at(steps[:-1], data, top).model_fields.get(str(steps[-1]))
     return (field.description or "") if field else ""
 
 
-def _unknown_key(steps: Steps, data: dict[str, Any]) -> str:
-    key, block = str(steps[-1]), _block_at(steps[:-1], data)
+def _unknown_key(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> str:
+    key, block = str(steps[-1]), _block_at(steps[:-1], data, top)
     if len(steps) == 3 and steps[0] == "stages":
         kind = kind_of(sequence(data["stages"])[steps[1]]) or "sft"
         below: dict[str, Callable[[], Any]] = {"training": lambda: training_fields(kind), "lora": lora_fields}
@@ -202,7 +206,9 @@ def _unknown_key(steps: Steps, data: dict[str, Any]) -> str:
         if elsewhere:
             return f"is a key of a {elsewhere[0]} stage, not of a {kind} stage."
         return f"unknown key of a {kind} stage. {_near_or_all(key, block)}"
-    title = {Recipe: "a recipe", Suite: "a suite", Turn: "a turn"}.get(block) or f"`{steps[-2]}`"
+    title = {Recipe: "a recipe", Suites: "a file of suites", Suite: "a suite", Turn: "a turn"}.get(
+        block
+    ) or f"`{steps[-2]}`"
     return f"unknown key of {title}. {_near_or_all(key, block)}"
 
 
@@ -233,6 +239,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if faults or recipe is None:
         raise RecipeError(report(document, faults))
     return recipe
+
+
+def load_suites(path: str | Path, overrides: Sequence[str] = ()) -> Suites:
+    """Reads the suites of a recipe, or a file that has an `evaluate:` block and no stages.
+
+    Args:
+        path: A YAML file.
+        overrides: Changes such as `evaluate.general.batch_size=8`, under the same checks.
+
+    Raises:
+        RecipeError: The file cannot be read as YAML, has faults, or has no suite.
+    """
+    document = read_document(Path(path))
+    if "stages" in document.data:
+        recipe = load_recipe(path, overrides)
+        if not recipe.evaluate:
+            raise RecipeError(f"{path} has no suites: add an `evaluate:` block.")
+        return Suites(seed=recipe.seed, model=recipe.model, evaluate=recipe.evaluate)
+    faults = [*document.faults, *apply_overrides(document, overrides)]
+    suites, structural = None, []
+    try:
+        suites = Suites.model_validate(document.data)
+    except ValidationError as error:
+        told = (_translate(found, document.data, Suites) for found in error.errors(include_url=False)[:MOST_FAULTS])
+        structural = [fault for fault in told if fault]
+    checks = chain(check_values(document.data), check_passed_through(document.data), check_suites_file(document.data))
+    reported = {fault.steps for fault in structural}
+    faults += structural + [fault for fault in islice(checks, MOST_FAULTS) if fault.steps not in reported]
+    if faults or suites is None:
+        raise RecipeError(report(document, faults))
+    return suites
 
 
 @contextmanager

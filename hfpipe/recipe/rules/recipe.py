@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hfpipe.recipe.config import Model
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
@@ -38,6 +39,35 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         for source in stage.sources:
             yield from check_source(source)
     yield from _check_architecture(data)
+    yield from _check_suites(data)
+    yield from _check_outcome(data)
+    yield from check_dial(data)
+    yield from check_pairs(data)
+    yield from check_overlap(data)
+    yield from check_cleaning(data)
+    yield from check_country(data)
+    yield from check_repeats(data)
+    yield from check_secrets(data)
+
+
+# Words of `model` that a file of suites takes: the model itself is an argument of `hfpipe evaluate`.
+LOADING = ("dtype", "attn_implementation", "trust_remote_code")
+
+
+def check_suites_file(data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields what is wrong with a file of suites, beside its types."""
+    for key in mapping(data.get("model")):
+        if key in Model.model_fields and key not in LOADING:
+            text = (
+                f"the model is named on the command line, `hfpipe evaluate MODEL FILE`; allowed are {listed(LOADING)}."
+            )
+            yield Fault(("model", key), text)
+    yield from _check_names(data)
+    yield from _check_suites(data)
+    yield from check_secrets(data)
+
+
+def _check_suites(data: dict[str, Any]) -> Iterator[Fault]:
     for suite in suites(data):
         yield from check_source(suite.source, TRAINED_COLUMNS + SUITE_COLUMNS)
         yield from _check_metrics(suite)
@@ -49,14 +79,6 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
                 (*suite.source.steps, "weight"),
                 "a suite draws from one source, so there is nothing to weigh. Remove it.",
             )
-    yield from _check_outcome(data)
-    yield from check_dial(data)
-    yield from check_pairs(data)
-    yield from check_overlap(data)
-    yield from check_cleaning(data)
-    yield from check_country(data)
-    yield from check_repeats(data)
-    yield from check_secrets(data)
 
 
 def _check_model(model: Block) -> Iterator[Fault]:

@@ -1,0 +1,51 @@
+"""Merges an adapter of a finished run into its base: `hfpipe merge RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hfpipe.core.errors import RecipeError
+from hfpipe.core.run_layout import model_of, require_whole
+from hfpipe.model.load import ADAPTER_CONFIG, ModelRef
+from hfpipe.pipeline.context import merged, open_run, quiet_libraries
+from hfpipe.pipeline.trained import finished_stages, require_one_run
+from hfpipe.recipe import load_recipe
+
+
+def merge_run(folder: Path, stage: str | None) -> str:
+    """Merges an adapter of a run into its base and verifies the result.
+
+    Args:
+        folder: The run folder.
+        stage: Which stage's adapter; None for the last one.
+
+    Returns:
+        Where the merged model lies.
+
+    Raises:
+        RecipeError: There is no such adapter.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    require_one_run(folder)
+    adapters = [name for name, other in finished_stages(folder, recipe).items() if other.adapter is not None]
+    if not adapters or (stage is not None and stage not in adapters):
+        there = f"finished adapters: {', '.join(adapters)}" if adapters else "the run has no finished adapter"
+        raise RecipeError(f"{folder}: nothing to merge{f' in stage {stage!r}' if stage else ''}; {there}.")
+    name = stage or adapters[-1]
+    require_whole(model_of(folder / "stages" / name))
+    _require_base(folder, ModelRef(str(model_of(folder / "stages" / name)), recipe.model))
+    quiet_libraries()
+    with_place = recipe.model_copy(update={"output_dir": str(folder)})
+    return merged(open_run(with_place, folder), name).path
+
+
+def _require_base(folder: Path, adapter: ModelRef) -> None:
+    """Refuses to merge an adapter whose base was a folder that is not there now."""
+    base = adapter.base.path
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
+        raise RecipeError(
+            f"the adapter in {adapter.path} was trained on the base {base}, and there is no such folder now. Put it "
+            f"back; or, if it was moved, write its new place into {ADAPTER_CONFIG} of the adapter "
+            f"(base_model_name_or_path) and, if it is the model that the run began with, into "
+            f"{folder / 'recipe.yaml'} (model.id)."
+        )
