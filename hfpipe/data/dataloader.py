@@ -160,9 +160,9 @@ class ResumableSampler:
                 dealt = wanted[micro * rows * self.ranks : (micro + 1) * rows * self.ranks][self.rank :: self.ranks]
                 self.progress += rows * self.ranks
                 batch = [self._row(examples) for examples in dealt]
+                self.tokens += sum(len(row["input_ids"]) for row in batch)
                 batch += [self._padding(wanted[-1])] * (rows - len(batch))
                 sizes = [len(row["input_ids"]) for row in batch]
-                self.tokens += int(sum(self.lengths[examples].sum() for examples in dealt))
                 self.places += len(batch) * max(sizes)
                 yield batch
 

@@ -28,7 +28,8 @@ from hfpipe.data.text_tokens import IGNORED, TokenRows, untrimmed
 
 Columns = dict[str, pa.Array]
 _BLOCK = 1_000  # rows hashed at a time
-_RELEASED_EVERY = 64 << 20  # bytes read
+_RELEASED_AFTER = 10  # blocks of a source
+_RELEASED_EVERY = 32 << 20  # bytes of tokens read
 _TOLD_EVERY = 10.0  # seconds
 
 
@@ -45,10 +46,12 @@ def key_of(rows: Dataset | IterableDataset, tokenizer: Any, *words: Any) -> str:
         for count, table in enumerate(rows.with_format("arrow").iter(batch_size=_BLOCK)):
             for batch in table.combine_chunks().to_batches():
                 digest.update(batch.serialize())
-            if count % 50 == 0:
+            if count % _RELEASED_AFTER == 0:
                 release_mapped()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update(untrimmed(tokenizer).to_str().encode() if backend is not None else repr(tokenizer).encode())
+    if tokenizer.is_fast:
+        digest.update(untrimmed(tokenizer).to_str().encode())
+    else:
+        digest.update(json.dumps([repr(tokenizer), tokenizer.get_vocab()], sort_keys=True).encode())
     more = [__version__, tokenizer.special_tokens_map, tokenizer.chat_template, *words]
     digest.update(json.dumps(more, default=str, sort_keys=True).encode())
     return digest.hexdigest()
@@ -156,7 +159,7 @@ def told(blocks: Iterator[Columns], title: str, total: int | None) -> Iterator[C
             of = "" if total is None else f" of {total:,}"
             ranks.say(f"  {title}: {rows:,}{of} rows tokenized ({tokens / (now - begin):,.0f} tokens/s)")
             last = now
-        if number % 50 == 49:
+        if number % _RELEASED_AFTER == 0:
             release_mapped()
 
 
@@ -194,6 +197,10 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def longest(self, column: str) -> int:
+        """Returns the tokens of the longest list of a column."""
+        return max((int(np.diff(block[column][0]).max()) for block in self._blocks), default=0)
+
     def first(self, rows: int) -> TokenStore:
         """Returns the first rows alone."""
         return TokenStore(self.path, rows)
@@ -229,6 +236,10 @@ class Concatenated:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def longest(self, column: str) -> int:
+        """Returns the tokens of the longest list of a column."""
+        return max(part.longest(column) for part in self.parts)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         part = int(np.searchsorted(self._begins, number, "right")) - 1

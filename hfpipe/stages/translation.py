@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch.nn import functional
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
 
@@ -17,6 +18,7 @@ from hfpipe.core.errors import DataError
 from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.sources.load import load_rows
+from hfpipe.data.token_store import Columns, Concatenated, TokenStore, made_once, told, write_columns
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
@@ -33,6 +35,7 @@ from hfpipe.stages.trainer import (
 )
 
 DEFAULT_MAX_LENGTH = 1024
+BLOCK = 1_000  # pairs tokenized at a time
 
 
 def run_translation(run: StageRun) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def run_translation(run: StageRun) -> dict[str, Any]:
     assert isinstance(stage, Translation)
     model = load_model(run.parent, frozen=stage.adapter is not None)
     rows, sources = _tokenized_rows(run, stage, _lengths(run, model))
-    lengths = [len(row) + len(said) for row, said in zip(rows["input_ids"], rows["labels"], strict=True)]
+    lengths = rows.lengths
     plan = plan_of(stage, len(rows))
     source = plan.serve(run, rows, lengths)
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation)
@@ -57,7 +60,7 @@ def run_translation(run: StageRun) -> dict[str, Any]:
         run.tokenizer.pad_token_id,
         collated=lambda batch, *_: _collate(batch, collator, model, end),
     )
-    longest = max(map(len, rows["input_ids"])), max(map(len, rows["labels"]))
+    longest = rows.longest("input_ids"), rows.longest("labels")
     facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=longest)
     facts["data"]["sources"] = sources
     return facts
@@ -93,7 +96,8 @@ def _collate(
     """
     blank = torch.tensor([bool(row.get("blank")) for row in rows])
     filled = [
-        {"input_ids": row["input_ids"], "labels": [end] if row.get("blank") else list(row["labels"])} for row in rows
+        {"input_ids": list(row["input_ids"]), "labels": [end] if row.get("blank") else list(row["labels"])}
+        for row in rows
     ]
     batch = dict(collator(filled))
     batch["decoder_input_ids"] = decoder_input(model, batch["labels"])
@@ -117,46 +121,61 @@ def _lengths(run: StageRun, model: Any) -> tuple[int, int]:
 
 def _tokenized_rows(
     run: StageRun, stage: Translation, lengths: tuple[int, int]
-) -> tuple[Dataset, dict[str, dict[str, Any]]]:
-    """Tokens of every pair of the stage, in a fixed order, on every rank alike; and what was read by source."""
+) -> tuple[Concatenated, dict[str, dict[str, Any]]]:
+    """Returns the tokens of every pair of the stage, in a fixed order, and what was read of each source."""
     parts, facts = [], {}
     for number, source in enumerate(stage.data):
-        part, facts[f"{number}: {source.title}"] = _tokenize(run, source, lengths)
+        part, facts[f"{number}: {source.title}"] = _tokens_of(run, source, lengths)
         parts.append(part)
     if any(source.weight is not None for source in stage.data):
         counts = shares_of_rows([len(part) for part in parts], [source.weight or 1.0 for source in stage.data])
-        parts = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
-    return concatenate_datasets(parts), facts
+        parts = [part.first(count) for part, count in zip(parts, counts, strict=True)]
+    return Concatenated(parts), facts
 
 
-def _tokenize(run: StageRun, source: Source, lengths: tuple[int, int]) -> tuple[Dataset, dict[str, Any]]:
-    """Reads and tokenizes a source in batches; says what was cut and what the tokenizer cannot write.
+def _tokens_of(run: StageRun, source: Source, lengths: tuple[int, int]) -> tuple[TokenStore, dict[str, Any]]:
+    """Tokenizes a source, or finds its tokens; says what was cut and what the tokenizer cannot write.
 
     Raises:
         DataError: Too many rows lack a source or a target.
     """
     set_languages(run.tokenizer, source)
-    read = Read()
-    opened, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=("translation",)), source)
-    rows = tidy_rows(opened, source, read)
-    tables: list[pa.Table] = []
-    cut = tokens = unknown = 0
-    while batch := list(islice(rows, 1000)):
-        sources, targets = ([row[side] for row in batch] for side in ("source", "target"))
-        pairs = encode_pairs(run.tokenizer, sources, targets, *lengths)
-        cut += sum(pair.cut for pair in pairs)
-        tokens += sum(len(pair.labels) for pair in pairs)
-        unknown += sum(pair.labels.count(run.tokenizer.unk_token_id) for pair in pairs)
-        columns = {"input_ids": [pair.input_ids for pair in pairs], "labels": [pair.labels for pair in pairs]}
-        tables.append(pa.table({name: pa.array(ids, pa.list_(pa.int32())) for name, ids in columns.items()}))
-    refuse_dirt(source, read.dirty, read.rows, run.stage.max_dirty_share)
-    if not tables:
-        raise DataError(f"stages.{run.stage.name}: {source.path!r} has no row with a source and a target.")
-    told = f"  {source.title}: {read.rows - len(read.dirty):,} pairs"
-    if cut:
-        told += f", {cut:,} of them cut to {lengths[0]} tokens of source or {lengths[1]} of target (max_length, "
-        told += "max_target_length)"
-    ranks.say(told)
-    if unknown:
-        ranks.say(f"  {source.title}: the tokenizer cannot write {unknown / tokens:.2%} of the target tokens (<unk>)")
-    return Dataset(pa.concat_tables(tables)), {**read.facts(), **removed, "cut": cut}
+    rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=("translation",)), source)
+
+    def make(path: Path) -> dict[str, Any]:
+        read, counts = Read(), {"pairs": 0, "cut": 0, "tokens": 0, "unknown": 0}
+        clean = tidy_rows(rows, source, read)
+
+        def blocks() -> Iterator[Columns]:
+            while batch := list(islice(clean, BLOCK)):
+                sources, targets = ([row[side] for row in batch] for side in ("source", "target"))
+                pairs = encode_pairs(run.tokenizer, sources, targets, *lengths)
+                counts["pairs"] += len(pairs)
+                counts["cut"] += sum(pair.cut for pair in pairs)
+                counts["tokens"] += sum(len(pair.labels) for pair in pairs)
+                counts["unknown"] += sum(pair.labels.count(run.tokenizer.unk_token_id) for pair in pairs)
+                columns = {"input_ids": [pair.input_ids for pair in pairs], "labels": [pair.labels for pair in pairs]}
+                yield {name: pa.array(ids, pa.list_(pa.int32())) for name, ids in columns.items()}
+
+        write_columns(path, told(blocks(), source.title, len(rows) if isinstance(rows, Dataset) else None))
+        refuse_dirt(source, read.dirty, read.rows, run.stage.max_dirty_share)
+        if not counts["pairs"]:
+            raise DataError(f"stages.{run.stage.name}: {source.path!r} has no row with a source and a target.")
+        return {**read.facts(), **counts}
+
+    words: list[Any] = [*lengths, source.src_lang, source.tgt_lang, run.stage.max_dirty_share]
+    if not isinstance(rows, Dataset):
+        words += [run.hash, source.model_dump()]
+    store, found, before = made_once(rows, run.tokenizer, words, make, run.folder / "tokens")
+    line = f"  {source.title}: {found['pairs']:,} pairs{', tokenized before' if before else ''}"
+    if found["cut"]:
+        line += (
+            f", {found['cut']:,} of them cut to {lengths[0]} tokens of source or {lengths[1]} of target (max_length, "
+        )
+        line += "max_target_length)"
+    ranks.say(line)
+    if found["unknown"]:
+        share = found["unknown"] / found["tokens"]
+        ranks.say(f"  {source.title}: the tokenizer cannot write {share:.2%} of the target tokens (<unk>)")
+    kept = {key: value for key, value in found.items() if key not in ("pairs", "tokens", "unknown")}
+    return store, {**kept, **removed}
