@@ -12,6 +12,7 @@ from datasets import ClassLabel, Features, Value
 from datasets import List as ListOf
 
 from hfpipe.core.errors import DataError
+from hfpipe.data.token_store import Concatenated
 from hfpipe.data.tokenize import IGNORED
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -150,6 +151,27 @@ def label_ids(label: Any, names: Sequence[str]) -> list[int] | list[float]:
     if isinstance(label, list):
         return [float(name in label) for name in names]
     return [label] if isinstance(label, float) else [names.index(label)]
+
+
+class LabelledTokens:
+    """Tokens of sentences with their labels as the model takes them.
+
+    Args:
+        tokens: The tokens.
+        labels: Of each row its label.
+        names: The classes in order.
+    """
+
+    def __init__(self, tokens: Concatenated, labels: Sequence[Any], names: Sequence[str]) -> None:
+        self._tokens, self._labels, self._names = tokens, labels, names
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Returns `input_ids` (L,) and `labels`, see `label_ids`."""
+        ids = self._tokens[number]["input_ids"]
+        return {"input_ids": ids, "labels": label_ids(self._labels[number], self._names)}
 
 
 def collate_labelled(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """Tokens of a source, made once: in an Arrow file that every rank maps, kept by what they were made from.
 
 A file holds lists of int32 by row: `input_ids`, and `trained`, the ends of the runs of tokens that are trained on
-(begin, end, begin, ...), or `labels`. What was counted stands beside it as JSON, written last: without it a file does
-not count. Memory stays flat: rows come in blocks, and what was mapped is given back now and then.
+(begin, end, begin, ...), or `labels`, or the `label` of a sentence as numbers. What was counted stands beside it as
+JSON, written last: without it a file does not count. Memory stays flat: rows come in blocks, and what was mapped is
+given back now and then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from hfpipe.core.files import write_json
 from hfpipe.data.text_tokens import IGNORED, TokenRows, untrimmed
 
 Columns = dict[str, pa.Array]
+LABEL = "label"  # what a sentence is, in numbers that are no tokens
+_NO_TOKENS = ("trained", LABEL)
 _BLOCK = 1_000  # rows hashed at a time
 _RELEASED_AFTER = 10  # blocks of a source
 _RELEASED_EVERY = 32 << 20  # bytes of tokens read
@@ -188,7 +192,7 @@ class TokenStore:
             self._blocks.append(block)
             sizes.append(len(batch))
             lengths.append(
-                np.sum([np.diff(offsets) for name, (offsets, _) in block.items() if name != "trained"], axis=0)
+                np.sum([np.diff(offsets) for name, (offsets, _) in block.items() if name not in _NO_TOKENS], axis=0)
             )
         self._begins = np.cumsum(sizes)
         self.lengths = np.concatenate(lengths).astype(np.int32)[:rows]
@@ -200,6 +204,13 @@ class TokenStore:
     def longest(self, column: str) -> int:
         """Returns the tokens of the longest list of a column."""
         return max((int(np.diff(block[column][0]).max()) for block in self._blocks), default=0)
+
+    def lists(self, column: str) -> Iterator[np.ndarray]:
+        """Yields the lists of a column, row by row."""
+        for block in self._blocks:
+            offsets, values = block[column]
+            for begin, end in pairwise(offsets.tolist()):
+                yield values[begin:end]
 
     def first(self, rows: int) -> TokenStore:
         """Returns the first rows alone."""

@@ -8,14 +8,17 @@ from hfpipe.model.load import task_of
 from hfpipe.pipeline.context import open_run, quiet_libraries
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.pipeline.reuse import take_up
-from hfpipe.recipe import Recipe, Sft
+from hfpipe.recipe import Classification, Pretrain, Recipe, Sft
 from hfpipe.stages import StageRun
+from hfpipe.stages.classification import labelled_length
 from hfpipe.stages.cost import CostMeter
+from hfpipe.stages.labels import labelled_tokens
 from hfpipe.stages.sft_rows import sft_length, sft_rows
+from hfpipe.stages.translation import pair_lengths, paired_tokens
 
 
 def prepare_recipe(recipe: Recipe) -> None:
-    """Makes the tokens of every sft stage of a recipe, which `hfpipe run` finds then.
+    """Makes the tokens of every stage of a recipe but those of pretraining, which `hfpipe run` finds then.
 
     Raises:
         UserError: As `run_recipe`, as far as data is concerned.
@@ -30,9 +33,8 @@ def prepare_recipe(recipe: Recipe) -> None:
     model = shapes_of(base.ref)
     require_training(Loaded(recipe, base.tokenizer, base.added, model, task_of(base.ref), run.rows), folder)
     for stage in recipe.stages:
-        if not isinstance(stage, Sft):
-            when = "while it trains" if stage.kind == "pretrain" else "when it begins"
-            ranks.say(f"{stage.name}: a {stage.kind} stage is read and tokenized {when}")
+        if isinstance(stage, Pretrain):
+            ranks.say(f"{stage.name}: a {stage.kind} stage is read and tokenized while it trains")
             continue
         place, version = run.stage_folder(stage.name), run.versions[stage.name]
         for line in ranks.on_main(lambda place=place, version=version: take_up(place, version)):  # type: ignore[misc]
@@ -52,4 +54,9 @@ def prepare_recipe(recipe: Recipe) -> None:
             rows=run.rows,
             cost=CostMeter(place, run.hashes[stage.name], recipe.energy),
         )
-        sft_rows(prepared, sft_length(prepared, model))
+        if isinstance(stage, Sft):
+            sft_rows(prepared, sft_length(prepared, model))
+        elif isinstance(stage, Classification):
+            labelled_tokens(prepared, labelled_length(prepared, model))
+        else:
+            paired_tokens(prepared, pair_lengths(prepared, model))

@@ -15,13 +15,14 @@ from transformers import Trainer, set_seed
 
 from hfpipe.core import ranks
 from hfpipe.data.dataloader import BatchLoader
-from hfpipe.data.labels import balanced_weights, collate_labelled, label_ids
+from hfpipe.data.labels import LabelledTokens, balanced_weights, collate_labelled
 from hfpipe.data.tokenize import IGNORED
+from hfpipe.model.base import shapes_of
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, read_head
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
+from hfpipe.stages.labels import Head, head_of, labelled_tokens, require_fitting_suites
 from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_arguments, with_adapter
 
 
@@ -29,13 +30,14 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     """Trains a classification stage and saves its model; see `stages.common.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Classification)
-    found = labelled_rows(run.recipe, stage, run.cleaner)
-    texts, labels = found.texts, found.labels
+    limit = labelled_length(run, shapes_of(run.parent))
+    tokens, found = labelled_tokens(run, limit)
+    labels, lengths = found.labels, tokens.lengths
     head = head_of(stage, found, _earlier_head(run))
     problem, names = head.problem, head.names
     require_fitting_suites(run.recipe, stage, head, run.rows)
     weights = torch.tensor(balanced_weights(labels, names)) if stage.class_weights == "balanced" else None
-    plan = plan_of(stage, len(texts))
+    plan = plan_of(stage, len(tokens))
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, label_names=["labels"])
     set_seed(run.recipe.seed)  # the head is new, and the same on every rank and at every start
     model, new = load_model(
@@ -44,17 +46,14 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         head=head_config(problem, names, run.tokenizer.pad_token_id),
         with_new_modules=True,
     )
-    limit = row_length(run, model, min(run.tokenizer.model_max_length, DEFAULT_MAX_LENGTH))
-    rows = _tokenized(run, texts, labels, names, limit)
-    lengths = [len(row["input_ids"]) for row in rows]
-    source = plan.serve(run, rows, lengths, grouped=False)
+    source = plan.serve(run, LabelledTokens(tokens, labels, names), lengths, grouped=False)
     if stage.adapter is not None:  # the new modules of the head are trained in full beside it
         saved = outermost([*new, *(stage.adapter.get("modules_to_save") or [])])
         model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
     loss = _Loss(problem, weights, arguments.label_smoothing_factor)
     with clear_refusal(stage, "Trainer"):
         trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
-    ranks.say(f"  {len(rows):,} rows, {', '.join(names[:8]) + (', ...' if len(names) > 8 else '') or 'a number'}")
+    ranks.say(f"  {len(tokens):,} rows, {', '.join(names[:8]) + (', ...' if len(names) > 8 else '') or 'a number'}")
     loader = BatchLoader(
         source,
         plan.per_device,
@@ -62,7 +61,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         stage.training.get("pad_to_multiple_of", 1),
         collate_labelled,
     )
-    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(max(lengths), 0))
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(int(lengths.max()), 0))
     facts["data"]["sources"] = found.sources
     return facts
 
@@ -98,11 +97,11 @@ def _earlier_head(run: StageRun) -> Head | None:
     return Head(problem, [] if problem == "regression" else list(saved["label2id"]))
 
 
-def _tokenized(
-    run: StageRun, texts: list[str], labels: list[Any], names: list[str], limit: int
-) -> list[dict[str, Any]]:
-    ids = run.tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
-    return [
-        {"input_ids": row or [run.tokenizer.pad_token_id], "labels": label_ids(label, names)}
-        for row, label in zip(ids, labels, strict=True)
-    ]
+def labelled_length(run: StageRun, model: Any) -> int:
+    """Returns the most tokens of a sentence.
+
+    Args:
+        run: The stage.
+        model: Its model; the shapes are enough.
+    """
+    return row_length(run, model, min(run.tokenizer.model_max_length, DEFAULT_MAX_LENGTH))

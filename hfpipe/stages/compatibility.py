@@ -26,7 +26,7 @@ from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Sft, Source, Stage, Suite
 from hfpipe.scores.scorecard import BASE
-from hfpipe.stages.labels import Head, head_of, labelled_rows, require_fitting_suites
+from hfpipe.stages.labels import Head, first_labels, head_of, require_fitting_suites
 from hfpipe.stages.trainer import require_positions
 
 LABELS = 100_000  # rows of a source whose labels are looked at
@@ -59,7 +59,7 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
     for stage in recipe.stages:
         require_positions(stage, model)
         if isinstance(stage, Classification):
-            found = labelled_rows(recipe, stage, at_most=LABELS)
+            found = first_labels(recipe, stage, LABELS)
             earlier = heads.get(recipe.parent_of(stage.name)) if stage.parent_adapter == "continue" else None
             heads[stage.name] = head = head_of(stage, found, earlier)
             if stage.training.get("label_smoothing_factor") and head.problem != "single_label_classification":

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from datasets import Dataset
+
+from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
-from hfpipe.data.dedup import Cleaner
 from hfpipe.data.labels import Problem, classes_of, plain_labels, problem_of
+from hfpipe.data.sources.formats import Rows
 from hfpipe.data.sources.load import load_rows
+from hfpipe.data.token_store import LABEL, Columns, Concatenated, TokenStore, made_once, told, write_columns
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.evaluation.answers import require_known_classes, tells_apart
-from hfpipe.recipe import Classification, Recipe
+from hfpipe.recipe import Classification, Recipe, Source
+from hfpipe.stages.context import StageRun
+
+BLOCK = 1_000  # sentences tokenized at a time
 
 
 @dataclass
 class Labelled:
-    """The rows of a classification stage that have a sentence and a label.
+    """The labels of a classification stage, of the rows that have a sentence and a label.
 
     Args:
-        texts: The sentences.
         labels: The labels, see `data.labels.plain_labels`.
         declared: The names that the data itself gives to its classes, in order.
         sources: What was read, by source.
         whole: Whether every row was looked at.
     """
 
-    texts: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
     declared: list[str] = field(default_factory=list)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     whole: bool = True
+
+    def declare(self, names: Sequence[str]) -> None:
+        """Adds the names that a source gives to its classes."""
+        self.declared += [name for name in names if name not in self.declared]
+
+    def add(self, source: Source, labels: Sequence[Any], facts: dict[str, Any]) -> None:
+        """Adds the labels of a source."""
+        self.labels += labels
+        self.sources[f"{len(self.sources)}: {source.title}"] = facts
 
 
 @dataclass(frozen=True)
@@ -52,41 +68,108 @@ class Head:
         return f"{self.problem} ({', '.join(self.names) or 'a number'})"
 
 
-def labelled_rows(
-    recipe: Recipe, stage: Classification, cleaner: Cleaner | None = None, at_most: int | None = None
-) -> Labelled:
-    """Reads the rows of a classification stage.
-
-    Args:
-        recipe: The recipe.
-        stage: The stage of it.
-        cleaner: Removes rows first, where the sources ask for it.
-        at_most: Rows to look at of each source; None for all.
+def first_labels(recipe: Recipe, stage: Classification, at_most: int) -> Labelled:
+    """Reads the labels of the first rows of each source of a stage.
 
     Raises:
         DataError: There is none, too many are dirty, or the labels cannot be read.
     """
     found = Labelled()
     for source in stage.data:
-        opened = load_rows(source, seed=recipe.seed, kinds=("classification",))
-        rows, names = plain_labels(opened, source.path, stage.labels)
-        found.declared += [name for name in names if name not in found.declared]
+        rows, names = plain_labels(_opened(recipe, source), source.path, stage.labels)
+        found.declare(names)
         read = Read()
-        removed: dict[str, Any] = {}
-        if cleaner is not None:
-            rows, removed = cleaner.rows(rows, source)
-        for row in islice(tidy_rows(rows, source, read), at_most):
-            if row["label"] is None:
-                read.dirty.add(["without a label"], str(row.get("id", f"row {read.rows - 1}")))
-            else:
-                found.texts.append(row["sentence"])
-                found.labels.append(row["label"])
-        found.whole = found.whole and (at_most is None or read.rows < at_most)
+        labels = [row["label"] for row in islice(with_label(rows, source, read), at_most)]
+        found.whole = found.whole and read.rows < at_most
         refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
-        found.sources[f"{len(found.sources)}: {source.title}"] = read.facts() | removed
-    if not found.texts:
+        found.add(source, labels, read.facts())
+    return _not_empty(stage, found)
+
+
+def _opened(recipe: Recipe, source: Source) -> Rows:
+    return load_rows(source, seed=recipe.seed, kinds=("classification",))
+
+
+def _not_empty(stage: Classification, found: Labelled) -> Labelled:
+    if not found.labels:
         raise DataError(f"stages.{stage.name}: no row has a sentence and a label.")
     return found
+
+
+def with_label(rows: Rows, source: Source, read: Read) -> Iterator[dict[str, Any]]:
+    """Yields the tidied rows of a source; those without a label count as dirty in `read`."""
+    for row in tidy_rows(rows, source, read):
+        if row["label"] is None:
+            read.dirty.add(["without a label"], str(row.get("id", f"row {read.rows - 1}")))
+        else:
+            yield row
+
+
+def labelled_tokens(run: StageRun, limit: int) -> tuple[Concatenated, Labelled]:
+    """Returns the tokens of every sentence of the stage, in a fixed order, and their labels.
+
+    Args:
+        run: The stage.
+        limit: Tokens of a row, beyond which a sentence is cut.
+
+    Raises:
+        DataError: As `first_labels`.
+    """
+    assert isinstance(run.stage, Classification)
+    found, parts = Labelled(), []
+    for source in run.stage.data:
+        rows, names = plain_labels(_opened(run.recipe, source), source.path, run.stage.labels)
+        found.declare(names)
+        part, labels, facts = _tokens_of(run, source, rows, limit)
+        parts.append(part)
+        found.add(source, labels, facts)
+    return Concatenated(parts), _not_empty(run.stage, found)
+
+
+def _tokens_of(run: StageRun, source: Source, rows: Rows, limit: int) -> tuple[TokenStore, list[Any], dict[str, Any]]:
+    """Tokenizes the sentences of a source, or finds their tokens from before; returns their labels and facts too."""
+    stage = run.stage
+    assert isinstance(stage, Classification)
+    rows, removed = run.cleaner.rows(rows, source)
+    pad = run.tokenizer.pad_token_id
+
+    def make(path: Path) -> dict[str, Any]:
+        read, codes, kinds = Read(), dict[str, int](), set[str]()
+        clean = with_label(rows, source, read)
+
+        def code(label: Any) -> list[float]:
+            kinds.add(problem_of([label]))
+            if isinstance(label, float):
+                return [label]
+            names = label if isinstance(label, list) else [label]
+            return [codes.setdefault(name, len(codes)) for name in names]
+
+        def blocks() -> Iterator[Columns]:
+            while block := [*islice(clean, BLOCK)]:
+                texts = [row["sentence"] for row in block]
+                ids = run.tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
+                yield {
+                    "input_ids": pa.array([row or [pad] for row in ids], pa.list_(pa.int32())),
+                    LABEL: pa.array([code(row["label"]) for row in block], pa.list_(pa.float64())),
+                }
+
+        write_columns(path, told(blocks(), source.title, len(rows) if isinstance(rows, Dataset) else None))
+        refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
+        return {**read.facts(), "names": [*codes], "problem": next(iter(kinds), None)}
+
+    words: list[Any] = ["label", limit, stage.labels, stage.max_dirty_share]
+    if not isinstance(rows, Dataset):
+        words += [run.hash, source.model_dump()]
+    store, facts, before = made_once(rows, run.tokenizer, words, make, run.folder / "tokens")
+    ranks.say(f"  {source.title}: {len(store):,} rows{', tokenized before' if before else ''}")
+    names, problem = facts.pop("names"), facts.pop("problem")
+    if problem == "regression":
+        labels: list[Any] = [values[0] for values in store.lists(LABEL)]
+    elif problem == "multi_label_classification":
+        labels = [[names[int(value)] for value in values] for values in store.lists(LABEL)]
+    else:
+        labels = [names[int(values[0])] for values in store.lists(LABEL)]
+    return store, labels, {**facts, **removed}
 
 
 def head_of(stage: Classification, rows: Labelled, earlier: Head | None = None) -> Head:

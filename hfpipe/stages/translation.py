@@ -43,7 +43,7 @@ def run_translation(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     assert isinstance(stage, Translation)
     model = load_model(run.parent, frozen=stage.adapter is not None)
-    rows, sources = _tokenized_rows(run, stage, _lengths(run, model))
+    rows, sources = paired_tokens(run, pair_lengths(run, model))
     lengths = rows.lengths
     plan = plan_of(stage, len(rows))
     source = plan.serve(run, rows, lengths)
@@ -96,7 +96,7 @@ def _collate(
     """
     blank = torch.tensor([bool(row.get("blank")) for row in rows])
     filled = [
-        {"input_ids": list(row["input_ids"]), "labels": [end] if row.get("blank") else list(row["labels"])}
+        {"input_ids": row["input_ids"].tolist(), "labels": [end] if row.get("blank") else row["labels"].tolist()}
         for row in rows
     ]
     batch = dict(collator(filled))
@@ -105,7 +105,7 @@ def _collate(
     return batch
 
 
-def _lengths(run: StageRun, model: Any) -> tuple[int, int]:
+def pair_lengths(run: StageRun, model: Any) -> tuple[int, int]:
     """Tokens to keep of a source and of a target.
 
     Raises:
@@ -119,10 +119,9 @@ def _lengths(run: StageRun, model: Any) -> tuple[int, int]:
     return longest, training.get("max_target_length") or longest
 
 
-def _tokenized_rows(
-    run: StageRun, stage: Translation, lengths: tuple[int, int]
-) -> tuple[Concatenated, dict[str, dict[str, Any]]]:
+def paired_tokens(run: StageRun, lengths: tuple[int, int]) -> tuple[Concatenated, dict[str, dict[str, Any]]]:
     """Returns the tokens of every pair of the stage, in a fixed order, and what was read of each source."""
+    stage = run.stage
     parts, facts = [], {}
     for number, source in enumerate(stage.data):
         part, facts[f"{number}: {source.title}"] = _tokens_of(run, source, lengths)
@@ -167,12 +166,13 @@ def _tokens_of(run: StageRun, source: Source, lengths: tuple[int, int]) -> tuple
     if not isinstance(rows, Dataset):
         words += [run.hash, source.model_dump()]
     store, found, before = made_once(rows, run.tokenizer, words, make, run.folder / "tokens")
-    line = f"  {source.title}: {found['pairs']:,} pairs{', tokenized before' if before else ''}"
+    line = f"  {source.title}: {found['pairs']:,} pairs"
     if found["cut"]:
         line += (
             f", {found['cut']:,} of them cut to {lengths[0]} tokens of source or {lengths[1]} of target (max_length, "
         )
         line += "max_target_length)"
+    line += ", tokenized before" if before else ""
     ranks.say(line)
     if found["unknown"]:
         share = found["unknown"] / found["tokens"]

@@ -327,3 +327,23 @@ def test_every_adapter_of_an_encoder_merges_with_its_head(family: str, block: di
         torch.testing.assert_close(
             merged(ids).logits, loaded(ids).logits, atol=0.05 if "lora" in block else 1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("problem", ["one", "several", "number"])
+def test_sentences_are_tokenized_once_and_by_prepare(
+    problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    content = written(tmp_path, problem, training={"num_train_epochs": 1})
+    path = str(tiny.write(tmp_path, content))
+    assert main(["prepare", path]) == 0
+    assert "tokenized before" not in capsys.readouterr().out
+    assert main(["run", path]) == 0
+    assert "240 rows, tokenized before" in capsys.readouterr().out
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "other")
+    assert main(["run", path, "--set", f"output_dir={tmp_path / 'alone'}"]) == 0
+    assert "tokenized before" not in capsys.readouterr().out
+    losses = [
+        json.loads((tmp_path / f"{name}/stages/kinds/done.json").read_text())["last_loss"] for name in ("run", "alone")
+    ]
+    assert losses[0] == losses[1]
