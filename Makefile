@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hfpipe-installed
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test lint docs clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile  # a worker a core, and a thread a worker
+
+docs: install  # the references that are made from the code
+	$(BIN)/python docs/make_references.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Writes the table of docs/fit.md: what trains in which memory, predicted from the models' shapes; no card is needed.
+"""Writes the table of docs/benchmarks.md: what trains in which memory, predicted from the models' shapes. Needs no GPU.
 
 python benchmarks/fit.py > table.md      # some minutes
 """

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(arguments: Sequence[str] | None) -> int:
     try:
-        options = _parser().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can spare
         options.command(options)
         _part()
@@ -239,7 +239,8 @@ def _run_folder(name: str) -> Path:
     return folder
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of every command; `docs/make_references.py` writes the command reference from it."""
     parser = argparse.ArgumentParser(
         prog="hfpipe",
         description="One recipe from raw text to a scored adapter on the Hub.",
@@ -255,56 +256,75 @@ def _parser() -> argparse.ArgumentParser:
         if recipe:
             sub.add_argument("recipe", metavar="RECIPE", help="a recipe file")
             sub.add_argument(
-                "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. stages.chat.lora.r=8"
+                "--set",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="override a key, e.g. stages.chat.lora.r=8",
             )
         return sub
 
     command("run", _run, "run the whole recipe; run again to continue where it stopped", recipe=True)
-    check = command("check", _check, "what can be known before training: faults, rows, tokens, steps", recipe=True)
-    check.add_argument("--fast", action="store_true", help="the file alone, in half a second")
+    check = command(
+        "check",
+        _check,
+        "find faults of a recipe, its data and this machine before training; show rows, tokens, steps, memory",
+        recipe=True,
+    )
+    check.add_argument("--fast", action="store_true", help="look at the recipe alone, in half a second")
     command("prepare", _prepare, "read, clean and tokenize the data, on a machine without a GPU", recipe=True)
     preview = command(
-        "preview", _preview, "the first rows as the model sees them, trained tokens coloured", recipe=True
+        "preview", _preview, "show the first rows as the model sees them, trained tokens coloured", recipe=True
     )
-    preview.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
+    preview.add_argument("--rows", type=int, default=2, help="number of rows of each stage (default: 2)")
     evaluate = command("evaluate", _evaluate, "score any model, adapter or run folder on suites, without a training")
     evaluate.add_argument("model", metavar="MODEL", help="Hub id, folder of a model or an adapter, or run folder")
     evaluate.add_argument("suites", metavar="SUITES", help="a file with an `evaluate:` block, or a recipe")
     evaluate.add_argument("--suite", action="append", metavar="NAME", help="this suite alone; give it again for more")
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N rows of each suite")
     evaluate.add_argument("--stage", help="of a run folder: which stage's model or adapter; the last one when absent")
-    evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe"
+    )
     evaluate.add_argument("--against", metavar="MODEL", help="another model: print the differences, paired row by row")
     evaluate.add_argument("--output", metavar="FILE", help="write the scores here as JSON")
-    merge = command("merge", _merge, "the merged model of a run, verified against the adapter")
+    merge = command(
+        "merge", _merge, "merge the adapter of a run into its base, and verify the merged model against the adapter"
+    )
     merge.add_argument("run", metavar="RUN", help="a run folder")
     merge.add_argument("--stage", help="which adapter; the last one when absent")
-    dial = command("dial", _dial, "a stage at strengths from 0 (its parent) to 1: gain, forgetting, the best")
+    dial = command(
+        "dial", _dial, "score a stage at strengths from 0 (its parent) to 1, and choose the best inside the budgets"
+    )
     dial.add_argument("run", metavar="RUN", help="a run folder")
     dial.add_argument("--stage", help="which stage; the last one when absent")
     dial.add_argument(
         "--strengths",
         type=_strengths,
         metavar="0,0.25,...",
-        help="default: 0,0.1,0.25,0.5,0.75,0.9,1",
+        help="the strengths; 0,0.1,0.25,0.5,0.75,0.9,1 when absent",
     )
-    push = command("push", _push, "upload adapter or model with its card to the Hub")
+    push = command("push", _push, "upload an adapter or a model with its card to the Hub")
     _push_options(push)
-    report = command("report", _report, "report.md and report.html again from the scorecard, without a model")
+    report = command("report", _report, "write report.md and report.html again from the scorecard, without a model")
     report.add_argument("run", metavar="RUN", help="a run folder")
-    clean = command("clean", _clean, "what a run keeps beside its results: earlier versions of stages, checkpoints")
+    clean = command(
+        "clean", _clean, "show, or remove, what a run keeps beside its results: earlier versions of stages, checkpoints"
+    )
     clean.add_argument("run", metavar="RUN", help="a run folder")
-    clean.add_argument("--yes", action="store_true", help="remove it, and not only show it")
-    recipes = command("recipes", _recipes, "the recipes that come with hfpipe")
+    clean.add_argument("--yes", action="store_true", help="remove it")
+    recipes = command("recipes", _recipes, "list the recipes that come with hfpipe, or copy one")
     recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
-    command("schema", _schema, "JSON schema of a recipe, for editors")
-    new = command("new", _new, "a recipe for your own file, from five answers; what the flags do not say is asked")
+    command("schema", _schema, "print the JSON schema of a recipe, for editors")
+    new = command(
+        "new", _new, "write a recipe for your own data, from five answers; what the options do not say is asked"
+    )
     new.add_argument("--data", metavar="FILE", help="a file, a folder, or a data set of the Hub")
     new.add_argument("--model", metavar="ID", help="the base model: its id on the Hub, or a folder")
     new.add_argument("--task", metavar="TASK", help="chat, instructions, pretrain, classification or translation")
     new.add_argument("--hardware", metavar="WHAT", help="cpu, or the memory of one GPU such as 24GB")
     new.add_argument("-o", "--output", metavar="RECIPE", help="a file to write; NAME-OF-THE-DATA.yaml when absent")
-    convert = command("convert", _convert, "a recipe from a config of another tool")
+    convert = command("convert", _convert, "write a recipe from a config of another tool")
     convert.add_argument("file", metavar="FILE", help="YAML, JSON, or a shell script that starts the tool")
     convert.add_argument(
         "--from", dest="tool", choices=CONVERTED_TOOLS, help="whose config it is; told by its keys when absent"
@@ -317,7 +337,11 @@ def _push_options(push: argparse.ArgumentParser) -> None:
     """The words of a recipe's `push:`, see `PUSH_WORDS`."""
     push.add_argument("run", metavar="RUN", help="a run folder")
     push.add_argument("--repo-id", help="OWNER/NAME; the recipe's push.repo_id when absent, as with all that follow")
-    push.add_argument("--what", choices=["adapter", "model", "merged", "both"])
+    push.add_argument(
+        "--what",
+        choices=["adapter", "model", "merged", "both"],
+        help="the adapter, a fully trained model, the merged model, or adapter and merged model",
+    )
     push.add_argument("--stage", help="which stage's; the last one when absent")
     push.add_argument(
         "--merged-repo-id", metavar="ID", help="for the merged model of `both`; REPO_ID-merged when absent"
@@ -328,7 +352,7 @@ def _push_options(push: argparse.ArgumentParser) -> None:
     push.add_argument(
         "--create-pr", action=argparse.BooleanOptionalAction, default=None, help="as a pull request, one at a time"
     )
-    push.add_argument("--commit-message", metavar="TEXT")
+    push.add_argument("--commit-message", metavar="TEXT", help="title of the commit or of the pull request, one line")
     push.add_argument("--license", metavar="NAME", help="as the Hub writes it; the base's when absent")
     push.add_argument(
         "--private", action=argparse.BooleanOptionalAction, default=None, help="private unless told not to be"

@@ -1,5 +1,9 @@
-"""Every YAML example of the README and the docs has no fault: a recipe, or a part of one that is filled up here."""
+"""README and docs are true: examples of YAML have no fault, links and paths lead somewhere, references are made.
 
+An example is a recipe, or a part of one that is filled up here.
+"""
+
+import importlib.util
 import re
 import textwrap
 from pathlib import Path
@@ -9,13 +13,15 @@ import pytest
 import yaml
 
 from hfpipe.cli import main
+from hfpipe.core import errors
 from hfpipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = {
     f"{page.name}:{page.read_text()[: found.start()].count(chr(10)) + 1}": textwrap.dedent(found[1])
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in PAGES
     for found in BLOCK.finditer(page.read_text())
 }
 WHOLE = {key: text for key, text in EXAMPLES.items() if "..." not in re.sub(r"#.*|\"[^\"]*\"", "", text)}
@@ -51,3 +57,48 @@ def test_an_example_has_no_fault(example: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_most_examples_are_whole() -> None:
     assert len(WHOLE) > 0.7 * len(EXAMPLES)
+
+
+def make_references() -> Any:
+    spec = importlib.util.spec_from_file_location("make_references", ROOT / "docs" / "make_references.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_references_are_what_the_code_makes() -> None:
+    for name, make in make_references().PAGES.items():
+        assert (ROOT / "docs" / name).read_text() == make(), f"docs/{name} is out of date: run `make docs`"
+
+
+def test_the_index_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    missing = [page.name for page in PAGES if page.parent == ROOT / "docs" and f"({page.name})" not in index]
+    assert missing == ["README.md"]
+
+
+def test_the_page_on_faults_has_every_exit_code() -> None:
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)}
+    raised = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
+    assert told == raised | {0, 1, 130}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        linked = (page.parent / name).resolve() if name else page
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if linked.suffix == ".md" else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if not linked.exists() or (anchor and anchor not in anchors):
+            wrong.append(target)
+    for path in re.findall(r"`((?:hfpipe|tests|docs|recipes|benchmarks)/[\w./-]+)`", text):
+        if not (ROOT / path).exists():
+            wrong.append(path)
+    assert wrong == []

@@ -93,8 +93,8 @@ class Tokenizer(Words):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
-    id: str | None = Field(None, description="a tokenizer on the Hub or in a folder")
-    revision: str = "main"
+    id: str | None = Field(None, description="a tokenizer on the Hub or in a folder; the model's own when absent")
+    revision: str = Field("main", description="branch, tag or commit of the tokenizer's repository")
     train: TokenizerTraining | None = Field(None, description="train one from nothing")
     chat_template: Annotated[str, AfterValidator(template_text)] | None = Field(
         None, description="a Jinja chat template: its text, the path of a file, or a name such as chatml or llama3"
@@ -116,17 +116,23 @@ class Model(Words):
     """The base model: one of the Hub (or a folder), or an architecture with fresh weights."""
 
     id: str | None = Field(None, description="a model on the Hub or in a folder")
-    revision: str = "main"
+    revision: str = Field(
+        "main", description="branch, tag or commit of the model's repository; a run records the commit"
+    )
     architecture: dict[str, Any] | None = Field(
         None, description="fields of a transformers config, with `model_type`: start from nothing"
     )
     config: dict[str, Any] | None = Field(
         None, description="fields of the model's transformers config that are changed, e.g. {rope_scaling: {...}}"
     )
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | None = Field(None, description="the tokenizer; the model's own when absent")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
+    attn_implementation: str | None = Field(
+        None,
+        description="the attention kernel by transformers' name: eager, sdpa, flash_attention_2...; the best "
+        "installed one when absent",
+    )
+    trust_remote_code: bool = Field(False, description="run the code that comes with the model's repository")
 
 
 HARNESS = "lm_eval"  # the path of the source that stands for the data of lm-eval's tasks
@@ -211,7 +217,7 @@ class Suite(Words):
 class Push(Words):
     """The artifact that goes to the Hub when the run is done."""
 
-    repo_id: RepoId
+    repo_id: RepoId = Field(description="the repository to push to, OWNER/NAME; your own account without an owner")
     what: Literal["adapter", "model", "merged", "both"] = Field(
         "adapter", description="`both`: the adapter to `repo_id`, the merged model to `merged_repo_id`"
     )
@@ -226,7 +232,7 @@ class Push(Words):
     revision: Ref | None = Field(None, description="a branch; made when it does not exist")
     tag: Ref | None = Field(None, description="a name for the pushed commit, such as v1; never moved from another")
     create_pr: bool = Field(False, description="open a pull request, or add to the open one of the same title")
-    commit_message: Title | None = None
+    commit_message: Title | None = Field(None, description="title of the commit or of the pull request, one line")
     checkpoints: Literal["end", "every_save"] = Field(
         "end", description="the trainer's hub_strategy: `every_save` also pushes every checkpoint, to a branch"
     )
@@ -271,17 +277,20 @@ class CrossValidation(Words):
 class Recipe(Words):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
-    name: Name
+    name: Name = Field(description="the name of the run: letters, digits, '.', '_' and '-'")
     seed: int = Field(42, ge=0, lt=2**32, description="of everything that is drawn at random")
-    output_dir: str | None = Field(None, description="`runs/<name>` when absent")
-    model: Model
+    output_dir: str | None = Field(None, description="the run folder; `runs/<name>` when absent")
+    model: Model = Field(description="the base model")
     stages: list[Stage] = Field(min_length=1, description="the trainings, in order; `hfpipe evaluate` needs none")
-    evaluate: dict[Name, Suite] = Field(default_factory=dict)
+    evaluate: dict[Name, Suite] = Field(
+        default_factory=dict,
+        description="suites by name: held-out data and metrics, scored on the base and after every stage",
+    )
     merge: Annotated[
         Annotated[bool, Tag(WORD)] | Annotated[Merge, Tag(BLOCK)],
         Discriminator(word_or_block),
     ] = Field(False, description="merge the last adapter into its base, verified against the adapter")
-    push: Push | None = None
+    push: Push | None = Field(None, description="what goes to the Hub at the end; nothing when absent")
     energy: Annotated[
         Annotated[bool, Tag(WORD)] | Annotated[Energy, Tag(BLOCK)],
         Discriminator(word_or_block),

@@ -1,6 +1,24 @@
-"""The names of metrics that a recipe may say: ours with their options, and those known to be on the Hub."""
+"""The metrics that a recipe may name: those of hfpipe with class and options, and those known to be on the Hub."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One of hfpipe's metrics.
+
+    Args:
+        class_path: File and class in `hfpipe/evaluation/metrics`.
+        meaning: One line for the recipe reference (`make docs`).
+        options: The keys that `metric_options` may give it.
+    """
+
+    class_path: str
+    meaning: str
+    options: tuple[str, ...] = ()
+
 
 _BLEU = (
     "lowercase",
@@ -15,49 +33,87 @@ _BLEU = (
 _CLASSES = ("average", "pos_label")
 _ROUGE = ("tokenize", "use_stemmer")
 
-# Each of ours, and the options that `metric_options` may give it.
-OUR_METRICS: dict[str, tuple[str, ...]] = {
-    "accuracy": (),
-    "accuracy_ambiguous": (),
-    "accuracy_bytes": (),
-    "accuracy_disambiguated": (),
-    "accuracy_norm": (),
-    "bias_ambiguous": (),
-    "bias_disambiguated": (),
-    "bits_per_byte": (),
-    "bleu": _BLEU,
-    "calibration_error": (),
-    "chrf": ("char_order", "word_order", "beta", "lowercase", "whitespace", "eps_smoothing"),
-    "exact_match": (),
-    "f1": _CLASSES,
-    "f1_micro": (),
-    "flip_rate": (),
-    "greedy_match": (),
-    "icat": (),
-    "likelihood_difference": (),
-    "lms": (),
-    "mae": (),
-    "masked_accuracy": (),
-    "masked_perplexity": (),
-    "matthews_correlation": (),
-    "mse": (),
-    "pearsonr": (),
-    "perplexity": (),
-    "precision": _CLASSES,
-    "precision_micro": (),
-    "recall": _CLASSES,
-    "recall_micro": (),
-    "rouge1": _ROUGE,
-    "rouge2": _ROUGE,
-    "rougeL": _ROUGE,
-    "rougeLsum": _ROUGE,
-    "spearmanr": (),
-    "squad_em": (),
-    "squad_f1": (),
-    "ss": (),
-    "stereotype_score": (),
-    "ter": ("normalized", "no_punct", "asian_support", "case_sensitive"),
-    "word_perplexity": (),
+# Each of ours: to add one, write its class in `hfpipe/evaluation/metrics/` and its line here.
+OUR_METRICS: dict[str, Metric] = {
+    "accuracy": Metric("matches.Accuracy", "share of rows whose right answer the model finds the likeliest"),
+    "accuracy_ambiguous": Metric("bias.Bbq", "BBQ: share of right answers where the context leaves the answer open"),
+    "accuracy_bytes": Metric(
+        "matches.AccuracyPerByte", "`accuracy` by log-likelihood per UTF-8 byte of the answer (lm-eval's `acc_bytes`)"
+    ),
+    "accuracy_disambiguated": Metric("bias.Bbq", "BBQ: share of right answers where the context gives the answer"),
+    "accuracy_norm": Metric(
+        "matches.AccuracyPerCharacter",
+        "`accuracy` by log-likelihood per character of the answer (lm-eval's `acc_norm`)",
+    ),
+    "bias_ambiguous": Metric("bias.Bbq", "BBQ: bias score where the context leaves the answer open, from -1 to 1"),
+    "bias_disambiguated": Metric("bias.Bbq", "BBQ: bias score where the context gives the answer, from -1 to 1"),
+    "bits_per_byte": Metric(
+        "likelihood.BitsPerByte", "bits that the model needs per UTF-8 byte of the text; comparable between tokenizers"
+    ),
+    "bleu": Metric("translation.SacreBleu", "sacrebleu's BLEU, from 0 to 100", _BLEU),
+    "calibration_error": Metric(
+        "classes.CalibrationError", "mean distance between confidence and accuracy, over 15 bins of confidence"
+    ),
+    "chrf": Metric(
+        "translation.SacreBleu",
+        "sacrebleu's chrF, from 0 to 100",
+        ("char_order", "word_order", "beta", "lowercase", "whitespace", "eps_smoothing"),
+    ),
+    "exact_match": Metric(
+        "matches.ExactMatch", "share of rows whose generated answer is the right one, white space at the ends aside"
+    ),
+    "f1": Metric("classes.FScore", "F1, the mean over the classes", _CLASSES),
+    "f1_micro": Metric("classes.FScore", "F1 over all rows together"),
+    "flip_rate": Metric("bias.FlipRate", "share of rows whose answer changes when `swap` exchanges words"),
+    "greedy_match": Metric(
+        "likelihood.GreedyMatch", "share of rows whose every target token is the model's likeliest (LAMBADA's accuracy)"
+    ),
+    "icat": Metric("bias.StereoSet", "StereoSet: language modelling score, less for every preference of stereotypes"),
+    "likelihood_difference": Metric(
+        "bias.LikelihoodDifference", "mean distance of the two log-likelihoods of a pair, in nats"
+    ),
+    "lms": Metric(
+        "bias.StereoSet", "StereoSet: share of meaningful sentences that the model prefers to an unrelated one"
+    ),
+    "mae": Metric("numbers.MeanError", "mean absolute error"),
+    "masked_accuracy": Metric("likelihood.MaskedAccuracy", "share of masked tokens that the model finds"),
+    "masked_perplexity": Metric(
+        "likelihood.MaskedPerplexity",
+        "exponential of the mean loss per masked token; comparable for one tokenizer only",
+    ),
+    "matthews_correlation": Metric(
+        "classes.MatthewsCorrelation", "correlation between predicted and right classes; 0 is chance"
+    ),
+    "mse": Metric("numbers.MeanError", "mean squared error"),
+    "pearsonr": Metric("numbers.Correlation", "Pearson's correlation of predicted and right numbers"),
+    "perplexity": Metric(
+        "likelihood.Perplexity", "exponential of the mean loss per token; comparable for one tokenizer only"
+    ),
+    "precision": Metric("classes.FScore", "precision, the mean over the classes", _CLASSES),
+    "precision_micro": Metric("classes.FScore", "precision over all rows together"),
+    "recall": Metric("classes.FScore", "recall, the mean over the classes", _CLASSES),
+    "recall_micro": Metric("classes.FScore", "recall over all rows together"),
+    "rouge1": Metric("rouge.Rouge", "ROUGE-1: F-measure of shared words", _ROUGE),
+    "rouge2": Metric("rouge.Rouge", "ROUGE-2: F-measure of shared pairs of words", _ROUGE),
+    "rougeL": Metric("rouge.Rouge", "ROUGE-L: F-measure of the longest common subsequence", _ROUGE),
+    "rougeLsum": Metric("rouge.Rouge", "ROUGE-L over the lines of a summary", _ROUGE),
+    "spearmanr": Metric("numbers.Correlation", "Spearman's rank correlation of predicted and right numbers"),
+    "squad_em": Metric(
+        "matches.SquadExactMatch", "SQuAD's exact match: case, punctuation, articles and white space aside"
+    ),
+    "squad_f1": Metric("matches.SquadF1", "SQuAD's F1 of the words of answer and reference"),
+    "ss": Metric("bias.StereoSet", "StereoSet: share of stereotypes that the model prefers to anti-stereotypes"),
+    "stereotype_score": Metric(
+        "bias.StereotypeScore", "CrowS-Pairs: share of pairs whose more stereotypical sentence is the likelier"
+    ),
+    "ter": Metric(
+        "translation.SacreBleu",
+        "sacrebleu's translation edit rate, in percent",
+        ("normalized", "no_punct", "asian_support", "case_sensitive"),
+    ),
+    "word_perplexity": Metric(
+        "likelihood.WordPerplexity", "exponential of the mean loss per word; comparable between tokenizers"
+    ),
 }
 
 # A name that stands for several of ours; its options go to each of them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +91,18 @@ def stage_fields(kind: str) -> Fields | None:
     none.
     """
     fields = training_fields(kind)
-    own = {"max_length": Field("max_length", ast.Constant("int"), help="tokens of a row")}
+    return None if fields is None else length_fields(kind) | fields
+
+
+def length_fields(kind: str) -> dict[str, Field]:
+    """Returns the lengths that `training` of a stage takes, in tokens, also where its arguments class has none."""
+    whole = ast.Constant("int")
     if kind == "translation":
-        own["max_length"] = replace(own["max_length"], help="tokens of a source")
-        own["max_target_length"] = Field("max_target_length", ast.Constant("int"), help="tokens of a target")
-    return None if fields is None else own | fields
+        return {
+            "max_length": Field("max_length", whole, help="tokens of a source at most"),
+            "max_target_length": Field("max_target_length", whole, help="tokens of a target at most"),
+        }
+    return {"max_length": Field("max_length", whole, help="tokens of a row at most")}
 
 
 def _training_of(stage: RawStage) -> Callable[[], Fields | None]:

@@ -184,18 +184,25 @@ class Source(Words):
 class Quantization(Words):
     """The storage of an adapter's frozen base while it trains; bitsandbytes' own names go below `type`."""
 
-    type: Literal["nf4", "int8", "none"]
-    bnb_4bit_use_double_quant: bool = True
-    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = None
-    llm_int8_threshold: float = 6.0
-    llm_int8_skip_modules: list[str] | None = None
+    type: Literal["nf4", "int8", "none"] = Field(description="4 bits (nf4), 8 bits (int8), or as the base comes (none)")
+    bnb_4bit_use_double_quant: bool = Field(True, description="of nf4: quantize the scales of the weights too")
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="of nf4: the precision of matrix products; bfloat16 where the hardware computes in it when absent",
+    )
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = Field(
+        None, description="of nf4: the type that packed weights are kept in; FSDP needs that of the other weights"
+    )
+    llm_int8_threshold: float = Field(
+        6.0, description="of int8: activations above it are multiplied in 16 bits (outliers)"
+    )
+    llm_int8_skip_modules: list[str] | None = Field(None, description="of int8: names of modules left as they are")
 
 
 class Replay(Words):
     """Mixes the data of an earlier stage into this one."""
 
-    stage: Name
+    stage: Name = Field(description="an earlier stage")
     share: Share = Field(gt=0, lt=1, description="share of the tokens (pretrain) or of the rows (sft) of this stage")
 
 
@@ -217,9 +224,9 @@ class StageBase(Words):
 
     ARGUMENTS: ClassVar[tuple[str, str]]
 
-    name: Name
-    kind: str
-    data: list[Source] = Field(min_length=1)
+    name: Name = Field(description="the name of the stage: letters, digits, '.', '_' and '-'")
+    kind: str = Field(description="what the stage trains")
+    data: list[Source] = Field(min_length=1, description="the sources that it is trained on")
     parent: str | None = Field(None, description="the stage to start from, or `base`; the stage before when absent")
     parent_adapter: Literal["merge", "continue"] = Field(
         "merge",
@@ -265,7 +272,11 @@ class StageBase(Words):
     @property
     def quantized(self) -> Quantization | None:
         """The quantization as a block; None for full precision."""
-        block = Quantization(type=self.quantization) if isinstance(self.quantization, str) else self.quantization
+        block = (
+            Quantization.model_validate({"type": self.quantization})
+            if isinstance(self.quantization, str)
+            else self.quantization
+        )
         return None if block.type == "none" else block
 
 
@@ -285,7 +296,7 @@ class Pretrain(StageBase):
     exhausted: Literal["repeat", "stop"] = Field(
         "repeat", description="a source that is read to its end begins anew, or the others go on without it"
     )
-    replay: Replay | None = None
+    replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
 
     @property
     def task(self) -> str:
@@ -306,7 +317,7 @@ class Sft(StageBase):
     too_long: Literal["cut", "split", "drop"] = Field(
         "cut", description="what becomes of a row beyond training.max_length: it loses its end, goes on, or is left out"
     )
-    replay: Replay | None = None
+    replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
 
 
 class Classification(StageBase):

@@ -18,9 +18,9 @@ from hfpipe.cli import main
 from hfpipe.core.errors import DataError
 from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.counterfactuals import replaced
-from hfpipe.evaluation.metrics import OURS, load_metric
+from hfpipe.evaluation.metrics import load_metric
 from hfpipe.recipe import Suite
-from hfpipe.recipe.metric_table import BIAS_METRICS, WITH_IDEAL
+from hfpipe.recipe.metric_table import BIAS_METRICS, OUR_METRICS, WITH_IDEAL
 from hfpipe.report.details import LIMITS
 from hfpipe.scores.scorecard import Change, Score, judge_budget
 
@@ -351,7 +351,7 @@ def test_swaps_are_checked_by_the_file_alone(tmp_path: Path, capsys: pytest.Capt
 def test_what_can_be_too_high_and_too_low_chooses_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {name for name in OURS if load_metric(name).ideal is not None} == WITH_IDEAL
+    assert {name for name in OUR_METRICS if load_metric(name).ideal is not None} == WITH_IDEAL
     assert set(LIMITS) == BIAS_METRICS
     content = tiny.recipe(tmp_path)
     source = {"path": "json", "data_files": "pairs.jsonl"}

@@ -1,6 +1,6 @@
 """Metrics as `evaluate` modules: ours work offline, any other name goes to `evaluate.load`.
 
-To add one: a subclass of `RowMetric` here, its line in `OURS`, and its name in `recipe/metric_table.py`.
+To add one: a subclass of `RowMetric` in a file here, and its line in `hfpipe/recipe/metric_table.py`.
 """
 
 from __future__ import annotations
@@ -18,50 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.hub_errors import trouble
 from hfpipe.recipe.faults import did_you_mean, listed
-
-OURS = {
-    "accuracy": "matches.Accuracy",
-    "accuracy_ambiguous": "bias.Bbq",
-    "accuracy_bytes": "matches.AccuracyPerByte",
-    "accuracy_disambiguated": "bias.Bbq",
-    "accuracy_norm": "matches.AccuracyPerCharacter",
-    "bias_ambiguous": "bias.Bbq",
-    "bias_disambiguated": "bias.Bbq",
-    "bits_per_byte": "likelihood.BitsPerByte",
-    "bleu": "translation.SacreBleu",
-    "calibration_error": "classes.CalibrationError",
-    "chrf": "translation.SacreBleu",
-    "exact_match": "matches.ExactMatch",
-    "f1": "classes.FScore",
-    "f1_micro": "classes.FScore",
-    "flip_rate": "bias.FlipRate",
-    "greedy_match": "likelihood.GreedyMatch",
-    "icat": "bias.StereoSet",
-    "likelihood_difference": "bias.LikelihoodDifference",
-    "lms": "bias.StereoSet",
-    "mae": "numbers.MeanError",
-    "masked_accuracy": "likelihood.MaskedAccuracy",
-    "masked_perplexity": "likelihood.MaskedPerplexity",
-    "matthews_correlation": "classes.MatthewsCorrelation",
-    "mse": "numbers.MeanError",
-    "pearsonr": "numbers.Correlation",
-    "perplexity": "likelihood.Perplexity",
-    "precision": "classes.FScore",
-    "precision_micro": "classes.FScore",
-    "recall": "classes.FScore",
-    "recall_micro": "classes.FScore",
-    "rouge1": "rouge.Rouge",
-    "rouge2": "rouge.Rouge",
-    "rougeL": "rouge.Rouge",
-    "rougeLsum": "rouge.Rouge",
-    "spearmanr": "numbers.Correlation",
-    "squad_em": "matches.SquadExactMatch",
-    "squad_f1": "matches.SquadF1",
-    "ss": "bias.StereoSet",
-    "stereotype_score": "bias.StereotypeScore",
-    "ter": "translation.SacreBleu",
-    "word_perplexity": "likelihood.WordPerplexity",
-}
+from hfpipe.recipe.metric_table import OUR_METRICS
 
 # Metrics of `evaluate` where less is better; it does not say itself.
 LOWER_IS_BETTER = {"wer", "cer", "mape", "smape", "brier_score", "character", "charcut_mt"}
@@ -79,8 +36,8 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
         RecipeError: Nobody knows the name.
         MachineError: The name is not ours and the Hub cannot be reached.
     """
-    if name in OURS:
-        file, class_name = OURS[name].split(".")
+    if name in OUR_METRICS:
+        file, class_name = OUR_METRICS[name].class_path.split(".")
         return getattr(import_module(f"hfpipe.evaluation.metrics.{file}"), class_name)(name, **(options or {}))
     import evaluate
 
@@ -92,8 +49,9 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
             raise MachineError(f"metric {name!r} cannot be fetched: {known}") from error
         where = f"on the Hub ({space})" if space else "a script here"
         raise RecipeError(
-            f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OURS))}), nor {where}. Check the spelling, "
-            f"and the network: another metric than hfpipe's own is fetched the first time.{did_you_mean(name, OURS)}"
+            f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OUR_METRICS))}), nor {where}. Check the "
+            f"spelling, and the network: another metric than hfpipe's own is fetched the first time."
+            f"{did_you_mean(name, OUR_METRICS)}"
         ) from error
     except ImportError as error:
         raise MachineError(f"metric {name!r}: {error}") from error
@@ -125,7 +83,7 @@ def script_of(space: str, revision: str | None) -> str:
 
 def space_of(name: str) -> str | None:
     """The Space of the Hub whose code a metric is; None for one of ours, and for a local script."""
-    if name in OURS or name.endswith(".py") or Path(name).exists():
+    if name in OUR_METRICS or name.endswith(".py") or Path(name).exists():
         return None
     return name if "/" in name else f"evaluate-metric/{name}"
 

@@ -261,11 +261,11 @@ def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
         steps = (*suite.steps, "metric_options", name)
         if name not in names:
             yield Fault(steps, f"is not among the suite's metrics ({listed(names)}).{did_you_mean(name, names)}")
-        takes = OUR_METRICS.get(FAMILIES[name][0] if name in FAMILIES else name)
+        metric = OUR_METRICS.get(FAMILIES[name][0] if name in FAMILIES else name)
         for option in mapping(options):
-            if takes is not None and option not in takes:
-                allowed = f"they are {listed(takes)}" if takes else "it has none"
-                text = f"unknown option of {name}; {allowed}.{did_you_mean(option, takes)}"
+            if metric is not None and option not in metric.options:
+                allowed = f"they are {listed(metric.options)}" if metric.options else "it has none"
+                text = f"unknown option of {name}; {allowed}.{did_you_mean(option, metric.options)}"
                 yield Fault((*steps, option), text)
 
 
