@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hfpipe import __version__
 from hfpipe.core import signals
-from hfpipe.core.errors import RecipeError, UserError
+from hfpipe.core.errors import RecipeError, UserError, exit_codes
 from hfpipe.core.machine import machine_error
 from hfpipe.core.output import forgive_closed_pipes
 from hfpipe.core.run_lock import alone
@@ -244,8 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hfpipe",
         description="One recipe from raw text to a scored adapter on the Hub.",
-        epilog="exit codes: 0 done, 1 a fault of hfpipe, 2 wrong recipe or arguments, 3 budget exceeded, "
-        "4 this machine or account cannot do it, 5 bad data, 75 stopped by a signal with a checkpoint saved",
+        epilog="exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in exit_codes().items()),
     )
     parser.add_argument("--version", action="version", version=f"hfpipe {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

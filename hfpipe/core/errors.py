@@ -47,6 +47,15 @@ class DataError(UserError):
 
 
 class Stopped(UserError):
-    """A signal came; a checkpoint is saved and the same command continues."""
+    """Stopped by a signal with a checkpoint saved; the same command continues."""
 
     exit_code = 75
+
+
+def exit_codes() -> dict[int, str]:
+    """Returns the meaning of every exit code: the beginning of the docstring of its family."""
+    codes = {0: "done", 1: "a fault of hfpipe"}
+    for family in UserError.__subclasses__():
+        words = (family.__doc__ or "").replace(":", ".").replace(";", ".").partition(".")[0]
+        codes[family.exit_code] = words[:1].lower() + words[1:]
+    return dict(sorted(codes.items()))

@@ -16,7 +16,7 @@ from hfpipe.model.adapter import add_adapter
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
 from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
 from hfpipe.model.tokenizer import make_room
-from hfpipe.recipe import Pretrain, Recipe, Stage
+from hfpipe.recipe import Recipe, Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.pretrain import masked_loss
 from hfpipe.stages.trainer import divide_batch
@@ -92,7 +92,7 @@ def setting_of(
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     block = stage.quantized
     given = block.bnb_4bit_compute_dtype if block else None
-    kind = stage.objective if isinstance(stage, Pretrain) else stage.kind
+    kind = stage.kind if stage.kind in _STEPS else stage.task  # a kind without a step of its own is like its task
     return Setting(
         kind=kind,
         device="cuda" if torch.cuda.is_available() else "cpu",
