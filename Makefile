@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hfpipe-installed
 
-.PHONY: install quickstart test lint docs clean
+.PHONY: install quickstart test-fast test test-all lint docs clean
 
 install: $(STAMP)
 
@@ -17,8 +17,19 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/hfpipe run recipes/quickstart.yaml
 
-test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile  # a worker a core, and a thread a worker
+# A worker more than there are cores, as many tests wait for a server; one thread a worker; a file is one worker's.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+FAST := -m "not slow and not gpu"
+
+test-fast: install  # two minutes on two cores
+	$(PYTEST) $(FAST) --durations 5
+
+test: install  # all but the longest
+	$(PYTEST) -m "not long"
+
+test-all: install  # what CI runs
+	$(PYTEST)
 
 docs: install  # the references that are made from the code
 	$(BIN)/python docs/make_references.py

@@ -135,7 +135,7 @@ def at_once(folder: Path, cases: dict[str, tuple[Plant, dict[str, Any], dict[str
         folder: Where each case gets a folder.
         cases: By name, the fault, the client's environment (see HubServer.env), and the arguments of `push`.
     """
-    with ExitStack() as hubs, ThreadPoolExecutor(4) as threads:
+    with ExitStack() as hubs, ThreadPoolExecutor(8) as threads:
         running = []
         for name, (plant, options, arguments) in cases.items():
             pusher = Pusher(hubs.enter_context(HubServer()), folder / name, options)

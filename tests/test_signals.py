@@ -56,6 +56,8 @@ def test_ctrl_c_at_the_start_ends_it_with_one_line(tmp_path: Path, seconds: floa
     assert said.count("interrupted; run the same command again") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_has_one_run_at_a_time_and_the_dead_hold_no_lock(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     first = tiny.start("run", str(path))
@@ -75,6 +77,7 @@ def test_a_folder_has_one_run_at_a_time_and_the_dead_hold_no_lock(tmp_path: Path
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_lock_of_another_machine_holds_for_as_long_as_it_is_touched(tmp_path: Path, capsys) -> None:
     path, lock = recipe(tmp_path), tmp_path / "run" / "run.lock"
     lock.parent.mkdir()
@@ -89,6 +92,7 @@ def test_a_lock_of_another_machine_holds_for_as_long_as_it_is_touched(tmp_path: 
     assert not lock.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_suites_are_scored_ends_it_with_one_line(tmp_path: Path) -> None:
     process = tiny.start("run", str(recipe(tmp_path)))
     read_until(process, "base: general")
@@ -98,6 +102,8 @@ def test_ctrl_c_while_suites_are_scored_ends_it_with_one_line(tmp_path: Path) ->
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("saving", ["steps", "no"])
 def test_a_signal_at_the_last_step_is_heeded_and_nothing_is_trained_twice(tmp_path: Path, saving: str) -> None:
     path = recipe(tmp_path, save_strategy=saving)

@@ -38,6 +38,7 @@ def lines(table) -> set[str]:
     return {line.strip() for text in table["text"] for line in text.split("\n") if len(line.strip()) >= 60}
 
 
+@pytest.mark.slow
 def test_documents_are_many_distinct_and_have_the_columns_of_web_text(tables: dict) -> None:
     train, test = tables["text", "train"], tables["text", "test"]
     assert train.column_names == ["text", "id", "url", "module", "package", "token_count"]
@@ -50,6 +51,7 @@ def test_documents_are_many_distinct_and_have_the_columns_of_web_text(tables: di
     assert not any(name.startswith("hfpipe") for name in train.unique("module"))
 
 
+@pytest.mark.slow
 def test_nothing_held_out_is_trained_on(tables: dict) -> None:
     assert not lines(tables["text", "test"]) & lines(tables["text", "train"])
     held = set(tables["text", "test"]["id"])
@@ -58,6 +60,7 @@ def test_nothing_held_out_is_trained_on(tables: dict) -> None:
         assert not set(tables[name, "train"]["id"]) & held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_package_is_balanced_and_does_not_give_the_answer_away(tables: dict, split: str) -> None:
     table = tables["package", split]
@@ -73,6 +76,7 @@ def test_package_is_balanced_and_does_not_give_the_answer_away(tables: dict, spl
         assert len(question) <= 300
 
 
+@pytest.mark.slow
 def test_summary_goes_from_a_signature_to_a_sentence(tables: dict) -> None:
     by_id = dict(zip(tables["text", "train"]["id"], tables["text", "train"]["text"], strict=True))
     table = tables["summary", "train"]
@@ -84,6 +88,7 @@ def test_summary_goes_from_a_signature_to_a_sentence(tables: dict) -> None:
         assert by_id[row["id"]].startswith(row["completion"][1:])
 
 
+@pytest.mark.slow
 def test_the_second_load_reads_the_cache_and_leaves_nothing_behind(tables: dict) -> None:
     begin = time.perf_counter()
     again = builtin()

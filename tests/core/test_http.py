@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hub_server import HubServer
 
 PATIENCE = 3.0  # seconds
@@ -40,6 +41,8 @@ for id, name in (asked.split() for asked in sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_no_question_is_waited_for_longer_than_the_patience(hub: HubServer, tmp_path: Path) -> None:
     for name in ("blips", "asks-to-wait", "stalls", "drips"):
         hub.add_repo("model", f"me/{name}", {"big.safetensors": bytes(300_000)})

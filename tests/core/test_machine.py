@@ -59,6 +59,7 @@ def test_a_fault_of_ours_is_none_of_the_machine() -> None:
     assert machine_error(RuntimeError("shapes do not match")) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a-file", "a-file/run", "n" * 300])
 def test_an_output_folder_that_cannot_be_is_refused_by_check_and_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

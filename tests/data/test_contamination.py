@@ -99,6 +99,7 @@ def run(folder: Path, trained: list[dict], *options: str) -> int:
     return main([command, str(path), "--set", "stages.prose.training.max_steps=1", *rest])
 
 
+@pytest.mark.slow
 def test_a_run_refuses_it_unless_the_recipe_says_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clean = [{"id": f"t{seed}", "text": text(seed)} for seed in range(100, 160)]
     dirty = [*clean, {"id": "copy", "text": f"{text(200)} {text(4)}"}]

@@ -252,6 +252,8 @@ def sources_of(run: Path, stage: str, number: int = 0) -> dict:
     return json.loads((run / "stages" / stage / "done.json").read_text())["data"]["sources"][f"{number}: json"]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_cleaned_and_says_so_the_same_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = cleaning_recipe(tmp_path)
     path = tiny.write(tmp_path, content)

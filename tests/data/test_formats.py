@@ -145,6 +145,7 @@ def test_a_resume_in_a_parquet_file_reads_no_row_group_before_its_place(
     assert asked == [(7, 8, 9), tuple(range(10))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

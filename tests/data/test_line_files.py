@@ -81,6 +81,7 @@ def column(rows: IterableDataset) -> list[str]:
     return [row["text"] for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", PACKED)
 @pytest.mark.parametrize(("form", "kind", "words", "shared"), FORMS, ids=lambda value: getattr(value, "__name__", None))
 def test_rows_are_those_of_a_whole_reading_however_shared_and_stopped(

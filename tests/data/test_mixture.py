@@ -110,6 +110,7 @@ def test_a_source_without_a_document_is_an_error_however_it_ends(tokenizer, othe
         served([*[table(300, (1, 30), 2)] * others, empty], tokenizer, exhausted=exhausted)
 
 
+@pytest.mark.slow
 def test_a_pretrain_stage_replays_a_fine_tuning_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, evaluate={}, merge=False, push=None)

@@ -129,6 +129,8 @@ def go_on(client: subprocess.Popen) -> None:
     client.stdin.flush()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_faults_in_the_middle_of_reading_lose_and_repeat_nothing(hub: HubServer, folder: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -167,6 +169,7 @@ def test_faults_in_the_middle_of_reading_lose_and_repeat_nothing(hub: HubServer,
     assert found == Counter(row["text"] for row in documents())
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_run_with_exit_code_4(hub: HubServer, folder: Path) -> None:
     client = start(hub, folder, patience=0.5)
     hub.fail("/resolve/", status=502, times=10_000)

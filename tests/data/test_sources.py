@@ -339,6 +339,7 @@ for words in ({"path": "team/ok"}, {"path": "team/ok", "streaming": True}, {"pat
 """
 
 
+@pytest.mark.slow
 def test_the_hub_and_its_refusals(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("dataset", "team/ok", {"train.jsonl": b'{"text": "a"}\n{"text": "b"}\n'})
     hub.add_repo("dataset", "team/conf", {"README.md": CONFIGS, "rows.jsonl": b"{}", "web.jsonl": b"{}"})

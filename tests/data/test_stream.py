@@ -215,6 +215,7 @@ def test_a_file_shared_by_many_lanes_resumes_at_each_lanes_own_place(tmp_path: P
             assert take(second, 40) == whole[stop : stop + 40]
 
 
+@pytest.mark.slow
 def test_random_sources_resume_everywhere_with_the_same_counts(tmp_path: Path, tokenizer) -> None:
     for seed in range(6):
         chance = random.Random(seed)

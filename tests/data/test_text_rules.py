@@ -134,6 +134,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_one_bad_byte_costs_its_row_in_a_data_set_of_the_hub_too(tmp_path: Path, hub: HubServer) -> None:
     """Streamed, as a table, and from the cache without a network."""
     lines = [b"one line", b"caf\xe9", b"\xc3\xa9 and \x01 more"]
@@ -214,6 +215,7 @@ def parquet_with_bad_bytes(path: Path) -> None:
     pq.write_table(pa.table({"id": ["good", "bad"], "text": texts}), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "streaming"), [("parquet", True), ("json", False)])
 def test_a_run_goes_on_past_dirty_rows_and_reports_them(tmp_path: Path, kind: str, streaming: bool) -> None:
     tiny.write_data(tmp_path)

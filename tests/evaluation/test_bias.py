@@ -302,6 +302,7 @@ def test_a_budget_on_a_score_with_an_ideal_is_the_distance_from_it() -> None:
     assert score("base", 0.6).arrow == "→ 0.5"
 
 
+@pytest.mark.slow
 def test_a_run_reports_a_bias_suite_with_its_ideal_and_its_limits(model: Path, tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, merge=False)

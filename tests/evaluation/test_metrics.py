@@ -354,6 +354,8 @@ def test_a_family_of_metrics_is_written_out_with_its_options(tmp_path: Path) -> 
         assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2, key
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_every_metric_of_ours_scores_a_model_and_two_models_are_compared_by_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,6 +391,8 @@ def test_every_metric_of_ours_scores_a_model_and_two_models_are_compared_by_row(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_uneven_suite_on_two_ranks_scores_each_row_once(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, merge=False)

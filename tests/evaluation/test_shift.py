@@ -68,6 +68,7 @@ def test_the_divergence_is_scipys_squared_distance_and_lies_between_0_and_1() ->
     assert jensen_shannon(np.array([1, 0]), np.array([0, 5])) == 1
 
 
+@pytest.mark.slow
 def test_a_classifier_tells_other_text_apart_and_not_the_same() -> None:
     same = domain_auc(texts(WORDS, 80, 1), texts(WORDS, 60, 2), seed=0)
     other = domain_auc(texts(WORDS, 80, 1), texts(OTHER, 60, 2), seed=0)
@@ -94,6 +95,7 @@ def test_how_much_the_base_has_to_learn_decides_the_advice(trained: tuple[float,
     assert said in reading(far)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_is_near_and_what_is_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, words, count, seed in (("train", WORDS, 120, 1), ("near", WORDS, 40, 2), ("far", OTHER, 40, 3)):
         rows = [json.dumps({"text": text}) for text in texts(words, count, seed)]

@@ -121,6 +121,7 @@ def test_minimal_pairs_are_the_plain_scripts_and_a_tie_is_wrong(model: Path, tmp
     assert found == {"accuracy": hits / len(rows)}
 
 
+@pytest.mark.slow
 def test_minimal_pairs_with_a_delimiter_are_lm_evals(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     rows = [
@@ -184,6 +185,7 @@ def test_last_words_are_the_plain_scripts(model: Path, tmp_path: Path) -> None:
     assert found["perplexity"] == pytest.approx(math.exp(nats / sum(result[2] for result in results)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_task_of_lm_eval_gives_its_scores_and_they_are_those_of_the_same_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,7 @@ def test_an_adapter_on_a_local_base_is_refused(tmp_path: Path) -> None:
 # The way to the Hub
 
 
+@pytest.mark.slow
 def test_a_push_is_one_private_commit_and_a_second_one_none(pusher: Pusher, hub: HubServer) -> None:
     first = pusher()
     assert first.returncode == 0, first.stdout + first.stderr
@@ -149,6 +150,7 @@ def test_a_push_is_one_private_commit_and_a_second_one_none(pusher: Pusher, hub:
     assert not [request for request in hub.requests[sent:] if "xorb" in request]  # the weights were there already
 
 
+@pytest.mark.slow
 def test_a_model_pushed_over_an_adapter_is_not_taken_for_it(pusher: Pusher, hub: HubServer) -> None:
     pusher.options = {"xet": False}
     assert pusher().returncode == 0
@@ -162,6 +164,7 @@ def test_a_model_pushed_over_an_adapter_is_not_taken_for_it(pusher: Pusher, hub:
     assert "vllm serve me/toy --revision whole" in files["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_out_and_nothing_of_another_run_replaced(pusher: Pusher, hub: HubServer) -> None:
     hub.add_repo("model", "me/toy", {".gitignore": b"*.safetensors"}, private=True)
     assert pusher(what="adapter").returncode == 0
@@ -182,6 +185,7 @@ def test_nothing_is_left_out_and_nothing_of_another_run_replaced(pusher: Pusher,
     assert pushes(hub) == 1
 
 
+@pytest.mark.slow
 def test_a_push_does_not_build_the_artefact_anew_under_another(pusher: Pusher, hub: HubServer) -> None:
     (pusher.folder / "run/push").mkdir()
     with WeakFileLock(pusher.folder / "run/push/lock"):
@@ -192,6 +196,8 @@ def test_a_push_does_not_build_the_artefact_anew_under_another(pusher: Pusher, h
     assert pusher().returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_tag_names_the_pushed_commit_and_is_never_moved(pusher: Pusher, hub: HubServer) -> None:
     hub.fail("POST /api/models/me/toy/tag", 409)  # which is no sign that it is there
     hub.lose_reply("POST /api/models/me/toy/tag")
@@ -225,6 +231,8 @@ def test_the_base_s_own_code_is_told_of_and_pushed_with_the_model(tmp_path: Path
     assert "--trust-remote-code" in card
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("model", "team/there")
     hub.add_repo("model", "me/locked")
@@ -270,6 +278,7 @@ def test_access_is_asked_before_anything_is_trained(hub: HubServer, tmp_path: Pa
     assert set(hub.repos) == before
 
 
+@pytest.mark.slow
 def test_an_adapter_that_others_could_see_and_not_load_is_told_of(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("model", "me/base", private=True)
     alone = RECIPE | {"stages": RECIPE["stages"][1:]}
@@ -286,6 +295,8 @@ def test_an_adapter_that_others_could_see_and_not_load_is_told_of(hub: HubServer
         assert line in (prepare_again(run) / "README.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_could_not_be_pushed_is_not_begun(hub: HubServer, tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     recipe = tiny.write(tmp_path, tiny.recipe(tmp_path, push={"repo_id": "others/toy", "what": "merged"}))
@@ -296,6 +307,7 @@ def test_a_run_that_could_not_be_pushed_is_not_begun(hub: HubServer, tmp_path: P
     assert not list((tmp_path / "run/stages").glob("prose*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lists_discussions", [True, False])
 def test_a_pull_request_is_opened_once(pusher: Pusher, hub: HubServer, lists_discussions: bool) -> None:
     if not lists_discussions:  # then ours is the one that has our files
@@ -316,6 +328,7 @@ def test_a_pull_request_is_opened_once(pusher: Pusher, hub: HubServer, lists_dis
     assert "tokenizer.json" not in hub.files("me/toy")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_chain_is_pushed_with_its_parent(pusher: Pusher, hub: HubServer) -> None:
     config = pusher.folder / "run/stages/chat/model/adapter_config.json"
     config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "elsewhere/run/stages/law/model"}))
@@ -332,6 +345,7 @@ def test_an_adapter_of_a_chain_is_pushed_with_its_parent(pusher: Pusher, hub: Hu
     assert pushes(hub) == 1
 
 
+@pytest.mark.slow
 def test_no_token_in_anything_that_a_push_leaves(pusher: Pusher, hub: HubServer) -> None:
     scorecard = pusher.folder / "run/scorecard.json"
     scorecard.write_text(scorecard.read_text().replace('"task"', f'"{PLANTED}"'))
@@ -368,6 +382,8 @@ assert not [name for name in sys.modules if name.startswith("hfpipe")]
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_plain_transformers_and_peft_get_the_same_logits(pusher: Pusher, hub: HubServer) -> None:
     import torch
 

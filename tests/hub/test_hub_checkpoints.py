@@ -29,6 +29,7 @@ def save(callback: PushCheckpoints, run: Path, step: int) -> None:
     callback.on_train_end(arguments, state, control)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_pushed_is_told_and_the_next_one_is_pushed(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hub_server import HubServer
 from pushing import COMMIT, PLANTED, Plant, at_once, pushes
 
@@ -14,6 +15,8 @@ LIMIT = {"RateLimit": '"api";r=0;t=900', "RateLimit_Policy": '"fixed window";"ap
 STORE = {"lfs": "PUT /lfs/", "xet": "POST /v1/xorbs"}  # where the weights go in each of the two pipelines
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_passing_trouble_is_overcome_by_one_commit(tmp_path: Path) -> None:
     cases: dict[str, tuple[Plant, dict[str, Any], dict[str, Any]]] = {
         "429": (lambda hub: hub.fail(COMMIT, 429, Retry_After="2"), LFS, {}),
@@ -37,6 +40,8 @@ def test_a_passing_trouble_is_overcome_by_one_commit(tmp_path: Path) -> None:
         assert "X-Amz-Signature=signed" not in done.stderr, name  # which the client shows, and opens the storage
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finishes_it(tmp_path: Path) -> None:
     cases: dict[str, tuple[Plant, dict[str, Any], str]] = {
         "dropped": (lambda hub: hub.drop(COMMIT, times=4), XET, "connection to the Hub broke"),
@@ -106,6 +111,7 @@ def test_a_lasting_trouble_ends_in_one_paragraph_and_the_one_command_that_finish
             assert bool(again) == (name == "no-room"), name
 
 
+@pytest.mark.slow
 def test_a_stalled_hub_meets_the_deadline(tmp_path: Path) -> None:
     arguments = {"deadline_seconds": 4.0, "what": "adapter"}
     cases = {

@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from hub_server import HubServer
 
 CARD = b"---\nlicense: cc-by-sa-4.0\nlanguage: [de]\n---\n"
@@ -23,6 +24,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_commits_are_found_once_and_kept(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("model", "me/base", {"README.md": b"---\nlicense: mit\n---\n"})
     hub.add_repo("model", "me/words")

@@ -101,6 +101,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         yield Finished(hub, folder, recipe, environment, output, seen)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_base_and_data_are_pinned_to_their_commits(finished: Finished) -> None:
     recipe = load_recipe(finished.run / "recipe.yaml")
     assert recipe.model.revision == finished.hub.commits("someone/base")[-1].oid
@@ -110,6 +112,8 @@ def test_base_and_data_are_pinned_to_their_commits(finished: Finished) -> None:
     assert stream["tokens"] == 6 * 4 * 64
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_card_has_the_scores_the_data_and_the_licences(finished: Finished) -> None:
     for repo, relation in (("me/chat", "adapter"), ("me/chat-merged", "finetune"), ("me/chat-base", "finetune")):
         card = ModelCard(finished.hub.files(repo)["README.md"].decode())
@@ -151,6 +155,8 @@ assert not [name for name in sys.modules if name.startswith("hfpipe")]
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_plain_transformers_and_peft_get_the_logits_of_the_chain(finished: Finished, tmp_path: Path) -> None:
     environment = {**os.environ, **finished.hub.env(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
     environment.pop("PYTHONPATH", None)
@@ -163,6 +169,8 @@ def test_plain_transformers_and_peft_get_the_logits_of_the_chain(finished: Finis
     assert config["revision"] == finished.hub.commits("me/chat-base")[-1].oid
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_of_the_hub_is_scored_like_that_of_the_run(finished: Finished, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
     process = tiny.start("evaluate", "me/chat", str(finished.recipe), "--output", str(output), **finished.environment)
@@ -174,6 +182,8 @@ def test_an_adapter_of_the_hub_is_scored_like_that_of_the_run(finished: Finished
             assert found[tuple(key)] == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_checkpoints_are_on_a_branch_without_pickles_and_local_paths(finished: Finished) -> None:
     for stage, weights in (("prose", "model.safetensors"), ("sounds", "adapter_model.safetensors")):
         files = finished.hub.files("me/chat", f"checkpoints-{stage}")
@@ -182,6 +192,8 @@ def test_checkpoints_are_on_a_branch_without_pickles_and_local_paths(finished: F
         assert not [name for name, content in files.items() if str(finished.folder).encode() in content]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_no_token_in_anything_that_a_run_leaves(finished: Finished) -> None:
     token = finished.hub.token.encode()
     pushed = [finished.hub.files(id) for kind, id in finished.hub.repos if kind == "model"]
@@ -199,6 +211,8 @@ def command(finished: Finished, *arguments: str) -> tuple[int, str]:
     return process.returncode, output
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_of_the_run_folder_repeats_the_run(finished: Finished) -> None:
     again = finished.folder / "again"
     changes = [f"output_dir={again}", "stages.sounds=null", "evaluate=null", "push=null"]
@@ -209,6 +223,8 @@ def test_the_recipe_of_the_run_folder_repeats_the_run(finished: Finished) -> Non
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_trained_but_not_pushed_and_data_that_moved_on(finished: Finished) -> None:
     hub = finished.hub
     moved = hub.repos["dataset", "HuggingFaceFW/fineweb"]

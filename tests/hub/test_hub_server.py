@@ -101,6 +101,7 @@ def shard(*ids: int) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_datasets_streams_shards_by_name_and_evaluate_finds_its_space(hub: HubServer, tmp_path: Path) -> None:
     files = {"README.md": CARD, "sample/10BT/0.parquet": shard(0, 1, 2), "sample/10BT/1.parquet": shard(3, 4)}
     hub.add_repo("dataset", "HuggingFaceFW/fineweb", files | {"data/CC-MAIN-2024-10/0.parquet": shard(7, 8)})

@@ -48,6 +48,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_is_trained_further_from_where_it_was(finished: Path) -> None:
     (first, config), (still, _), (more, further) = (
         adapter(finished / "run", name) for name in ("first", "still", "more")
@@ -63,6 +65,8 @@ def test_an_adapter_is_trained_further_from_where_it_was(finished: Path) -> None
     assert more_bits < first_bits
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_every_adapter_names_the_base_it_was_trained_on(finished: Path) -> None:
     stages = finished / "run" / "stages"
     for name, base in {
@@ -75,6 +79,8 @@ def test_every_adapter_names_the_base_it_was_trained_on(finished: Path) -> None:
     assert not (stages / "first" / "merged").exists(), "nothing starts from its merge"
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_of_a_run_is_evaluated_and_merged_by_name(
     finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -90,6 +96,8 @@ def test_a_stage_of_a_run_is_evaluated_and_merged_by_name(
     assert "it has first, still, more, beside, top" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_folder_that_was_moved_is_whole(finished: Path, tmp_path: Path) -> None:
     moved = (finished / "run").rename(tmp_path / "moved")
     try:
@@ -101,6 +109,8 @@ def test_a_run_folder_that_was_moved_is_whole(finished: Path, tmp_path: Path) ->
         moved.rename(finished / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_is_uninterrupted_where_an_adapter_is_trained_further(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_plain_peft_loads_every_adapter_on_the_base_as_it_came(trained: Path) -> None:
     from hfpipe.model.load import ModelRef, load_model
     from hfpipe.recipe import load_recipe
@@ -76,6 +78,8 @@ def test_plain_peft_loads_every_adapter_on_the_base_as_it_came(trained: Path) ->
         assert (plain[name] - plain["base"]).abs().max() > 1e-4, f"{name} has learned nothing"
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_every_adapter_lowers_the_loss_and_is_scored(trained: Path) -> None:
     found = tiny.scores(trained)
     for name in ADAPTERS:
@@ -83,6 +87,8 @@ def test_every_adapter_lowers_the_loss_and_is_scored(trained: Path) -> None:
             assert found[name, "sounds", "bits_per_byte"] < found["base", "sounds", "bits_per_byte"] - 0.01, name
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_4_bit_base_is_the_same_after_an_evaluation_for_dora_and_for_gradients(trained: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from hfpipe.model.adapter import add_adapter
@@ -104,6 +110,8 @@ def test_a_4_bit_base_is_the_same_after_an_evaluation_for_dora_and_for_gradients
         torch.testing.assert_close(before, after)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_taken_from_the_base_is_in_the_adapter_at_twice_its_rank(trained: Path) -> None:
     for name, more in (("pissa", set()), ("olora", {"magnitude", "lm_head"})):
         folder = trained / "stages" / name / "model"
@@ -114,6 +122,8 @@ def test_what_was_taken_from_the_base_is_in_the_adapter_at_twice_its_rank(traine
         assert all(any(word in key for key in tensors) for word in more), "PEFT's own conversion leaves these out"
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_saved_adapter_that_is_not_the_trained_one_is_an_error(trained: Path, tmp_path: Path) -> None:
     whole = load_file(trained / "stages" / "dora" / "model" / "adapter_model.safetensors")
     first = next(name for name in whole if "lora_B" in name)
@@ -131,6 +141,7 @@ def test_a_saved_adapter_that_is_not_the_trained_one_is_an_error(trained: Path, 
             verify_tensors(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_disk_ends_the_run_and_leaves_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +205,8 @@ def test_a_prompt_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert message.count("cannot be merged into the weights") == 3
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_merge_of_a_prompt_is_refused_in_words(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(trained), "--stage", "prompt"]) == 2
     message = capsys.readouterr().err

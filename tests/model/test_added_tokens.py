@@ -46,6 +46,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.mark.slow
 def test_every_word_is_one_token_in_everything_that_is_saved(trained: Path) -> None:
     for name in ("full", "whole", "rows"):
         tokenizer = AutoTokenizer.from_pretrained(trained / "run/stages" / name / "model")
@@ -55,6 +56,7 @@ def test_every_word_is_one_token_in_everything_that_is_saved(trained: Path) -> N
         assert tokenizer.decode(ids, skip_special_tokens=True) == "a moo"
 
 
+@pytest.mark.slow
 def test_an_adapter_holds_the_new_rows_alone_and_has_trained_them(trained: Path) -> None:
     folder = trained / "run/stages/rows/model"
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -69,11 +71,13 @@ def test_an_adapter_holds_the_new_rows_alone_and_has_trained_them(trained: Path)
         assert (moved > 0.01).all(), "a row is where it began"
 
 
+@pytest.mark.slow
 def test_whole_embeddings_are_saved_once(trained: Path) -> None:
     tensors = load_file(trained / "run/stages/whole/model/adapter_model.safetensors")
     assert sum("lora" not in name for name in tensors) == 2
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_what_was_trained(trained: Path) -> None:
     from hfpipe.model.load import ModelRef, load_model
     from hfpipe.recipe import load_recipe
@@ -95,6 +99,7 @@ def test_plain_peft_loads_what_was_trained(trained: Path) -> None:
             torch.testing.assert_close(model.eval()(ids).logits, ours, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_tokens_are_learned_by_every_way_of_training(trained: Path) -> None:
     found = tiny.scores(trained / "run")
     for name in ("rows", "whole"):
@@ -124,6 +129,7 @@ def test_tokens_that_would_not_be_trained_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_marks_of_a_chat_template_that_are_no_tokens_are_named(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

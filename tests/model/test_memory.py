@@ -175,6 +175,8 @@ print(json.dumps([found.total, meter.read() - meter.before]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak since a moment is known on Linux")
 def test_the_prediction_is_near_what_a_process_measures() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)

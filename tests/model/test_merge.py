@@ -34,6 +34,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(base, folder / "base", folder / "adapter", task_type="CAUSAL_LM")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_merge_keeps_the_precision_of_the_base_and_holds_little_of_it_in_memory(
     adapter: Path, tmp_path: Path
@@ -101,6 +102,7 @@ def test_an_adapter_of_a_base_that_came_in_4_bits_is_merged_into_it_made_whole(t
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +135,7 @@ def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(
     assert json.loads(said.read_text()) == merge | {"suites": []}
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_is_said_with_where_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, shift=False, energy=False, merge=False, evaluate={})

@@ -81,6 +81,7 @@ def test_the_base_in_files_is_the_one_that_was_trained_on_to_the_bit(family: str
     assert torch.equal(mapped(input_ids=ids).logits, loaded(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("kind", "in_files"), [("nf4", False), ("nf4", True), ("int8", False)])
 def test_a_merge_from_few_bits_is_pefts_on_the_rounded_weights_and_holds_a_layer(

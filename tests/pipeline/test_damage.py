@@ -36,6 +36,7 @@ def spoil(path: Path) -> None:
         file.write(bytes([byte[0] ^ 255]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [False, True])
 def test_damaged_weights_are_used_by_no_command_and_trained_again(
     finished: Path, tmp_path: Path, missing: bool, capsys: Any
@@ -56,6 +57,7 @@ def test_damaged_weights_are_used_by_no_command_and_trained_again(
     assert "whose weights were damaged" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_small_file_that_has_changed_is_not_worth_a_training(finished: Path, tmp_path: Path, capsys: Any) -> None:
     stages, again = copied(finished, tmp_path)
     (stages / "prose" / "model" / "generation_config.json").write_text("{}")
@@ -64,6 +66,7 @@ def test_a_small_file_that_has_changed_is_not_worth_a_training(finished: Path, t
     assert (stages / "prose" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_merge_is_made_again(finished: Path, tmp_path: Path) -> None:
     stages, again = copied(finished, tmp_path)
     weights = stages / "sounds" / "merged" / "model.safetensors"
@@ -74,6 +77,7 @@ def test_a_damaged_merge_is_made_again(finished: Path, tmp_path: Path) -> None:
     assert weights.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_done_json_lists_every_file_of_the_model(finished: Path) -> None:
     stage = finished / "run" / "stages" / "prose"
     files = json.loads((stage / "done.json").read_text())["files"]

@@ -72,6 +72,7 @@ def whole(ref: ModelRef) -> dict[str, torch.Tensor]:
     return (model.merge_and_unload() if ref.is_adapter else model).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_strength_is_on_the_straight_line_between_the_weights(kinds: Path, tmp_path: Path, name: str) -> None:
     options = load_recipe(kinds / "recipe.yaml").model
@@ -107,6 +108,7 @@ def dialled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_the_best_strength_inside_the_budget(dialled: Path) -> None:
     done = json.loads((dialled / "stages" / "sounds" / "done.json").read_text())
     strength = done["dialled"]["strength"]
@@ -124,6 +126,7 @@ def test_a_run_goes_on_at_the_best_strength_inside_the_budget(dialled: Path) -> 
     assert all(torch.allclose(merged[key], expected[key], atol=1e-5) for key in merged), "the next stage starts there"
 
 
+@pytest.mark.slow
 def test_both_ends_are_the_scores_of_parent_and_stage_to_the_digit(dialled: Path) -> None:
     at, card = points(dialled, "sounds"), json.loads((dialled / "scorecard.json").read_text())
     assert values(at[0.0]["scores"]) == values([row for row in card if row["stage"] == "prose"])
@@ -132,6 +135,7 @@ def test_both_ends_are_the_scores_of_parent_and_stage_to_the_digit(dialled: Path
     assert (at[0.0]["gain"], at[0.0]["gain_stderr"], at[0.0]["inside"]) == (0.0, 0.0, True)
 
 
+@pytest.mark.slow
 def test_plain_peft_gives_the_logits_of_the_dialled_model(dialled: Path) -> None:
     stage, options = dialled / "stages" / "sounds", load_recipe(dialled / "recipe.yaml").model
     strength = json.loads((stage / "dial" / "strength.json").read_text())["strength"]
@@ -144,6 +148,7 @@ def test_plain_peft_gives_the_logits_of_the_dialled_model(dialled: Path) -> None
     assert (full - ours).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_is_scored_is_not_scored_again(dialled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (dialled / "stages" / "sounds" / "dial.json").read_text()
     assert main(["dial", str(dialled), "--stage", "sounds", "--strengths", "0.25,0.5"]) == 0
@@ -155,6 +160,7 @@ def test_what_is_scored_is_not_scored_again(dialled: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.count("done before, skipped") == 3
 
 
+@pytest.mark.slow
 def test_a_dial_that_was_interrupted_ends_as_one_that_was_not(dialled: Path, tmp_path: Path) -> None:
     shutil.copytree(dialled, tmp_path / "run")
     stage = tmp_path / "run" / "stages" / "sounds"
@@ -176,6 +182,7 @@ def test_a_dial_that_was_interrupted_ends_as_one_that_was_not(dialled: Path, tmp
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+@pytest.mark.slow
 def test_the_budget_decides_anew_without_a_score_anew(
     dialled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +223,7 @@ def test_what_cannot_be_dialled_is_refused_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_quantized_base_and_a_classifier_are_dialled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     from test_classification import written

@@ -30,6 +30,7 @@ def scores(output: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["suite"], row["metric"]): row for row in json.loads(output.read_text())}
 
 
+@pytest.mark.slow
 def test_a_file_of_suites_alone_gives_the_scores_of_the_run(folder: Path, tmp_path: Path) -> None:
     path, output = suites_of(folder, tmp_path / "suites.yaml"), tmp_path / "scores.json"
     assert main(["evaluate", str(folder / "run"), path, "--output", str(output)]) == 0
@@ -37,6 +38,7 @@ def test_a_file_of_suites_alone_gives_the_scores_of_the_run(folder: Path, tmp_pa
     assert {key: row["value"] for key, row in scores(output).items()} == pytest.approx(of_run)
 
 
+@pytest.mark.slow
 def test_an_adapter_without_a_tokenizer_is_scored_with_that_of_its_base(folder: Path, tmp_path: Path) -> None:
     path, stages = suites_of(folder, tmp_path / "suites.yaml"), folder / "run" / "stages"
     adapter = tmp_path / "adapter"
@@ -52,6 +54,7 @@ def test_an_adapter_without_a_tokenizer_is_scored_with_that_of_its_base(folder: 
     assert row["value"] == pytest.approx(tiny.scores(folder / "run")["sounds", "general", "bits_per_byte"])
 
 
+@pytest.mark.slow
 def test_suites_and_rows_can_be_chosen(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, output = suites_of(folder, tmp_path / "suites.yaml"), tmp_path / "scores.json"
     command = ["evaluate", str(folder / "run" / "stages" / "prose" / "model"), path]
@@ -66,6 +69,7 @@ def test_suites_and_rows_can_be_chosen(folder: Path, tmp_path: Path, capsys: pyt
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -84,6 +88,7 @@ def test_a_wrong_file_of_suites_is_told_before_anything_is_loaded(
     assert all(word in message for word in words), message
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_not_finished_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, path = tmp_path / "run", suites_of(folder, tmp_path / "suites.yaml")
     shutil.copytree(folder / "run", run)

@@ -15,6 +15,7 @@ def scores(folder: Path, name: str, **changes: object) -> dict:
     return tiny.scores(folder / "run") if (folder / "run" / "scorecard.json").exists() else {}
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_model_translates(tmp_path: Path) -> None:
     found = scores(tmp_path, "seq2seq-quickstart", stages__numbers__training__max_steps=120)
     for suite in ("german", "chinese"):
@@ -23,6 +24,7 @@ def test_an_encoder_decoder_model_translates(tmp_path: Path) -> None:
     assert found["numbers", "chinese", "bleu"] > 25  # of its characters, which is how Chinese is counted
 
 
+@pytest.mark.slow
 def test_a_decoder_translates_as_a_chat_and_learns_the_assistants_turns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,6 +37,7 @@ def test_a_decoder_translates_as_a_chat_and_learns_the_assistants_turns(
     assert "<|assistant|>[[fünfhundertneunzehn<|endoftext|>]]" in shown
 
 
+@pytest.mark.slow
 def test_one_class_several_and_a_number(tmp_path: Path) -> None:
     changes = {"stages__package__training__max_steps": 30, "evaluate__package__data__take": 80}
     changes["stages__magnitude__training__max_steps"] = 80
@@ -45,6 +48,7 @@ def test_one_class_several_and_a_number(tmp_path: Path) -> None:
     assert {stage for stage, suite, _ in found if suite == "digits"} == {"digits"}
 
 
+@pytest.mark.slow
 def test_folds_with_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores(tmp_path, "small-data-quickstart", stages__digits__training__num_train_epochs=8)
     said = capsys.readouterr().out

@@ -36,6 +36,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_becomes_the_model_and_training_stops_early(stopped: Path) -> None:
     done = json.loads((stopped / "stages" / "sounds" / "done.json").read_text())
     chosen = done["early_stopping"]
@@ -51,6 +52,7 @@ def test_the_best_checkpoint_becomes_the_model_and_training_stops_early(stopped:
     assert "flatters" in report
 
 
+@pytest.mark.slow
 def test_a_schedule_follows_the_score_upwards(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     content = stopped_recipe(tmp_path)
@@ -72,6 +74,7 @@ def test_a_schedule_follows_the_score_upwards(tmp_path: Path) -> None:
     assert expected < 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, None], ids=["on the way", "after the last evaluation"])
 def test_an_interrupted_choice_is_the_uninterrupted_one(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None
@@ -99,6 +102,7 @@ def test_an_interrupted_choice_is_the_uninterrupted_one(
     assert all((weights[name] == others[name]).all() for name in weights)
 
 
+@pytest.mark.slow
 def test_seeds_give_mean_and_spread_and_each_repeat_is_the_plain_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +137,7 @@ def test_seeds_give_mean_and_spread_and_each_repeat_is_the_plain_run(
         )
 
 
+@pytest.mark.slow
 def test_every_row_is_held_out_once_and_never_trained_on_in_that_repeat(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     block = {"stage": "sounds", "folds": 3, "metrics": ["bits_per_byte"]}

@@ -57,6 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_words_that_change_no_weight_leave_a_finished_stage_alone(trained: Path, capsys: Any) -> None:
     before = (stage_of(trained) / "model" / "model.safetensors").stat().st_mtime_ns
     words = "{max_steps: 4, learning_rate: 0.002, lr_scheduler_type: constant, max_length: 32, logging_steps: 1, "
@@ -68,6 +69,7 @@ def test_words_that_change_no_weight_leave_a_finished_stage_alone(trained: Path,
     assert not list(stage_of(trained).parent.glob("sounds.*"))
 
 
+@pytest.mark.slow
 def test_a_longer_training_goes_on_and_is_what_it_would_have_been(trained: Path, tmp_path: Path, capsys: Any) -> None:
     path = str(trained / "tiny.yaml")
     run(path, "training.max_steps=8")
@@ -89,6 +91,7 @@ def test_a_longer_training_goes_on_and_is_what_it_would_have_been(trained: Path,
     run(path)
 
 
+@pytest.mark.slow
 def test_a_last_batch_that_was_filled_up_is_trained_again(tmp_path: Path, capsys: Any) -> None:
     epochs = {"max_steps": -1, "num_train_epochs": 1, "save_steps": 3, "save_total_limit": 9}
     path = recipe(tmp_path / "grown", **epochs)  # 97 rows of 16 at once: 6 whole steps and one of one row
@@ -99,6 +102,7 @@ def test_a_last_batch_that_was_filled_up_is_trained_again(tmp_path: Path, capsys
     assert_equal(stage_of(tmp_path / "grown"), stage_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_where_the_schedule_follows_from_the_length_it_begins_anew_and_says_so(tmp_path: Path, capsys: Any) -> None:
     path = recipe(tmp_path / "cosine", lr_scheduler_type="cosine")
     run(path)
@@ -113,6 +117,7 @@ def test_where_the_schedule_follows_from_the_length_it_begins_anew_and_says_so(t
     assert len(list(stage_of(tmp_path / "cosine").parent.glob("sounds.*/done.json"))) == 1
 
 
+@pytest.mark.slow
 def test_clean_shows_what_was_moved_aside_and_removes_it_when_told_to(tmp_path: Path, capsys: Any) -> None:
     path = recipe(tmp_path / "clean")
     run(path)

@@ -37,6 +37,7 @@ def assert_same_weights(one: Path, other: Path, tolerance: float = 0.0) -> None:
             assert (first[name] - second[name]).abs().max() <= tolerance, f"{stage}: {name}"
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_what_the_design_says(finished: Path) -> None:
     run = finished / "run"
     for name in ("recipe.yaml", "environment.json", "scorecard.json", "report.md"):
@@ -50,6 +51,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: Path) -> None:
     assert not [path for path in run.rglob("*") if path.suffix in {".bin", ".pt"}], "only safetensors leave a run"
 
 
+@pytest.mark.slow
 def test_the_scorecard_holds_every_suite_for_every_stage_and_shows_learning(finished: Path) -> None:
     found = tiny.scores(finished / "run")
     assert [key[0] for key in found] == [s for s in ("base", "prose", "sounds") for _ in range(4)]
@@ -59,10 +61,12 @@ def test_the_scorecard_holds_every_suite_for_every_stage_and_shows_learning(fini
     assert all(row["stderr"] >= 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_scorecard_holds(finished: Path) -> None:
     require_scores_of(finished / "run")
 
 
+@pytest.mark.slow
 def test_the_lines_that_say_how_to_use_a_model_work_as_they_are(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +86,7 @@ def test_the_lines_that_say_how_to_use_a_model_work_as_they_are(
     assert answers["sounds/model"] == answers["sounds/merged"] == answers["the terminal"] != answers["prose/model"]
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_everything_and_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished / "run"
     before = {path: path.stat().st_mtime_ns for path in run.glob("stages/*/model/*.safetensors")}
@@ -90,11 +95,13 @@ def test_a_second_run_skips_everything_and_says_so(finished: Path, capsys: pytes
     assert capsys.readouterr().out.count("done before, skipped") == 2
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_reproduces_the_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(finished / "run" / "recipe.yaml")]) == 0
     assert capsys.readouterr().out.count("done before, skipped") == 2
 
 
+@pytest.mark.slow
 def test_merged_is_adapter_for_plain_transformers_and_peft(finished: Path) -> None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,6 +137,7 @@ def killed_and_continued(folder: Path, stage: str, step: int, number: signal.Sig
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "step", "number", "code"),
     [("prose", 2, signal.SIGKILL, -9), ("sounds", 3, signal.SIGTERM, 75)],
@@ -145,6 +153,7 @@ def test_interrupted_is_uninterrupted(
     assert tiny.scores(finished / "run") == tiny.scores(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     path = tiny.write(tmp_path, tiny.recipe(tmp_path))
@@ -159,6 +168,7 @@ def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
     assert two == pytest.approx(one, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_division_of_a_global_batch_does_not_matter(finished: Path, tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path)
@@ -168,6 +178,7 @@ def test_division_of_a_global_batch_does_not_matter(finished: Path, tmp_path: Pa
     assert_same_weights(finished / "run", tmp_path / "run", tolerance=2e-4)
 
 
+@pytest.mark.slow
 def test_a_rotten_checkpoint_is_passed_over_and_a_changed_stage_is_moved_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +205,7 @@ def test_a_rotten_checkpoint_is_passed_over_and_a_changed_stage_is_moved_aside(
     assert len(list(stage.parent.glob("prose.*/model"))) == 1
 
 
+@pytest.mark.slow
 def test_qlora_trains_on_a_cpu_and_merges(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny.write_data(tmp_path)
@@ -212,6 +224,7 @@ def test_qlora_trains_on_a_cpu_and_merges(tmp_path: Path) -> None:
     assert f"| sounds | {whole} |" in (run / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_merge_that_would_lose_too_much_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In bfloat16 the sum of base and adapter is rounded, so a merge loses something."""
     tiny.write_data(tmp_path)
@@ -227,6 +240,7 @@ def test_a_merge_that_would_lose_too_much_ends_with_3(tmp_path: Path, capsys: py
     assert (sounds / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_exceeded_ends_with_3_and_merges_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +264,7 @@ def test_a_budget_that_is_exceeded_ends_with_3_and_merges_nothing(
     assert (tmp_path / "run" / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_says_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path)
@@ -258,6 +273,7 @@ def test_a_batch_that_does_not_divide_says_what_would(tmp_path: Path, capsys: py
     assert "3 or 6 would do" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_too_many_dirty_rows_end_the_run_with_their_names_and_exit_code_5(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +298,7 @@ def test_too_many_dirty_rows_end_the_run_with_their_names_and_exit_code_5(
     assert "bad250" in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_source_that_stops_is_read_once_and_ends_the_training(tmp_path: Path, capsys) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, evaluate={}, merge=False)
@@ -297,6 +314,7 @@ def test_a_source_that_stops_is_read_once_and_ends_the_training(tmp_path: Path, 
     assert f"the data ended at step {done['steps']} of 1,000" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_holds_the_numbers_of_the_scorecard(finished: Path) -> None:
     page = (finished / "run" / "report.html").read_text()
     body = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)

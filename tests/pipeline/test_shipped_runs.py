@@ -72,6 +72,7 @@ def sizes(name: str, folder: Path) -> list[str]:
     return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_as_it_is_shipped(name: str, hfpipe: Command, tmp_path: Path) -> None:
     folder, recipe, words = tmp_path / "run", str(RECIPES[name]), sizes(name, tmp_path / "run")
@@ -94,6 +95,7 @@ def test_a_recipe_runs_as_it_is_shipped(name: str, hfpipe: Command, tmp_path: Pa
     assert again == {(row["suite"], row["metric"]): pytest.approx(row["value"], abs=1e-4) for row in last}
 
 
+@pytest.mark.slow
 def test_an_adapter_of_one_step_learns_and_one_without_a_learning_rate_is_refused(
     hfpipe: Command, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_merge_say_the_same_to_plain_transformers_and_peft(adapter: Path) -> None:
     stage = adapter / "run/stages/kinds"
     tokenizer = AutoTokenizer.from_pretrained(stage / "model")
@@ -96,6 +97,7 @@ def test_an_adapter_and_its_merge_say_the_same_to_plain_transformers_and_peft(ad
             assert config.id2label[int(logits.argmax())] == answer
 
 
+@pytest.mark.slow
 def test_scores_and_confusion_are_scikit_learns(adapter: Path) -> None:
     said, right = map(list, zip(*records(adapter), strict=True))
     found = tiny.scores(adapter / "run")
@@ -119,6 +121,8 @@ def test_scores_and_confusion_are_scikit_learns(adapter: Path) -> None:
     assert "points better than the majority class, chance" in verdict
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_are_one_rank(adapter: Path, tmp_path: Path) -> None:
     content = written(tmp_path, "one", global_batch_size=8, training={"num_train_epochs": 1})
     content["model"]["architecture"] = tiny.ENCODER
@@ -132,6 +136,7 @@ def test_two_ranks_are_one_rank(adapter: Path, tmp_path: Path) -> None:
     assert tiny.scores(tmp_path / "two") == pytest.approx(tiny.scores(tmp_path / "run"), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_several_classes_at_once_by_an_encoder_in_full(tmp_path: Path) -> None:
     content = written(tmp_path, "several", training={"num_train_epochs": 10})
     content["model"]["architecture"] = tiny.ENCODER
@@ -150,6 +155,7 @@ def test_several_classes_at_once_by_an_encoder_in_full(tmp_path: Path) -> None:
     assert len(config.id2label) == 6
 
 
+@pytest.mark.slow
 def test_a_number_by_qlora_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     content = written(tmp_path, "number", lora={"r": 4, "target_modules": "all-linear"}, quantization="nf4")
@@ -164,6 +170,7 @@ def test_a_number_by_qlora_on_a_cpu(tmp_path: Path) -> None:
     assert config.problem_type == "regression"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
 def test_a_head_stays_whole_on_a_quantized_body(model_type: str, tmp_path: Path) -> None:
     """BERT's pooler lies in its body, and T5's head has a name of its own."""
@@ -187,6 +194,7 @@ def test_a_head_stays_whole_on_a_quantized_body(model_type: str, tmp_path: Path)
         assert plain.config.id2label[int(logits.argmax())] == said
 
 
+@pytest.mark.slow
 def test_balanced_weights_help_the_rare_classes(tmp_path: Path) -> None:
     found = {}
     for name, weights in (("plain", {}), ("balanced", {"class_weights": "balanced"})):
@@ -236,6 +244,7 @@ def test_names_of_the_data_are_found_among_those_of_a_model() -> None:
     assert known_names(["A"], ["a", "A"]) == {"A": "A"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{}, {"lora": {"r": 2}}])
 def test_long_rows_are_cut_to_what_the_model_has_positions_for(tmp_path: Path, adapter: dict) -> None:
     content = written(tmp_path, "one", training={"max_steps": 2, "max_length": None}, **adapter)
@@ -299,6 +308,7 @@ def test_a_mistake_gets_one_paragraph(
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "block"),
     [

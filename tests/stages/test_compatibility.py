@@ -54,6 +54,7 @@ def refused(folder: Path, content: dict, capsys: pytest.CaptureFixture[str]) -> 
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "held", "code", "words"),
     [
@@ -127,6 +128,7 @@ def test_a_suite_of_classes_that_no_stage_has_is_refused(tmp_path: Path, capsys:
     assert "no stage has the classes of its rows, such as 'c" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "words"),
     [

@@ -71,6 +71,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_attempt_counts_and_the_sum_is_what_was_spent(killed: Path) -> None:
     cost = json.loads((killed / "run/stages/prose/cost.json").read_text())
     first, second = cost["attempts"]
@@ -91,6 +93,8 @@ def test_a_killed_attempt_counts_and_the_sum_is_what_was_spent(killed: Path) -> 
     )
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_every_attempt_records_its_peak_memory_and_the_last_its_prediction(killed: Path) -> None:
     cost = json.loads((killed / "run/stages/prose/cost.json").read_text())
     last = cost["attempts"][-1]
@@ -99,6 +103,8 @@ def test_every_attempt_records_its_peak_memory_and_the_last_its_prediction(kille
     assert cost["total"]["predicted_memory"] == last["predicted_memory"]["total"] > last["predicted_memory"]["weights"]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_energy_is_measured_without_a_network_a_word_or_a_file(killed: Path) -> None:
     total = json.loads((killed / "run/stages/prose/cost.json").read_text())["total"]
     assert 0 < total["kwh"] < 0.01
@@ -108,6 +114,8 @@ def test_energy_is_measured_without_a_network_a_word_or_a_file(killed: Path) -> 
     assert "codecarbon" not in (killed / "output").read_text().lower()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_pages_hold_the_cost(killed: Path) -> None:
     from hfpipe.hub import prepare_artifact
     from hfpipe.recipe import Push, load_recipe
@@ -136,6 +144,7 @@ def test_the_pages_hold_the_cost(killed: Path) -> None:
     assert "hardware_used: CPU" in card
 
 
+@pytest.mark.slow
 def test_without_codecarbon_the_report_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "codecarbon", None)  # as Python marks a module that is not there
     tiny.write_data(tmp_path)

@@ -44,6 +44,7 @@ def test_a_loss_that_is_no_number_stops_the_stage(tmp_path: Path, kind: str, cap
     assert len(steps) < 6
 
 
+@pytest.mark.slow
 def test_sampling_words_of_a_base_that_does_not_sample_are_left_out_with_a_word(tmp_path: Path, capsys: Any) -> None:
     path = recipe(tmp_path, "sft", learning_rate=1e-3, max_steps=1)
     base = make_model(tmp_path / "base", llama=True)

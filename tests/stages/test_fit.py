@@ -67,6 +67,8 @@ sys.exit(main(["run", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_training_out_of_memory_goes_on_in_smaller_pieces_or_ends_with_what_would_help(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)

@@ -70,6 +70,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_a_run_ends_with_the_same_weights_and_losses(whole: Path, tmp_path: Path) -> None:
     seed = time.time_ns() % 100_000
     print(f"seed {seed}")  # shown when the test fails
@@ -100,6 +102,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights_and_losses(wh
         assert one[name].equal(other[name]), name
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_that_were_stopped_are_continued_by_one(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ranks"
     path = recipe(folder)

@@ -71,6 +71,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_scores_are_those_of_plain_transformers_one_row_at_a_time(chain: Path) -> None:
     place = chain / "run/stages/prose/model"
     tokenizer, model = AutoTokenizer.from_pretrained(place), AutoModelForMaskedLM.from_pretrained(place).eval()
@@ -92,6 +94,8 @@ def test_scores_are_those_of_plain_transformers_one_row_at_a_time(chain: Path) -
     assert found["prose", "general", "masked_perplexity"] < found["base", "general", "masked_perplexity"]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_classifier_is_built_on_the_encoder_and_each_suite_is_scored_where_it_can_be(chain: Path) -> None:
     found = tiny.scores(chain / "run")
     assert {stage for stage, suite, _ in found if suite == "general"} == {"base", "prose", "more"}
@@ -104,6 +108,8 @@ def test_a_classifier_is_built_on_the_encoder_and_each_suite_is_scored_where_it_
     assert set(AutoTokenizer.from_pretrained(place).special_tokens_map) >= {"mask_token", "cls_token", "sep_token"}
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_for_masked_tokens_loads_by_plain_peft_and_is_its_merge(chain: Path) -> None:
     stage = chain / "run/stages/more"
     tokenizer = AutoTokenizer.from_pretrained(stage / "model")
@@ -120,6 +126,8 @@ def test_an_adapter_for_masked_tokens_loads_by_plain_peft_and_is_its_merge(chain
     assert "AutoModelForMaskedLM" in card
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_is_uninterrupted_and_two_ranks_are_one(
     chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +279,8 @@ def test_a_mistake_gets_one_paragraph(
         assert "base: general" not in message  # before anything is scored
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_small_recipe_runs_to_a_score(tmp_path: Path) -> None:
     changes = {
         "output_dir": tmp_path / "run",
@@ -287,6 +297,8 @@ def test_the_small_recipe_runs_to_a_score(tmp_path: Path) -> None:
     assert 0 <= found["packages", "packages", "accuracy"] <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_model_cannot_answer_is_not_asked_of_it(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(chain / "tiny.yaml")
     assert main(["evaluate", str(chain / "run/stages/prose/model"), path]) == 0
@@ -301,6 +313,8 @@ def test_what_a_model_cannot_answer_is_not_asked_of_it(chain: Path, capsys: pyte
     assert "[MASK]" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_without_the_head_gets_the_same_one_at_every_load(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,8 @@ def weights(folder: Path, output: str) -> dict[str, torch.Tensor]:
     return load_file(folder / output / "stages/sounds/model/adapter_model.safetensors")
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_packed_stage_is_the_same_interrupted_divided_and_on_two_ranks(tmp_path: Path) -> None:
     assert main(["run", str(recipe(tmp_path, "whole"))]) == 0
     done = json.loads((tmp_path / "whole/stages/sounds/done.json").read_text())
@@ -189,6 +191,7 @@ def test_a_model_that_cannot_keep_examples_apart_is_trained_unpacked(
     assert "does not keep the examples of a row apart" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tokens_are_made_once_and_prepared_without_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

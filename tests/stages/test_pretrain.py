@@ -39,6 +39,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "per_device"), [(1, 4), (3, 1)])
 def test_epochs_train_on_every_document_as_often(
     tmp_path: Path, fed: list[dict[str, Any]], epochs: int, per_device: int, capsys: pytest.CaptureFixture[str]

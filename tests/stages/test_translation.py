@@ -115,6 +115,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_scores_are_those_of_plain_transformers_and_sacrebleu(finished: Path) -> None:
     found, pairs = tiny.scores(finished / "run"), held_out(finished)
     assert found["base", "sounds", "exact_match"] == 0
@@ -141,6 +143,8 @@ def test_scores_are_those_of_plain_transformers_and_sacrebleu(finished: Path) ->
     assert found["words", "sounds", "perplexity"] == pytest.approx(2 ** (bits / tokens), rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_adapter_and_its_merge_say_the_same_to_plain_peft_and_transformers(finished: Path) -> None:
     stage = finished / "run/stages/more"
     assert json.loads((stage / "model/adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
@@ -155,6 +159,7 @@ def test_an_adapter_and_its_merge_say_the_same_to_plain_peft_and_transformers(fi
     assert not torch.allclose(trained, base, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_base_in_four_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     content = written(tmp_path, rows=24, merge=True)
@@ -167,6 +172,8 @@ def test_an_adapter_on_a_base_in_four_bits(tmp_path: Path) -> None:
     assert not any("absmax" in name for name in load_file(stage / "merged/model.safetensors"))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_card_says_what_it_is_for_and_how_it_is_loaded(finished: Path) -> None:
     folder = prepare_artifact(
         finished / "run", Push(repo_id="me/sounds", what="merged"), load_recipe(finished / "run/recipe.yaml")
@@ -206,6 +213,7 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
         assert (first[name] - second[name]).abs().max() <= tolerance, name
 
 
+@pytest.mark.slow
 def test_division_of_a_global_batch_does_not_matter(short: Path, tmp_path: Path) -> None:
     content = few_steps(tmp_path)
     content["stages"][0]["training"]["per_device_train_batch_size"] = 1
@@ -213,6 +221,8 @@ def test_division_of_a_global_batch_does_not_matter(short: Path, tmp_path: Path)
     assert_same(short, tmp_path, 2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_are_one_rank(short: Path, tmp_path: Path) -> None:
     path = tiny.write(tmp_path, few_steps(tmp_path))
     config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
@@ -225,6 +235,7 @@ def test_two_ranks_are_one_rank(short: Path, tmp_path: Path) -> None:
     assert [row["row"] for row in answers(tmp_path / "run", "words")] == list(range(31))
 
 
+@pytest.mark.slow
 def test_interrupted_is_uninterrupted(short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.write(tmp_path, few_steps(tmp_path))
     stage = tmp_path / "run/stages/words"
@@ -313,6 +324,7 @@ def from_folder(folder: Path, model: Path, **languages: str) -> dict:
     return content
 
 
+@pytest.mark.slow
 def test_marian_is_trained_with_its_own_tokenizer(marian: Path, tmp_path: Path) -> None:
     content = from_folder(tmp_path, marian / "model")
     content["evaluate"]["sounds"]["generation"] = {"num_beams": 2}
@@ -330,6 +342,7 @@ def test_marian_is_trained_with_its_own_tokenizer(marian: Path, tmp_path: Path) 
         assert tokenizer.decode(output[0], skip_special_tokens=True).startswith(answer["generation"]["prediction"][:8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_added_tokens_are_trained_for_encoder_and_decoder(whole: bool, marian: Path, tmp_path: Path) -> None:
     content = from_folder(tmp_path, marian / "model") | {"merge": True}
@@ -360,6 +373,7 @@ def test_embeddings_that_nothing_reads_are_not_trained(
     assert "Write `modules_to_save: [embed_tokens]`, or train all weights" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["nllb", "mbart", "mbart50", "m2m100"])
 def test_language_codes_stand_where_each_family_has_them(family: str, marian: Path, tmp_path: Path) -> None:
     ids = {piece: place for place, piece in enumerate(letters("<s>", "<pad>", "</s>", "<unk>"))}

@@ -179,6 +179,8 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", STAGES)
 def test_label_smoothing_acts_in_every_kind(name: str, folder: Path) -> None:
     """At smoothing e the loss is (1 - e) of the plain one and e of a part that is near log(K) at a fresh model."""
