@@ -238,23 +238,16 @@ class TokenStream:
         return counts
 
     def notes(self) -> list[str]:
-        """Describes how the sources divide over the lanes, where that is worth a line of the log."""
+        """Names streams that have fewer files, or parts of files, than there are lanes, which makes them slower."""
         lines = []
         for source, origin in zip(self.sources, self.origins, strict=True):
-            table = isinstance(source, Dataset)
             if isinstance(source, Dataset):
-                count, what = len(source), "documents"
-            else:
-                count, what = in_shards(source, self.lanes, origin).num_shards, "shards"
-            if count < self.lanes and not table:
+                continue
+            count = in_shards(source, self.lanes, origin).num_shards
+            if count < self.lanes:
                 lines.append(
-                    f"source {origin.title!r}: {count} {what} for {self.lanes} lanes: every lane reads all, and keeps "
-                    "its own rows; more files would be quicker"
-                )
-            elif count % self.lanes:
-                lines.append(
-                    f"source {origin.title!r}: {count:,} {what} do not divide by {self.lanes} lanes, which take the "
-                    "shares in turn: each document is read as often"
+                    f"source {origin.title!r} has fewer files or parts ({count}) than the stream has parallel "
+                    f"lanes ({self.lanes}): each lane reads all of them and keeps its own rows; more files are quicker"
                 )
         return lines
 
