@@ -13,6 +13,7 @@ import torch
 from hfpipe.core import ranks
 from hfpipe.core.files import GIB
 from hfpipe.model.adapter import add_adapter
+from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
 from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
 from hfpipe.model.tokenizer import make_room
@@ -53,6 +54,7 @@ class Setting:
         sharding: "none", "zero1", "zero2", "zero3" or "fsdp".
         vocabulary: Rows that the embeddings grow to; None.
         packed: Whether several examples of `sft` share a row, which takes a mask.
+        plain_loss: Whether a causal model's loss is plain cross-entropy, without label smoothing or `loss_type`.
     """
 
     kind: str
@@ -73,6 +75,12 @@ class Setting:
     sharding: str = "none"
     vocabulary: int | None = None
     packed: bool = False
+    plain_loss: bool = True
+
+    @property
+    def has_linear_loss(self) -> bool:
+        """True where `hfpipe.model.linear_loss` takes the place of logits, but for heads that it does not know."""
+        return self.device == "cpu" and self.dtype == torch.float32 and self.autocast is None and self.plain_loss
 
 
 def setting_of(
@@ -114,6 +122,7 @@ def setting_of(
         sharding=_sharding(stage),
         vocabulary=vocabulary,
         packed=kind == "sft" and bool(stage.training.get("packing")),
+        plain_loss=not arguments.label_smoothing_factor and getattr(arguments, "loss_type", "nll") == "nll",
     )
 
 
@@ -153,7 +162,7 @@ def predict(config: Any, setting: Setting) -> Memory:
         vocabulary=vocabulary,
         checkpointing=setting.checkpointing,
         accumulate=setting.accumulation > 1,
-        share=MASKED_SHARE,
+        share=MASKED_SHARE if setting.kind == "masked" else 1.0,
     )
     states, host, moment = _optimizer_bytes(setting, trained)
     gradients = sum(weight.nbytes for weight in trained)
@@ -200,7 +209,24 @@ def _ids(setting: Setting, tokens: int | None = None) -> torch.Tensor:
 
 def _causal(setting: Setting) -> Any:
     ids = _ids(setting)
+    if setting.has_linear_loss:
+        return _linear({"input_ids": ids, "position_ids": ids, "labels": ids})
     return lambda model: model(input_ids=ids, position_ids=ids, labels=ids, num_items_in_batch=1).loss
+
+
+def _linear(batch: dict[str, torch.Tensor]) -> Any:
+    """The loss of `hfpipe.model.linear_loss`, with the logits of a piece, which torch does not show."""
+
+    def step(model: Any) -> torch.Tensor:
+        head = model.get_output_embeddings()
+        rows = min(PIECE, batch["labels"].numel())
+        logits = torch.empty(rows, head.weight.shape[0], device="meta")
+        gradient = torch.empty_like(head.weight) if head.weight.requires_grad else None
+        loss = LinearLoss(head)(model, batch)
+        del logits, gradient
+        return loss
+
+    return step
 
 
 def _masked(setting: Setting) -> Any:
@@ -211,6 +237,8 @@ def _masked(setting: Setting) -> Any:
 def _sft(setting: Setting) -> Any:
     """SFTTrainer's loss: hidden states through the tiled head, on a CPU of every position."""
     ids = _ids(setting)
+    if setting.has_linear_loss:
+        return _linear({"input_ids": ids, "attention_mask": ids, "labels": ids})
 
     def step(model: Any) -> torch.Tensor:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model

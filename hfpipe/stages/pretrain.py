@@ -32,10 +32,15 @@ from hfpipe.recipe import Pretrain, Recipe
 from hfpipe.recipe.faults import listed
 from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.arguments import clear_refusal
+from hfpipe.stages.causal_loss import WithLinearLoss
 from hfpipe.stages.trainer import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
 MUCH_PADDING = 0.05  # of the tokens, from which a remedy is named
+
+
+class _Trainer(WithLinearLoss, Trainer):
+    pass
 
 
 def run_pretrain(run: StageRun) -> dict[str, Any]:
@@ -88,7 +93,9 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         _require_isolation(model)
     loss = partial(masked_loss, label_smoothing=arguments.label_smoothing_factor) if masked else None
     with clear_refusal(stage, "Trainer"):
-        trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
+        trainer = _Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
+    if not masked:
+        trainer.use_linear_loss()
     collated = masking.collate if masking else collate
     loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id, collated=collated)
     facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length, longest=(max_length, 0))

@@ -16,8 +16,13 @@ from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft
 from hfpipe.stages.arguments import clear_refusal
+from hfpipe.stages.causal_loss import WithLinearLoss
 from hfpipe.stages.sft_rows import sft_length, sft_rows
 from hfpipe.stages.trainer import StageRun, plan_of, train, trainer_arguments, with_adapter
+
+
+class _Trainer(WithLinearLoss, SFTTrainer):
+    pass
 
 
 def run_sft(run: StageRun) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     model = with_adapter(run, model)
     exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     with clear_refusal(stage, "SFTTrainer"):
-        trainer = SFTTrainer(
+        trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list([{key: value.tolist() for key, value in rows[0].items()}]),  # not read
@@ -46,6 +51,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     for name, weight in model.named_parameters():
         if name in exact:  # SFTTrainer rounds an adapter on a quantized base to bfloat16, where small updates vanish
             weight.data = exact[name]
+    trainer.use_linear_loss()
     exact.clear()  # it would keep the weights after the trainer has let them go
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
     longest = (packed is not None and length) or int(lengths.max())

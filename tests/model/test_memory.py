@@ -43,7 +43,7 @@ def test_a_full_training_holds_weights_gradients_and_two_moments() -> None:
 
 
 def test_activations_and_logits_grow_with_the_rows() -> None:
-    one, four = (predict(LLAMA, replace(CAUSAL, rows=rows, tokens=128)) for rows in (8, 32))
+    one, four = (predict(LLAMA, replace(CAUSAL, rows=rows, tokens=128, device="cuda")) for rows in (8, 32))
     assert four.logits == 4 * one.logits > 0
     assert four.activations == pytest.approx(4 * one.activations, rel=0.05)
 
@@ -51,7 +51,9 @@ def test_activations_and_logits_grow_with_the_rows() -> None:
 def test_attention_that_keeps_its_scores_grows_with_the_square_of_the_length() -> None:
     eager, sdpa = (predict(LLAMA, replace(CAUSAL, tokens=512, attention=one)) for one in ("eager", "sdpa"))
     scores = 4 * 4 * 512 * 512 * 4  # rows, heads, tokens, tokens, bytes
-    assert eager.activations - sdpa.activations > 0.7 * LLAMA.num_hidden_layers * scores  # sdpa's mask aside
+    assert (
+        eager.total - eager.framework - sdpa.total + sdpa.framework > 0.7 * LLAMA.num_hidden_layers * scores
+    )  # sdpa's mask aside
 
 
 def test_checkpointing_keeps_a_layer_at_a_time() -> None:
@@ -100,6 +102,11 @@ def test_autocast_halves_what_linear_layers_keep() -> None:
         predict(LLAMA, Setting("causal", "cuda", rows=8, tokens=128, autocast=one)) for one in (None, torch.bfloat16)
     )
     assert half.activations < 0.8 * single.activations
+
+
+def test_on_a_cpu_logits_are_held_for_a_piece_of_the_tokens() -> None:
+    few, many = (predict(LLAMA, replace(one, rows=rows, tokens=512)) for one in (CAUSAL,) for rows in (1, 8))
+    assert few.logits == many.logits == 512 * LLAMA.vocab_size * 4
 
 
 def test_the_tiled_head_of_sft_keeps_no_logits_of_a_batch() -> None:
@@ -156,6 +163,7 @@ MEASURED = """
 import json, sys, torch
 from dataclasses import replace
 from transformers import AutoConfig, AutoModelForCausalLM
+from hfpipe.model.linear_loss import linear_loss
 from hfpipe.model.memory import PeakMeter
 from hfpipe.stages.memory import Setting, predict
 size = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, vocab_size=30_000)
@@ -165,10 +173,11 @@ torch.nn.Linear(8, 8)(torch.ones(8, 8)).sum().backward()
 meter = PeakMeter()
 model = AutoModelForCausalLM.from_config(config)
 model.config.use_cache = False
+loss = linear_loss(model)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 ids = torch.zeros(8, 256, dtype=torch.long)
 for _ in range(2):
-    model(input_ids=ids, position_ids=ids, labels=ids).loss.backward()
+    loss(model, {"input_ids": ids, "position_ids": ids, "labels": ids}).backward()
     optimizer.step()
     optimizer.zero_grad()
 print(json.dumps([found.total, meter.read() - meter.before]))
