@@ -25,7 +25,8 @@ class WithLinearLoss(Base):
 
     def use_linear_loss(self) -> None:
         """Looks whether the model and the arguments allow it; call it once, before the training."""
-        config = self.model.config.get_text_config()
+        model: Any = self.model
+        config = model.config.get_text_config()
         plain = (
             self.compute_loss_func is None
             and self.label_smoother is None

@@ -166,7 +166,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfpipe.model.linear_loss import linear_loss
 from hfpipe.model.memory import PeakMeter
 from hfpipe.stages.memory import Setting, predict
-size = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, vocab_size=30_000)
+size = dict(hidden_size=384, intermediate_size=1152, num_hidden_layers=4, num_attention_heads=4, vocab_size=30_000)
 config = AutoConfig.for_model("llama", **size)
 found = predict(config, Setting("causal", rows=8, tokens=256))
 torch.nn.Linear(8, 8)(torch.ones(8, 8)).sum().backward()
