@@ -16,6 +16,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from hfpipe.core.errors import RecipeError
+from hfpipe.core.upstream import mask_whole_words_in_linear_time
 from hfpipe.data.dataloader import collate
 
 WORD = 1 << 28  # the bit of a token that begins a word, above the tokens of any vocabulary
@@ -88,21 +89,6 @@ def _marked_words(encoding: Any) -> list[int]:
     return (np.array(encoding.ids, dtype=np.int64) | begins * WORD).tolist()
 
 
-class _Collator(DataCollatorForLanguageModeling):
-    """transformers' collator, which for whole words compares every two tokens of a row: 0.3 s for one of 8,192."""
-
-    @staticmethod
-    def _whole_word_mask(word_ids: Any, mask: Any) -> np.ndarray:
-        """All tokens of the words of which a token is chosen, in time and memory of one row's length.
-
-        Args:
-            word_ids: (1, L) number of each token's word, from 1 on; -1 of a special token.
-            mask: (1, L) the chosen tokens.
-        """
-        chosen = np.asarray(mask)[0]
-        return np.isin(word_ids, word_ids[0, chosen & (word_ids[0] != -1)])
-
-
 class Masking:
     """Hides tokens by transformers' own collator, each row with a generator of its own.
 
@@ -120,9 +106,10 @@ class Masking:
 
     def __init__(self, tokenizer: Any, options: dict[str, Any], seed: int) -> None:
         try:
-            self.collator = _Collator(tokenizer, **options)
+            self.collator = DataCollatorForLanguageModeling(tokenizer, **options)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"masking: transformers refuses it: {error}") from error
+        mask_whole_words_in_linear_time(self.collator)
         self.seed = seed
 
     @cached_property

@@ -31,6 +31,7 @@ from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.http import Patience
 from hfpipe.core.hub_errors import asks_to_wait, response_of, status_of
 from hfpipe.core.secrets import without_secrets
+from hfpipe.core.upstream import left_out_of_commit
 from hfpipe.hub.access import check, check_is_ours
 from hfpipe.hub.client import explain, full_name, is_passing, logged_in, who_may_write
 
@@ -138,7 +139,7 @@ def _send_weights(
     api.preupload_lfs_files(
         repo, added, revision=branch, create_pr=pr, num_threads=4, free_memory=False, gitignore_content=NOTHING_IGNORED
     )
-    ignored = [one.path_in_repo for one in added if one._should_ignore]
+    ignored = left_out_of_commit(added)
     if ignored:
         raise MachineError(
             f"the Hub would leave out {', '.join(ignored)}, which a .gitignore in {repo} names. Delete that file there."

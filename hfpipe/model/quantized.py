@@ -21,11 +21,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from hfpipe.core.files import require_disk
+from hfpipe.core.upstream import (
+    declare_dequantized,
+    forget_quantizer_conversions,
+    left_out_of_checkpoints,
+    save_code_of,
+)
 from hfpipe.model.load import ModelRef, load_model, quantization_config, task_of, weights_dtype
 from hfpipe.model.shards import bytes_of, give_back_memory
 
@@ -95,8 +100,7 @@ def write_quantized(base: ModelRef, stored: ModelRef, folder: Path, head: dict[s
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     whole.config.quantization_config = config
     whole.config.save_pretrained(folder)
-    if whole._auto_class is not None:  # code of its repository
-        custom_object_save(whole, folder, config=whole.config)
+    save_code_of(whole, folder)
     return ModelRef(str(folder), base.options, vocabulary=base.vocabulary)
 
 
@@ -109,7 +113,7 @@ def _held(model: Any, fresh: Sequence[str]) -> dict[str, torch.Tensor]:
     """
     held: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] not in fresh and name not in (model._keys_to_ignore_on_save or ()):
+        if name.rpartition(".")[0] not in fresh and name not in left_out_of_checkpoints(model):
             held.setdefault(tensor.data_ptr() or id(tensor), (name, tensor))
     return dict(held.values())
 
@@ -144,11 +148,9 @@ def load_whole(stored: ModelRef, head: dict[str, Any] | None, folder: Path) -> A
         A `PreTrainedModel` on the CPU.
     """
     model = load_model(stored, head=head, place=CPU)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
+    if getattr(model, "hf_quantizer", None) is None:
         return model
-    # How it was loaded is undone when it is saved, which the quantizer's part cannot be.
-    model._weight_conversions = [each for each in model._weight_conversions or () if not _is_quantizers(each)]
+    forget_quantizer_conversions(model)
     layers, dtype = layers_in_few_bits(model), getattr(torch, stored.options.dtype)
     if not layers:  # of another kind than bitsandbytes'
         return model.dequantize(dtype)
@@ -161,13 +163,8 @@ def load_whole(stored: ModelRef, head: dict[str, Any] | None, folder: Path) -> A
         model.set_submodule(name, whole)
     for parameter in model.parameters():  # transformers has left some in the precision of the files
         parameter.data = parameter.data.to(dtype)
-    quantizer.remove_quantization_config(model)
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # PEFT asks, and would not merge IA3
+    declare_dequantized(model)
     return model
-
-
-def _is_quantizers(conversion: Any) -> bool:
-    return any(getattr(operation, "hf_quantizer", None) for operation in getattr(conversion, "operations", ()))
 
 
 def _nothing(folder: Path, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

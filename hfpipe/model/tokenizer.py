@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from hfpipe.core.errors import RecipeError
+from hfpipe.core.upstream import part_shared_embeddings
 from hfpipe.recipe import Tokenizer
 
 # What chat templates mark turns and calls with: <|im_start|>, <start_of_turn>, </tool_call>, [INST].
@@ -108,12 +108,7 @@ def make_room(model: Any, size: int | None) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.resize_token_embeddings(size)
-    embeddings = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is embeddings]
-    for name in names[1:]:  # an encoder and a decoder got one module in place of two: by its other name PEFT misses it
-        again = copy.copy(embeddings)
-        again._parameters = dict(embeddings._parameters)
-        model.set_submodule(name, again)
+    part_shared_embeddings(model)
 
 
 def train_rows(model: Any, block: dict[str, Any], ids: tuple[int, ...]) -> dict[str, Any]:

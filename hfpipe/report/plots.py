@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hfpipe.recipe.metric_table import SHARE_METRICS

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError
+from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.stages.checkpoints import MANIFEST, by_step
 from hfpipe.stages.saving import is_sharded
@@ -51,8 +52,8 @@ class StopWhenNotFinite(TrainerCallback):
             self._norm = clip(*args, **options)
             return self._norm
 
-        trainer.training_step = watched_step  # type: ignore[method-assign]
-        trainer.accelerator.clip_grad_norm_ = watched_clip  # type: ignore[method-assign]
+        override(trainer, training_step=watched_step)
+        override(trainer.accelerator, clip_grad_norm_=watched_clip)
         loader.keep = 2 * trainer.args.gradient_accumulation_steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

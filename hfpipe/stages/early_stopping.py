@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
+from hfpipe.core.upstream import override
 from hfpipe.evaluation.metrics import higher_is_better
 from hfpipe.evaluation.suites import score_suite, suite_metrics
 from hfpipe.stages.context import StageRun
@@ -51,7 +52,7 @@ class Selection(TrainerCallback):
             given = trainer.args.lr_scheduler_kwargs
             mode = {"mode": "max" if trainer.args.greater_is_better else "min"}
             trainer.args.lr_scheduler_kwargs = mode | given if isinstance(given, dict) else mode
-        trainer.evaluate = self._score  # type: ignore[method-assign, assignment]
+        override(trainer, evaluate=self._score)
         trainer.add_callback(self)
 
     def _score(self, **_: Any) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 
 from hfpipe.core import ranks
 from hfpipe.core.files import GIB
+from hfpipe.core.upstream import layer_classes
 from hfpipe.model.adapter import add_adapter
 from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
@@ -312,7 +313,7 @@ def _spread(memory: Memory, setting: Setting, gradients: int, unit: int) -> Memo
 def _unit(model: Any, setting: Setting) -> int:
     """Bytes of the largest layer, or of what lies outside of the layers, in the precision that it is gathered in."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = inner._no_split_modules or ()
+    names = layer_classes(inner)
     layers = [weight_bytes(module) for module in inner.modules() if type(module).__name__ in names]
     rest = weight_bytes(inner) - sum(layers)
     largest = max([*layers, rest])

@@ -17,6 +17,7 @@ from transformers import Trainer
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
+from hfpipe.core.upstream import attention_of
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.dataloader import BatchLoader, collate
 from hfpipe.data.masking import Masking, frame_of
@@ -168,7 +169,7 @@ def _require_isolation(model: Any) -> None:
     if leak > TOLERANCE.get(model.dtype, 0.25):
         raise RecipeError(
             f"packed documents are not kept apart on this model ({type(model).__name__}, attention "
-            f"{model.config._attn_implementation}): log-probabilities change by {leak:.2g} nats. Set "
+            f"{attention_of(model)}): log-probabilities change by {leak:.2g} nats. Set "
             "model.attn_implementation to sdpa or eager; an architecture that ignores position_ids cannot be packed."
         )
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from hfpipe.core import ranks
+from hfpipe.core.upstream import attention_of
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.row_order import PackedRows
 from hfpipe.data.stream.packing import isolation_leak
@@ -73,7 +74,7 @@ def _packed(run: StageRun, model: Any, lengths: np.ndarray, length: int | None) 
     leak = isolation_leak(model)
     if leak > TOLERANCE.get(model.dtype, 0.25):
         ranks.say(
-            f"  packing: this model ({type(model).__name__}, attention {model.config._attn_implementation}) does not "
+            f"  packing: this model ({type(model).__name__}, attention {attention_of(model)}) does not "
             "keep the examples of a row apart, so each is a row of its own, beside others of like length"
         )
         return None

@@ -60,7 +60,9 @@ class _Guarded:
         try:
             done = getattr(self.callback, event)(*given, **named)
             if event == "on_train_end" and self.name == "Wandb":  # else the next stage would go on in this one's run
-                self.callback._wandb.finish()
+                import wandb
+
+                wandb.finish()
         except Exception as error:  # a dozen libraries with types of their own
             self.failed = True
             print(

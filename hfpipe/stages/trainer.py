@@ -21,6 +21,7 @@ from transformers import (
 
 from hfpipe.core import ranks, signals
 from hfpipe.core.errors import RecipeError, Stopped
+from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler
 from hfpipe.data.row_order import PackedRows, ShuffledRows, count_rows
 from hfpipe.model.adapter import (
@@ -175,7 +176,7 @@ def train(
         loader.source.load_state_dict(json.loads((checkpoint / DATA_STATE).read_text()))
         ranks.say(f"  continuing from {checkpoint.name}")
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
-    trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign, assignment, return-value]
+    override(trainer, get_train_dataloader=lambda: loader)
     keep = run.stage.training.get("save_total_limit", 2)
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     checkpoints = CheckpointCallback(loader, run.hash, run.trajectory, keep)

@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, Value
 
+from hfpipe.core.upstream import examples_of
+
 UNDECODABLE = "\ufdd0"  # bytes that are not UTF-8
 LONE = "\ufdd1"  # an escaped surrogate of JSON without its other half
 HANDLER = "hfpipe_mark"
@@ -43,7 +45,7 @@ def can_be_arrow(rows: IterableDataset) -> bool:
     """
     features = (rows.features or {}).values()
     plain = all(isinstance(feature, Value) and feature.dtype != "string_view" for feature in features)
-    return rows._ex_iterable.iter_arrow is not None and rows.features is not None and plain
+    return examples_of(rows).iter_arrow is not None and rows.features is not None and plain
 
 
 def unmarked(row: dict[str, Any]) -> dict[str, Any]:

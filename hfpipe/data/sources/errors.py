@@ -20,7 +20,6 @@ from traceback import walk_tb
 from typing import TypeVar
 
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.table import CastError
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -29,6 +28,7 @@ from pyarrow.lib import ArrowException
 from hfpipe.core.errors import DataError, MachineError, RecipeError, Unreachable, UserError
 from hfpipe.core.http import last_trouble
 from hfpipe.core.hub_errors import trouble
+from hfpipe.core.upstream import builder_names
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
 
@@ -178,7 +178,7 @@ def _missing_files(error: BaseException, source: Source) -> UserError:
 
 def _base(source: Source) -> str:
     """Where the paths of `data_files` begin."""
-    if source.path in _PACKAGED_DATASETS_MODULES or Path(source.path).is_dir():
+    if source.path in builder_names() or Path(source.path).is_dir():
         return f"Paths are taken from the current folder, {Path.cwd()}."
     return "Paths are those of the files in that data set."
 
@@ -237,7 +237,7 @@ def _name(source: Source) -> str:
 
 def _builder_meant(source: Source) -> str:
     """A builder of files with a name like that of the data set, where files are named."""
-    return did_you_mean(source.path, _PACKAGED_DATASETS_MODULES) if _patterns(source) else ""
+    return did_you_mean(source.path, builder_names()) if _patterns(source) else ""
 
 
 def _patterns(source: Source) -> list[str]:

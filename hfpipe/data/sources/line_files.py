@@ -18,11 +18,11 @@ from uuid import uuid4
 
 import pyarrow as pa
 from datasets import IterableDataset
-from datasets.iterable_dataset import ArrowExamplesIterable
 from fsspec.implementations.memory import MemoryFileSystem
 
+from hfpipe.core.upstream import examples_of, file_builder_of, with_examples
 from hfpipe.data.sources.builders.base import FileBuilder
-from hfpipe.data.sources.sharded_files import SharedFiles, Tables, stream_of
+from hfpipe.data.sources.sharded_files import SharedFiles, Tables
 
 FIRST = 1 << 16  # bytes that are fetched for a look at the beginning of a file, or of a row
 PASSED_OVER = 1 << 20  # bytes that are read at a time up to a place
@@ -150,10 +150,10 @@ def _go_to(source: BinaryIO, place: int, here: int) -> None:
 
 def by_byte_range(rows: IterableDataset) -> IterableDataset:
     """A stream of JSON lines, CSV or text as `ByteRanges`; any other as it is."""
-    examples = rows._ex_iterable
-    builder = getattr(getattr(examples, "generate_tables_fn", None), "__self__", None)
-    if type(examples) is not ArrowExamplesIterable or not isinstance(builder, FileBuilder) or not builder.divides:
+    examples = examples_of(rows)
+    builder = file_builder_of(examples)
+    if not isinstance(builder, FileBuilder) or not builder.divides:
         return rows
     if any(file.startswith(ARCHIVES) for file in _files_of(examples.kwargs)):
         return rows
-    return stream_of(rows, ByteRanges(builder, dict(examples.kwargs)))
+    return with_examples(rows, ByteRanges(builder, dict(examples.kwargs)))

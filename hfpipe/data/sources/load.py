@@ -14,10 +14,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from hfpipe.builtin.corpus import builtin
 from hfpipe.core.errors import DataError, RecipeError
+from hfpipe.core.upstream import builder_names
 from hfpipe.data.sources.builders import load_dataset
 from hfpipe.data.sources.errors import friendly
 from hfpipe.data.sources.files import FileGroup, file_groups, local_path
@@ -137,7 +137,7 @@ def _open(source: Source, default_split: str) -> list[tuple[Rows, FileGroup | No
     split = arguments.pop("split", None) or ("train" if isinstance(files, str | list) else default_split)
     if source.path == "builtin":
         return [(builtin(arguments.get("name") or "text", split), None)]
-    if source.path in _PACKAGED_DATASETS_MODULES:
+    if source.path in builder_names():
         needs_files = source.path not in ("eval", "iceberg", "lance")
         if needs_files and not files and not arguments.get("data_dir"):
             raise RecipeError(

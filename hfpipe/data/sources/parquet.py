@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import IterableDataset
-from datasets.iterable_dataset import ArrowExamplesIterable
 from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import parquet
 
-from hfpipe.data.sources.sharded_files import SharedFiles, Tables, stream_of
+from hfpipe.core.upstream import examples_of, file_builder_of, with_examples
+from hfpipe.data.sources.sharded_files import SharedFiles, Tables
 
 TABLE_ROWS = 1_000  # read at a time: a row group may be a whole file
 
@@ -52,11 +52,11 @@ class RowGroups(SharedFiles):
 
 def by_row_group(rows: IterableDataset) -> IterableDataset:
     """A stream of Parquet files as `RowGroups`; any other as it is."""
-    examples = rows._ex_iterable
-    builder = getattr(getattr(examples, "generate_tables_fn", None), "__self__", None)
-    if type(examples) is not ArrowExamplesIterable or not isinstance(builder, Parquet):
+    examples = examples_of(rows)
+    builder = file_builder_of(examples)
+    if not isinstance(builder, Parquet):
         return rows
     if builder.config.filters is not None or builder.config.on_bad_files != "error":
         return rows  # what a row group gives is not what its footer says
     builder.config.batch_size = builder.config.batch_size or TABLE_ROWS
-    return stream_of(rows, RowGroups(builder, list(examples.kwargs["files"])))
+    return with_examples(rows, RowGroups(builder, list(examples.kwargs["files"])))

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import time
 
-import datasets.config
-
 from hfpipe.core.errors import MachineError, Unreachable
+from hfpipe.core.upstream import end_streams_at_the_first_fault
 from hfpipe.recipe import Source
 
 PATIENCE_SECONDS = 420.0  # the other ranks wait at the next gradient, and with NCCL no longer than 600 s
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 60.0
 
-datasets.config.STREAMING_READ_MAX_RETRIES = 1
-datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+end_streams_at_the_first_fault()
 
 
 class Outage:

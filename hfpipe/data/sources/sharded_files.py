@@ -21,6 +21,7 @@ from datasets import DownloadConfig, IterableDataset
 from datasets.iterable_dataset import ArrowExamplesIterable, SkipExamplesIterable, TakeExamplesIterable
 from datasets.utils.file_utils import xopen
 
+from hfpipe.core.upstream import examples_of, tables_of, with_examples
 from hfpipe.data.sources.decoding import python_of
 
 MANY_FILES = 64  # so many can be dealt out without a look into them
@@ -37,7 +38,7 @@ class SharedFiles(ArrowExamplesIterable):
     """
 
     def __init__(self, builder: Any, arguments: dict[str, Any], files: list[str]) -> None:
-        super().__init__(builder._generate_tables, arguments, None, True)
+        super().__init__(tables_of(builder), arguments, None, True)
         self.builder, self.files = builder, files
         self.lane, self.lanes = 0, 1
         config = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
@@ -95,17 +96,6 @@ class SharedFiles(ArrowExamplesIterable):
         return copy.copy(self)._init_state_dict()
 
 
-def stream_of(rows: IterableDataset, examples: Any) -> IterableDataset:
-    """A stream with other examples."""
-    return IterableDataset(
-        ex_iterable=examples,
-        info=rows.info.copy(),
-        split=rows.split,
-        formatting=rows._formatting,
-        token_per_repo_id=rows._token_per_repo_id,
-    )
-
-
 class FirstRows(TakeExamplesIterable):
     """The first n rows of a stream as one shard: only who reads from the beginning knows which they are."""
 
@@ -130,9 +120,9 @@ def stream_range(rows: IterableDataset, skip: int, take: int | None) -> Iterable
             own: more than was asked for, and the rows in question for certain.
         take: Rows to keep; None for all.
     """
-    examples = rows._ex_iterable
+    examples = examples_of(rows)
     if skip:
         examples = SkipExamplesIterable(examples, skip, split_when_sharding=False)
     if take is not None:
         examples = FirstRows(examples, take)
-    return stream_of(rows, examples)
+    return with_examples(rows, examples)

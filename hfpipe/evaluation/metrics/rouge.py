@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.bleu import BLEU, _get_tokenizer
+from sacrebleu.metrics import BLEU
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.evaluation.metrics.rows import Ratio
@@ -20,7 +20,7 @@ class Words:
     """A tokenizer in the form that rouge_score takes: Unicode's words, or one of sacrebleu's in lower case."""
 
     def __init__(self, name: str) -> None:
-        self.split = None if name == UNICODE else _get_tokenizer(name)()
+        self.split = None if name == UNICODE else BLEU(tokenize=name).tokenizer
 
     def tokenize(self, text: str) -> list[str]:
         return unicode_words(text) if self.split is None else self.split(text.lower()).split()

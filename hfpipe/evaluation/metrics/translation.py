@@ -15,6 +15,7 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.upstream import row_statistics, score_of_statistics
 from hfpipe.evaluation.metrics.rows import RowMetric
 from hfpipe.evaluation.metrics.words import MOST_UNREAD
 
@@ -69,9 +70,9 @@ class SacreBleu(RowMetric):
                 )
             by_script = {"tokenize": name} if self.key == "bleu" else {"normalized": True, "asian_support": True}
             self.scorer = self._scorer(self.options | (by_script if name else {}))
-        return np.asarray(self.scorer._extract_corpus_statistics(predictions, [references]), dtype=float)
+        return np.asarray(row_statistics(self.scorer, predictions, references), dtype=float)
 
     def value(self, sums: np.ndarray) -> np.ndarray:
         rows = sums.reshape(-1, sums.shape[-1])
-        scores = [self.scorer._compute_score_from_stats(row.tolist()).score for row in rows]
+        scores = [score_of_statistics(self.scorer, row.tolist()) for row in rows]
         return np.asarray(scores).reshape(sums.shape[:-1])

@@ -1,20 +1,16 @@
 """Rules of what follows the stages: early stopping, seeds, folds, energy, the push, and secrets in any value.
 
-The countries whose electricity codecarbon knows are read from its data without importing it. No token or password may
-stand in a recipe: the run folder, the report and the Hub get a copy of it.
+No token or password may stand in a recipe: the run folder, the report and the Hub get a copy of it.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from hfpipe.core.secrets import has_secret, own_tokens
+from hfpipe.core.upstream import countries
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, listed
 from hfpipe.recipe.metric_table import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
 from hfpipe.recipe.push_plan import _ONLY_OF, NEEDS_AN_ADAPTER
@@ -111,9 +107,6 @@ def _check_cross_validation(data: dict[str, Any]) -> Iterator[Fault]:
 HELD_OUT = "held_out"  # the suite of cross-validation
 
 
-GRAMS = "carbon_intensity"  # of CO2 a kWh; a country without it has a name and no more
-
-
 def check_country(data: dict[str, Any]) -> Iterator[Fault]:
     """Yields a fault where `energy.country_iso_code` is no country that codecarbon knows."""
     code, known = mapping(data.get("energy")).get("country_iso_code"), countries()
@@ -124,18 +117,6 @@ def check_country(data: dict[str, Any]) -> Iterator[Fault]:
     hint = f" Did you mean {meant}?" if meant else ""
     text = f"found {found(code)}; allowed is a country's code in three letters (ISO 3166), such as DEU, FRA or USA."
     yield Fault(("energy", "country_iso_code"), text + hint)
-
-
-@cache
-def countries() -> dict[str, str]:
-    """Names by code; empty where codecarbon is not installed."""
-    package = importlib.util.find_spec("codecarbon")
-    folder = next(iter(package.submodule_search_locations or ()), None) if package else None
-    path = Path(folder or "", "data", "private_infra", "global_energy_mix.json")
-    if not folder or not path.is_file():
-        return {}
-    mixes = json.loads(path.read_text(encoding="utf-8"))
-    return {code: mix["country_name"] for code, mix in mixes.items() if mix.get(GRAMS) is not None}
 
 
 # Keys of fsspec's storage options that hold a secret, and the values of theirs that name a way to log in instead.

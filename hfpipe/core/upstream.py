@@ -1,0 +1,229 @@
+"""The one place that reaches into the inside of a library, because no public function does what is needed.
+
+Each function says what is missing and where that is discussed upstream. `TRIED` has the versions that all of this was
+tried on; pyproject.toml allows no later major ones. tests/core/test_upstream.py fails when a library has changed what
+is used here, or no longer needs it. Libraries are imported by the functions, since some commands need none of them.
+
+Two more places depend on what a library does not document, and are tested there too: `data/sources/sharded_files.py`
+and `line_files.py` subclass the example iterables of `datasets`, which alone can resume within a file, and
+`model/memory.py` uses torch's dispatch mode, which torch's notes on extending it name by its private module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TRIED = {  # the lowest and the highest version
+    "accelerate": ("1.15.0", "1.15.0"),
+    "codecarbon": ("3.3.0", "3.3.2"),
+    "datasets": ("5.2.0", "5.2.0"),
+    "huggingface_hub": ("2.0.0", "2.4.0"),
+    "sacrebleu": ("2.5.0", "2.6.0"),
+    "transformers": ("5.18.0", "5.23.0"),
+}
+
+
+def override(thing: Any, **methods: Callable[..., Any]) -> None:
+    """Replaces methods of one object of a library, as a subclass would.
+
+    Trainer, Seq2SeqTrainer and SFTTrainer would each need a subclass with the same methods, and the accelerator is made
+    by the trainer. A method that the library has renamed would be replaced without effect.
+
+    Raises:
+        AttributeError: The object has no such method.
+    """
+    for name, method in methods.items():
+        if not callable(getattr(thing, name)):
+            raise AttributeError(f"{type(thing).__name__}.{name} is no method")
+        setattr(thing, name, method)
+
+
+# datasets
+
+
+def end_streams_at_the_first_fault() -> None:
+    """Lets `datasets` read and open a file of a stream once, and not twenty times in silence.
+
+    It repeats after some faults and not after others, and no argument says how often: its maintainers name these
+    variables (https://github.com/huggingface/datasets/issues/6172).
+    """
+    import datasets.config
+
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+
+
+def builder_names() -> Collection[str]:
+    """Returns the names that `load_dataset` takes for its own builders, such as json; no issue found."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return _PACKAGED_DATASETS_MODULES.keys()
+
+
+def examples_of(stream: Any) -> Any:
+    """Returns the example iterable of a stream.
+
+    It alone can be shared by parts of files and resume in one: `IterableDataset` has shards of whole files, and finds
+    its place by reading all that stands before it (https://github.com/huggingface/datasets/pull/6658).
+    """
+    return stream._ex_iterable
+
+
+def with_examples(stream: Any, examples: Any) -> Any:
+    """Returns a stream of other examples, with the metadata of `stream`; see `examples_of`."""
+    from datasets import IterableDataset
+
+    return IterableDataset(
+        ex_iterable=examples,
+        info=stream.info.copy(),
+        split=stream.split,
+        formatting=stream._formatting,
+        token_per_repo_id=stream._token_per_repo_id,
+    )
+
+
+def file_builder_of(examples: Any) -> Any:
+    """Returns the builder that reads the files of an example iterable as `load_dataset` made it; None for any other."""
+    from datasets.iterable_dataset import ArrowExamplesIterable
+
+    made = type(examples) is ArrowExamplesIterable
+    return getattr(examples.generate_tables_fn, "__self__", None) if made else None
+
+
+def tables_of(builder: Any) -> Callable[..., Iterator[tuple[Any, Any]]]:
+    """Returns the function of a builder that reads files into tables; it has no public one."""
+    return builder._generate_tables
+
+
+# transformers
+
+
+def mask_whole_words_in_linear_time(collator: Any) -> None:
+    """Lets `DataCollatorForLanguageModeling` mask whole words in time and memory of one row's length.
+
+    It compares every two tokens of a row: 0.3 s for one of 8,192, and 64 MB
+    (https://github.com/huggingface/transformers/pull/39485 brought that).
+    """
+    import numpy as np
+
+    def whole_word_mask(word_ids: Any, mask: Any) -> Any:
+        """Returns all tokens (1, L) of the words of which a token is chosen.
+
+        Args:
+            word_ids: (1, L) number of each token's word, from 1 on; -1 of a special token.
+            mask: (1, L) the chosen tokens.
+        """
+        chosen = np.asarray(mask)[0]
+        return np.isin(word_ids, word_ids[0, chosen & (word_ids[0] != -1)])
+
+    override(collator, _whole_word_mask=whole_word_mask)
+
+
+def attention_of(model: Any) -> str:
+    """Returns the name of the attention that a model was loaded with, which `config.attn_implementation` is not."""
+    return str(model.config._attn_implementation)
+
+
+def layer_classes(model: Any) -> Collection[str]:
+    """Returns the names of the classes of a model's layers, which FSDP gathers one at a time; no issue found."""
+    return model._no_split_modules or ()
+
+
+def left_out_of_checkpoints(model: Any) -> Collection[str]:
+    """Returns the names of tensors that `save_pretrained` works out again at a load; no issue found."""
+    return model._keys_to_ignore_on_save or ()
+
+
+def save_code_of(model: Any, folder: Path) -> None:
+    """Writes the Python files of a model whose code came with it, as `save_pretrained` does, without the weights."""
+    from transformers.dynamic_module_utils import custom_object_save
+
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=model.config)
+
+
+def forget_quantizer_conversions(model: Any) -> None:
+    """Lets a model be saved whose quantized layers were replaced.
+
+    `save_pretrained` undoes what was done to the weights when they were loaded, which the quantizer's part cannot be
+    (https://github.com/huggingface/transformers/pull/44983 mends it for three other quantizers than bitsandbytes).
+    """
+    model._weight_conversions = [
+        each
+        for each in model._weight_conversions or ()
+        if not any(getattr(operation, "hf_quantizer", None) for operation in getattr(each, "operations", ()))
+    ]
+
+
+def declare_dequantized(model: Any) -> None:
+    """Says of a model whose quantized layers were replaced that it has none.
+
+    PEFT asks for these flags, and would not merge IA3; `remove_quantization_config` leaves them. No issue found.
+    """
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+
+
+def part_shared_embeddings(model: Any) -> None:
+    """Gives an encoder and a decoder a module each for the embeddings that they share, with one weight.
+
+    `resize_token_embeddings` leaves them one module under two names, of which PEFT wraps the first alone. No issue
+    found; of another model whose size changes then: https://github.com/huggingface/transformers/issues/32852.
+    """
+    import copy
+
+    embeddings = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is embeddings]
+    for name in names[1:]:
+        model.set_submodule(name, copy.deepcopy(embeddings, {id(embeddings.weight): embeddings.weight}))
+
+
+# huggingface_hub
+
+
+def left_out_of_commit(operations: Iterable[Any]) -> list[str]:
+    """Returns the paths of added files that the next commit leaves out in silence, since a .gitignore names them.
+
+    It has no argument against it (https://github.com/huggingface/huggingface_hub/pull/1868, and 1876, which took the
+    argument away), and `preupload_lfs_files` tells of it in a private field only.
+    """
+    return [one.path_in_repo for one in operations if one._should_ignore]
+
+
+# sacrebleu
+
+
+def row_statistics(scorer: Any, predictions: Sequence[str], references: Sequence[str]) -> list[list[float]]:
+    """Returns what a metric of sacrebleu counts in each row; no issue found.
+
+    `corpus_score` gives the score of all rows alone, and a paired bootstrap over rows needs thousands of such scores.
+    """
+    return scorer._extract_corpus_statistics(predictions, [references])
+
+
+def score_of_statistics(scorer: Any, sums: Sequence[float]) -> float:
+    """Returns the score of rows whose statistics were summed; see `row_statistics`."""
+    return float(scorer._compute_score_from_stats(list(sums)).score)
+
+
+# codecarbon
+
+
+@cache
+def countries() -> dict[str, str]:
+    """Returns names of the countries whose electricity codecarbon knows, by code; none where it is not installed.
+
+    Its own reader of this file takes pandas and a second to import, which `check` does not have; no issue found.
+    """
+    package = importlib.util.find_spec("codecarbon")
+    folder = next(iter(package.submodule_search_locations or ()), None) if package else None
+    path = Path(folder or "", "data", "private_infra", "global_energy_mix.json")
+    if not folder or not path.is_file():
+        return {}
+    mixes = json.loads(path.read_text(encoding="utf-8"))
+    return {code: mix["country_name"] for code, mix in mixes.items() if mix.get("carbon_intensity") is not None}

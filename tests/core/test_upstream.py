@@ -1,0 +1,252 @@
+"""What `core/upstream.py` makes up for is still missing upstream, and what it uses is still there.
+
+A test that fails here after an upgrade asks for a look: the function can go, or has to follow the library.
+"""
+
+import gzip
+import inspect
+import json
+import re
+import tomllib
+import tracemalloc
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import DownloadConfig, IterableDataset, load_dataset
+from datasets.utils.file_utils import xopen
+from huggingface_hub import CommitOperationAdd, HfApi
+from packaging.requirements import Requirement
+from packaging.version import Version
+from sacrebleu.metrics import BLEU, CHRF, TER
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertTokenizerFast,
+    DataCollatorForLanguageModeling,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from hfpipe.core import upstream
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+PYPROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"
+
+
+def llama(**words: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=96, **SMALL, **words))
+
+
+def quantized(folder: Path) -> Any:
+    """A Llama in 4 bits, from files."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    llama().save_pretrained(folder)
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            model.set_submodule(name, torch.nn.Linear(layer.in_features, layer.out_features, bias=False))
+    return model
+
+
+def test_the_versions_it_was_tried_on_are_allowed() -> None:
+    """And what is installed is no later major version than was tried."""
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    allowed = {one.name: one.specifier for one in (Requirement(text) for group in groups for text in group)}
+    for name, (lowest, highest) in upstream.TRIED.items():
+        assert lowest in allowed[name], name
+        assert highest in allowed[name], name
+        assert f"{Version(highest).major + 1}.0.0" not in allowed[name], f"{name} has no upper bound"
+        assert Version(metadata.version(name)).major <= Version(highest).major
+
+
+def test_a_method_that_a_library_renamed_is_not_replaced_in_silence(tmp_path: Path) -> None:
+    trainer = Trainer(llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    upstream.override(trainer, get_train_dataloader=lambda: "ours")
+    assert trainer.get_train_dataloader() == "ours"
+    with pytest.raises(AttributeError, match="get_train_loader"):
+        upstream.override(trainer, get_train_loader=lambda: "ours")
+    with pytest.raises(AttributeError, match="is no method"):
+        upstream.override(trainer, args=lambda: "ours")
+    assert callable(trainer.accelerator.clip_grad_norm_)
+    assert callable(trainer.training_step)
+    assert callable(trainer.evaluate)
+
+
+def test_datasets_opens_a_stream_again_as_often_as_a_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No argument of a caller says it: `max_retries` is of downloads."""
+    monkeypatch.setattr("datasets.config.STREAMING_OPEN_MAX_RETRIES", 3)
+    monkeypatch.setattr("datasets.config.STREAMING_OPEN_RETRY_INTERVAL", 0)
+    tries: list[str] = []
+
+    def refuse(path: str, *given: Any, **named: Any) -> None:
+        tries.append(path)
+        raise TimeoutError("refused")
+
+    monkeypatch.setattr("fsspec.get_fs_token_paths", refuse)
+    with pytest.raises(OSError):  # noqa: PT011
+        xopen("http://127.0.0.1:9/rows.txt", download_config=DownloadConfig(max_retries=0))
+    assert len(tries) == 3
+    upstream.end_streams_at_the_first_fault()
+    tries.clear()
+    with pytest.raises(OSError):  # noqa: PT011
+        xopen("http://127.0.0.1:9/rows.txt")
+    assert len(tries) == 1
+
+
+def test_datasets_has_no_public_list_of_its_builders() -> None:
+    assert {"json", "csv", "text", "parquet", "arrow"} <= set(upstream.builder_names())
+    assert not [name for name in dir(datasets) if re.search("list_|builders$", name)]
+
+
+def test_datasets_shares_no_file_among_shards_and_has_no_public_way_in(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"row {number} " * 20}) for number in range(2_000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    stream = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", streaming=True)
+    assert stream.num_shards == stream.reshard().num_shards == 1
+    assert not [name for name in dir(IterableDataset) if "ex_iterable" in name]
+    examples = upstream.examples_of(stream)
+    builder = upstream.file_builder_of(examples)
+    assert builder.config.data_files
+    assert callable(upstream.tables_of(builder))
+    again = upstream.with_examples(stream, examples)
+    assert list(again) == list(stream)
+    assert upstream.file_builder_of(upstream.examples_of(stream.take(3))) is None
+    assert upstream.file_builder_of(upstream.examples_of(IterableDataset.from_generator(lambda: iter(())))) is None
+
+
+def test_datasets_takes_rows_of_every_shard(tmp_path: Path) -> None:
+    """https://github.com/huggingface/datasets/pull/6965; `data/sources/sharded_files.py` takes the first rows."""
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("".join(f"{number}.{row}\n" for row in range(10)))
+    stream = load_dataset("text", data_files=str(tmp_path / "*.txt"), split="train", streaming=True).take(4)
+    assert [row["text"] for row in stream] == ["0.0", "0.1", "0.2", "0.3"]
+    lanes = [row["text"] for lane in range(2) for row in stream.shard(num_shards=2, index=lane)]
+    assert lanes == ["0.0", "0.1", "1.0", "1.1"]
+
+
+def test_datasets_reads_a_compressed_file_again_from_its_beginning(tmp_path: Path) -> None:
+    """A resume parses every row before its place; `data/sources/line_files.py` knows where a piece begins."""
+    (tmp_path / "rows.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"text": f"{n}"}) + "\n" for n in range(50)).encode())
+    )
+    stream = load_dataset("json", data_files=str(tmp_path / "rows.jsonl.gz"), split="train", streaming=True)
+    begun = iter(stream)
+    for _ in range(20):
+        next(begun)
+    assert "begin" not in json.dumps(stream.state_dict())
+    assert "shard_example_idx" in json.dumps(stream.state_dict())
+
+
+@pytest.fixture
+def collator(tmp_path: Path) -> DataCollatorForLanguageModeling:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return DataCollatorForLanguageModeling(BertTokenizerFast(str(tmp_path / "vocab.txt")), whole_word_mask=True)
+
+
+def test_transformers_masks_whole_words_in_quadratic_memory(collator: DataCollatorForLanguageModeling) -> None:
+    chance = np.random.default_rng(2)
+    words = np.cumsum(chance.random((1, 2_000)) < 0.6, axis=1)
+    words[:, [0, 300, -1]] = -1  # special tokens
+    chosen = torch.from_numpy(chance.random(words.shape) < 0.15)
+    chosen[:, [0, 300, -1]] = True
+
+    def masked() -> tuple[Any, int]:
+        tracemalloc.start()
+        found = collator._whole_word_mask(words, chosen)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found, peak
+
+    theirs, square = masked()
+    upstream.mask_whole_words_in_linear_time(collator)
+    ours, line = masked()
+    assert (ours == theirs).all()
+    assert 0.1 < ours.mean() < 0.5
+    assert square > words.size**2
+    assert line < 100 * words.size
+
+
+def test_transformers_has_no_public_name_for_what_it_knows_of_a_model() -> None:
+    model = llama(tie_word_embeddings=True)
+    assert upstream.attention_of(model) in ("sdpa", "eager")
+    assert set(upstream.layer_classes(model)) == {"LlamaDecoderLayer"}
+    assert isinstance(list(upstream.left_out_of_checkpoints(model)), list)
+    assert not hasattr(model.config, "attn_implementation")
+    for name in ("no_split_modules", "keys_to_ignore_on_save", "auto_class", "weight_conversions"):
+        assert not hasattr(PreTrainedModel, name)
+        assert not hasattr(PreTrainedConfig, name)
+    for name in ("_no_split_modules", "_keys_to_ignore_on_save", "_auto_class"):
+        assert hasattr(PreTrainedModel, name)
+
+
+def test_transformers_cannot_save_a_model_whose_quantized_layers_were_replaced(tmp_path: Path) -> None:
+    model = quantized(tmp_path / "base")
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        model.save_pretrained(tmp_path / "whole")
+    upstream.forget_quantizer_conversions(model)
+    assert model.is_loaded_in_4bit
+    upstream.declare_dequantized(model)
+    model.save_pretrained(tmp_path / "whole")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert all((a == b.to(a.dtype)).all() for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_transformers_leaves_flags_that_peft_asks_for(tmp_path: Path) -> None:
+    model = quantized(tmp_path / "base")
+    model.hf_quantizer.remove_quantization_config(model)
+    assert getattr(model, "is_loaded_in_4bit", False)
+
+
+def test_transformers_shares_one_module_of_embeddings_once_they_grow() -> None:
+    config = AutoConfig.for_model("t5", vocab_size=96, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    model.resize_token_embeddings(100)
+    embeddings = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is embeddings]
+    assert len(names) > 1
+    upstream.part_shared_embeddings(model)
+    apart = [model.get_submodule(name) for name in names]
+    assert len({id(module) for module in apart}) == len(names)
+    assert len({id(module.weight) for module in apart}) == 1
+
+
+def test_the_hub_tells_of_an_ignored_file_in_a_private_field_alone() -> None:
+    operation = CommitOperationAdd("a.bin", b"content")
+    assert upstream.left_out_of_commit([operation]) == []
+    operation._should_ignore = True
+    assert upstream.left_out_of_commit([operation]) == ["a.bin"]
+    assert [field.name for field in fields(operation) if "ignore" in field.name] == ["_should_ignore"]
+    assert not [name for name in inspect.signature(HfApi.create_commit).parameters if "ignore" in name]
+
+
+@pytest.mark.parametrize("metric", [BLEU, CHRF, TER])
+def test_sacrebleu_gives_the_statistics_of_a_row_in_private_alone(metric: type) -> None:
+    scorer = metric()
+    said, right = ["the cat sat on the mat", "a dog"], ["the cat sat on a mat", "a dog barked"]
+    rows = np.asarray(upstream.row_statistics(scorer, said, right), dtype=float)
+    assert len(rows) == 2
+    whole = scorer.corpus_score(said, [right]).score
+    assert upstream.score_of_statistics(scorer, rows.sum(axis=0).tolist()) == pytest.approx(whole)
+    assert not [name for name in dir(scorer) if "stat" in name and not name.startswith("_")]
+
+
+def test_codecarbon_knows_the_countries() -> None:
+    pytest.importorskip("codecarbon")
+    known = upstream.countries()
+    assert known["DEU"] == "Germany"
+    assert len(known) > 100
