@@ -1,4 +1,4 @@
-"""What `core/upstream.py` makes up for is still missing upstream, and what it uses is still there.
+"""The libraries still lack what `core/upstream.py` makes up for, and still have what it uses.
 
 A test that fails here after an upgrade asks for a look: the function can go, or has to follow the library.
 """

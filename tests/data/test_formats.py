@@ -11,10 +11,11 @@ import pyarrow as pa
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, disable_progress_bars
-from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import parquet
 
 from hfpipe.cli import main
+from hfpipe.core.upstream import tables_of
+from hfpipe.data.sources import sharded_files
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.data.tokenize import IGNORED
@@ -127,13 +128,15 @@ def test_a_resume_in_a_parquet_file_reads_no_row_group_before_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, ...]] = []
-    tables = Parquet._generate_tables
 
-    def recorded(self: Parquet, files: Any, row_groups_list: Any) -> Any:
-        asked.extend(row_groups_list)
-        return tables(self, files, row_groups_list)
+    def recorded(builder: Any) -> Any:
+        def tables(files: Any, row_groups_list: Any) -> Any:
+            asked.extend(row_groups_list)
+            return tables_of(builder)(files, row_groups_list)
 
-    monkeypatch.setattr(Parquet, "_generate_tables", recorded)
+        return tables
+
+    monkeypatch.setattr(sharded_files, "tables_of", recorded)
     rows = load_rows(row_groups(tmp_path))
     begun = iter(rows)
     read = [next(begun)["text"] for _ in range(175)]

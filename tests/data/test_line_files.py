@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from datasets import IterableDataset
 
+from hfpipe.core.upstream import examples_of
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.sources import line_files
 from hfpipe.data.sources.builders import load_dataset
@@ -100,7 +101,7 @@ def test_rows_are_those_of_a_whole_reading_however_shared_and_stopped(
     arguments: dict[str, Any] = {"data_files": str(tmp_path / "*"), "split": "train", "streaming": True, **words}
     wanted = column(load_dataset(kind, **arguments))
     stream = by_byte_range(load_dataset(kind, **arguments))
-    assert isinstance(stream._ex_iterable, ByteRanges)
+    assert isinstance(examples_of(stream), ByteRanges)
     assert column(stream) == wanted
     assert stream.num_shards > 8 if shared and not suffix else stream.num_shards == 2
     for lanes in (2, 3, 8):
@@ -134,13 +135,13 @@ def test_a_resume_parses_no_more_the_farther_it_stands(
     chunk = {} if kind == "csv" else {"chunksize": 20_000}
     source = Source(path=kind, data_files=str(tmp_path / name), streaming=True, **chunk)
     parsed: list[int] = []
-    tables_of = ByteRanges._tables_of
+    tables_of = ByteRanges.tables_of_piece
 
     def counted(self: ByteRanges, number: int, data: bytes) -> Any:
         parsed.append(len(data))
         return tables_of(self, number, data)
 
-    monkeypatch.setattr(line_files.ByteRanges, "_tables_of", counted)
+    monkeypatch.setattr(line_files.ByteRanges, "tables_of_piece", counted)
     reader, states = Reader(load_rows(source), 0, 2, source, epochs=1), []
     while not reader.ended:
         states.append((json.loads(json.dumps(reader.state())), reader.take(500)))

@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
 )
 
 from hfpipe.cli import main
@@ -194,18 +193,6 @@ def test_whole_words_are_hidden_whole(tokenizer: Any) -> None:
     for word in range(1, words[-1] + 1):
         assert len(set(chosen[words == word])) == 1
     assert max(np.bincount(words)) > 1
-
-
-def test_words_are_chosen_as_transformers_chooses_them(tokenizer: Any) -> None:
-    """Ours needs no table of all pairs of tokens; what it says is the same."""
-    chance = np.random.default_rng(2)
-    words = np.cumsum(chance.random((1, 700)) < 0.6, axis=1)
-    words[:, [0, 300, -1]] = -1  # special tokens
-    chosen = torch.from_numpy(chance.random(words.shape) < 0.15)
-    chosen[:, [0, 300, -1]] = True
-    ours = Masking(tokenizer, {"whole_word_mask": True}, 1).collator._whole_word_mask(words, chosen)
-    assert (ours == DataCollatorForLanguageModeling._whole_word_mask(words, chosen)).all()
-    assert 0.1 < ours.mean() < 0.5
 
 
 def test_every_token_of_a_document_is_in_a_row_between_cls_and_sep(tokenizer: Any) -> None:

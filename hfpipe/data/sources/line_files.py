@@ -72,7 +72,7 @@ class ByteRanges(SharedFiles):
                 if begin != state["begin"]:
                     state["begin"], state["shard_example_idx"] = begin, 0
                 read, passed_over = -before, state["shard_example_idx"]
-                for key, table in self._tables_of(number, data):
+                for key, table in self.tables_of_piece(number, data):
                     passed = min(max(passed_over - read, 0), len(table))
                     if passed < len(table):
                         yield key, read + passed, table.slice(passed)
@@ -115,7 +115,7 @@ class ByteRanges(SharedFiles):
             self.builder.rows_of(source, 1)
             return int(source.tell())
 
-    def _tables_of(self, number: int, data: bytes) -> Iterator[tuple[Any, pa.Table]]:
+    def tables_of_piece(self, number: int, data: bytes) -> Iterator[tuple[Any, pa.Table]]:
         """The tables that the builder makes of a file in memory."""
         path = f"/hfpipe/{uuid4().hex}/{basename(self.files[number].partition('::')[0])}"
         memory = MemoryFileSystem()
