@@ -20,7 +20,7 @@ import httpx2
 from huggingface_hub import constants, get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 
-from hfpipe.core.hub_errors import NoAnswer, WebPage, asks_to_wait, spoken, trouble
+from hfpipe.core.hub_errors import NoAnswer, WebPage, asks_to_wait, is_short, spoken, trouble
 from hfpipe.core.secrets import without_secrets
 
 SILENCE = max(30.0, float(constants.HF_HUB_DOWNLOAD_TIMEOUT))  # seconds that one answer may take
@@ -131,11 +131,11 @@ class _Client(httpx2.Client):
                 response = self._send_once(request, stream, how)
             except (httpx2.TransportError, NoAnswer) as error:
                 _patience.note(request, trouble(error))
-                if wait is None or not isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError):
+                if wait is None or not is_short(error):
                     raise
             else:
                 _patience.note(request, trouble(HfHubHTTPError("", response=response)) if response.is_error else None)
-                if wait is None or (response.status_code < 500 and response.status_code != 429):
+                if wait is None or not is_short(response):
                     break
                 wait = max(wait, asks_to_wait(response) or 0.0)
                 response.close()

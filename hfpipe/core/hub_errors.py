@@ -1,4 +1,10 @@
-"""The errors of the Hub, its client and its storage, put into words in one place."""
+"""The one translator of errors of the Hub, its clients and its storage: into words, and into whether to ask again.
+
+- `trouble`: the Hub, its storage or the way there is at fault; None where the error is about something else.
+- `not_readable`: why a model, a data set or a metric cannot be read, with the exit code of its family.
+- `not_written`: why a push failed.
+- `is_short`, `is_passing`: whether one request, or one try of a push, is made again.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +16,24 @@ from email.utils import parsedate_to_datetime
 
 import httpx2
 from huggingface_hub import constants
-from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
+from huggingface_hub.errors import (
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from hfpipe.core.errors import MachineError, RecipeError, Unreachable, UserError
 from hfpipe.core.secrets import without_secrets
 
 LONGEST_TEXT = 300  # characters of a message of the Hub or its client that are shown
-
+LOGIN = "log in with `hf auth login` (or set HF_TOKEN) as somebody who may read it"
+CACHED = "What is in the cache needs no Hub."
 
 # hf_xet's errors have the status and the address in their text only.
 XET_ERROR = re.compile(
@@ -164,3 +181,103 @@ def one_line(text: str) -> str:
     """A message of several lines as the end of a sentence, without secrets, of which a cut would leave a part."""
     text = without_secrets(" ".join(text.split()))
     return (text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...").rstrip(".")
+
+
+def is_short(found: httpx2.Response | BaseException) -> bool:
+    """Says whether one request is sent again at once: its connection broke, or the Hub is busy for a moment."""
+    if isinstance(found, httpx2.Response):
+        return found.status_code >= 500 or found.status_code == 429
+    return isinstance(found, httpx2.ReadError | httpx2.RemoteProtocolError)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Returns True if trying again soon may help: the Hub is busy, a connection broke, somebody committed at the same
+    time.
+    """
+    status, error = status_of(error), unwrapped(error)
+    if isinstance(error, NoAnswer):
+        return False
+    if status is None:
+        # A ConnectionError is Xet's, which has tried for minutes already; a ValueError will be one again, unless it is
+        # about an answer that is no JSON.
+        return isinstance(error, json.JSONDecodeError) or not isinstance(error, (ValueError, ConnectionError))
+    again = status >= 500 or status in (408, 429)
+    if again and response_of(error) is None:  # an error of Xet's client, which has tried it six times
+        return False
+    passing = again or status in (409, 412)
+    return passing or isinstance(error, WebPage) or refusing_storage(error) is not None
+
+
+def not_readable(error: BaseException, thing: str, missing: type[UserError]) -> UserError | None:
+    """Puts into words why something of the Hub cannot be read; None where the Hub has nothing to do with it.
+
+    Args:
+        error: As the clients, `datasets` or transformers raise it, which wrap those of the Hub in others.
+        thing: What is read, such as "model 'me/toy'".
+        missing: The error for one that does not exist, or is private.
+    """
+    kinds = [*causes(error)]
+    if any(isinstance(one, GatedRepoError) or "is a gated dataset" in str(one) for one in kinds):
+        return MachineError(
+            f"{thing} is gated. Accept its conditions on its page of the Hub, then {LOGIN}; nothing else helps."
+        )
+    if any(isinstance(one, RevisionNotFoundError) for one in kinds):
+        return RecipeError(f"{thing}: {_first_line(error)} Correct `revision`, or leave it out for `main`.")
+    if any(
+        isinstance(one, RepositoryNotFoundError | HFValidationError) or type(one).__name__ == "DatasetNotFoundError"
+        for one in kinds
+    ):
+        return missing(
+            f"{thing} was found neither as a folder nor on the Hub, where a private one looks like a missing one. "
+            f"Check the spelling; if it is private, {LOGIN}."
+        )
+    if any(_is_offline(one) for one in kinds):
+        return MachineError(
+            f"{thing} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or load it once with a network."
+        )
+    if known := trouble(error):
+        return Unreachable(f"{thing}: {known} {CACHED}", known.rstrip("."))
+    if status_of(error) in (401, 403):
+        return MachineError(f"{thing}: the Hub refuses it ({_first_line(error).rstrip('.')}). Please {LOGIN}.")
+    return None
+
+
+def not_written(error: BaseException, repo_id: str) -> str:
+    """Tells in one or two sentences what happened to a push and what helps."""
+    if known := trouble(error):
+        return known
+    status, reason = status_of(error), told(error)
+    owner = repo_id.split("/")[0] if "/" in repo_id else "your account"
+    if status == 401:
+        return "the Hub does not accept the token (401). Log in again with `hf auth login`, or set HF_TOKEN."
+    if status == 403:
+        return (
+            f"the token may not write to {repo_id} (403).{f' The Hub says: {reason}.' if reason else ''} Use a token "
+            f"with write access to {owner}, or another owner."
+        )
+    if status == 404:
+        return (
+            f"the Hub does not find {repo_id}, or does not show it to this token (404). Look whether it was deleted or "
+            f"renamed, and whether the token may see what {owner} has."
+        )
+    if status in (409, 412):
+        return f"the repository was changed by somebody else at the same time ({status})."
+    if status is not None and reason:
+        return f"the Hub answered {status}: {reason}."
+    error = unwrapped(error)
+    if isinstance(error, KeyError | httpx2.DecodingError):  # a client that reads the answer
+        return f"what answers at {constants.ENDPOINT} is not the Hub ({type(error).__name__}: {one_line(str(error))})."
+    name, text = type(error).__name__, (one_line(str(error)) or "no reason was given")
+    return f"{text}." if type(error) in (ValueError, RuntimeError) else f"{name}: {text}."
+
+
+def _is_offline(error: BaseException) -> bool:
+    if constants.is_offline_mode() and isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        return True
+    return isinstance(error, OfflineModeIsEnabled) or "OfflineModeIsEnabled" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """Returns the first line of an error as a sentence."""
+    line = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return line if line.endswith(("!", "?")) else f"{line}."

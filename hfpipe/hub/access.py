@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from hfpipe.core.errors import MachineError, UserError
-from hfpipe.core.hub_errors import status_of
-from hfpipe.hub.client import access_token, explain, full_name, logged_in, who_may_write
+from hfpipe.core.hub_errors import not_written, status_of
+from hfpipe.hub.client import access_token, full_name, logged_in, who_may_write
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
@@ -37,7 +37,7 @@ def check(asked: list[dict[str, Any]]) -> list[str]:
         try:
             lines += _check(api, one)
         except (UserError, Exception) as error:  # the clients raise a dozen unrelated types
-            reason = str(error) if isinstance(error, UserError) else explain(error, one["repo_id"])
+            reason = str(error) if isinstance(error, UserError) else not_written(error, one["repo_id"])
             where = f"push.{one['word']}: nothing could be pushed to {one['repo_id']}"
             raise MachineError(f"{where}: {reason}") from error
     return lines

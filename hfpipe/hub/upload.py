@@ -29,11 +29,11 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.http import Patience
-from hfpipe.core.hub_errors import asks_to_wait, response_of, status_of
+from hfpipe.core.hub_errors import asks_to_wait, is_passing, not_written, response_of, status_of
 from hfpipe.core.secrets import without_secrets
 from hfpipe.core.upstream import left_out_of_commit
 from hfpipe.hub.access import check, check_is_ours
-from hfpipe.hub.client import explain, full_name, is_passing, logged_in, who_may_write
+from hfpipe.hub.client import full_name, logged_in, who_may_write
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Of an earlier push of another kind or with other shards: `transformers` would load these instead of the new weights.
@@ -69,7 +69,7 @@ def upload(task: dict[str, Any]) -> dict[str, Any]:
         except UserError:
             raise
         except Exception as error:  # the clients raise a dozen unrelated types; here each means: the Hub did not do it
-            reason = explain(error, task["repo_id"])
+            reason = not_written(error, task["repo_id"])
             if wait is None or not is_passing(error):
                 break
             response = response_of(error)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import psutil
 import torch
-from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -32,8 +32,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.core.hub_errors import trouble
+from hfpipe.core.errors import MachineError, RecipeError, UserError
+from hfpipe.core.hub_errors import not_readable, status_of
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Quantization
@@ -152,52 +152,38 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
     """Turns the libraries' loading errors into one paragraph with the remedy."""
     try:
         yield
-    except GatedRepoError as error:
-        raise MachineError(
-            f"{what} {path!r} is gated. Accept its conditions on its page of the Hub, then log in: `hf auth login`."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise RecipeError(_not_found(what, path)) from error
-    except OfflineModeIsEnabled as error:
-        raise MachineError(f"{what} {path!r} is not in the cache and offline mode is on (HF_HUB_OFFLINE).") from error
     except ImportError as error:
         if "bitsandbytes" in str(error):
             raise MachineError("quantization needs bitsandbytes: pip install 'hfpipe[quantization]'.") from error
         raise
-    except OSError as error:  # transformers wraps all of the above, and a missing file, in an OSError
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, GatedRepoError):
-            raise MachineError(
-                f"{what} {path!r} is gated. Accept its conditions on its page of the Hub, then log in: `hf auth login`."
-            ) from error
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if (
-            isinstance(cause, RepositoryNotFoundError)
-            or status == 401
-            or isinstance(cause, HFValidationError)  # a path that is no folder
-            or "is not a valid model identifier" in str(error)
-        ):
-            raise RecipeError(_not_found(what, path)) from error
-        if known := trouble(error):
-            raise MachineError(
-                f"{what} {path!r} cannot be loaded: {known} What is in the cache needs no Hub."
-            ) from error
-        if "model.safetensors" in str(error):
-            raise RecipeError(pickles_only(path)) from error
-        first_line = str(error).strip().split("\n")[0].rstrip(" :.") + "."
-        answered = f"the Hub answered {status}. " if status else ""
-        raise MachineError(
-            f"{what} {path!r} cannot be loaded: {answered}{first_line} Check the name, the network and the disk; "
-            "a model that is in the cache loads without a network."
-        ) from error
+    except HFValidationError as error:
+        raise not_readable(error, f"{what} {path!r}", RecipeError) or error from error
+    except OSError as error:  # of the Hub, of a missing file, or of transformers around one of these
+        raise _not_loaded(error, what, path) from error
     except ValueError as error:
         adapter = "It is an adapter and not a whole model: name its base, or merge it. "
         hint = adapter if (Path(path) / ADAPTER_CONFIG).is_file() else ""
         raise RecipeError(f"{what} {path!r} cannot be loaded. {hint}transformers says: {str(error)[:300]}") from error
     except (httpx2.TransportError, RuntimeError) as error:  # amid a download; the latter are Xet's
-        if known := trouble(error):
-            raise MachineError(f"{what} {path!r} cannot be loaded: {known}") from error
+        if known := not_readable(error, f"{what} {path!r}", RecipeError):
+            raise known from error
         raise
+
+
+def _not_loaded(error: OSError, what: str, path: str) -> UserError:
+    """Says why the files of a model or tokenizer cannot be had."""
+    thing, local = f"{what} {path!r}", "is not a valid model identifier" in str(error)
+    if known := not_readable(HFValidationError(str(error)) if local else error, thing, RecipeError):
+        return known
+    if "model.safetensors" in str(error):
+        return RecipeError(pickles_only(path))
+    status = status_of(error)
+    answered = f"the Hub answered {status}. " if status else ""
+    first_line = str(error).strip().split("\n")[0].rstrip(" :.") + "."
+    return MachineError(
+        f"{thing} cannot be loaded: {answered}{first_line} Check the name, the network and the disk; "
+        "a model that is in the cache loads without a network."
+    )
 
 
 def pickles_only(path: str) -> str:
@@ -206,13 +192,6 @@ def pickles_only(path: str) -> str:
         f"model {path!r} has no weights as safetensors, and hfpipe reads nothing else: a pickle can run any code. Look "
         "on its page for a converted branch (a pull request of SFconvertbot) and name it: `revision: refs/pr/NUMBER`. "
         "Or convert it where you trust it, by transformers' from_pretrained and save_pretrained, and name that folder."
-    )
-
-
-def _not_found(what: str, path: str) -> str:
-    return (
-        f"{what} {path!r} was found neither as a folder nor on the Hub. Check the spelling; a private one needs "
-        "`hf auth login` with an account that may read it."
     )
 
 

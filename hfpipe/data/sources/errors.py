@@ -21,18 +21,16 @@ from typing import TypeVar
 
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.table import CastError
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from pyarrow.lib import ArrowException
 
 from hfpipe.core.errors import DataError, MachineError, RecipeError, Unreachable, UserError
 from hfpipe.core.http import last_trouble
-from hfpipe.core.hub_errors import trouble
+from hfpipe.core.hub_errors import CACHED, not_readable, trouble
 from hfpipe.core.upstream import builder_names
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
 
-LOGIN = "log in with `hf auth login` (or set HF_TOKEN) as somebody who may read it"
 Row = TypeVar("Row")
 UNREADABLE = (ArrowException, CastError, UnicodeError, gzip.BadGzipFile, zlib.error, EOFError)
 
@@ -115,27 +113,12 @@ def _of_a_file(error: BaseException) -> bool:
 
 
 def _from_hub(error: BaseException, source: Source) -> UserError:
-    text = str(error)
     if source.path.startswith(("./", "../", "/", "~")):
         return _missing_files(error, source)  # the Hub is asked for what is no folder
-    if "Revision" in text and isinstance(error, DatasetNotFoundError):
-        return RecipeError(f"{_name(source)}: {_first_line(error)} Correct `revision`, or leave it out for `main`.")
-    if isinstance(error, GatedRepoError) or "gated" in text:
-        return MachineError(
-            f"{_name(source)} is gated. Accept its conditions on its page of the Hub, then {LOGIN}; nothing else helps."
-        )
-    if isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
-        return MachineError(
-            f"{_name(source)} was found neither as a folder nor on the Hub, where a private data set looks like a "
-            f"missing one. Check the spelling; if it is private, {LOGIN}.{_builder_meant(source)}"
-        )
-    response = getattr(error, "response", None)
-    if response is not None and response.status_code in (401, 403):
-        return MachineError(f"{_name(source)}: the Hub refuses it ({_first_line(error).rstrip('.')}). Please {LOGIN}.")
     return _unreachable(error, source)
 
 
-def _from_http(error: BaseException, source: Source) -> MachineError:
+def _from_http(error: BaseException, source: Source) -> UserError:
     """From a server that is not the Hub, or none at all."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if status is not None and status < 500 and status not in (408, 429):
@@ -143,18 +126,20 @@ def _from_http(error: BaseException, source: Source) -> MachineError:
     return _unreachable(error, source)
 
 
-def _unreachable(error: BaseException, source: Source) -> MachineError:
+def _unreachable(error: BaseException, source: Source) -> UserError:
+    """Says why the Hub, or another server, does not give the data; see `not_readable`."""
     if str(error) == "Server Disconnected" and error.__cause__ is not None:
         error = error.__cause__  # `datasets` hides what it was
-    offline = constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in f"{type(error).__name__} {error}"
-    why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else _first_line(error).rstrip(".")
-    if not offline and (known := trouble(error) or last_trouble()):
-        message = f"{_name(source)}: {known} What is in the cache needs no Hub.{_builder_meant(source)}"
-        return Unreachable(message, known.rstrip("."))
-    advice = "Unset it, or load the data once with a network" if offline else "Check the network and HF_ENDPOINT"
-    message = f"{_name(source)}: the Hub cannot be reached ({why}). {advice}; what is in the cache needs none."
-    message += _builder_meant(source)
-    return MachineError(message) if offline else Unreachable(message, why)
+    found, hint = not_readable(error, _name(source), MachineError), _builder_meant(source)
+    if found is not None and not isinstance(found, Unreachable):
+        return type(found)(f"{found}{hint}")
+    if found is None and (known := last_trouble()):
+        found = Unreachable(f"{_name(source)}: {known} {CACHED}", known.rstrip("."))
+    if found is None:
+        why = _first_line(error).rstrip(".")
+        text = f"the Hub cannot be reached ({why}). Check the network and HF_ENDPOINT; what is in the cache needs none."
+        found = Unreachable(f"{_name(source)}: {text}", why)
+    return Unreachable(f"{found}{hint}", found.why)
 
 
 def _missing_files(error: BaseException, source: Source) -> UserError:

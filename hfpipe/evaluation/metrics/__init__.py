@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.core.hub_errors import trouble
+from hfpipe.core.hub_errors import not_readable
 from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.recipe.metric_table import OUR_METRICS
 
@@ -44,19 +44,18 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
     space = space_of(name)
     try:
         return evaluate.load(script_of(space, (options or {}).get("revision")) if space else name, keep_in_memory=True)
-    except (FileNotFoundError, RepositoryNotFoundError) as error:
-        if known := trouble(error):
-            raise MachineError(f"metric {name!r} cannot be fetched: {known}") from error
+    except ImportError as error:
+        raise MachineError(f"metric {name!r}: {error}") from error
+    except (OSError, httpx2.TransportError) as error:
+        found = not_readable(error, f"metric {name!r}", RecipeError)
+        if not isinstance(found, RecipeError) and not (found is None and isinstance(error, FileNotFoundError)):
+            raise found or MachineError(f"metric {name!r} cannot be fetched: {error}") from error
         where = f"on the Hub ({space})" if space else "a script here"
         raise RecipeError(
             f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OUR_METRICS))}), nor {where}. Check the "
             f"spelling, and the network: another metric than hfpipe's own is fetched the first time."
             f"{did_you_mean(name, OUR_METRICS)}"
         ) from error
-    except ImportError as error:
-        raise MachineError(f"metric {name!r}: {error}") from error
-    except (OSError, httpx2.TransportError) as error:
-        raise MachineError(f"metric {name!r} cannot be fetched: {trouble(error) or error}") from error
 
 
 def script_of(space: str, revision: str | None) -> str:
@@ -73,12 +72,12 @@ def script_of(space: str, revision: str | None) -> str:
     """
     fetch = partial(snapshot_download, space, repo_type="space", allow_patterns="*.py")
     try:
-        folder = fetch(revision=revision or f"v{version('evaluate')}")
+        folder: str | None = fetch(revision=revision or f"v{version('evaluate')}")
     except RevisionNotFoundError:
         if revision:
             raise
-        folder = fetch()
-    return f"{folder}/{space.rpartition('/')[2]}.py"
+        folder = None
+    return f"{folder or fetch()}/{space.rpartition('/')[2]}.py"
 
 
 def space_of(name: str) -> str | None:
