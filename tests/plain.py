@@ -102,7 +102,7 @@ def scores_and_records(
     ref = ModelRef(str(model), options=recipe.model)
     block = recipe.evaluate["it"]
     tokenizer = load_tokenizer(str(model))
-    scored = score_suite("it", block, suite_rows(block, 0), load_model(ref), tokenizer, "base")
+    scored = score_suite("it", block, suite_rows(block), load_model(ref), tokenizer, "base")
     return scored.scores, scored.records
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,22 +77,20 @@ def hashes_of(folder: Path, *, without: str = "README.md") -> dict[str, list[Any
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, hash_of_file(path)] for path in files}
 
 
-MAY_CHANGE = "adapter_config.json"  # names the base, which a person may have moved; what it says is checked on loading
-
-
-def fault_in(folder: Path, files: dict[str, list[Any]]) -> str | None:
+def fault_in(folder: Path, files: dict[str, list[Any]], editable: Collection[str] = ()) -> str | None:
     """Returns what is wrong with the files of a folder, beginning with the name of one; None where all are as written.
 
     Args:
         folder: The folder.
         files: See `hashes_of`.
+        editable: Names of files that a person may change, and that have to be there.
     """
     for name, (size, digest) in files.items():
         path = folder / name
-        if path.name == MAY_CHANGE and path.is_file() and not path.is_symlink():
-            continue
         if path.is_symlink():
             return f"{name} is a link, and was a file"
+        if name in editable and path.is_file():
+            continue
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or has another size"
         if hash_of_file(path) != digest:
@@ -119,8 +117,14 @@ def require_disk(place: Path, need: int, what: str) -> None:
         )
 
 
+def load_json(path: Path) -> Any:
+    """Reads a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Reads a JSON object; an empty one where there is no such file."""
+    return load_json(path) if path.exists() else {}
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hfpipe.core.errors import MachineError
-from hfpipe.core.files import fault_in, read_json
+from hfpipe.core.files import fault_in, load_json, read_json
 
 MODEL, DIAL, MERGED = "model", "dial", "merged"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT: a folder with one is an adapter
+EDITABLE = (ADAPTER_CONFIG,)  # names the base, which a person may have moved; what it says is checked at a load
 STRENGTH = "strength.json"  # in `dial`
 
 
@@ -20,7 +21,7 @@ def strength_of(stage: Path) -> float | None:
         stage: `stages/<stage>` in a run folder.
     """
     done = stage / "done.json"
-    found = json.loads(done.read_text()).get("dialled") if done.exists() else None
+    found = load_json(done).get("dialled") if done.exists() else None
     return found["strength"] if found else None
 
 
@@ -51,7 +52,7 @@ def recorded_files(folder: Path) -> dict[str, list[Any]] | None:
 def damage_of(folder: Path) -> str | None:
     """Returns what has become of the files of `model`, `dial` or `merged` of a stage; None where they are whole."""
     files = recorded_files(folder)
-    return None if files is None else fault_in(folder, files)
+    return None if files is None else fault_in(folder, files, EDITABLE)
 
 
 def require_whole(folder: Path) -> None:

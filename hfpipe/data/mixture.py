@@ -49,9 +49,9 @@ def _parts(stage: Stage, share: float, *, replayed: bool) -> list[Part]:
     ]
 
 
-def documents_of(part: Part, tokenizer: Any, seed: int) -> Rows:
+def documents_of(part: Part, tokenizer: Any) -> Rows:
     """Rows with a column `text`; a replayed prompt and completion, or a conversation, as the text that a model sees."""
-    rows = load_rows(part.source, seed=seed, kinds=TEXT_KINDS if part.replayed else ("text",))
+    rows = load_rows(part.source, kinds=TEXT_KINDS if part.replayed else ("text",))
     kind = roles_of(rows) if part.replayed else "text"
     if kind == "text":
         return rows

@@ -25,7 +25,7 @@ from datasets import Dataset, IterableDataset
 
 from hfpipe import __version__
 from hfpipe.core import ranks
-from hfpipe.core.files import write_json
+from hfpipe.core.files import load_json, write_json
 from hfpipe.data.text_tokens import IGNORED, TokenRows, untrimmed
 
 Columns = dict[str, pa.Array]
@@ -109,7 +109,7 @@ def made_once(
 
     name, before = next(found for found in ranks.each(work) if found is not None)
     path = place / name
-    return TokenStore(path), json.loads(path.with_suffix(".json").read_text()), before
+    return TokenStore(path), load_json(path.with_suffix(".json")), before
 
 
 def write_columns(path: Path, blocks: Iterable[Columns]) -> None:

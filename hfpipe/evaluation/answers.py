@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
@@ -41,7 +40,7 @@ from hfpipe.evaluation.row_text import row_text
 from hfpipe.evaluation.seq2seq import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood
 from hfpipe.evaluation.windows import encode_texts, windows, words_of
 from hfpipe.model.classifier import Label
-from hfpipe.model.load import ModelRef, is_masked, task_of
+from hfpipe.model.load import ModelRef, config_of, is_masked, task_of
 from hfpipe.model.positions import context_of, window_of, within_positions
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
@@ -68,9 +67,7 @@ def can_score(suite: Suite, rows: Rows, ref: ModelRef) -> bool:
         return False
     if "sentence" not in rows[0]:
         return True
-    config = AutoConfig.from_pretrained(
-        ref.path, revision=ref.revision or "main", trust_remote_code=ref.options.trust_remote_code
-    )
+    config = config_of(ref)
     return tells_apart(rows, config.problem_type, list(config.id2label.values()))
 
 

@@ -6,7 +6,6 @@ bits per byte of the base.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -17,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 
 from hfpipe.core import ranks
-from hfpipe.core.files import write_json
+from hfpipe.core.files import load_json, write_json
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.batches import rows_of
 from hfpipe.data.sources.load import load_rows
@@ -52,7 +51,7 @@ def measure_shift(
     count = (recipe.shift if isinstance(recipe.shift, Shift) else Shift.model_validate({})).rows
     data = [(stage.name, stage.kind, stage.data, getattr(stage, "replay", None)) for stage in recipe.stages]
     digest = hash_of([key, recipe.seed, count, data, {name: suite.data for name, suite in recipe.evaluate.items()}])
-    if path.exists() and json.loads(path.read_text())["hash"] == digest:
+    if path.exists() and load_json(path)["hash"] == digest:
         return
     samples = {f"stage {stage.name}": stage_sample(recipe, stage, count) for stage in recipe.stages}
     for name, rows in suites.items():
@@ -151,7 +150,7 @@ BOOTSTRAP = 200
 
 def sample_texts(source: Source, count: int, seed: int) -> list[str]:
     """Texts of a source: drawn at random from a table, the first ones of a stream."""
-    rows = load_rows(source, seed=seed)
+    rows = load_rows(source)
     if isinstance(rows, Dataset):
         rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))))
     return [text for row in islice(rows_of(rows, source), count) if (text := text_of(row)[:CHARACTERS]).strip()]

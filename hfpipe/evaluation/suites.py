@@ -30,7 +30,7 @@ BOOTSTRAP_SAMPLES = 200
 ASKED = 1000  # characters of a question that are kept beside its answer
 
 
-def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
+def suite_rows(suite: Suite) -> list[dict[str, Any]]:
     """The rows of a suite that have content, in the order of the data.
 
     Raises:
@@ -38,7 +38,7 @@ def suite_rows(suite: Suite, seed: int) -> list[dict[str, Any]]:
     """
     if suite.lm_eval is not None:
         return harness_rows(suite)
-    opened = load_rows(suite.data, default_split="test", seed=seed)
+    opened = load_rows(suite.data, default_split="test")
     if "sentence" in (opened.column_names or []):
         classes = any(needs_of(metric) == "choice" for metric in suite_metrics(suite).values())
         opened, _ = plain_labels(opened, suite.data.path, as_classes=classes)

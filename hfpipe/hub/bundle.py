@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.files import link_or_copy, whole_folder, write_json, write_text
-from hfpipe.core.run_layout import model_of, recorded_files, require_whole, strength_of
+from hfpipe.core.files import link_or_copy, read_json, whole_folder, write_json, write_text
+from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, recorded_files, require_whole, strength_of
 from hfpipe.core.secrets import has_secret, without_secrets
 from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
 from hfpipe.recipe.config import is_on_hub
@@ -20,7 +19,6 @@ from hfpipe.report.price import dial_section, dials_of
 from hfpipe.report.usage import Usage, card_facts, data_facts
 from hfpipe.scores.scorecard import read_scorecard
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Weights, configurations, tokenizers; never a pickle.
 PUSHED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm"}
 WEIGHTS, SMALL = {".safetensors", ".model", ".spm"}, 2**18  # bytes of a text file that is searched for secrets
@@ -45,10 +43,10 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     """
     stage = pushed_stage(recipe, push)
     made = find_made(run_dir, push.what, stage, recipe)
-    environment = _read_json(run_dir / "environment.json")
+    environment = read_json(run_dir / "environment.json")
     known_base = environment.get("base") or {}
     base, revision = recipe.model.id, known_base.get("revision")
-    adapter = _read_json(made / ADAPTER_CONFIG) if push.what == "adapter" else {}
+    adapter = read_json(made / ADAPTER_CONFIG) if push.what == "adapter" else {}
     if adapter:
         base, revision = parent or _base_of(adapter, known_base, stage)
         adapter |= {"base_model_name_or_path": base, "revision": revision}
@@ -65,7 +63,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         base=base,
         base_revision=revision,
         chat=(made / "chat_template.jinja").exists(),
-        quantized="quantization_config" in _read_json(made / "config.json"),
+        quantized="quantization_config" in read_json(made / "config.json"),
         license=push.license,
         strength=strength_of(run_dir / "stages" / stage),
         base_facts=card_facts(run_dir, "model", recipe.model.id or ""),
@@ -135,7 +133,7 @@ def parent_in_run(run_dir: Path, stage: str, recipe: Recipe) -> tuple[str, str] 
 
     None when the adapter belongs to a model from elsewhere.
     """
-    config = _read_json(model_of(run_dir / "stages" / stage) / ADAPTER_CONFIG)
+    config = read_json(model_of(run_dir / "stages" / stage) / ADAPTER_CONFIG)
     parts = Path(config.get("base_model_name_or_path") or "").parts[-3:]  # the run folder may have been moved
     if len(parts) == 3 and parts[0] == "stages" and parts[1] in [s.name for s in recipe.stages]:
         return parts[1], "merged" if parts[2] == "merged" else "model"
@@ -170,7 +168,3 @@ def find_made(run_dir: Path, what: str, stage: str, recipe: Recipe) -> Path:
         )
         raise RecipeError(f"push.what: {what}, but stage {stage!r} made {found} ({folder}). Allowed here: {allowed}.")
     return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

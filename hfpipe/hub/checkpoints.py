@@ -16,8 +16,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core.command import python_command
-from hfpipe.core.files import link_or_copy, whole_folder, write_json, write_text
-from hfpipe.hub.bundle import ADAPTER_CONFIG, pushed_suffixes
+from hfpipe.core.files import link_or_copy, load_json, whole_folder, write_json, write_text
+from hfpipe.core.run_layout import ADAPTER_CONFIG
+from hfpipe.hub.bundle import pushed_suffixes
 from hfpipe.hub.push import deadline_of
 from hfpipe.model.adapter import CHANGE_THE_BASE
 from hfpipe.model.load import ModelRef
@@ -111,7 +112,7 @@ class PushCheckpoints(TrainerCallback):
             if (
                 adapter.is_file()
             ):  # never a local path: what is not on the Hub yet is pushed there at the end of the run
-                config = json.loads(adapter.read_text())
+                config = load_json(adapter)
                 base, commit = self.parent.path, self.parent.revision
                 if not is_on_hub(base):
                     base, commit = self.push.parent_repo_id or f"{self.push.repo_id}-base", None

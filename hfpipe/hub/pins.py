@@ -15,13 +15,12 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 
 from hfpipe.core import ranks
-from hfpipe.core.files import write_json
+from hfpipe.core.files import read_json, write_json
 from hfpipe.core.hub_errors import NoAnswer, causes
 from hfpipe.evaluation.metrics import script_of, space_of
 from hfpipe.recipe import Recipe, Source, Suite
 from hfpipe.recipe.config import hub_id, is_on_hub
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 HF_URL = re.compile(r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/")
 SECONDS = 10.0  # for one question
 DEFAULT = (
@@ -142,4 +141,4 @@ def _pinned_url(url: re.Match[str], commits: dict[str, str]) -> str:
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / "hub.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file)

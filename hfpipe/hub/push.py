@@ -22,9 +22,9 @@ from pydantic_core import ErrorDetails
 
 from hfpipe.core.command import our_command, python_command
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.core.run_layout import model_of
+from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of
 from hfpipe.core.secrets import without_secrets
-from hfpipe.hub.bundle import ADAPTER_CONFIG, find_made, parent_in_run, prepare_artifact
+from hfpipe.hub.bundle import find_made, parent_in_run, prepare_artifact
 from hfpipe.recipe import Push, Recipe, load_recipe
 from hfpipe.recipe.config import is_on_hub
 from hfpipe.recipe.push_plan import asked_words, parent_push, planned_pushes, pushed_stage, pushes_of

@@ -30,12 +30,12 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.http import Patience
 from hfpipe.core.hub_errors import asks_to_wait, is_passing, not_written, response_of, status_of
+from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.core.secrets import without_secrets
 from hfpipe.core.upstream import left_out_of_commit
 from hfpipe.hub.access import check, check_is_ours
 from hfpipe.hub.client import full_name, logged_in, who_may_write
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Of an earlier push of another kind or with other shards: `transformers` would load these instead of the new weights.
 REPLACED_BY_A_MODEL = (
     "model*.safetensors",

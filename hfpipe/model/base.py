@@ -6,7 +6,6 @@ A base that cannot be loaded as the stages ask is refused by its config and the 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash, has_file
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, MachineError, RecipeError
-from hfpipe.core.files import whole_folder, write_json
+from hfpipe.core.files import read_json, whole_folder, write_json
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
@@ -38,6 +36,7 @@ from hfpipe.model.load import (
 )
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
+from hfpipe.recipe.config import Model
 from hfpipe.recipe.row_formats import texts_of
 
 
@@ -74,14 +73,14 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
     done = folder / "done.json"
     unpinned = options.model_copy(update={"revision": "main"})
     key = hash_of([unpinned, recipe.seed, recipe.stages[0].data] if options.architecture else unpinned)
-    known = json.loads(done.read_text()) if done.exists() else {}
+    known = read_json(done)
     if known.get("hash") != key or options.revision not in (known["revision"], known["commit"]):
         if options.architecture is not None:
             if ranks.is_main():
                 _create(recipe, folder / "model")
             commit = None
         else:
-            commit = _commit_of(options.id or "", options.revision, options.trust_remote_code)
+            commit = _commit_of(options.id or "", options.revision, options)
         known = {"hash": key, "revision": options.revision, "commit": commit}
         ranks.wait()
         if ranks.is_main():
@@ -129,7 +128,7 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
     """The first documents of each source of the first stage."""
     stage = recipe.stages[0]
     for source in stage.data:
-        rows = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
+        rows = load_rows(source, kinds=kinds_of(stage))
         for row in islice(tidy_rows(rows, source, Read()), training.take):
             yield from texts_of(row)
 
@@ -170,10 +169,10 @@ def require_task(recipe: Recipe, task: str) -> None:
             )
 
 
-def _commit_of(path: str, revision: str, trust_remote_code: bool) -> str | None:
+def _commit_of(path: str, revision: str, options: Model) -> str | None:
     """The commit a branch of a Hub model stands at; None for a folder."""
     with clear_errors("model", path):
-        AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config_of(ModelRef(path, options, revision))
         return extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
 
 

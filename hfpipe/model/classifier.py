@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hfpipe.core.files import load_json
+
 SUFFIX = "ForSequenceClassification"
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # transformers' words
 # Modules between the body and the classes, by the names transformers gives them: never stored in 4 or 8 bits. They are
 # regular expressions, for the pooler of BERT lies in its body (`bert.pooler.dense`).
 _HEADS = ("score", "classifier", "pre_classifier", "pooler", "head", "classification_head", "lm_head")
@@ -35,7 +35,7 @@ def head_config(problem: str, names: Sequence[str], pad_token_id: int) -> dict[s
 
 def read_head(folder: Path) -> dict[str, Any]:
     """The head's fields out of the config.json that lies beside a saved adapter."""
-    config = json.loads((folder / "config.json").read_text())
+    config = load_json(folder / "config.json")
     names = [name for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]
     return head_config(config["problem_type"], names, config["pad_token_id"])
 

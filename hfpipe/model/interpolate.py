@@ -7,7 +7,6 @@ it. What an adapter holds besides (whole modules, biases, rows of an embedding) 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,9 +20,11 @@ from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 
 from hfpipe.core.errors import RecipeError
+from hfpipe.core.files import load_json
+from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.adapter import ProbeText, probe, require_equal
 from hfpipe.model.classifier import read_head
-from hfpipe.model.load import ADAPTER_CONFIG, ModelRef, load_model, task_of
+from hfpipe.model.load import ModelRef, load_model, task_of
 
 WEIGHTS = "adapter_model.safetensors"
 # By PEFT's type (those of recipe/adapters.py): the tensors in which the change of the weights is linear, one factor of
@@ -72,7 +73,7 @@ class AdapterDial:
 
     def __init__(self, trained: ModelRef, tokenizer: Any, texts: Sequence[ProbeText]) -> None:
         self.ref, self.tokenizer, self.texts = trained, tokenizer, texts
-        self.config = json.loads((Path(trained.path) / ADAPTER_CONFIG).read_text())
+        self.config = load_json(Path(trained.path) / ADAPTER_CONFIG)
         self.kind = self.config["peft_type"].lower()
         if self.kind not in SCALED:
             raise RecipeError(

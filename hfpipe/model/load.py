@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,14 +32,15 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError, UserError
+from hfpipe.core.files import load_json
 from hfpipe.core.hub_errors import not_readable, status_of
+from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Quantization
 from hfpipe.recipe.passthrough import check_config
 from hfpipe.recipe.raw import Block
 
-ADAPTER_CONFIG = "adapter_config.json"
 # What a model can be for, and the class that loads it for that.
 AUTO_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
@@ -77,7 +77,7 @@ class ModelRef:
     @property
     def base(self) -> ModelRef:
         """The model that an adapter belongs to; one of the same run is found where the run folder lies now."""
-        config = json.loads((Path(self.path) / ADAPTER_CONFIG).read_text())
+        config = load_json(Path(self.path) / ADAPTER_CONFIG)
         named = Path(config["base_model_name_or_path"])
         here = Path(self.path).absolute().parent.parent.parent.joinpath(*named.parts[-3:])  # stages/<stage>/model
         moved = named.is_absolute() and not named.exists() and here.is_dir()
@@ -269,7 +269,7 @@ def is_quantized(config: Any) -> bool:
 def task_of(ref: ModelRef) -> str:
     """Returns the task that the model of a `ModelRef` was made for: a key of `AUTO_CLASSES`."""
     if ref.is_adapter:
-        adapter = json.loads((Path(ref.path) / ADAPTER_CONFIG).read_text())
+        adapter = load_json(Path(ref.path) / ADAPTER_CONFIG)
         task = ADAPTER_TASKS.get(adapter.get("task_type"))
         return task or task_of(ref.base)
     config = config_of(ref)
@@ -350,7 +350,7 @@ def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:
 
 def head_of(adapter: ModelRef) -> dict[str, Any] | None:
     """The fields of a config that make the head which an adapter of a classifier was trained with; None of another."""
-    config = json.loads((Path(adapter.path) / ADAPTER_CONFIG).read_text())
+    config = load_json(Path(adapter.path) / ADAPTER_CONFIG)
     return read_head(Path(adapter.path)) if config.get("task_type") == "SEQ_CLS" else None
 
 

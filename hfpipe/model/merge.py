@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,10 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from hfpipe.core.errors import BudgetExceeded, RecipeError
-from hfpipe.core.files import require_disk, whole_folder
+from hfpipe.core.files import load_json, require_disk, whole_folder
+from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.adapter import TOLERANCE, ProbeText, difference, divergence, probe, require_equal
 from hfpipe.model.load import (
-    ADAPTER_CONFIG,
     ModelRef,
     config_of,
     device,
@@ -132,7 +131,7 @@ def merge_adapter(
 
 
 def _require_mergeable(path: str) -> None:
-    kind = json.loads((Path(path) / ADAPTER_CONFIG).read_text())["peft_type"].lower()
+    kind = load_json(Path(path) / ADAPTER_CONFIG)["peft_type"].lower()
     if not is_mergeable_type(kind):
         raise RecipeError(
             f"the adapter in {path} is of type {kind}, which PEFT cannot merge into the weights. It works beside its "

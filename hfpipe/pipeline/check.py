@@ -102,7 +102,7 @@ def _loaded(recipe: Recipe) -> Loaded:
         with torch.device("meta"):  # shapes without memory, and tied weights stay one
             model = create_model(options.architecture or {}, tokenizer, recipe.seed)
     added = added_ids(tokenizer, options.tokenizer, model.config.get_text_config().vocab_size)
-    suites = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
+    suites = {name: suite_rows(suite) for name, suite in recipe.evaluate.items()}
     return Loaded(recipe, tokenizer, added, model, _task(recipe), suites)
 
 
@@ -199,7 +199,7 @@ def preview(recipe: Recipe, count: int) -> None:
     coloured = sys.stdout.isatty()
     for stage in recipe.stages:
         for source in stage.data:
-            opened = load_rows(source, seed=recipe.seed, kinds=kinds_of(stage))
+            opened = load_rows(source, kinds=kinds_of(stage))
             rows = list(islice(tidy_rows(opened, source, Read()), count))
             limit = stage.training.get("max_length") or 1024
             for number, row in enumerate(encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)):

@@ -116,7 +116,7 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
     if ranks.is_main():
         write_json(folder / "environment.json", environment(base.ref, recipe.evaluate))
     with ranks.state().main_process_first():
-        rows = {name: suite_rows(suite, recipe.seed) for name, suite in recipe.evaluate.items()}
+        rows = {name: suite_rows(suite) for name, suite in recipe.evaluate.items()}
     run = Run(recipe, folder, base, rows, {BASE: base.hash})
     run.record()
     run.hash_stages()

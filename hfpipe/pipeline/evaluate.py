@@ -86,7 +86,7 @@ def evaluate_model(
         suite_metrics(suite)  # an unknown metric is refused before anything is loaded
     ref = model_named(name, suites.model, stage)
     other_ref = model_named(against, suites.model) if against is not None else None
-    rows = {suite: suite_rows(block, suites.seed) for suite, block in suites.evaluate.items()}
+    rows = {suite: suite_rows(block) for suite, block in suites.evaluate.items()}
     other = _evaluate(other_ref, against, labels[against], suites, rows) if other_ref and against else {}
     found = _evaluate(ref, name, labels[name], suites, rows)
     scores = [score for scored in other.values() for score in scored.scores]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.run_layout import model_of, require_whole
-from hfpipe.model.load import ADAPTER_CONFIG, ModelRef
+from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, require_whole
+from hfpipe.model.load import ModelRef
 from hfpipe.pipeline.context import merged, open_run, quiet_libraries
 from hfpipe.pipeline.trained import finished_stages, require_one_run
 from hfpipe.recipe import load_recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 from hfpipe.core.command import our_command
 from hfpipe.core.files import read_json, read_jsonl
-from hfpipe.core.run_layout import model_of, strength_of
+from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.details import detail_sections
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told
@@ -220,7 +220,7 @@ def closing_lines(folder: Path) -> list[str]:
         lines += [f"scored     {score.suite} {describe(score)}" for score in first_scores(own)]
     last = folder / "stages" / recipe.stages[-1].name
     model, merged = model_of(last), last / "merged"
-    is_adapter = (model / "adapter_config.json").exists()
+    is_adapter = (model / ADAPTER_CONFIG).exists()
     strength = strength_of(last)
     dialled = "" if strength is None else f"  (dialled to {strength:g}, to stay inside the budget)"
     lines.append(f"{'adapter' if is_adapter else 'model':9}  {model}{dialled}")

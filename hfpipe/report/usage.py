@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.core.files import read_json
-from hfpipe.core.run_layout import DIAL, model_of, strength_of
+from hfpipe.core.run_layout import ADAPTER_CONFIG, DIAL, model_of, strength_of
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.recipe.config import hub_id, is_on_hub
 from hfpipe.report.layout import Section
@@ -73,7 +73,7 @@ class Usage:
 
 def usage_in_run(run: Path, recipe: Recipe, stage: str, folder: Path) -> Usage:
     """Code that uses the model in a folder of the run, from where the command was started."""
-    config, adapter = (read_json(folder / name) for name in ("config.json", "adapter_config.json"))
+    config, adapter = (read_json(folder / name) for name in ("config.json", ADAPTER_CONFIG))
     known = read_json(run / "environment.json").get("base") or {}
     base, revision = recipe.model.id, known.get("revision")
     if adapter:

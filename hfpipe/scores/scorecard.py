@@ -5,14 +5,13 @@ Numbers are data and pages are views: every report and card reads the scorecard 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from hfpipe.core.files import write_json
+from hfpipe.core.files import load_json, write_json
 from hfpipe.recipe.config import Suite
 from hfpipe.recipe.stage_config import BASE as BASE
 
@@ -254,7 +253,7 @@ def change_since(scores: Sequence[Score], since: str, stage: str, key: Key) -> C
 
 def read_scorecard(path: Path) -> list[Score]:
     """Reads scorecard.json."""
-    return [Score(**row) for row in json.loads(path.read_text())]
+    return [Score(**row) for row in load_json(path)]
 
 
 def write_scorecard(scores: Iterable[Score], path: Path) -> None:

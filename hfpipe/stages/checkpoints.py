@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core import ranks, signals
-from hfpipe.core.files import fault_in, hashes_of, write_json, write_text
+from hfpipe.core.files import fault_in, hashes_of, load_json, write_json, write_text
 from hfpipe.data.dataloader import BatchLoader
 
 MANIFEST = "manifest.json"
@@ -30,7 +30,7 @@ def write_manifest(folder: Path, stage_hash: str) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text())
+    return load_json(folder / MANIFEST)
 
 
 def stage_of(folder: Path) -> str | None:

@@ -7,7 +7,6 @@ an attempt which is killed counts as far as it was logged, and the sum over the 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import threading
 import time
@@ -19,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import Stopped
-from hfpipe.core.files import write_json
+from hfpipe.core.files import load_json, write_json
 from hfpipe.model.memory import Memory, PeakMeter
 from hfpipe.recipe import Energy
 
@@ -115,7 +114,7 @@ class CostMeter(TrainerCallback):
             "country": energy.country_iso_code if isinstance(energy, Energy) else None,
             **dict.fromkeys(SUMMED, 0),
         }
-        known = json.loads(self.path.read_text()) if ranks.is_main() and self.path.exists() else {}
+        known = load_json(self.path) if ranks.is_main() and self.path.exists() else {}
         self._earlier = known["attempts"] if known.get("stage") == stage_hash else []
 
     def __enter__(self) -> CostMeter:

@@ -87,7 +87,7 @@ def first_labels(recipe: Recipe, stage: Classification, at_most: int) -> Labelle
 
 
 def _opened(recipe: Recipe, source: Source) -> Rows:
-    return load_rows(source, seed=recipe.seed, kinds=("classification",))
+    return load_rows(source, kinds=("classification",))
 
 
 def _not_empty(stage: Classification, found: Labelled) -> Labelled:

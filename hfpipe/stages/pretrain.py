@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from itertools import islice
@@ -16,7 +15,7 @@ from transformers import Trainer
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.files import write_json
+from hfpipe.core.files import read_json, write_json
 from hfpipe.core.upstream import attention_of
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.dataloader import BatchLoader, collate
@@ -58,7 +57,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     per_device, accumulation = divide_batch(stage)
     epochs = _whole_epochs(stage)
     parts = mixture(run.recipe, stage)
-    tables = [run.cleaner.tables(documents_of(part, run.tokenizer, run.recipe.seed), part.source) for part in parts]
+    tables = [run.cleaner.tables(documents_of(part, run.tokenizer), part.source) for part in parts]
 
     def cleaned(number: int, rows: IterableDataset, lanes: int) -> list[np.ndarray] | None:
         """Why rows of a stream are removed; looked at no further than the stage will come, unless it reads them all."""
@@ -182,7 +181,7 @@ def _steps_of_epochs(run: StageRun, stream: TokenStream, global_batch: int) -> i
     assert isinstance(run.stage, Pretrain)
     path = run.folder / "length.json"
     key = {"hash": run.hash, "lanes": stream.lanes}
-    kept = ranks.from_main(json.loads(path.read_text()) if path.exists() else {})
+    kept = ranks.from_main(read_json(path))
     if {name: kept.get(name) for name in key} != key:
         kept = key | {"rows": stream.length() if _whole_epochs(run.stage) else _rows_of_epochs(run, stream.max_length)}
         if ranks.is_main():
@@ -195,7 +194,7 @@ def _rows_of_epochs(run: StageRun, length: int) -> float:
     tokens, own = 0, sum(part.share for part in mixture(run.recipe, run.stage) if not part.replayed)
     special = run.stage.task == "causal"  # a row's, and not a document's, with a masked model
     for source in run.stage.data:
-        rows, _ = run.cleaner.tables(load_rows(source, seed=run.recipe.seed, kinds=("text",)), source)
+        rows, _ = run.cleaner.tables(load_rows(source, kinds=("text",)), source)
         if not hasattr(rows, "num_rows"):
             raise RecipeError(
                 f"stages.{run.stage.name}.training: a streamed source has no known end, so epochs cannot be counted; "

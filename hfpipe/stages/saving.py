@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.files import whole_folder, write_json
+from hfpipe.core.files import load_json, whole_folder, write_json
+from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.adapter import TOLERANCE, adapter_state, probe, require_equal, save_adapter, verify_tensors
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
@@ -154,8 +155,8 @@ def let_go(trainer: Trainer, model: Any) -> None:
 
 def _record_base(folder: Path, run: StageRun) -> None:
     """Names the base in adapter_config.json as others can load it: by Hub id and commit, or a folder's full path."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
+    path = folder / ADAPTER_CONFIG
+    config = load_json(path)
     local = Path(run.parent.path)
     config["base_model_name_or_path"] = str(local.absolute()) if local.is_dir() else run.parent.path
     config["revision"] = run.parent.revision

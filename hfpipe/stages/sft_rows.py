@@ -67,7 +67,7 @@ def _tokens_of(
     """Tokenizes a source, or finds its tokens from before; says what was left out of it and what was cut."""
     stage = run.stage
     assert isinstance(stage, Sft)
-    rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=TEXT_KINDS), source)
+    rows, removed = run.cleaner.rows(load_rows(source, kinds=TEXT_KINDS), source)
 
     def make(path: Path) -> dict[str, Any]:
         read, counts = Read(), {"untrained": 0, "long": 0, "tokens": 0, "kept": 0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from transformers import (
 
 from hfpipe.core import ranks, signals
 from hfpipe.core.errors import RecipeError, Stopped
+from hfpipe.core.files import load_json
 from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler
 from hfpipe.data.row_order import PackedRows, ShuffledRows, count_rows
@@ -173,7 +173,7 @@ def train(
     for line in passed_over:
         ranks.say(f"  {line}")
     if checkpoint:
-        loader.source.load_state_dict(json.loads((checkpoint / DATA_STATE).read_text()))
+        loader.source.load_state_dict(load_json(checkpoint / DATA_STATE))
         ranks.say(f"  continuing from {checkpoint.name}")
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)

@@ -139,7 +139,7 @@ def _tokens_of(run: StageRun, source: Source, lengths: tuple[int, int]) -> tuple
         DataError: Too many rows lack a source or a target.
     """
     set_languages(run.tokenizer, source)
-    rows, removed = run.cleaner.rows(load_rows(source, seed=run.recipe.seed, kinds=("translation",)), source)
+    rows, removed = run.cleaner.rows(load_rows(source, kinds=("translation",)), source)
 
     def make(path: Path) -> dict[str, Any]:
         read, counts = Read(), {"pairs": 0, "cut": 0, "tokens": 0, "unknown": 0}

@@ -118,7 +118,7 @@ def test_labels_and_right_answers_are_those_of_the_file(tmp_path: Path) -> None:
         assert [row["label"] for row in rows] == [float(numbers), 0.5, None]
     (tmp_path / "asked.jsonl").write_text('{"prompt": "when", "completion": "2024-01-01"}\n')
     data = {"path": "json", "data_files": str(tmp_path / "asked.jsonl")}
-    [row] = suite_rows(Suite.model_validate({"data": data, "metrics": ["exact_match"]}), 0)
+    [row] = suite_rows(Suite.model_validate({"data": data, "metrics": ["exact_match"]}))
     assert row["completion"] == "2024-01-01"
 
 

@@ -267,6 +267,6 @@ def test_a_file_in_another_encoding_ends_the_run_and_says_how_to_read_it(
 def test_a_suite_is_scored_as_anyone_would_read_it(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(LINES[:2]))
     data = {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "split": "train"}
-    rows = suite_rows(Suite.model_validate({"data": data, "metrics": ["bits_per_byte"]}), 0)
+    rows = suite_rows(Suite.model_validate({"data": data, "metrics": ["bits_per_byte"]}))
     assert rows[0]["text"] == "caf\ufffd in latin-1"
     assert rows[1]["text"].startswith("half of \ufffd here")

@@ -298,7 +298,7 @@ def _pairs(recipe: Recipe, suites: Mapping[str, Rows]) -> Iterable[dict[str, Any
         for source in stage.data:
             if source.decontaminate:  # what overlaps is removed before the stage trains, and counted there
                 continue
-            found = index.look_in(_rows(source, recipe.seed))
+            found = index.look_in(_rows(source))
             start = 0
             for name, rows in suites.items():
                 here = range(start, start + len(rows))
@@ -311,17 +311,14 @@ def _pairs(recipe: Recipe, suites: Mapping[str, Rows]) -> Iterable[dict[str, Any
                     "rows": len(rows),
                     "looked_at": found.looked_at,
                     "held": len(held),
-                    **{
-                        key: sum(p in here for p in getattr(found, key))
-                        for key in ("exact", "partly", "near", "touched")
-                    },
+                    **{key: sum(p in here for p in getattr(found, key)) for key in FOUND},
                     "which": [_name(rows[place - here.start], place - here.start) for place in held[:NAMED]],
                 }
 
 
-def _rows(source: Source, seed: int) -> Iterable[dict[str, Any]]:
+def _rows(source: Source) -> Iterable[dict[str, Any]]:
     """Rows of a source: of a large table at even distances, of a stream the first."""
-    rows = load_rows(source, seed=seed)
+    rows = load_rows(source)
     if not isinstance(rows, Dataset):
         return islice(rows_of(rows, source), STREAM_ROWS)
     if len(rows) > TABLE_ROWS:

@@ -123,9 +123,7 @@ def _concatenated(parts: list[Any]) -> Rows:
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def load_rows(
-    source: Source, *, default_split: str = "train", seed: int = 0, kinds: tuple[Kind, ...] = tuple(ENDS)
-) -> Rows:
+def load_rows(source: Source, *, default_split: str = "train", kinds: tuple[Kind, ...] = tuple(ENDS)) -> Rows:
     """The rows of a source; see `open_source`."""
     return open_source(source, default_split=default_split, kinds=kinds).rows
 
