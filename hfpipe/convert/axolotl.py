@@ -8,29 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from hfpipe.convert import words
+from hfpipe.convert.axolotl_data import PREPARED, add_documents, add_sources, follow_template, is_chat
 from hfpipe.convert.draft import OFF, Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, with_another
 from hfpipe.convert.trainer_keys import TRAINER
 
 _LOGGED = Unneeded("`training.report_to` takes wandb, tensorboard, trackio and others; see docs/trackers.md")
 _SPEED = Unneeded("speed and memory only")
-_PREPARED = Unneeded("hfpipe keeps prepared rows itself")
 _LAUNCH = Unneeded("how processes are launched belongs in the file of `accelerate launch --config_file`")
 _SCORED = Unneeded("suites are scored before and after each stage; `early_stopping:` scores while it trains")
 _SAVED = Unneeded("hfpipe keeps whole checkpoints and continues by the same command")
 _ELSEWHERE = Unneeded("not of the training")
 _IMAGES = "for images or sound, and hfpipe trains on text"
-# axolotl's names of chat templates, and the names by which TRL has the same template.
-TEMPLATES = {
-    "llama3": "llama3",
-    "qwen_25": "qwen2_5",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma3": "gemma3",
-    "phi_3": "phi3",
-    "phi_35": "phi3_5",
-    "cohere": "cohere",
-    "deepseek_v3": "deepseekv3",
-}
 _PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo")
 _OPTIMIZERS = {"ao_adamw_8bit": "adamw_torch_8bit", "ao_adamw_4bit": "adamw_torch_4bit"}
 _SCHEDULES = ("one_cycle", "rex")
@@ -131,26 +119,6 @@ def _tokens(draft: Draft, value: Any) -> None:
         _special_tokens(draft, value)
     elif tokens:
         draft.put("model.tokenizer.add_tokens", tokens)
-
-
-def _template(draft: Draft, value: Any) -> None:
-    if value in OFF or value == "tokenizer_default" or not _is_chat(draft):
-        return
-    if value == "jinja":
-        return  # `chat_template_jinja` says it
-    name = str(value).removeprefix("tokenizer_default_fallback_")
-    if name == "chatml":
-        draft.put("model.tokenizer.chat_template", words.CHATML)
-    elif name in TEMPLATES and words.named_templates():
-        draft.put("model.tokenizer.chat_template", TEMPLATES[name])
-    else:
-        words.own_template(draft, "chat_template", name)
-
-
-def _is_chat(draft: Draft) -> bool:
-    return any(
-        str((one or {}).get("type", "")).startswith("chat_template") for one in draft.config.get("datasets") or []
-    )
 
 
 def _eot(draft: Draft, value: Any) -> None:
@@ -277,20 +245,20 @@ TABLE: Table = {
     "pretraining_dataset": with_another,
     "test_datasets": with_another,
     "val_set_size": with_another,
-    "dataset_prepared_path": _PREPARED,
-    "push_dataset_to_hub": _PREPARED,
-    "hf_use_auth_token": _PREPARED,
-    "dataset_processes": _PREPARED,
-    "dataset_keep_in_memory": _PREPARED,
+    "dataset_prepared_path": PREPARED,
+    "push_dataset_to_hub": PREPARED,
+    "hf_use_auth_token": PREPARED,
+    "dataset_processes": PREPARED,
+    "dataset_keep_in_memory": PREPARED,
     "dataset_exact_deduplication": _deduplicate,
     "shuffle_merged_datasets": Lost("rows are shuffled", (None, True)),
     "shuffle_before_merging_datasets": Unneeded("rows are shuffled over all sources"),
     "dataset_shard_num": Lost("write `fold: {of: N, keep: M}` at the source"),
     "dataset_shard_idx": Unneeded("see dataset_shard_num"),
     "streaming": with_another,
-    "streaming_multipack_buffer_size": _PREPARED,
-    "pretrain_multipack_*": _PREPARED,
-    "chat_template": _template,
+    "streaming_multipack_buffer_size": PREPARED,
+    "pretrain_multipack_*": PREPARED,
+    "chat_template": follow_template,
     "chat_template_jinja": "model.tokenizer.chat_template",
     "chat_template_kwargs": Lost("the template is rendered with its own defaults"),
     "eot_tokens": _eot,
@@ -304,13 +272,13 @@ TABLE: Table = {
     "eval_sample_packing": _SCORED,
     "sample_packing_sequentially": Lost("rows are shuffled"),
     "curriculum_sampling": Lost("rows are shuffled"),
-    "sample_packing_*": _PREPARED,
-    "multipack_real_batches": _PREPARED,
+    "sample_packing_*": PREPARED,
+    "multipack_real_batches": PREPARED,
     "batch_flattening": _SPEED,
     "max_packed_sequence_len": Lost("write `training: {packing: true, max_length: N}`"),
     "pad_to_sequence_len": _SPEED,
     "pad_to_multiple_of": _SPEED,
-    "total_num_tokens": _PREPARED,
+    "total_num_tokens": PREPARED,
     # Adapter
     "adapter": _adapter,
     "load_in_8bit": with_another,
@@ -492,9 +460,9 @@ def convert(draft: Draft) -> None:
     documents = [one for one in config.get("datasets") or [] if (one or {}).get("type") in ("completion", "pretrain")]
     if config.get("pretraining_dataset") or (documents and len(documents) == len(config.get("datasets") or [])):
         draft.stage.update(kind="pretrain", name="pretrain")
-        _documents(draft, config.get("pretraining_dataset") or documents)
+        add_documents(draft, config.get("pretraining_dataset") or documents)
     else:
-        _sources(draft)
+        add_sources(draft)
     words.hold_out(draft, "val_set_size", config.get("val_set_size"))
     draft.apply(TABLE)
     _defaults(draft)
@@ -521,151 +489,9 @@ def _defaults(draft: Draft) -> None:
 
 
 def _trained(draft: Draft) -> words.Trained:
-    return "assistant" if _is_chat(draft) else "completion"
+    return "assistant" if is_chat(draft) else "completion"
 
 
 def rows_too_long(draft: Draft, what: str) -> None:
     """Converts the word for rows that are longer than `max_length`."""
     words.too_long(draft, "excess_length_strategy", "cut" if what == "truncate" else "drop")
-
-
-def _documents(draft: Draft, value: Any) -> None:
-    for one in value if isinstance(value, list) else [value]:
-        one = {"path": one} if isinstance(one, str) else one
-        column = one.get("text_column") or one.get("field") or "text"
-        streaming = True if draft.config.get("pretraining_dataset") else None
-        source = words.source_of(
-            one["path"],
-            name=one.get("name"),
-            data_files=one.get("data_files"),
-            split=one.get("split") or "train",
-            skip=one.get("skip"),
-            streaming=streaming,
-        )
-        draft.stage["data"].append(source if column == "text" else {**source, "columns": {"text": column}})
-        known = ("path", "name", "data_files", "split", "skip", "text_column", "field", "type", "trust_remote_code")
-        for key in sorted(set(one) - set(known)):
-            draft.note("lost", f"pretraining_dataset.{key}", "a source has no such word")
-
-
-_SOURCE: Table = {
-    "path": with_another,
-    "type": with_another,
-    "name": with_another,
-    "split": with_another,
-    "data_files": with_another,
-    "revision": with_another,
-    "ds_type": with_another,
-    "field": with_another,
-    "field_*": with_another,
-    "message_property_mappings": with_another,
-    "message_field_role": with_another,
-    "message_field_content": with_another,
-    "trust_remote_code": Unneeded("data sets with code are not loaded any more"),
-    "roles": with_another,
-    "roles_to_train": with_another,
-    "train_on_eos": with_another,
-    "chat_template": _template,
-    "chat_template_jinja": "model.tokenizer.chat_template",
-    "preprocess_shards": _PREPARED,
-    "drop_system_message": Lost("the system message of a row is kept"),
-    "message_field_training": Lost("a message is trained on by its role; a message's own `train: false` is honoured"),
-    "message_field_training_detail": Lost("a message is trained on whole"),
-    "shards": Lost("write `fold: {of: N, keep: 1}` at the source"),
-    "shards_idx": Unneeded("see shards"),
-    "template_thinking_key": with_another,
-    "split_thinking": Lost("a message is rendered as it stands"),
-    "conversation": Unneeded("the chat template says it"),
-}
-_KNOWN_ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "assistant"}, "system": {"system"}, "tool": {"tool"}}
-
-
-def _sources(draft: Draft) -> None:
-    for number, one in enumerate(draft.config.get("datasets") or []):
-        kind, _, style = str(one.get("type") or "chat_template").partition(":")
-        before = f"datasets[{number}]"
-        if isinstance(one.get("type"), dict):
-            one = {**one, **one["type"]}
-            kind = "user_defined"
-        source = words.source_of(
-            one["path"], **{key: one.get(key) for key in ("name", "data_files", "split", "revision")}
-        )
-        draft.stage["data"] += _rows(draft, before, one, source, kind.removesuffix(".load_qa"), style)
-        rules = {f"{before}.{key}": rule for key, rule in _SOURCE.items()}
-        if kind == "user_defined":
-            rules |= {f"{before}.{key}": with_another for key in _OWN_PROMPT}
-        draft.apply(rules, {f"{before}.{key}": value for key, value in one.items()})
-
-
-_OWN_PROMPT = ("system_prompt", "system_format", "format", "no_input_format", "field_instruction")
-
-
-def _rows(
-    draft: Draft, before: str, one: dict[str, Any], source: dict[str, Any], kind: str, style: str
-) -> list[dict[str, Any]]:
-    """Sources of one of axolotl's types of data set."""
-    if kind in ("chat_template", "chat_template.default", "sharegpt"):
-        return _conversations(draft, before, one, source, kind)
-    if kind == "alpaca" and style == "":
-        return [{**source, "format": "alpaca"}]
-    if kind == "alpaca" and style == "chat":
-        plain, with_input = "USER: {instruction}\nASSISTANT:", "USER: {instruction}\n{input}\nASSISTANT:"
-        plain, with_input = f"{words.ALPACA_SYSTEM}\n{plain}", f"{words.ALPACA_SYSTEM_WITH_INPUT}\n{with_input}"
-        pair = [{"prompt": prompt, "completion": "{output}"} for prompt in (plain, with_input)]
-        return words.with_and_without_input(source, *pair)
-    if kind == "completion":
-        column = one.get("field") or "text"
-        return [source if column == "text" else {**source, "columns": {"text": column}}]
-    if kind == "input_output":
-        draft.note("lost", f"{before}.type", "segments with a mark of their own are not a format of rows")
-        return [source]
-    if kind == "user_defined":
-        return _own_prompt(draft, before, one, source)
-    draft.note("lost", f"{before}.type", f"axolotl's type '{one.get('type')}' is not converted; write `template:`")
-    return [source]
-
-
-def _conversations(
-    draft: Draft, before: str, one: dict[str, Any], source: dict[str, Any], kind: str
-) -> list[dict[str, Any]]:
-    mapping = one.get("message_property_mappings") or {}
-    asked = "from" if kind == "sharegpt" else "role"
-    role = one.get("message_field_role") or mapping.get("role") or asked
-    content = one.get("message_field_content") or mapping.get("content") or ("value" if asked == "from" else "content")
-    column = one.get("field_messages") or ("conversations" if kind == "sharegpt" else "messages")
-    for target, sources in (one.get("roles") or {}).items():
-        if not set(sources) <= _KNOWN_ROLES.get(target, {target}):
-            draft.note("lost", f"{before}.roles", f"roles named {', '.join(sources)} are not read as {target}")
-    if (trained := one.get("roles_to_train")) not in (None, ["assistant"], ["assistant", "gpt"], ["gpt"]):
-        draft.note("lost", f"{before}.roles_to_train", f"the assistant's turns are trained on, not those of {trained}")
-    if one.get("train_on_eos") not in (None, "turn", "all"):
-        draft.note("lost", f"{before}.train_on_eos", "the end of every turn that is trained on is trained on")
-    thinking = one.get("field_thinking")
-    if thinking not in (None, "reasoning_content", "thinking"):
-        draft.note("lost", f"{before}.field_thinking", f"the chat template reads its own field, not '{thinking}'")
-    return words.chat_rows(draft, source, column, role, content)
-
-
-def _own_prompt(draft: Draft, before: str, one: dict[str, Any], source: dict[str, Any]) -> list[dict[str, Any]]:
-    """A prompt format of the config: `{instruction}`, `{input}` and `{output}` stand for the columns it names."""
-    columns = {name: one.get(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
-    system = one.get("system_prompt") or ""
-    if "{system}" in (one.get("system_format") or ""):
-        system = one["system_format"].replace("{system}", system) if system else ""
-
-    def built(form: str) -> str:
-        for name, column in columns.items():
-            form = form.replace(f"{{{name}}}", f"{{{column}}}")
-        return system + form
-
-    completion = f"{{{columns['output']}}}"
-    form = built(one.get("format") or "{instruction} {input} ")
-    plain = built(one.get("no_input_format") or one.get("format") or "{instruction} ")
-    if f"{{{columns['input']}}}" not in form or form == plain:
-        return [{**source, "template": {"prompt": form, "completion": completion}}]
-    rows = words.with_and_without_input(
-        source, {"prompt": plain, "completion": completion}, {"prompt": form, "completion": completion}
-    )
-    for row in rows:
-        row["where"] = row["where"].replace("input", columns["input"])
-    return rows

@@ -11,10 +11,10 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.evaluation.metrics.rows import Z, wilson
+from hfpipe.evaluation.metrics.rows import wilson
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import did_you_mean
-from hfpipe.scores.scorecard import Score
+from hfpipe.scores.scorecard import Score, Z
 
 BOOTSTRAP = 1000  # for the standard errors of the metrics that have no formula
 

@@ -53,23 +53,8 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     shared = shared_recipe(recipe)
     if base and not is_on_hub(base):
         base, revision = shared.model.id, None
-    dials = [dial_section(dial) for dial in dials_of(run_dir, recipe) if dial["stage"] == stage]
-    plots = {f"dial-{n}.svg": plot for dial in dials for n, plot in enumerate(dial.plots, start=1)}
-    usage = Usage(
-        place=push.repo_id,
-        what=push.what,
-        stage=stage,
-        revision=push.revision,
-        base=base,
-        base_revision=revision,
-        chat=(made / "chat_template.jinja").exists(),
-        quantized="quantization_config" in read_json(made / "config.json"),
-        license=push.license,
-        strength=strength_of(run_dir / "stages" / stage),
-        base_facts=card_facts(run_dir, "model", recipe.model.id or ""),
-        data_facts=data_facts(run_dir, recipe, stage),
-        dial=dials[0] if dials else None,
-    )
+    usage = _usage(run_dir, push, recipe, made, (base, revision))
+    plots = {f"dial-{n}.svg": plot for n, plot in enumerate(usage.dial.plots if usage.dial else (), start=1)}
     scorecard = run_dir / "scorecard.json"
     scores = read_scorecard(scorecard) if scorecard.is_file() else []
     name = push.what if stage == pushed_stage(recipe, recipe.push or push) else f"{push.what}-{stage}"
@@ -86,6 +71,27 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         card = model_card(usage, shared, scores, environment, stage_costs(run_dir, recipe), list(plots))
         write_text(folder / "README.md", without_secrets(card))
     return target
+
+
+def _usage(run_dir: Path, push: Push, recipe: Recipe, made: Path, base: tuple[str | None, str | None]) -> Usage:
+    """Returns what the card says of a pushed model; `base` is the id and commit of what it belongs to."""
+    stage = pushed_stage(recipe, push)
+    dials = [dial_section(dial) for dial in dials_of(run_dir, recipe) if dial["stage"] == stage]
+    return Usage(
+        place=push.repo_id,
+        what=push.what,
+        stage=stage,
+        revision=push.revision,
+        base=base[0],
+        base_revision=base[1],
+        chat=(made / "chat_template.jinja").exists(),
+        quantized="quantization_config" in read_json(made / "config.json"),
+        license=push.license,
+        strength=strength_of(run_dir / "stages" / stage),
+        base_facts=card_facts(run_dir, "model", recipe.model.id or ""),
+        data_facts=data_facts(run_dir, recipe, stage),
+        dial=dials[0] if dials else None,
+    )
 
 
 def _pushed_files(made: Path, suffixes: set[str]) -> list[Path]:

@@ -51,7 +51,7 @@ def _apply(document: Document, override: str, place: Place) -> None:
     container: Any = document.data
     steps: Steps = ()
     while True:
-        step, parts = _next_step(container, parts, steps, document)
+        step, parts = _next_step(container, parts, steps)
         steps = (*steps, step)
         if not parts:
             break
@@ -67,7 +67,7 @@ def _apply(document: Document, override: str, place: Place) -> None:
         document.places[steps] = place
 
 
-def _next_step(container: Any, parts: list[str], steps: Steps, document: Document) -> tuple[Any, list[str]]:
+def _next_step(container: Any, parts: list[str], steps: Steps) -> tuple[Any, list[str]]:
     """The key or index that the path names next, and what is left of the path. A name may have dots in it."""
     if isinstance(container, dict):
         known = {str(key): key for key in container}

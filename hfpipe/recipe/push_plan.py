@@ -7,7 +7,7 @@ from typing import Any
 from hfpipe.recipe.config import Push, Recipe
 
 NEEDS_AN_ADAPTER = ("adapter", "merged", "both")
-_ONLY_OF = {"merged_repo_id": ("both",), "parent_repo_id": ("adapter", "both")}
+ONLY_OF = {"merged_repo_id": ("both",), "parent_repo_id": ("adapter", "both")}
 
 
 def asked_words(push: Push | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def asked_words(push: Push | None, given: dict[str, Any]) -> dict[str, Any]:
     if push is not None and push.what == "both" and given.get("what") == "merged":
         words["repo_id"] = push.merged_repo_id or f"{push.repo_id}-merged"  # where the recipe puts it
     words |= given
-    for key, kinds in _ONLY_OF.items():
+    for key, kinds in ONLY_OF.items():
         if key not in given and words.get("what") not in kinds:
             words.pop(key, None)
     if given.get("create_pr"):

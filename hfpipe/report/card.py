@@ -68,9 +68,9 @@ def model_card(
         vllm=vllm_command(usage, recipe),
         scores=score_section(recipe, scores),
         scored=usage.stage in stages_of(scores),
-        changes=_changes(recipe, scores, usage.stage),
+        changes=_changes(scores, usage.stage),
         images=images,
-        trained=[_trained(stage, recipe) for stage in stages],
+        trained=[_trained(stage) for stage in stages],
         files=_local_names(recipe),
         cost=cost_section(spent),
         environment=environment_section(environment),
@@ -190,7 +190,7 @@ def _makers(usage: Usage, stages: Sequence[Stage]) -> list[tuple[str, str]]:
     return [(name, f"{how}, merged into the weights" if merged and stage.adapter else how) for name, how, stage in made]
 
 
-def _changes(recipe: Recipe, scores: Sequence[Score], stage: str) -> list[Told]:
+def _changes(scores: Sequence[Score], stage: str) -> list[Told]:
     """One line per suite and metric: against the best before, or the best answer without a model."""
     told = []
     for score in (score for score in scores if score.stage == stage):
@@ -213,7 +213,7 @@ class _Trained:
     options: str
 
 
-def _trained(stage: Stage, recipe: Recipe) -> _Trained:
+def _trained(stage: Stage) -> _Trained:
     how = how_trained(stage)
     if stage.method == "LoRA" and stage.adapter is not None:
         how = how.replace("LoRA", f"LoRA of rank {stage.adapter.get('r', 8)}")

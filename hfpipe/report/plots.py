@@ -17,7 +17,7 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hfpipe.recipe.metric_table import SHARE_METRICS
-from hfpipe.scores.scorecard import Score
+from hfpipe.scores.scorecard import Score, Z
 from hfpipe.scores.tradeoff import Point
 
 INK = "#010203"  # drawn in this colour, written as currentColor: right on a light and on a dark page
@@ -136,7 +136,6 @@ def svg_of(figure: Figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
 
 
-Z = 1.96  # 95 % of a normal distribution
 SIZE = (4.2, 2.9)
 
 

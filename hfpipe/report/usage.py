@@ -22,9 +22,8 @@ TASKS = {
     "classification": ("text-classification", "AutoModelForSequenceClassification"),
     "seq2seq": ("translation", "AutoModelForSeq2SeqLM"),
 }
-# Fields of LoraConfig with which vLLM refuses an adapter, and the values that it takes: its lora/peft_helper.py.
-TAKEN_BY_VLLM = {"use_dora": (None, False), "modules_to_save": (None, []), "bias": (None, "none")}
-LORA_RANK_OF_VLLM = 16  # the largest that vLLM takes without being told
+# Fields of LoraConfig that add more than two matrices to a layer, and their values that do not.
+TWO_MATRICES = {"use_dora": (None, False), "modules_to_save": (None, []), "bias": (None, "none")}
 
 
 @dataclass(frozen=True)
@@ -227,15 +226,15 @@ def vllm_command(usage: Usage, recipe: Recipe) -> str | None:
             f"vllm serve {shlex.quote(usage.place)}{f' --revision {usage.revision}' if usage.revision else ''}{trust}"
         )
     fields = last.adapter or {}
-    taken = all(fields.get(key) in values for key, values in TAKEN_BY_VLLM.items())
-    if last.method != "LoRA" or _grows(recipe) or not taken:
+    plain = all(fields.get(key) in values for key, values in TWO_MATRICES.items())
+    if last.method != "LoRA" or _grows(recipe) or not plain:
         return ""
     if usage.revision:  # vLLM takes adapters of main
         return None
     converted = str(fields.get("init_lora_weights", "")).startswith(("pissa", "olora"))
     rank = fields.get("r", 8) * (2 if converted else 1)
     at = f" --revision {usage.base_revision}" if usage.base_revision else ""
-    at += trust + (f" --max-lora-rank {rank}" if rank > LORA_RANK_OF_VLLM else "")
+    at += f"{trust} --max-lora-rank {max(8, 2 ** (rank - 1).bit_length())}"  # it knows powers of two
     name = usage.place.rstrip("/").split("/")[-1] if usage.on_hub else usage.stage
     base, adapter = shlex.quote(str(usage.base)), shlex.quote(f"{name}={usage.place}")
     return f"vllm serve {base}{at} --enable-lora --lora-modules {adapter}"

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from hfpipe.recipe.config import Suite
 from hfpipe.recipe.metric_table import BIAS_METRICS, FULL_MARKS
-from hfpipe.scores.scorecard import BASE, Change, Key, Score, change_since, forgetting, judge_budget
+from hfpipe.scores.scorecard import BASE, Change, Key, Score, Z, change_since, forgetting, judge_budget
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Estimate:
 
     @property
     def beyond_noise(self) -> bool:
-        return abs(self.value) > 1.96 * self.stderr
+        return abs(self.value) > Z * self.stderr
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval; None where no error is known."""
-        return (self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr) if self.stderr else None
+        return (self.value - Z * self.stderr, self.value + Z * self.stderr) if self.stderr else None
 
     def __neg__(self) -> Estimate:
         return Estimate(-self.value, self.stderr)

@@ -145,14 +145,7 @@ class LogCallback(TrainerCallback):
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
             write_text(self.path, "".join(f"{line}\n" for line in lines))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs or not args.should_save:
             return
         step, clock, waited = self._mark

@@ -68,14 +68,7 @@ class StopWhenNotFinite(TrainerCallback):
         elif late is not None and bool(late):
             self._stop(state.global_step - 1, 1, late)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and not math.isfinite(logs.get("loss", 0.0)):  # the mean of all ranks
             self._stop(state.global_step, 0, torch.tensor(True))
 

@@ -47,6 +47,6 @@ def test_vllm_is_named_for_the_adapters_that_it_takes(tmp_path: Path, lora: dict
     (tmp_path / "r.yaml").write_text(json.dumps({"name": "toy", "model": {"id": "me/base"}, "stages": [stage]}))
     recipe = load_recipe(tmp_path / "r.yaml")
     command = vllm_command(Usage("me/toy", "adapter", "s", base="me/base"), recipe)
-    assert command == ("vllm serve me/base --enable-lora --lora-modules toy=me/toy" if served else "")
+    assert command == ("vllm serve me/base --max-lora-rank 8 --enable-lora --lora-modules toy=me/toy" if served else "")
     branch = vllm_command(Usage("me/toy", "adapter", "s", base="me/base", revision="dev"), recipe)
     assert not branch, "it takes adapters of main"

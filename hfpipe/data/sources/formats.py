@@ -340,13 +340,13 @@ def _selected(rows: Rows, features: Features, source: Source, taken: dict[str, s
         if changed := {column: name for name, column in taken.items() if column != name}:
             rows = rows.rename_columns(changed)
     rows = _with_features(rows, [*taken, *built])
-    return _with_numbers(rows, source) if "label" in taken else rows
+    return _with_numbers(rows) if "label" in taken else rows
 
 
 LABELS_LOOKED_AT = 1_000  # of a stream
 
 
-def _with_numbers(rows: Rows, source: Source) -> Rows:
+def _with_numbers(rows: Rows) -> Rows:
     """Labels that are written as numbers, some with a point, as numbers: a regression learns them."""
     feature = (rows.features or {}).get("label")
     if not (isinstance(feature, Value) and feature.dtype in TEXT_TYPES):

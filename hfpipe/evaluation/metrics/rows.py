@@ -16,12 +16,11 @@ import evaluate
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from hfpipe.scores.scorecard import Paired
+from hfpipe.scores.scorecard import Paired, Z
 
 SAMPLES = 1000  # of the bootstrap
 EXCHANGES = 9_999  # of the test
 EXACT_ROWS = 13  # with at most so many changed rows every exchange is tried: 8,192
-Z = 1.96  # 95 % of a normal distribution
 
 Interval = tuple[float | None, float | None, float | None]  # standard error, lower and upper end of the 95 % interval
 

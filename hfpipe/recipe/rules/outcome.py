@@ -13,7 +13,7 @@ from hfpipe.core.secrets import has_secret, own_tokens
 from hfpipe.core.upstream import countries
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, listed
 from hfpipe.recipe.metric_table import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
-from hfpipe.recipe.push_plan import _ONLY_OF, NEEDS_AN_ADAPTER
+from hfpipe.recipe.push_plan import NEEDS_AN_ADAPTER, ONLY_OF
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 from hfpipe.recipe.rules.adapters import adapter_of
 
@@ -200,11 +200,11 @@ def _check_refs(push: dict[str, Any], stages: list[str]) -> Iterator[Fault]:
 
 def _check_places(push: dict[str, Any], what: Any) -> Iterator[Fault]:
     """A repository holds one model, and a word for one has an effect."""
-    for key, kinds in _ONLY_OF.items():
+    for key, kinds in ONLY_OF.items():
         if push.get(key) is not None and what not in kinds:
             text = f"has an effect with `what: {' or '.join(kinds)}` only. Remove it, or write that."
             yield Fault(("push", key), text)
-    names = {key: name for key in ("repo_id", *_ONLY_OF) if (name := text_of(push.get(key))) is not None}
+    names = {key: name for key in ("repo_id", *ONLY_OF) if (name := text_of(push.get(key))) is not None}
     if what == "both" and "repo_id" in names:
         names.setdefault("merged_repo_id", f"{names['repo_id']}-merged")
     places: dict[str, str] = {}
