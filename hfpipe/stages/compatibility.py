@@ -59,7 +59,7 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
     for stage in recipe.stages:
         require_positions(stage, model)
         if isinstance(stage, Classification):
-            found = first_labels(recipe, stage, LABELS)
+            found = first_labels(stage, LABELS)
             earlier = heads.get(recipe.parent_of(stage.name)) if stage.parent_adapter == "continue" else None
             heads[stage.name] = head = head_of(stage, found, earlier)
             if stage.training.get("label_smoothing_factor") and head.problem != "single_label_classification":

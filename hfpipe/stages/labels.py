@@ -68,7 +68,7 @@ class Head:
         return f"{self.problem} ({', '.join(self.names) or 'a number'})"
 
 
-def first_labels(recipe: Recipe, stage: Classification, at_most: int) -> Labelled:
+def first_labels(stage: Classification, at_most: int) -> Labelled:
     """Reads the labels of the first rows of each source of a stage.
 
     Raises:
@@ -76,7 +76,7 @@ def first_labels(recipe: Recipe, stage: Classification, at_most: int) -> Labelle
     """
     found = Labelled()
     for source in stage.data:
-        rows, names = plain_labels(_opened(recipe, source), source.path, stage.labels)
+        rows, names = plain_labels(_opened(source), source.path, stage.labels)
         found.declare(names)
         read = Read()
         labels = [row["label"] for row in islice(with_label(rows, source, read), at_most)]
@@ -86,7 +86,7 @@ def first_labels(recipe: Recipe, stage: Classification, at_most: int) -> Labelle
     return _not_empty(stage, found)
 
 
-def _opened(recipe: Recipe, source: Source) -> Rows:
+def _opened(source: Source) -> Rows:
     return load_rows(source, kinds=("classification",))
 
 
@@ -118,7 +118,7 @@ def labelled_tokens(run: StageRun, limit: int) -> tuple[Concatenated, Labelled]:
     assert isinstance(run.stage, Classification)
     found, parts = Labelled(), []
     for source in run.stage.data:
-        rows, names = plain_labels(_opened(run.recipe, source), source.path, run.stage.labels)
+        rows, names = plain_labels(_opened(source), source.path, run.stage.labels)
         found.declare(names)
         part, labels, facts = _tokens_of(run, source, rows, limit)
         parts.append(part)
