@@ -1,10 +1,11 @@
 # `make quickstart`: install and run the whole mission, small.  `make test`: install and pass the tests.
 PYTHON ?= python3.11
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hfpipe-installed
 
-.PHONY: install quickstart test-fast test test-all lint docs clean
+.PHONY: install quickstart test-fast test test-all test-oldest lint docs clean
 
 install: $(STAMP)
 
@@ -34,10 +35,18 @@ test-all: install  # what CI runs
 docs: install  # the references that are made from the code
 	$(BIN)/python docs/make_references.py
 
+# The lowest versions that pyproject.toml allows, torch aside, in a venv of their own.
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) $(FAST)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

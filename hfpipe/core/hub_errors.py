@@ -237,8 +237,9 @@ def not_readable(error: BaseException, thing: str, missing: type[UserError]) -> 
         )
     if known := trouble(error):
         return Unreachable(f"{thing}: {known} {CACHED}", known.rstrip("."))
-    if status_of(error) in (401, 403):
-        return MachineError(f"{thing}: the Hub refuses it ({_first_line(error).rstrip('.')}). Please {LOGIN}.")
+    if (status := status_of(error)) in (401, 403):
+        reason = told(error)
+        return MachineError(f"{thing}: the Hub refuses it ({status}{reason and f': {reason}'}). Please {LOGIN}.")
     return None
 
 

@@ -122,7 +122,7 @@ except UserError as error:
     ("path", "status", "env", "code", "says"),
     [
         ("team/rows", 401, {}, 4, "hf auth login"),
-        ("team/rows", 403, {}, 4, "cannot be reached"),
+        ("team/rows", 403, {}, 4, "the Hub refuses it (403"),
         ("team/gated", 401, {}, 4, "is gated"),
         ("team/rows", None, {"HF_HUB_OFFLINE": "1"}, 4, "HF_HUB_OFFLINE is set"),
         (
