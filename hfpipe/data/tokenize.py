@@ -18,7 +18,7 @@ from hfpipe.data.text_tokens import IGNORED, Text, TextTokenizer, TokenRows, unt
 from hfpipe.recipe import Sft, Source
 from hfpipe.recipe.row_formats import COMPLETION_TURNS
 
-__all__ = ["IGNORED", "Encoded", "RowTokenizer", "TokenRows", "encode", "encode_for_training"]
+__all__ = ["IGNORED", "Encoded", "RowTokenizer", "TokenRows", "encode"]
 
 TrainOn = Literal["assistant", "last", "completion", "all"]
 TooLong = Literal["cut", "split", "drop"]
@@ -118,21 +118,6 @@ def _bytes_of(text: str, spans: np.ndarray, scored: np.ndarray) -> int:
     # unscored one.
     first = max(spans[where[0], 0], spans[where[0] - 1, 1] if where[0] else 0)
     return len(text[first : spans[where[-1], 1]].encode("utf-8", "surrogatepass"))
-
-
-def encode_for_training(
-    rows: Sequence[dict[str, Any]],
-    tokenizer: Any,
-    *,
-    max_length: int | None,
-    train_on: TrainOn | None = None,
-    completion_only: bool | None = None,
-    assistant_only: bool = False,
-    too_long: TooLong = "cut",
-) -> list[dict[str, list[int]]]:
-    """Returns `{"input_ids": [L], "labels": [L]}` of each row that has a token to train on; see `RowTokenizer`."""
-    made = RowTokenizer(tokenizer, max_length, train_on, completion_only, assistant_only, too_long)
-    return list(made.encode(rows))
 
 
 def sft_tokenizer(stage: Sft, tokenizer: Any, max_length: int | None, source: Source) -> RowTokenizer:

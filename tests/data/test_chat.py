@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import tokenizer_families
 import trl
+from encoding import encode_for_training
 from jinja2 import TemplateError
 
 from hfpipe.core.errors import DataError
-from hfpipe.data.tokenize import IGNORED, encode_for_training
+from hfpipe.data.tokenize import IGNORED
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
 PARTS = ("idefics3", "llava_next", "smolvlm")  # templates that take parts of a content alone

@@ -9,11 +9,11 @@ import pytest
 import tiny
 import trl
 from datasets import Dataset, load_dataset
+from encoding import encode_for_training
 from trl import SFTConfig, SFTTrainer
 
 from hfpipe.cli import main
 from hfpipe.data.sources.load import load_rows
-from hfpipe.data.tokenize import encode_for_training
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.recipe import Source
 

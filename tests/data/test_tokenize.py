@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import tokenizer_families
 from datasets import Dataset
+from encoding import encode_for_training
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from hfpipe.data.tokenize import IGNORED, encode, encode_for_training
+from hfpipe.data.tokenize import IGNORED, encode
 
 PAIRS = [
     ("The fox said", " yelp"),

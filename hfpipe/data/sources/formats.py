@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Json, Value
 
@@ -96,7 +96,7 @@ def to_format(rows: Rows, features: Features, source: Source, allowed: tuple[Kin
     """
     rows, features = _with_inner_columns(rows, features, source)
     renamed, templates = _named(features, source)
-    taken = _taken_for(rows, features, source, renamed, templates, allowed)
+    taken = _taken_for(rows, _Asked(features, source, renamed, templates, allowed))
     format, columns = taken.format, dict(taken.columns)
     if format.name in CONVERTERS and not templates and (format.becomes or _has_odd_turns(features, columns)):
         return converted(rows, features, format, columns), taken
@@ -137,19 +137,23 @@ def _named(features: Features, source: Source) -> tuple[dict[str, str], dict[str
     return renamed, templates
 
 
-def _taken_for(
-    rows: Rows,
-    features: Features,
-    source: Source,
-    renamed: dict[str, str],
-    templates: dict[str, Form],
-    allowed: tuple[Kind, ...],
-) -> Taken:
+class _Asked(NamedTuple):
+    """Columns of a source and what its recipe says of them; see `to_format` and `_named`."""
+
+    features: Features
+    source: Source
+    renamed: dict[str, str]
+    templates: dict[str, Form]
+    allowed: tuple[Kind, ...]
+
+
+def _taken_for(rows: Rows, asked_for: _Asked) -> Taken:
     """The format that a source is taken for; see `to_format`."""
+    features, source, renamed, templates, allowed = asked_for
     turns = _Turns(rows, features)
     named = {*renamed, *templates} - {"id"}
     if source.format is not None:
-        return _as_said(ROW_FORMATS[source.format], features, source, renamed, templates, allowed)
+        return _as_said(ROW_FORMATS[source.format], asked_for)
     asked = [one for one in ENDS.values() if named & {*one.all_columns}]  # what the recipe names comes first
     fitting: dict[str, dict[str, str]] = {}
     for one in asked or ROW_FORMATS.values():
@@ -176,15 +180,9 @@ def _taken_for(
     return Taken(ROW_FORMATS[name], fitting[name], why)
 
 
-def _as_said(
-    format: RowFormat,
-    features: Features,
-    source: Source,
-    renamed: dict[str, str],
-    templates: dict[str, Form],
-    allowed: tuple[Kind, ...],
-) -> Taken:
+def _as_said(format: RowFormat, asked_for: _Asked) -> Taken:
     """The format that `format:` of the recipe names."""
+    features, source, renamed, templates, allowed = asked_for
     end = format.becomes or format.name
     if end not in allowed:
         fits = [name for name, one in ROW_FORMATS.items() if (one.becomes or name) in allowed]
