@@ -15,11 +15,11 @@ from hfpipe.evaluation.generation import MOST_GENERATED, as_decoded, decode, sto
 from hfpipe.evaluation.likelihood import Likelihood, by_length
 from hfpipe.model.seq2seq import (
     Pair,
-    _encode,
-    _padded,
     decoder_input,
     encode_pairs,
+    encode_texts,
     most_tokens,
+    padded,
     set_languages,
     target_marks,
 )
@@ -92,9 +92,9 @@ def target_likelihoods(model: Any, pairs: Sequence[Pair], pad_token_id: int, bat
     found = [Likelihood(0.0, True)] * len(pairs)
     for indices in by_length([len(pair.input_ids) + len(pair.labels) for pair in pairs], batch_size):
         rows = [pairs[index] for index in indices]
-        ids, mask = _padded([row.input_ids for row in rows], pad_token_id)
-        labels, _ = _padded([row.labels for row in rows], IGNORED)
-        where, _ = _padded([row.scored.astype(int).tolist() for row in rows], 0)
+        ids, mask = padded([row.input_ids for row in rows], pad_token_id)
+        labels, _ = padded([row.labels for row in rows], IGNORED)
+        where, _ = padded([row.scored.astype(int).tolist() for row in rows], 0)
         ids, mask, labels, where = (tensor.to(model.device) for tensor in (ids, mask, labels, where.bool()))
         shifted = decoder_input(model, labels)
         logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
@@ -141,11 +141,11 @@ def generate_targets(
         settings["forced_bos_token_id"] = before[0]
     elif len(behind) > 1:  # mBART's first tokenizer: `text </s> de_DE`, turned round to begin the decoder
         settings["decoder_start_token_id"] = behind[1]
-    encoded, _ = _encode(tokenizer, "text", sources, max_length)
+    encoded, _ = encode_texts(tokenizer, "text", sources, max_length)
     encoded = [ids or [behind[0]] for ids in encoded]
     answers = [""] * len(sources)
     for indices in by_length([len(ids) for ids in encoded], batch_size):
-        ids, mask = _padded([encoded[index] for index in indices], tokenizer.pad_token_id)
+        ids, mask = padded([encoded[index] for index in indices], tokenizer.pad_token_id)
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         output = model.generate(**inputs, **{**settings, **options})
         for index, said in zip(indices, output.tolist(), strict=True):

@@ -109,7 +109,7 @@ class _Trace(TorchDispatchMode):
         self._sizes, self.largest = [0, 0], [0, 0]  # live bytes in blocks below HEAP and from it on, and their maxima
         # What is there already is counted elsewhere, and a transposed weight is no tensor of its own.
         known = [*model.parameters(), *model.buffers()]
-        self._storages = {tensor.untyped_storage()._cdata: (0, "weights") for tensor in known}
+        self._storages = {id(tensor.untyped_storage()): (0, "weights") for tensor in known}
         self.part = "activations"  # of what is made next
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +132,7 @@ class _Trace(TorchDispatchMode):
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # torch keeps the object for as long as the storage lives
         if key in self._storages:
             return
         size = storage.nbytes()
@@ -156,7 +156,7 @@ class _Trace(TorchDispatchMode):
         """Counts the gradient of a weight as one, from now on; a hook of the weight."""
         if weight.grad is None:
             return
-        key = weight.grad.untyped_storage()._cdata
+        key = id(weight.grad.untyped_storage())
         size, part = self._storages[key]
         self._storages[key] = (size, "gradients")
         self.live[part] -= size

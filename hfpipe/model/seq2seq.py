@@ -90,8 +90,8 @@ def encode_pairs(
         max_target_length: Tokens to keep of a target, its marks included.
     """
     before, behind = target_marks(tokenizer)
-    inputs, cut = _encode(tokenizer, "text", sources, max_length)
-    labels, target_cut = _encode(tokenizer, "text_target", targets, max_target_length)
+    inputs, cut = encode_texts(tokenizer, "text", sources, max_length)
+    labels, target_cut = encode_texts(tokenizer, "text_target", targets, max_target_length)
     pairs = []
     for ids, said, too_long, target_too_long in zip(inputs, labels, cut, target_cut, strict=True):
         if behind[0] not in said:  # a tokenizer that does not end a text
@@ -102,7 +102,7 @@ def encode_pairs(
     return pairs
 
 
-def _encode(tokenizer: Any, word: str, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
+def encode_texts(tokenizer: Any, word: str, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
     """Tokens of texts, and which of them were cut; only those are tokenized again, to have their marks."""
     ids = tokenizer(**{word: list(texts)}, return_attention_mask=False)["input_ids"]
     too_long = [len(row) > limit for row in ids]
@@ -132,7 +132,7 @@ def decoder_input(model: Any, labels: torch.Tensor) -> torch.Tensor:
     return shifted.masked_fill(shifted == IGNORED, inner.config.pad_token_id)
 
 
-def _padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows as one tensor (B, L), filled on the right, and a mask of what is not filler."""
     longest = max(map(len, rows))
     padded = torch.full((len(rows), longest), filler)
