@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hfpipe.core import ranks, signals
 from hfpipe.core.files import fault_in, hashes_of, load_json, write_json, write_text
+from hfpipe.core.run_layout import EDITABLE
 from hfpipe.data.dataloader import BatchLoader
 
 MANIFEST = "manifest.json"
@@ -52,7 +53,7 @@ def fault_of(folder: Path, versions: Collection[str]) -> str | None:
         return "its manifest cannot be read"
     if stage not in versions:
         return "it belongs to another version of this stage"
-    return fault_in(folder, files)
+    return fault_in(folder, files, EDITABLE)
 
 
 def step_of(checkpoint: Path) -> int:
