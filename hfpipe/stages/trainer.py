@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,13 +169,7 @@ def train(
     """
     original = original_state(trainer.model) if run.stage.adapter is not None else {}
     _keep_every_layer(trainer.model)
-    versions = {run.hash, run.trajectory}
-    checkpoint, passed_over = ranks.on_main(lambda: newest_whole(run.folder, versions, trainer.args.max_steps))
-    for line in passed_over:
-        ranks.say(f"  {line}")
-    if checkpoint:
-        loader.source.load_state_dict(load_json(checkpoint / DATA_STATE))
-        ranks.say(f"  continuing from {checkpoint.name}")
+    checkpoint = _taken_up(run, loader, trainer.args.max_steps)
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)
     keep = run.stage.training.get("save_total_limit", 2)
@@ -211,6 +206,18 @@ def train(
         "last_loss": losses[-1] if losses else None,
         "data": loader.source.report(),
     }
+
+
+def _taken_up(run: StageRun, loader: BatchLoader, last_step: int) -> Path | None:
+    """Takes up the position of the newest whole checkpoint, and returns its folder; None at the start of a stage."""
+    versions = {run.hash, run.trajectory}
+    checkpoint, passed_over = ranks.on_main(lambda: newest_whole(run.folder, versions, last_step))
+    for line in passed_over:
+        ranks.say(f"  {line}")
+    if checkpoint:
+        loader.source.load_state_dict(load_json(checkpoint / DATA_STATE))
+        ranks.say(f"  continuing from {checkpoint.name}")
+    return checkpoint
 
 
 class _Rehearsal(TrainerCallback):
