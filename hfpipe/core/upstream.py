@@ -24,7 +24,7 @@ TRIED = {  # the lowest and the highest version
     "datasets": ("5.2.0", "5.2.0"),
     "huggingface_hub": ("2.0.0", "2.4.0"),
     "sacrebleu": ("2.5.0", "2.6.0"),
-    "transformers": ("5.18.0", "5.23.0"),
+    "transformers": ("5.23.0", "5.23.0"),
 }
 
 
