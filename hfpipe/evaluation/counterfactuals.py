@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hfpipe.data.swaps import replaced
 from hfpipe.recipe.row_formats import format_of
 
 Row = dict[str, Any]
@@ -62,21 +62,6 @@ def _fill(text: str, filling: Words) -> str:
     for mark, word in filling.items():
         text = text.replace(mark, word)
     return text
-
-
-def replaced(text: str, words: Words) -> str:
-    """A text with whole words replaced, all at once; a capital at the beginning, or of all letters, is kept."""
-    known = {word.casefold(): other for word, other in words.items()}
-
-    def other(match: re.Match[str]) -> str:
-        found = match[0]
-        new = words.get(found) or known[found.casefold()]
-        if found.isupper() and len(found) > 1:
-            return new.upper()
-        return new[:1].upper() + new[1:] if found[:1].isupper() else new
-
-    either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return re.sub(rf"(?<!\w)(?:{either})(?!\w)", other, text, flags=re.IGNORECASE)
 
 
 def taken_back(answer: Any, swapped: Words) -> Any:

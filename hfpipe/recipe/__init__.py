@@ -16,12 +16,15 @@ from hfpipe.recipe.config import (
 from hfpipe.recipe.dump import dump_recipe, hash_of, shared_recipe
 from hfpipe.recipe.schema import json_schema
 from hfpipe.recipe.stage_config import (
+    Augment,
     Classification,
     EarlyStopping,
     Fold,
+    Keep,
     Pretrain,
     Quantization,
     Replay,
+    SelfReplay,
     Sft,
     Source,
     Stage,
@@ -31,11 +34,13 @@ from hfpipe.recipe.stage_config import (
 from hfpipe.recipe.validate import load_recipe, load_suites
 
 __all__ = [
+    "Augment",
     "Classification",
     "CrossValidation",
     "EarlyStopping",
     "Energy",
     "Fold",
+    "Keep",
     "Merge",
     "Model",
     "Pretrain",
@@ -43,6 +48,7 @@ __all__ = [
     "Quantization",
     "Recipe",
     "Replay",
+    "SelfReplay",
     "Sft",
     "Shift",
     "Source",

@@ -71,6 +71,19 @@ Share = Annotated[
 ]
 
 
+def _auto(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"found the text '{value}'; allowed is a whole number, or auto.")
+    return None if value == "auto" else value
+
+
+AutoCount = Annotated[
+    int | None,
+    BeforeValidator(_auto),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "exclusiveMinimum": 0}]}),
+]
+
+
 class Words(BaseModel):
     """A closed block: an unknown key is a fault, and so is a value of another type ("8" is not 8)."""
 
@@ -107,6 +120,21 @@ class Deduplicate(Words):
     """The likeness at which two documents count as one."""
 
     near: Share = Field(0.8, ge=0.5, lt=1, description="least Jaccard similarity of their word 5-grams")
+
+
+class Augment(Words):
+    """Swaps words of a source's rows, so that what is said of one group is said of the other too."""
+
+    swap: Annotated[
+        Annotated[Literal["gender", "names"], Tag(WORD)] | Annotated[list[list[str]], Tag(LIST)],
+        Discriminator(list_or_word),
+    ] = Field(
+        description="what is swapped: gender (English and Chinese), names (between two groups, English), or lists of "
+        "words each of which becomes the next, e.g. [[Christian, Muslim]]"
+    )
+    how: Literal["join", "exchange"] = Field(
+        "join", description="a row with such a word is joined by its swapped form, or half of them exchanged for it"
+    )
 
 
 class Source(Words):
@@ -153,6 +181,9 @@ class Source(Words):
         ]
         | None
     ) = Field(None, description="rows that say the same (exact), or nearly the same (near), are trained on once")
+    augment: Augment | None = Field(
+        None, description="rows with listed words, such as he and she, are joined by their form with the words swapped"
+    )
     decontaminate: bool = Field(False, description="leave out rows that overlap a suite by 13-word sequences")
 
     @property
@@ -206,6 +237,51 @@ class Replay(Words):
     share: Share = Field(gt=0, lt=1, description="share of the tokens (pretrain) or of the rows (sft) of this stage")
 
 
+class SelfReplay(Words):
+    """Mixes texts into a stage that its parent made of itself, from nothing but the beginning of a text.
+
+    Source: Context-Free Synthetic Data Mitigates Forgetting (https://arxiv.org/abs/2505.13811).
+    """
+
+    from_: Literal["self"] = Field("self", alias="from", description="who made the texts: the stage's parent")
+    share: Share = Field(0.125, gt=0, lt=1, description="share of the stage's trained tokens")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of the sampling; 1 is what the parent is")
+    rows: AutoCount = Field(
+        None, gt=0, description="texts that are made; auto: enough for the share without repeats, and at most 2,048"
+    )
+
+
+class KeepKl(Words):
+    """Holds a stage near its parent by the Kullback-Leibler divergence from the parent's predictions."""
+
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="of the mean divergence, beside the mean loss of the stage's data"
+    )
+    on: Literal["replay"] = Field("replay", description="where it is measured: on the parent's own texts")
+
+
+class KeepL2(Words):
+    """Holds the weights of a stage near those of its parent.
+
+    Source: Li et al. 2018, https://arxiv.org/abs/1802.01483 (L2-SP).
+    """
+
+    weight: float = Field(gt=0, allow_inf_nan=False, description="of half the squared distance, added to the loss")
+
+
+class Keep(Words):
+    """How a stage keeps what its parent can do."""
+
+    replay: SelfReplay | None = Field(None, description="mix in texts that the parent made of itself")
+    kl: KeepKl | None = Field(None, description="learn from the parent's predictions there, not from the tokens")
+    l2: KeepL2 | None = Field(None, description="draw the weights to the parent's")
+
+    @classmethod
+    def good(cls) -> Keep:
+        """Returns what `keep: self` stands for."""
+        return cls.model_validate({"replay": {}})
+
+
 class EarlyStopping(Words):
     """Keeps the checkpoint that scores best on a suite, and stops when the score no longer improves."""
 
@@ -214,6 +290,16 @@ class EarlyStopping(Words):
     patience: int | None = Field(
         3, gt=0, description="evaluations without a better score that end the stage; null: it is trained to its end"
     )
+
+
+KeepWord = Annotated[
+    Annotated[
+        Annotated[Literal["self"], Tag(WORD)] | Annotated[Keep, Tag(BLOCK)],
+        Discriminator(word_or_block),
+    ]
+    | None,
+    Field(description="how the stage keeps what its parent can do; `self`: it replays texts that the parent made"),
+]
 
 
 class StageBase(Words):
@@ -258,6 +344,12 @@ class StageBase(Words):
         return {"type": "lora", **self.lora} if self.lora is not None else self.peft
 
     @property
+    def kept(self) -> Keep:
+        """How the stage keeps what its parent can do, as a block; an empty one where it does nothing for it."""
+        keep = getattr(self, "keep", None)
+        return Keep.good() if keep == "self" else keep or Keep.model_validate({})
+
+    @property
     def task(self) -> str:
         """The task of the model that the stage leaves: `causal`, `masked` or `classification`."""
         return "causal"
@@ -297,6 +389,7 @@ class Pretrain(StageBase):
         "repeat", description="a source that is read to its end begins anew, or the others go on without it"
     )
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
+    keep: KeepWord = None
 
     @property
     def task(self) -> str:
@@ -318,6 +411,7 @@ class Sft(StageBase):
         "cut", description="what becomes of a row beyond training.max_length: it loses its end, goes on, or is left out"
     )
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
+    keep: KeepWord = None
 
 
 class Classification(StageBase):

@@ -41,11 +41,16 @@ from hfpipe.recipe.stage_config import (
     LIST,
     TURNS,
     WORD,
+    Augment,
     Deduplicate,
     EarlyStopping,
     Fold,
+    Keep,
+    KeepKl,
+    KeepL2,
     Quantization,
     Replay,
+    SelfReplay,
     Turn,
 )
 
@@ -56,12 +61,16 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "quantization": Quantization,
     "replay": Replay,
     "deduplicate": Deduplicate,
+    "augment": Augment,
     "push": Push,
     "energy": Energy,
     "merge": Merge,
     "shift": Shift,
     "fold": Fold,
     "early_stopping": EarlyStopping,
+    "keep": Keep,
+    "kl": KeepKl,
+    "l2": KeepL2,
     "cross_validation": CrossValidation,
 }
 _TYPES = {
@@ -179,6 +188,8 @@ def _block_at(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> type[
         return Suite
     if "template" in steps[:-1]:
         return Turn
+    if steps[-2:] == ("keep", "replay"):
+        return SelfReplay
     return _BLOCKS.get(steps[-1], top)
 
 
@@ -213,7 +224,8 @@ def _unknown_key(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> st
 
 
 def _near_or_all(key: str, block: type[BaseModel]) -> str:
-    return did_you_mean(key, block.model_fields).strip() or f"The keys are {listed(block.model_fields)}."
+    keys = [field.alias or name for name, field in block.model_fields.items()]
+    return did_you_mean(key, keys).strip() or f"The keys are {listed(keys)}."
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

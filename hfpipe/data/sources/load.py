@@ -26,6 +26,7 @@ from hfpipe.data.sources.line_files import by_byte_range
 from hfpipe.data.sources.parquet import TABLE_ROWS, by_row_group
 from hfpipe.data.sources.row_filter import Where
 from hfpipe.data.sources.sharded_files import stream_range
+from hfpipe.data.swaps import augmented
 from hfpipe.recipe import Fold, Source
 from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.recipe.row_formats import ENDS
@@ -51,7 +52,7 @@ def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Ki
 
     First `skip` and `take` cut the rows by their place, so that two sources which share no place share no row; then
     `where` chooses among them, and `fold` a part of those; then `format`, `columns` and `template` say what the columns
-    mean.
+    mean, and `augment` swaps words in them.
 
     Args:
         source: The source as the recipe gives it.
@@ -72,6 +73,8 @@ def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Ki
             rows, taken = _in_format(_concatenated([rows for rows, _ in parts]), source, kinds)
         else:
             rows, taken = _of_several_kinds(parts, source, kinds)
+        if source.augment is not None:
+            rows = augmented(rows, source.augment)
         return Opened(rows, replace(taken, files=files))
 
 

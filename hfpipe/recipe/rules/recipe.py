@@ -18,6 +18,7 @@ from hfpipe.recipe.rules.adapters import (
     check_dial,
     check_merges,
 )
+from hfpipe.recipe.rules.keep import check_keep
 from hfpipe.recipe.rules.outcome import check_country, check_push, check_repeats, check_secrets
 from hfpipe.recipe.rules.sources import check_cleaning, check_overlap, check_pairs, check_source
 from hfpipe.recipe.rules.training import check_training
@@ -36,6 +37,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_ancestors(stage, stages(data)[:position])
         yield from check_continued(stage, stages(data)[:position])
         yield from _check_weights(stage)
+        yield from check_keep(stage, position == 0, Block((), data).at("model"))
         for source in stage.sources:
             yield from check_source(source)
     yield from _check_architecture(data)
@@ -74,6 +76,9 @@ def _check_suites(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_swap(suite)
         yield from _check_harness(suite)
         yield from check_generation_effect(suite)
+        if suite.source.data.get("augment") is not None:
+            text = "a suite is scored as it is; words are swapped in training data. Remove it (or see `swap`)."
+            yield Fault((*suite.source.steps, "augment"), text)
         if suite.source.data.get("weight") is not None:
             yield Fault(
                 (*suite.source.steps, "weight"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfpipe.recipe.faults import Fault, did_you_mean, dotted, found, listed
-from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites
+from hfpipe.recipe.raw import Block, RawStage, mapping, sequence, stages, suites
 from hfpipe.recipe.row_formats import ROW_FORMATS, SUITE_COLUMNS, TRAINED_COLUMNS
 from hfpipe.recipe.source_files import file_kind
 
@@ -34,6 +34,10 @@ def check_source(source: Block, forms: tuple[tuple[str, ...], ...] = TRAINED_COL
             if value is not None and value not in allowed:
                 text = f"found {found(value)}; allowed with `path: builtin` is one of {listed(allowed)}."
                 yield Fault((*source.steps, key), text + did_you_mean(value, allowed))
+    swap = source.at("augment").data.get("swap")
+    if isinstance(swap, list) and not all(len(sequence(words)) > 1 for words in swap):
+        text = "each list needs two words or more, which take each other's place: [[he, she], [his, her]]."
+        yield Fault((*source.steps, "augment", "swap"), text)
     yield from _check_roles(source, forms)
 
 
