@@ -77,8 +77,12 @@ ENVIRONMENT = {
 RECORD = {"?row": int, "?values": {str: (*NUMBER, MAYBE)}, "?asked": str} | dict.fromkeys(
     ("?likelihood", "?choice", "?generation", "?number"), dict
 )
+KEPT = {"batches": int, "texts": int, "tokens": int, "done": bool, "shown": [str]} | dict.fromkeys(
+    ("ended", "duplicates", "repeats"), NUMBER
+)
 # The shape of each file, and what to do when it is another. `*` stands for any name, as in a shell.
 AGAIN = "Remove the file and run the recipe again: what it holds is worked out anew."
+_MADE_AGAIN = "Remove the folder `keep`, and run the recipe again: its texts are made anew, the same ones."
 SHAPES: dict[str, tuple[Any, str]] = {
     "stages/base/done.json": ({"hash": str, "revision": str, "commit": (str, MAYBE)}, AGAIN),
     "stages/*/done.json": (
@@ -107,7 +111,9 @@ SHAPES: dict[str, tuple[Any, str]] = {
         AGAIN,
     ),
     "stages/*/cost.json": ({"?stage": str, "attempts": [dict], "total": COST}, AGAIN),
-    "stages/*/length.json": ({"hash": str, "lanes": int, "rows": NUMBER}, AGAIN),
+    "stages/*/keep/*.json": (KEPT, _MADE_AGAIN),
+    "stages/*/keep/*.jsonl": ({"ended": bool, "tokens": int, "?text": str, "?messages": list}, _MADE_AGAIN),
+    "stages/*/length.json": ({"hash": str, "?lanes": int, "rows": NUMBER}, AGAIN),
     "stages/*/log.jsonl": ({"step": int, "?loss": NUMBER}, "Remove the file: it is a log, and nothing depends on it."),
     "scorecard.json": ([SCORE], AGAIN),
     "overlap.json": ({"pairs": [OVERLAP]}, AGAIN),

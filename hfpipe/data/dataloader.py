@@ -184,7 +184,7 @@ class ResumableSampler:
         if not self.packed:
             return self.rows[int(examples[0])]
         parts = [self.rows[int(example)] for example in examples]
-        row = {key: np.concatenate([part[key] for part in parts]) for key in ("input_ids", "labels")}
+        row = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         return {**row, "position_ids": np.concatenate([np.arange(len(part["input_ids"])) for part in parts])}
 
     def _padding(self, examples: np.ndarray) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""The mixture that a stage draws from: its own sources by their weights, and the sources of a stage that it replays."""
+"""The mixture that a stage draws from: its own sources, and what it replays of a stage or of its parent's own texts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hfpipe.data.chat import chat_text
@@ -12,6 +14,15 @@ from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.recipe.row_formats import TEXT_KINDS
 
 
+class OwnTexts(Source):
+    """A file of texts that a stage's parent made of itself; see `stages.own_texts`."""
+
+    @property
+    def title(self) -> str:
+        """What it is called where a person reads it."""
+        return f"its parent's own {Path(str(self.passed_through['data_files'])).stem}"
+
+
 @dataclass(frozen=True)
 class Part:
     """A source of a stage.
@@ -19,7 +30,7 @@ class Part:
     Args:
         source: The source.
         share: Of the whole stage; the shares of a stage sum to 1.
-        replayed: Whether it is a source of an earlier stage.
+        replayed: Whether it is a source of an earlier stage, or the parent's own texts.
     """
 
     source: Source
@@ -27,18 +38,24 @@ class Part:
     replayed: bool
 
 
-def mixture(recipe: Recipe, stage: Stage) -> list[Part]:
+def mixture(recipe: Recipe, stage: Stage, own_texts: Sequence[OwnTexts] = ()) -> list[Part]:
     """The parts of a stage: its own sources, then those that it replays, which stand to each other as in their stage.
 
     What the replayed stage itself replays does not come along.
+
+    Args:
+        recipe: The recipe.
+        stage: The stage.
+        own_texts: What the stage's parent made of itself, where it is made already; the share of it is left free else.
     """
-    replay = getattr(stage, "replay", None)
+    replay, own = getattr(stage, "replay", None), stage.kept.replay
     share = replay.share if replay is not None else 0.0
-    parts = _parts(stage, 1 - share, replayed=False)
+    own_share = own.share if own is not None else 0.0
+    parts = _parts(stage, 1 - share - own_share, replayed=False)
     if replay is not None:
         earlier = next(other for other in recipe.stages if other.name == replay.stage)
         parts += _parts(earlier, share, replayed=True)
-    return parts
+    return parts + [Part(source, own_share / len(own_texts), True) for source in own_texts]
 
 
 def _parts(stage: Stage, share: float, *, replayed: bool) -> list[Part]:

@@ -216,6 +216,17 @@ class TokenStore:
         """Returns the first rows alone."""
         return TokenStore(self.path, rows)
 
+    @property
+    def trained(self) -> int:
+        """Tokens that are trained on, where the columns say it."""
+        count, left = 0, len(self)
+        for block in self._blocks:
+            offsets, runs = block["trained"]
+            runs = runs[offsets[0] : offsets[min(left, len(offsets) - 1)]]
+            count += int((runs[1::2] - runs[::2]).sum())
+            left = max(0, left - len(offsets) + 1)
+        return count
+
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         """Returns the arrays of a row; `labels` are made of `trained` where they are not written."""
         block = int(np.searchsorted(self._begins, number, "right")) - 1
@@ -240,9 +251,9 @@ class TokenStore:
 class Concatenated:
     """Several stores as one sequence of rows."""
 
-    def __init__(self, parts: Sequence[TokenStore]) -> None:
+    def __init__(self, parts: Sequence[TokenStore | Concatenated]) -> None:
         self.parts = parts
-        self.lengths = np.concatenate([part.lengths for part in parts])
+        self.lengths: np.ndarray = np.concatenate([part.lengths for part in parts])
         self._begins = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
@@ -251,6 +262,11 @@ class Concatenated:
     def longest(self, column: str) -> int:
         """Returns the tokens of the longest list of a column."""
         return max(part.longest(column) for part in self.parts)
+
+    @property
+    def trained(self) -> int:
+        """Tokens that are trained on."""
+        return sum(part.trained for part in self.parts)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         part = int(np.searchsorted(self._begins, number, "right")) - 1

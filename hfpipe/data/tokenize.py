@@ -6,7 +6,7 @@ meet it, and is tokenized as a whole; the places of its tokens in the text tell 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -120,7 +120,9 @@ def _bytes_of(text: str, spans: np.ndarray, scored: np.ndarray) -> int:
     return len(text[first : spans[where[-1], 1]].encode("utf-8", "surrogatepass"))
 
 
-def sft_tokenizer(stage: Sft, tokenizer: Any, max_length: int | None, source: Source) -> RowTokenizer:
+def sft_tokenizer(
+    stage: Sft, tokenizer: Any, max_length: int | None, source: Source, unended: Collection[str] = ()
+) -> RowTokenizer:
     """Returns what tokenizes the rows of an sft stage; all of a text that it replays is trained on.
 
     Args:
@@ -128,6 +130,7 @@ def sft_tokenizer(stage: Sft, tokenizer: Any, max_length: int | None, source: So
         tokenizer: The run's tokenizer.
         max_length: Tokens of a row.
         source: Where the rows are from: one of the stage's own, or of a stage that it replays.
+        unended: Texts that go on where nobody knows them, so that no EOS follows.
     """
     training = stage.training
     return RowTokenizer(
@@ -138,6 +141,7 @@ def sft_tokenizer(stage: Sft, tokenizer: Any, max_length: int | None, source: So
         training.get("assistant_only_loss", False),
         stage.too_long,
         refuse_texts=any(source is own for own in stage.data),
+        unended=unended,
     )
 
 
@@ -156,6 +160,7 @@ class RowTokenizer:
         assistant_only: TRL's `assistant_only_loss`.
         too_long: What becomes of rows beyond `max_length`: `cut` at its end, `split` into rows, or `drop`.
         refuse_texts: Whether a plain text is refused where `train_on` asks for a part of a row.
+        unended: Texts that no EOS follows.
 
     Raises:
         DataError: The data holds messages and there is no chat template, or not the marks that TRL needs, or the
@@ -171,10 +176,11 @@ class RowTokenizer:
         assistant_only: bool = False,
         too_long: TooLong = "cut",
         refuse_texts: bool = True,
+        unended: Collection[str] = (),
     ) -> None:
         assert train_on in (None, *get_args(TrainOn))
         self._tokenizer, self._max_length, self._too_long = tokenizer, max_length, too_long
-        self._refuse_texts = refuse_texts
+        self._refuse_texts, self._unended = refuse_texts, unended
         self._as_trl = completion_only is not None or assistant_only
         self._train_on, self._whole, self._assistant_only = train_on, completion_only is False, assistant_only
         self._texts = TextTokenizer(tokenizer)
@@ -208,7 +214,7 @@ class RowTokenizer:
         eos = self._tokenizer.eos_token
         prompt = row.get("prompt")
         text = row["text"] if prompt is None else row["completion"]
-        if eos and not text.endswith(eos):
+        if eos and not text.endswith(eos) and text not in self._unended:
             text += eos
         if prompt is None:
             if self._train_on in ("assistant", "last", "completion") and self._refuse_texts:

@@ -30,6 +30,8 @@ from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, r
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, encode_rows, long_rows
 from hfpipe.stages.fit import fitted, require_memory
+from hfpipe.stages.memory import copies_of
+from hfpipe.stages.own_texts import MOST_TEXTS, opening_of
 from hfpipe.stages.trainer import divide_batch
 
 LONG_ROWS = {"cut": "lose their end", "split": "go on in another row", "drop": "are left out"}
@@ -60,7 +62,7 @@ def preflight(recipe: Recipe) -> None:
     for stage, fit in zip(recipe.stages, answers.fits, strict=True):
         if warning := long_rows(stage, model):
             print(f"warning    {warning}")
-        _tell_stage(recipe, stage, tokenizer, answers.samples)
+        _tell_stage(recipe, stage, tokenizer, answers.samples, parameters)
         print(f"memory     {stage.name}: {fit.line()}")
         for line in fitted(recipe, fit)[1] if recipe.fit == "auto" else ():
             print(f"fit        {stage.name}: {line}")
@@ -106,11 +108,13 @@ def _loaded(recipe: Recipe) -> Loaded:
     return Loaded(recipe, tokenizer, added, model, _task(recipe), suites)
 
 
-def _tell_stage(recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[tuple[str, int], Sample]) -> None:
+def _tell_stage(
+    recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[tuple[str, int], Sample], parameters: int
+) -> None:
     """Prints rows, tokens and steps of a stage."""
     per_device, accumulation = divide_batch(stage)
     max_length = stage.training.get("max_length") or 1024
-    tokens_known = 0.0
+    tokens_known = trained_known = 0.0
     rows_known = 0
     for place, source in enumerate(stage.data):
         sample, count = samples[stage.name, place].rows, samples[stage.name, place].count
@@ -118,6 +122,7 @@ def _tell_stage(recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[t
         known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
         rows_known += count or 0
         tokens_known += (count or 0) * facts["tokens"]
+        trained_known += (count or 0) * facts["tokens"] * facts["trained"]
         trained = f", {facts['trained']:.0%} of them trained on" if stage.kind == "sft" else ""
         print(f"data       {stage.name}: {source.title}: {known}; {facts['tokens']:.0f} tokens a row{trained}")
         print(f"           {samples[stage.name, place].taken}")
@@ -133,14 +138,48 @@ def _tell_stage(recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[t
         unit = "tokens" if stage.kind == "pretrain" else "rows"
         print(f"replay     {stage.name}: {part.share:.1%} of the {unit} from {part.source.title}")
     global_batch = per_device * accumulation
+    kept = stage.kept.replay
+    left = 1 - sum(part.share for part in replayed) - (kept.share if kept is not None else 0)
     steps = stage.training.get("max_steps", -1)
     if steps <= 0:
         epochs = stage.training.get("num_train_epochs", 1)
         size = rows_known if stage.kind != "pretrain" else tokens_known / max_length
-        steps = math.ceil(size * epochs / (1 - sum(part.share for part in replayed)) / global_batch)
+        steps = math.ceil(size * epochs / left / global_batch)
+    if kept is not None:
+        whole = steps * global_batch * max_length if stage.kind == "pretrain" else trained_known / left
+        _tell_kept(recipe, stage, tokenizer, whole * kept.share)
+    _tell_near(recipe, stage, parameters)
     print(
         f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"
     )
+
+
+def _tell_kept(recipe: Recipe, stage: Stage, tokenizer: Any, tokens: float) -> None:
+    """Prints what a stage's parent has to make of itself, before the stage is trained."""
+    kept = stage.kept.replay
+    assert kept is not None
+    chat = "texts and chats" if opening_of(recipe, stage, tokenizer) else "texts"
+    parent = recipe.parent_of(stage.name)
+    if kept.rows is not None:
+        size = f"{kept.rows:,} of them"
+    else:
+        size = f"about {tokens:,.0f} tokens, at most {MOST_TEXTS:,} of them" if tokens else f"{MOST_TEXTS:,} of them"
+    told = f"{kept.share:.1%} of the trained tokens from {chat} that {parent} makes of itself first"
+    print(f"keep       {stage.name}: {told}: {size}")
+
+
+def _tell_near(recipe: Recipe, stage: Stage, parameters: int) -> None:
+    """Prints what holding a stage near its parent takes."""
+    if stage.kept.kl is None and stage.kept.l2 is None:
+        return
+    copies = copies_of(recipe, stage)
+    takes = "the parent is the model with its adapter off, so there is no second one"
+    if copies:
+        size = parameters * sum(dtype.itemsize for dtype in copies)
+        many = f"{len(copies)} frozen copies" if len(copies) > 1 else "a frozen copy"
+        takes = f"{many} of the parent, {size / GIB:.2f} GiB (counted in memory below)"
+    held = " and ".join(word for word in ("kl", "l2") if getattr(stage.kept, word) is not None)
+    print(f"keep       {stage.name}: {held}: {takes}")
 
 
 def _facts_of(

@@ -16,6 +16,7 @@ from hfpipe.scores.wording import between, number, percent
 
 MOST_CLASSES = 30  # of a confusion matrix that a person still reads
 LONGEST_NAME = 40
+LONGEST_TEXT = 300  # characters of a text that is shown
 
 _BLODGETT = "Blodgett et al. (2021, aclanthology.org/2021.acl-long.81)"
 _CROWS = (
@@ -49,6 +50,7 @@ def detail_sections(folder: Path, recipe: Recipe) -> list[Section | None]:
     """The sections of a run folder, None for each that the run has no file for."""
     return [
         _data_section(folder, recipe),
+        _kept_section(folder, recipe),
         _selection_section(folder, recipe),
         *_confusion_sections(folder, recipe),
         limits_section(recipe),
@@ -76,6 +78,29 @@ def _data_section(folder: Path, recipe: Recipe) -> Section | None:
     counted = map(Number, ("rows read", "documents trained on", "epochs", "share of tokens"))
     head = ["source", "stage", *counted, "left out", "cut or mended", "removed"]
     return Section("Data", Table(head, rows), waste) if rows else None
+
+
+def _kept_section(folder: Path, recipe: Recipe) -> Section | None:
+    """The texts that each stage's parent made of itself, and some of them to read."""
+    rows, notes = [], []
+    for stage in recipe.stages:
+        for name in ("texts", "chats"):
+            if not (facts := read_json(folder / "stages" / stage.name / "keep" / f"{name}.json")).get("texts"):
+                continue
+            shares = [percent(facts[key]) for key in ("duplicates", "repeats", "ended")]
+            rows.append([stage.name, name, f"{facts['texts']:,}", f"{facts['tokens']:,}", *shares])
+            for text in facts["shown"]:
+                shown = " ".join(text.split())
+                cut = f"{shown[:LONGEST_TEXT]}…" if len(shown) > LONGEST_TEXT else shown
+                notes.append(f"{stage.name}, one of the {name}: {cut}")
+    note = (
+        "Made by the stage's parent from the beginning of a text alone (arXiv 2505.13811), and mixed in so that what "
+        "it can do stays. Repeats are the 4-word sequences that stand in the same text before; a text that did not end "
+        "was cut when it was long enough."
+    )
+    counted = map(Number, ("texts", "tokens", "duplicates", "repeats", "ended"))
+    head = ["stage", "kind", *counted]
+    return Section("The parent's own texts", Table(head, rows), [note, *notes]) if rows else None
 
 
 def _tallied(facts: Mapping[str, Any], kind: str) -> str:

@@ -56,6 +56,7 @@ class Setting:
         vocabulary: Rows that the embeddings grow to; None.
         packed: Whether several examples of `sft` share a row, which takes a mask.
         plain_loss: Whether a causal model's loss is plain cross-entropy, without label smoothing or `loss_type`.
+        copies: Dtypes of the copies of the parent's weights that a full stage is held near by.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Setting:
     vocabulary: int | None = None
     packed: bool = False
     plain_loss: bool = True
+    copies: tuple[torch.dtype, ...] = ()
 
     @property
     def has_linear_loss(self) -> bool:
@@ -124,7 +126,16 @@ def setting_of(
         vocabulary=vocabulary,
         packed=kind == "sft" and bool(stage.training.get("packing")),
         plain_loss=not arguments.label_smoothing_factor and getattr(arguments, "loss_type", "nll") == "nll",
+        copies=copies_of(recipe, stage),
     )
+
+
+def copies_of(recipe: Recipe, stage: Stage) -> tuple[torch.dtype, ...]:
+    """Returns the dtypes of the copies of its parent that a stage holds; none where an adapter is switched off."""
+    if stage.adapter is not None:
+        return ()
+    frozen, trained = (weights_dtype(recipe.model, frozen=frozen) for frozen in (True, False))
+    return (*([frozen] if stage.kept.kl else []), *([trained] if stage.kept.l2 else []))
 
 
 def _sharding(stage: Stage) -> str:
@@ -165,6 +176,8 @@ def predict(config: Any, setting: Setting) -> Memory:
         accumulate=setting.accumulation > 1,
         share=MASKED_SHARE if setting.kind == "masked" else 1.0,
     )
+    copies = sum(weight.numel() for weight in trained) * sum(dtype.itemsize for dtype in setting.copies)
+    found = replace(found, weights=found.weights + copies)
     states, host, moment = _optimizer_bytes(setting, trained)
     gradients = sum(weight.nbytes for weight in trained)
     backward = replace(found, optimizer=states)

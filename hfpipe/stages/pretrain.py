@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -33,6 +34,8 @@ from hfpipe.recipe.faults import listed
 from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithLinearLoss
+from hfpipe.stages.nearness import hold_near, mark_own
+from hfpipe.stages.own_texts import LONGEST, own_texts, unended
 from hfpipe.stages.trainer import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
 
 DEFAULT_MAX_LENGTH = 1024
@@ -55,8 +58,13 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks.say(f"  the base has no weights for {listed(new)}, which begin fresh")
     max_length = row_length(run, model, min(context_of(model) or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH))
     per_device, accumulation = divide_batch(stage)
+    global_batch = per_device * accumulation * ranks.ranks()
     epochs = _whole_epochs(stage)
-    parts = mixture(run.recipe, stage)
+    max_steps: int = stage.training.get("max_steps") or 0  # 0: not known yet
+    if not max_steps and not epochs:
+        max_steps = _steps_of_epochs(run, {}, partial(_rows_of_epochs, run, max_length), global_batch)
+    texts = own_texts(run, model, max(max_length, LONGEST), _own_tokens(stage, max_steps, global_batch * max_length))
+    parts = mixture(run.recipe, stage, texts)
     tables = [run.cleaner.tables(documents_of(part, run.tokenizer), part.source) for part in parts]
 
     def cleaned(number: int, rows: IterableDataset, lanes: int) -> list[np.ndarray] | None:
@@ -81,11 +89,11 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks=ranks.ranks(),
         cleaned=cleaned,
         frame=frame,
+        unended=unended(texts),
     )
     for line in stream.notes():
         ranks.say(f"  {line}")
-    global_batch = per_device * accumulation * ranks.ranks()
-    max_steps = stage.training.get("max_steps") or _steps_of_epochs(run, stream, global_batch)
+    max_steps = max_steps or _steps_of_epochs(run, {"lanes": stream.lanes}, stream.length, global_batch)
     arguments = trainer_arguments(run, max_steps, per_device, accumulation)
     model = with_adapter(run, model)
     if not masked:
@@ -96,7 +104,10 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         trainer = _Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     if not masked:
         trainer.use_linear_loss()
+    hold_near(run, trainer, stage.kept.replay.share if stage.kept.replay is not None else 0.0)
     collated = masking.collate if masking else collate
+    if stage.kept.kl is not None:
+        collated = partial(_collate_marked, len(parts) - len(texts))
     loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id, collated=collated)
     facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length, longest=(max_length, 0))
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
@@ -105,6 +116,14 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     if stream.ended and trainer.state.global_step < max_steps:
         ranks.say(_ended_early(trainer.state.global_step, max_steps))
     return facts
+
+
+def _collate_marked(
+    first: int, rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1
+) -> dict[str, torch.Tensor]:
+    """Stacks rows, and marks those of the sources from `first` on, which are the parent's own texts."""
+    marked = [{**row, "own": row["source"] is not None and row["source"] >= first} for row in rows]
+    return mark_own(marked, collate(rows, pad_token_id, multiple))
 
 
 def _waste(found: dict[str, Any]) -> str:
@@ -131,7 +150,8 @@ def _whole_epochs(stage: Pretrain) -> int | None:
     """
     epochs = stage.training.get("num_train_epochs", 1)
     one = len(stage.data) == 1 or stage.exhausted == "stop"
-    if stage.training.get("max_steps") or stage.replay is not None or not one or epochs != int(epochs):
+    replays = stage.replay is not None or stage.kept.replay is not None
+    if stage.training.get("max_steps") or replays or not one or epochs != int(epochs):
         return None
     return int(epochs)
 
@@ -173,17 +193,28 @@ def _require_isolation(model: Any) -> None:
         )
 
 
-def _steps_of_epochs(run: StageRun, stream: TokenStream, global_batch: int) -> int:
+def _own_tokens(stage: Pretrain, max_steps: int, tokens_per_step: int) -> float | None:
+    """Tokens of its parent's own texts that a stage has room for."""
+    block = stage.kept.replay
+    return None if block is None or not max_steps else max_steps * tokens_per_step * block.share
+
+
+def _steps_of_epochs(run: StageRun, key: dict[str, Any], count: Callable[[], float], global_batch: int) -> int:
     """Steps of `num_train_epochs`, for which the data is tokenized once: the schedule has to know where it ends.
 
-    The count is kept in the stage's folder, so that a resume does not repeat it.
+    The rows are kept in the stage's folder, so that a resume does not count them again.
+
+    Args:
+        run: The stage.
+        key: What the count depends on, beside the stage.
+        count: Counts the rows. Every rank calls it.
+        global_batch: Rows of a step.
     """
-    assert isinstance(run.stage, Pretrain)
     path = run.folder / "length.json"
-    key = {"hash": run.hash, "lanes": stream.lanes}
+    key = {"hash": run.hash, **key}
     kept = ranks.from_main(read_json(path))
-    if {name: kept.get(name) for name in key} != key:
-        kept = key | {"rows": stream.length() if _whole_epochs(run.stage) else _rows_of_epochs(run, stream.max_length)}
+    if {name: value for name, value in kept.items() if name != "rows"} != key:
+        kept = key | {"rows": count()}
         if ranks.is_main():
             write_json(path, kept)
     return max(1, math.ceil(kept["rows"] / global_batch))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from trl import SFTTrainer
 
 from hfpipe.core import ranks
 from hfpipe.core.upstream import attention_of
-from hfpipe.data.dataloader import BatchLoader
+from hfpipe.data.dataloader import BatchLoader, collate
 from hfpipe.data.row_order import PackedRows
 from hfpipe.data.stream.packing import isolation_leak
 from hfpipe.model.adapter import TOLERANCE
@@ -18,7 +20,8 @@ from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithLinearLoss
-from hfpipe.stages.sft_rows import sft_length, sft_rows
+from hfpipe.stages.nearness import hold_near, mark_own
+from hfpipe.stages.sft_rows import Marked, sft_length, sft_rows
 from hfpipe.stages.trainer import StageRun, plan_of, train, trainer_arguments, with_adapter
 
 
@@ -32,11 +35,12 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     assert isinstance(stage, Sft)
     model = load_model(run.parent, frozen=stage.adapter is not None)
     length = sft_length(run, model)
-    rows, sources = sft_rows(run, length)
+    rows, sources = sft_rows(run, length, model)
+    own = [part for part, found in zip(rows.parts, sources.values(), strict=True) if found.get("parents_own")]
     lengths = rows.lengths
     packed = _packed(run, model, lengths, length)
     plan = plan_of(stage, len(rows), packed)
-    source = plan.serve(run, rows, lengths)
+    source = plan.serve(run, Marked(rows, sum(map(len, own))) if stage.kept.kl is not None else rows, lengths)
     # What of a row is trained on stands in its labels by now; asked again, SFTTrainer looks for conversations.
     labelled = {"assistant_only_loss": False, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
@@ -54,12 +58,20 @@ def run_sft(run: StageRun) -> dict[str, Any]:
             weight.data = exact[name]
     trainer.use_linear_loss()
     exact.clear()  # it would keep the weights after the trainer has let them go
-    loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, arguments.pad_to_multiple_of or 1)
+    hold_near(run, trainer, sum(part.trained for part in own) / rows.trained)
+    collated = _collate_marked if stage.kept.kl is not None else collate
+    multiple = arguments.pad_to_multiple_of or 1
+    loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, multiple, collated)
     longest = (packed is not None and length) or int(lengths.max())
     facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(longest, 0))
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}
     facts["data"]["sources"] = {name: {**found, **epochs} for name, found in sources.items()}
     return facts
+
+
+def _collate_marked(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """Stacks rows, and marks the tokens of the parent's own texts."""
+    return mark_own(rows, collate(rows, pad_token_id, multiple))
 
 
 def _packed(run: StageRun, model: Any, lengths: np.ndarray, length: int | None) -> PackedRows | None:

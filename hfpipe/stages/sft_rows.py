@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from hfpipe.core import ranks
@@ -20,6 +21,7 @@ from hfpipe.data.tokenize import sft_tokenizer
 from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source
 from hfpipe.recipe.row_formats import TEXT_KINDS
+from hfpipe.stages.own_texts import own_texts, unended
 from hfpipe.stages.trainer import StageRun, row_length, shares_of_rows
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's
@@ -33,19 +35,27 @@ def sft_length(run: StageRun, model: Any) -> int | None:
     return row_length(run, model, DEFAULT_MAX_LENGTH)
 
 
-def sft_rows(run: StageRun, length: int | None) -> tuple[Concatenated, dict[str, dict[str, Any]]]:
-    """Returns the rows of the stage and of those it replays, in a fixed order, and what was read of each source."""
+def sft_rows(run: StageRun, length: int | None, model: Any = None) -> tuple[Concatenated, dict[str, dict[str, Any]]]:
+    """Returns the rows of the stage and of those it replays, in a fixed order, and what was read of each source.
+
+    Args:
+        run: The stage.
+        length: Tokens of a row.
+        model: The stage's parent, which makes its own texts where the stage replays them; None for without them.
+    """
     stage = run.stage
     assert isinstance(stage, Sft)
     read = [_tokens_of(run, source, length) for source in stage.data]
-    parts, facts = [part for part, _ in read], [found for _, found in read]
+    stores, facts = [part for part, _ in read], [found for _, found in read]
     if any(source.weight is not None for source in stage.data):
-        counts = shares_of_rows([len(part) for part in parts], [source.weight or 1.0 for source in stage.data])
-        parts = [part.first(count) for part, count in zip(parts, counts, strict=True)]
+        counts = shares_of_rows([len(part) for part in stores], [source.weight or 1.0 for source in stage.data])
+        stores = [part.first(count) for part, count in zip(stores, counts, strict=True)]
+    parts: list[TokenStore | Concatenated] = [*stores]
     sources = list(stage.data)
     replayed = [part for part in mixture(run.recipe, stage) if part.replayed]
     if replayed:
-        whole = sum(map(len, parts)) / (1 - sum(part.share for part in replayed))  # rows of the stage
+        own = 1 - sum(part.share for part in replayed) - (stage.kept.replay.share if stage.kept.replay else 0)
+        whole = sum(map(len, parts)) / own  # rows of the stage
         for earlier in replayed:
             wanted = math.ceil(whole * earlier.share)
             part, found = _tokens_of(run, earlier.source, length, at_most=wanted)
@@ -54,6 +64,16 @@ def sft_rows(run: StageRun, length: int | None) -> tuple[Concatenated, dict[str,
             parts.append(part)
             facts.append({**found, "replayed": True})
             sources.append(earlier.source)
+    if stage.kept.replay is not None and model is not None:
+        share = stage.kept.replay.share
+        room = share / (1 - share) * sum(part.trained for part in parts)  # tokens
+        texts = own_texts(run, model, length, room)
+        goes_on = unended(texts)
+        for source in texts:
+            part, found = _tokens_of(run, source, length, unended=goes_on)
+            parts.append(_repeated(part, room / len(texts)))
+            facts.append({**found, "replayed": True, "parents_own": True})
+            sources.append(source)
     tokens = [int(part.lengths.sum()) for part in parts]
     for found, given in zip(facts, tokens, strict=True):
         found["token_share"] = round(given / sum(tokens), 4)
@@ -61,8 +81,36 @@ def sft_rows(run: StageRun, length: int | None) -> tuple[Concatenated, dict[str,
     return Concatenated(parts), dict(zip(names, facts, strict=True))
 
 
+class Marked:
+    """Rows with `own` (L,), True in those that the stage's parent made of itself, which come last.
+
+    Args:
+        rows: The rows.
+        own: How many are the parent's own.
+    """
+
+    def __init__(self, rows: Concatenated, own: int) -> None:
+        self._rows, self._first = rows, len(rows) - own
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        row = self._rows[number]
+        return {**row, "own": np.full(len(row["input_ids"]), number >= self._first)}
+
+
+def _repeated(part: TokenStore, tokens: float) -> Concatenated:
+    """Returns the rows of a store as often, and of the last time as many, as make so many trained tokens."""
+    ends = np.cumsum(part.lengths) * (part.trained / part.lengths.sum())
+    times, rest = divmod(tokens, float(ends[-1]))
+    times = int(times)
+    return Concatenated([part] * times + [part.first(int(np.searchsorted(ends, rest)) + 1)])
+
+
 def _tokens_of(
-    run: StageRun, source: Source, length: int | None, at_most: int | None = None
+    run: StageRun,
+    source: Source,
+    length: int | None,
+    at_most: int | None = None,
+    unended: Collection[str] = (),
 ) -> tuple[TokenStore, dict[str, Any]]:
     """Tokenizes a source, or finds its tokens from before; says what was left out of it and what was cut."""
     stage = run.stage
@@ -71,7 +119,7 @@ def _tokens_of(
 
     def make(path: Path) -> dict[str, Any]:
         read, counts = Read(), {"untrained": 0, "long": 0, "tokens": 0, "kept": 0}
-        rows_to_tokens = sft_tokenizer(stage, run.tokenizer, length, source)
+        rows_to_tokens = sft_tokenizer(stage, run.tokenizer, length, source, unended)
         clean = islice(tidy_rows(rows, source, read), at_most)
 
         def blocks() -> Iterator[Columns]:
@@ -100,6 +148,8 @@ def _tokens_of(
     own = any(source is one for one in stage.data)
     words: list[Any] = [stage.train_on, stage.too_long, length, at_most, own, stage.max_dirty_share]
     words += [stage.training.get("completion_only_loss"), stage.training.get("assistant_only_loss")]
+    if unended:
+        words.append(sorted(unended))
     if not isinstance(rows, Dataset):
         words += [run.hash, source.model_dump()]
     store, found, before = made_once(rows, run.tokenizer, words, make, run.folder / "tokens")

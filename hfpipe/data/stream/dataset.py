@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ class TokenStream:
         prefetch: Whether windows are built ahead in background threads.
         cleaned: Judges the rows of a source, given by its number, before it is read in lanes; see `Cleaner.shares`.
         frame: Of rows for a masked model, which carry their number and no positions; None for the next token.
+        unended: Texts that go on where nobody knows them, so that no EOS follows.
 
     Raises:
         RecipeError: `lanes` is not a multiple of `ranks`, or the tokenizer has no EOS.
@@ -88,10 +89,11 @@ class TokenStream:
         prefetch: bool = True,
         cleaned: Callable[[int, IterableDataset, int], list[np.ndarray] | None] | None = None,
         frame: Frame | None = None,
+        unended: Collection[str] = (),
     ) -> None:
         if tokenizer.eos_token_id is None and frame is None:
             raise RecipeError("the tokenizer has no EOS token, which ends each document of a stream; give it one.")
-        self.frame, self._cleaned = frame, cleaned
+        self.frame, self._cleaned, self._unended = frame, cleaned, unended
         self._removed: list[list[np.ndarray] | None] = [None] * len(sources)
         self.sources, self.max_length = list(sources), max_length - (frame.size if frame else 0)  # without the frame
         self.weights = list(weights or [1.0] * len(self.sources))
@@ -169,8 +171,9 @@ class TokenStream:
         """The tokens of documents, one after the other, and of each how many: one call of the Rust tokenizer."""
         words = self.frame is not None and self.frame.words
         tokens, lengths = array("i"), []  # a NumPy array for each document would take twice as long
-        for ids in tokens_of(texts, self._backend, words):
-            ids += self._eos
+        for text, ids in zip(texts, tokens_of(texts, self._backend, words), strict=True):
+            if text not in self._unended:
+                ids += self._eos
             tokens.fromlist(self._bos + ids if self._bos else ids)
             lengths.append(len(self._bos) + len(ids))
         return np.frombuffer(tokens, dtype=np.int32), np.array(lengths)

@@ -1,0 +1,224 @@
+"""What a stage keeps of its parent: by texts of the parent's own, by the divergence there, by distance of weights."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hfpipe.cli import main
+from hfpipe.stages import nearness
+from hfpipe.stages.nearness import OWN, NearParent
+
+STAGES = ("prose", "more", "sounds")
+
+
+def recipe(folder: Path, **changes: Any) -> Path:
+    """Prose, more of it in full by all three words, and a LoRA of sounds; some texts of their own for both."""
+    tiny.write_data(folder)
+    content = tiny.recipe(folder, merge=False)
+    prose, sounds = content["stages"]
+    more = {**prose, "name": "more", "global_batch_size": 8}
+    more["keep"] = {"replay": {"share": "25%", "rows": 150}, "kl": {"weight": 2.0}, "l2": {"weight": 0.01}}
+    sounds["keep"] = {"replay": {"from": "self", "share": 0.3, "temperature": 0.9, "rows": "auto"}, "kl": {}}
+    content["stages"] = [prose, more, sounds]
+    for stage in content["stages"]:
+        stage["training"] = {**stage["training"], **changes.get("training", {})}
+        stage |= changes.get(stage["name"], {})
+    return tiny.write(folder, content)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keep")
+    assert main(["run", str(recipe(folder))]) == 0
+    return folder
+
+
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "run/stages" / stage / "model").glob("*.safetensors")))
+
+
+def texts(folder: Path, stage: str) -> list[dict[str, Any]]:
+    lines = (folder / "run/stages" / stage / "keep/texts.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(one: Path, other: Path, tolerance: float) -> None:
+    for stage in STAGES:
+        first, second = weights(one, stage), weights(other, stage)
+        assert first.keys() == second.keys()
+        for name in first:
+            assert (first[name] - second[name]).abs().max() <= tolerance, f"{stage}: {name}"
+    assert all(texts(one, stage) == texts(other, stage) for stage in STAGES[1:])
+
+
+def test_own_texts_take_their_share_and_are_told(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage, share in (("more", 0.25), ("sounds", 0.3)):
+        done = json.loads((finished / "run/stages" / stage / "done.json").read_text())
+        *_, own = done["data"]["sources"].values()
+        assert own["replayed"]
+        if stage == "more":
+            assert own["token_share"] == pytest.approx(share, abs=0.05)
+        made = texts(finished, stage)
+        assert all(row["text"].strip() and 0 < row["tokens"] <= 128 for row in made)
+    assert len(texts(finished, "more")) == 150
+    page = (finished / "run/report.md").read_text()
+    assert "The parent's own texts" in page
+    assert "| more | texts | 150 |" in page
+    assert texts(finished, "more")[0]["text"].split()[0] in page
+    assert main(["check", str(finished / "tiny.yaml")]) == 0
+    told = capsys.readouterr().out
+    assert "more: 25.0% of the trained tokens from texts that prose makes of itself first: 150 of them" in told
+    assert "more: kl and l2: 2 frozen copies of the parent" in told
+    assert "sounds: kl: the parent is the model with its adapter off" in told
+
+
+def test_own_texts_of_fine_tuning_are_a_share_of_what_is_learned(tmp_path: Path) -> None:
+    """Prompts are long here and completions short."""
+    path = recipe(tmp_path, sounds={"keep": {"replay": {"share": "30%"}}, "replay": {"stage": "prose", "share": "10%"}})
+    content = path.read_text()
+    assert main(["run", str(path)]) == 0, content
+    done = json.loads((tmp_path / "run/stages/sounds/done.json").read_text())
+    own, earlier, made = done["data"]["sources"].values()
+    assert earlier["rows"] / 97 == pytest.approx(0.1 / 0.6, abs=0.02)
+    assert made["token_share"] < 0.3
+    assert done["data"]["rows"] == pytest.approx(97 + earlier["rows"], abs=30)
+    assert own["token_share"] > made["token_share"]
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_killed_while_texts_are_made_and_while_it_trains_it_is_the_same(finished: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    for place in ("more/keep/texts.json", "more/checkpoint-2/manifest.json", "sounds/checkpoint-3/manifest.json"):
+        process = tiny.start("run", str(path))
+        wait_for(tmp_path / "run/stages" / place, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert main(["run", str(path)]) == 0
+    assert_same(finished, tmp_path, 0.0)
+
+
+def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
+    launch = ("accelerate.commands.launch", "--config_file", str(config))
+    process = tiny.start("run", str(recipe(tmp_path)), launch=launch)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert_same(finished, tmp_path, 3e-4)
+
+
+def test_division_of_a_global_batch_does_not_matter(finished: Path, tmp_path: Path) -> None:
+    assert main(["run", str(recipe(tmp_path, training={"per_device_train_batch_size": 1}))]) == 0
+    assert_same(finished, tmp_path, 3e-4)
+
+
+def test_a_stage_that_is_drawn_to_the_weights_of_its_parent_stays_nearer(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    prose = content["stages"][0]
+    keeps = {"free": None, "drawn": {"l2": {"weight": 100.0}}}
+    content["stages"] = [prose, *({**prose, "name": name, "parent": "prose", "keep": keeps[name]} for name in keeps)]
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    start = weights(tmp_path, "prose")
+    moved = {
+        name: sum(float((new - start[key]).square().sum()) for key, new in weights(tmp_path, name).items())
+        for name in keeps
+    }
+    assert 0 < moved["drawn"] < moved["free"] / 2
+
+
+class Loss:
+    """The loss of one micro-batch by NearParent, and by a formula over whole logits."""
+
+    def __init__(self, adapter: bool) -> None:
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=97, **size))
+        self.parent = LlamaForCausalLM(model.config)
+        self.parent.load_state_dict(model.state_dict())
+        if adapter:
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        else:
+            for weight in model.parameters():
+                weight.data += 0.05 * torch.randn_like(weight)
+        self.model = model.train()
+        arguments = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
+        trainer = Trainer(model=model, args=arguments)
+        self.near = NearParent(trainer, None if adapter else self.parent, weight=0.7, share=0.4)
+        self.ids = torch.randint(0, 97, (4, 12))
+        self.labels = self.ids.masked_fill(torch.rand(4, 12) < 0.3, -100)
+        self.own = torch.zeros(4, 12, dtype=torch.bool)
+        self.own[1] = self.own[3, 6:] = True
+
+    def given(self) -> torch.Tensor:
+        inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), "labels": self.labels}
+        return self.near(self.model, {**inputs, OWN: self.own}, num_items_in_batch=torch.tensor(50))
+
+    def plain(self) -> torch.Tensor:
+        with torch.no_grad():
+            parent = self.parent(self.ids).logits[:, :-1].log_softmax(-1)
+        model = self.model(self.ids).logits[:, :-1].log_softmax(-1)
+        learned, own = self.labels[:, 1:] != -100, self.own[:, 1:]
+        tokens = functional.nll_loss(model[learned & ~own], self.labels[:, 1:][learned & ~own], reduction="sum")
+        divergence = (parent.exp() * (parent - model)).sum(-1)[learned & own].sum()
+        return tokens / 50 / 0.6 + 0.7 * divergence / 50 / 0.4
+
+    def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        self.model.zero_grad()
+        loss.backward()
+        return [weight.grad.clone() for weight in self.model.parameters() if weight.grad is not None]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("logits", [2**24, 97 * 3])
+def test_the_divergence_in_chunks_is_that_of_whole_logits(
+    adapter: bool, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearness, "LOGITS", logits)
+    loss = Loss(adapter)
+    torch.testing.assert_close(loss.given(), loss.plain(), atol=1e-5, rtol=1e-5)
+    found, expected = loss.gradients(loss.given()), loss.gradients(loss.plain())
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "keep", "text"),
+    [
+        ({}, {}, "says nothing"),
+        ({}, {"kl": {}}, "the stage has none"),
+        ({}, {"replay": {"form": "self"}}, "Did you mean from?"),
+        ({}, {"replay": {"share": 0.6}, "kl": {"weigth": 1}}, "Did you mean weight?"),
+        ({"replay": {"stage": "prose", "share": "50%"}}, {"replay": {"share": "50%"}}, "nothing is left"),
+        ({"parent": "base"}, "self", "nothing to keep"),
+        ({"lora": {"r": 4}}, {"l2": {"weight": 1}}, "no effect on an adapter"),
+        ({"objective": "masked"}, "self", "masked tokens"),
+        ({"kind": "classification"}, "self", "is a key of a pretrain stage, not of a classification stage"),
+    ],
+)
+def test_what_cannot_be_kept_is_a_fault(
+    tmp_path: Path, stage: dict[str, Any], keep: Any, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False)
+    prose = content["stages"][0]
+    content["stages"] = [prose, {**prose, "name": "more", **stage, "keep": keep}]
+    assert main(["check", "--fast", str(tiny.write(tmp_path, content))]) == 2
+    assert text in capsys.readouterr().err
