@@ -131,7 +131,7 @@ def _forgetting_expected(bits: Sequence[Mapping[str, float]] | None) -> str:
     Data that a classifier tells apart is the rule in fine-tuning. How far training moves the model depends on how much
     of the data the base does not know yet: its bits per byte.
     """
-    cure = "Replay more (`replay:`, or a source of general text), or lower learning_rate."
+    cure = "Keep more (`keep: self`, `replay:`, or a source of general text), or lower learning_rate."
     if bits is None:
         return f" It may be forgotten. {cure}"
     trained, held_out = bits

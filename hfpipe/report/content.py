@@ -13,7 +13,7 @@ from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.details import detail_sections
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told
 from hfpipe.report.plots import loss_curve, score_by_stage
-from hfpipe.report.price import price_sections, price_sentences
+from hfpipe.report.price import next_cure, price_sections, price_sentences
 from hfpipe.report.samples import sample_section
 from hfpipe.report.usage import lines_to_use
 from hfpipe.scores.scorecard import BASE, Score, judge_budget, last_change, of_lineage, read_scorecard, stages_of
@@ -55,8 +55,17 @@ def _about(recipe: Recipe) -> str:
 def how_trained(stage: Any) -> str:
     """Returns `all weights`, or the kind of adapter and the quantization of its base."""
     if stage.adapter is None:
-        return "all weights"
-    return stage.method + (f" on {stage.quantized.type}" if stage.quantized else "")
+        return f"all weights{_kept(stage)}"
+    return stage.method + (f" on {stage.quantized.type}" if stage.quantized else "") + _kept(stage)
+
+
+def _kept(stage: Any) -> str:
+    """Returns how a stage was kept near its parent, in words."""
+    keep = stage.kept
+    near = [] if keep.replay is None else [f"{percent(keep.replay.share)} of it on its parent's own texts"]
+    near += [f"KL to the parent there by {keep.kl.weight:g}"] if keep.kl is not None else []
+    near += [f"L2 to its weights by {keep.l2.weight:g}"] if keep.l2 is not None else []
+    return "".join(f", {how}" for how in near)
 
 
 def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
@@ -81,7 +90,8 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
         own = of_lineage(scores, recipe.lineage(stage))
         judged = {name: judge_budget(own, stage, name, recipe.evaluate[name]) for name in limits}
         if exceeded := [f"{percent(limits[name])} on {name}" for name, budget in judged.items() if budget.over]:
-            over.append(f"{stage} exceeds the budget of {', '.join(exceeded)}.")
+            advice = next_cure(next(one for one in recipe.stages if one.name == stage))
+            over.append(f"{stage} exceeds the budget of {', '.join(exceeded)}. {advice}")
         undecided = [change for budget in judged.values() for change in budget.undecided]
         unsure += [f"{stage}: {change_words(change)}, which is above the budget" for change in undecided]
     if limits:

@@ -9,18 +9,37 @@ from typing import Any
 
 from hfpipe.core.files import read_json
 from hfpipe.core.run_layout import strength_of
-from hfpipe.recipe import Recipe
+from hfpipe.recipe import Recipe, Stage
 from hfpipe.report.layout import Cell, Number, Section, Table
 from hfpipe.report.plots import Placed, dial_plots, tradeoff_plots
 from hfpipe.scores.scorecard import Score, of_lineage, stages_of
 from hfpipe.scores.tradeoff import Comparison, Estimate, Key, compare, kept_keys, kept_suites, point, scales_of
-from hfpipe.scores.wording import loss_words, number, share_words, with_interval
+from hfpipe.scores.wording import loss_words, number, percent, share_words, with_interval
 
 
 def price_sections(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[Section]:
     """Every stage's gain and forgetting, and the finished dials."""
     tradeoff = _tradeoff_section(folder, recipe, scores)
     return [*([tradeoff] if tradeoff else []), *(dial_section(dial) for dial in dials_of(folder, recipe))]
+
+
+def next_cure(stage: Stage) -> str:
+    """Returns what is likely to make a stage forget less, by what it does for that already; see docs/cure.md."""
+    keep = stage.kept
+    if stage.kind not in ("pretrain", "sft") or stage.task == "masked":
+        return "A lower learning_rate or fewer steps forget less."
+    if keep.replay is None:
+        return (
+            f"`keep: self` in {stage.name} is likely to help: a part of what it trains on is then made by its parent, "
+            "so nobody's data is needed. So do an earlier stage's data (`replay:`) and a lower learning_rate."
+        )
+    share = f"a share above {percent(keep.replay.share)}"
+    if keep.kl is None:
+        return f"`kl: {{weight: 1}}` beside `replay` in the `keep` of {stage.name}, or {share}, keeps more."
+    return (
+        f"A `kl` weight above {keep.kl.weight:g} or {share} in the `keep` of {stage.name} keeps more and learns less; "
+        "so does a lower learning_rate."
+    )
 
 
 def price_sentences(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[str]:
