@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.upstream import override
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
@@ -44,7 +45,7 @@ def hold_near(run: StageRun, trainer: Trainer, share: float) -> None:
             )
     if keep.kl is not None:
         parent = None if run.stage.adapter is not None else load_model(run.parent, frozen=True)
-        trainer.compute_loss = NearParent(trainer, parent, keep.kl.weight, share)  # type: ignore[method-assign]
+        override(trainer, compute_loss=NearParent(trainer, parent, keep.kl.weight, share))
     if keep.l2 is not None:
         trainer.add_callback(_DrawnToParent(trainer.model, keep.l2.weight))
 
