@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.recipe.annotations import explain, fits
-from hfpipe.recipe.config import Tokenizer
+from hfpipe.recipe.config import Model, Suite, Tokenizer
 from hfpipe.recipe.faults import Fault, did_you_mean, found_and_allowed
+from hfpipe.recipe.foreign_words import our_word
 from hfpipe.recipe.raw import Block, RawStage, stages, suites
 from hfpipe.recipe.signatures import (
     Field,
@@ -79,9 +80,11 @@ def check_block(
         steps = (*block.steps, key)
         if key not in fields:
             home = next((name for name, of in (elsewhere or {}).items() if key in (of() or {})), None)
-            near = "" if home else did_you_mean(key, fields)
-            belongs = f" It belongs {home}." if home else ""
-            yield Fault(steps, f"unknown key of {owner}.{belongs}{near}")
+            if home:
+                hint = f" It belongs {home}."
+            else:
+                hint = f" Here it is {ours}." if (ours := our_word(key)) else did_you_mean(key, fields)
+            yield Fault(steps, f"unknown key of {owner}.{hint}")
         elif not fits(value, fields[key].kinds, exact=exact):
             yield Fault(steps, explain(value, fields[key].kinds))
 
@@ -113,7 +116,11 @@ def _check_training(stage: RawStage) -> Iterator[Fault]:
     if stage.kind is None:
         return
     fields = stage_fields(stage.kind)
-    elsewhere: dict[str, Callable[[], Fields | None]] = {"below `lora:`": lora_fields}
+    words = KINDS[stage.kind].model_fields
+    elsewhere: dict[str, Callable[[], Fields | None]] = {
+        "below `lora:`": lora_fields,
+        "to the stage, beside `training:`": lambda: {name: Field(name) for name in words},
+    }
     if stage.kind != "sft":
         elsewhere["to kind: sft"] = lambda: training_fields("sft")
     yield from check_block(stage.at("training"), fields, KINDS[stage.kind].ARGUMENTS[1], elsewhere)
@@ -135,7 +142,19 @@ def _check_source(source: Block) -> Iterator[Fault]:
     owner = "`path: builtin`" if path == "builtin" else "a source or of load_dataset"
     if fields is not None:
         own = {name: Field(name) for name in Source.model_fields if name != "columns"}
-        yield from check_block(Block(source.steps, passed), own | fields, owner)
+        yield from check_block(Block(source.steps, passed), own | fields, owner, _beside(source))
+
+
+def _beside(source: Block) -> dict[str, Callable[[], Fields | None]]:
+    """Where a key belongs that stands in a source and is none of its words."""
+    if source.steps[0] == "evaluate":
+        return {"to the suite, beside `data:`": lambda: {name: Field(name) for name in Suite.model_fields}}
+    words = [name for kind in KINDS.values() for name in kind.model_fields]
+    return {
+        "to the stage, beside `data:`": lambda: {name: Field(name) for name in words},
+        "to the stage, below `training:`": lambda: stage_fields("sft"),
+        "below `model:`": lambda: {name: Field(name) for name in Model.model_fields if name != "id"},
+    }
 
 
 def check_config(model: Block, model_type: str | None) -> Iterator[Fault]:

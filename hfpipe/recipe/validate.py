@@ -28,6 +28,7 @@ from hfpipe.recipe.config import (
 )
 from hfpipe.recipe.document import read_document, report
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
+from hfpipe.recipe.foreign_words import our_word
 from hfpipe.recipe.overrides import apply_overrides
 from hfpipe.recipe.passthrough import check_passed_through
 from hfpipe.recipe.raw import kind_of, sequence
@@ -217,13 +218,29 @@ def _unknown_key(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> st
         if elsewhere:
             return f"is a key of a {elsewhere[0]} stage, not of a {kind} stage."
         return f"unknown key of a {kind} stage. {_near_or_all(key, block)}"
-    title = {Recipe: "a recipe", Suites: "a file of suites", Suite: "a suite", Turn: "a turn"}.get(
-        block
-    ) or f"`{steps[-2]}`"
+    titles: dict[type[BaseModel], str] = {
+        Recipe: "a recipe",
+        Suites: "a file of suites",
+        Suite: "a suite",
+        Turn: "a turn",
+    }
+    title = titles.get(block) or f"`{steps[-2]}`"
+    if block is Recipe and (home := _home_in_a_stage(key)):
+        return f"unknown key of {title}. It belongs to a stage, {home}."
     return f"unknown key of {title}. {_near_or_all(key, block)}"
 
 
+def _home_in_a_stage(key: str) -> str | None:
+    """Where in a stage a key of the recipe's top belongs: beside `kind:`, or below one of its blocks."""
+    if any(key in words.model_fields for words in KINDS.values()):
+        return "beside its `kind:`"
+    blocks = {"training": training_fields("sft"), "lora": lora_fields()}
+    return next((f"below `{name}:`" for name, fields in blocks.items() if key in (fields or {})), None)
+
+
 def _near_or_all(key: str, block: type[BaseModel]) -> str:
+    if ours := our_word(key):
+        return f"Here it is {ours}."
     keys = [field.alias or name for name, field in block.model_fields.items()]
     return did_you_mean(key, keys).strip() or f"The keys are {listed(keys)}."
 
