@@ -85,7 +85,10 @@ def fault_in(folder: Path, files: dict[str, list[Any]], editable: Collection[str
         files: See `hashes_of`.
         editable: Names of files that a person may change, and that have to be there.
     """
-    for name, (size, digest) in files.items():
+    for name, facts in files.items():
+        if not isinstance(facts, list) or len(facts) != 2:
+            return f"{name} is listed without its size and hash"
+        size, digest = facts
         path = folder / name
         if path.is_symlink():
             return f"{name} is a link, and was a file"

@@ -38,6 +38,7 @@ SOURCE_FACTS = {"rows": int, "?token_share": NUMBER, "?documents": int, "?epochs
     for part, shape in (("", {str: int}), ("_ids", [str]))
 }
 EARLY_STOPPING = {"suite": str, "metric": str, "step": int, "value": NUMBER, "stopped_early": bool, "evaluations": list}
+FILES = {str: [(int, str)]}  # size and hash by name
 DONE = {
     "hash": str,
     "parent": str,
@@ -45,6 +46,7 @@ DONE = {
     "?last_loss": (*NUMBER, MAYBE),
     "?dialled": {"strength": NUMBER},
     "?early_stopping": (EARLY_STOPPING, MAYBE),
+    "?files": FILES,
     "data": {"?sources": {str: SOURCE_FACTS}, "?cut_share": NUMBER, "?padding_share": NUMBER},
 }
 OVERLAP = {"stage": str, "source": str, "suite": str, "which": [str], "?near": int} | dict.fromkeys(
@@ -99,13 +101,14 @@ SHAPES: dict[str, tuple[Any, str]] = {
     "stages/*/predictions/*.jsonl": (RECORD, "Remove the file and scores.json beside its folder, and run again."),
     "stages/*/strengths/*/*.jsonl": (RECORD, "Remove the folder `strengths` and dial.json beside it, and run again."),
     "stages/*/dial.json": ({"hash": str, "points": [POINT], "?best": (*NUMBER, MAYBE), "?verdict": str}, AGAIN),
-    "stages/*/dial/strength.json": ({"strength": NUMBER}, AGAIN),
+    "stages/*/dial/strength.json": ({"strength": NUMBER, "?files": FILES}, AGAIN),
     "stages/*/merge.json": (
         {
             "base": str,
             "costs": {str: NUMBER},
             "loss": NUMBER,
             "?difference": NUMBER,
+            "?files": FILES,
             "?suites": [{"suite": str, "metric": str, "adapter": NUMBER, "merged": NUMBER}],
         },
         AGAIN,

@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import AUTO_CLASSES, task_of_type
+from hfpipe.model.load import AUTO_CLASSES, clear_errors, task_of_type
 from hfpipe.model.positions import within_positions
 from hfpipe.model.seq2seq import decoder_input
 from hfpipe.model.tokenizer import train_rows
@@ -132,7 +132,8 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> Non
 def continue_adapter(model: Any, folder: str) -> PeftModel:
     """Puts a saved adapter on the base it belongs to, to train it further."""
     cast = _trains_in_float32(model)
-    return _with_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=cast))
+    with clear_errors("adapter", folder):
+        return _with_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=cast))
 
 
 def _trains_in_float32(model: Any) -> bool:

@@ -205,6 +205,11 @@ def require_loadable(recipe: Recipe) -> None:
         )
     if pickled and not safe:
         raise RecipeError(pickles_only(options.id))
+    if not safe:
+        raise RecipeError(
+            f"model {options.id!r} has no weights ({SAFE_WEIGHTS_NAME}). Name a model that has, or start from nothing "
+            "by `model: {architecture: ...}`."
+        )
     if quantized:
         _require_linear(recipe, quantized[0], config)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import load_json
 
 SUFFIX = "ForSequenceClassification"
@@ -34,10 +35,24 @@ def head_config(problem: str, names: Sequence[str], pad_token_id: int) -> dict[s
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """The head's fields out of the config.json that lies beside a saved adapter."""
-    config = load_json(folder / "config.json")
-    names = [name for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]
-    return head_config(config["problem_type"], names, config["pad_token_id"])
+    """Returns the head's fields out of the config.json that lies beside a saved adapter.
+
+    Raises:
+        RecipeError: The file does not say them.
+    """
+    path = folder / "config.json"
+    try:
+        config = load_json(path)
+        names = [str(name) for _, name in sorted(config["id2label"].items(), key=lambda pair: int(pair[0]))]
+        problem, padding = config["problem_type"], config["pad_token_id"]
+        if not isinstance(problem, str | None) or not isinstance(padding, int):
+            raise ValueError(problem)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RecipeError(
+            f"{path} is missing or damaged: it has to name the classes (id2label), the problem_type and the "
+            "pad_token_id of the classifier that the adapter belongs to. Put a copy of the file back."
+        ) from error
+    return head_config(problem, names, padding)
 
 
 def outermost(modules: Sequence[str]) -> list[str]:

@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.files import load_json
-from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.adapter import ProbeText, probe, require_equal
 from hfpipe.model.classifier import read_head
-from hfpipe.model.load import ModelRef, load_model, task_of
+from hfpipe.model.load import ModelRef, clear_errors, load_model, put_adapter, read_adapter, task_of
 
 WEIGHTS = "adapter_model.safetensors"
 # By PEFT's type (those of recipe/adapters.py): the tensors in which the change of the weights is linear, one factor of
@@ -73,8 +71,8 @@ class AdapterDial:
 
     def __init__(self, trained: ModelRef, tokenizer: Any, texts: Sequence[ProbeText]) -> None:
         self.ref, self.tokenizer, self.texts = trained, tokenizer, texts
-        self.config = load_json(Path(trained.path) / ADAPTER_CONFIG)
-        self.kind = self.config["peft_type"].lower()
+        self.config = read_adapter(trained.path)
+        self.kind = str(self.config.get("peft_type")).lower()
         if self.kind not in SCALED:
             raise RecipeError(
                 f"{trained.path}: an adapter of type {self.kind} changes the model in a way that has no strength "
@@ -83,9 +81,10 @@ class AdapterDial:
             )
         head = read_head(Path(trained.path)) if task_of(trained) == "classification" else None
         loaded, new = load_model(trained.base, head=head, with_new_modules=True)
-        self.tensors = load_file(Path(trained.path) / WEIGHTS)
+        with clear_errors("adapter", trained.path):
+            self.tensors = load_file(Path(trained.path) / WEIGHTS)
         self.parents = self._parents(loaded.state_dict(), new)
-        self.model = PeftModel.from_pretrained(loaded, trained.path).eval()
+        self.model = put_adapter(loaded, trained)
         # The model's own tensors, which `at` writes to. PEFT's way of loading a state goes over all modules, at which
         # bitsandbytes packs its 4-bit weights anew: on a CPU the model is not the same afterwards.
         self.inside = get_peft_model_state_dict(self.model)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import psutil
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -34,6 +33,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError, UserError
 from hfpipe.core.files import load_json
 from hfpipe.core.hub_errors import not_readable, status_of
+from hfpipe.core.machine import machine_error
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.tokenizer import give_words, make_room
@@ -41,6 +41,7 @@ from hfpipe.recipe import Model, Quantization
 from hfpipe.recipe.passthrough import check_config
 from hfpipe.recipe.raw import Block
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # one of them, at least
 # What a model can be for, and the class that loads it for that.
 AUTO_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
@@ -77,7 +78,7 @@ class ModelRef:
     @property
     def base(self) -> ModelRef:
         """The model that an adapter belongs to; one of the same run is found where the run folder lies now."""
-        config = load_json(Path(self.path) / ADAPTER_CONFIG)
+        config = read_adapter(self.path)
         named = Path(config["base_model_name_or_path"])
         here = Path(self.path).absolute().parent.parent.parent.joinpath(*named.parts[-3:])  # stages/<stage>/model
         moved = named.is_absolute() and not named.exists() and here.is_dir()
@@ -155,28 +156,69 @@ def clear_errors(what: str, path: str) -> Iterator[None]:
     except ImportError as error:
         if "bitsandbytes" in str(error):
             raise MachineError("quantization needs bitsandbytes: pip install 'hfpipe[quantization]'.") from error
-        raise
+        raise MachineError(
+            f"{what} {path!r} needs a package that is not installed: {_first_lines(error)} Install it, then run again."
+        ) from error
     except HFValidationError as error:
         raise not_readable(error, f"{what} {path!r}", RecipeError) or error from error
     except OSError as error:  # of the Hub, of a missing file, or of transformers around one of these
+        if machine_error(error) is not None:
+            raise
         raise _not_loaded(error, what, path) from error
-    except ValueError as error:
-        adapter = "It is an adapter and not a whole model: name its base, or merge it. "
-        hint = adapter if (Path(path) / ADAPTER_CONFIG).is_file() else ""
-        raise RecipeError(f"{what} {path!r} cannot be loaded. {hint}transformers says: {str(error)[:300]}") from error
-    except (httpx2.TransportError, RuntimeError) as error:  # amid a download; the latter are Xet's
-        if known := not_readable(error, f"{what} {path!r}", RecipeError):
-            raise known from error
-        raise
+    except Exception as error:  # whatever a library raises over a file that it cannot use
+        if known := None if Path(path).is_dir() else not_readable(error, f"{what} {path!r}", RecipeError):
+            raise known from error  # amid a download
+        if isinstance(error, UserError) or machine_error(error) is not None:
+            raise
+        raise RecipeError(_unusable(what, path, error)) from error
+
+
+def _unusable(what: str, path: str, error: Exception) -> str:
+    """Says that the files of a model, tokenizer or adapter are none that the libraries can use."""
+    adapter = "It is an adapter and not a whole model: name its base, or merge it. "
+    hint = adapter if what == "model" and (Path(path) / ADAPTER_CONFIG).is_file() else ""
+    said = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return (
+        f"{what} {path!r} cannot be loaded. {hint}transformers says: {said}{_first_lines(error)} If the name is right, "
+        "its files are damaged, or made for another version of the libraries: download or save them again."
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    """Returns the beginning of what an error says, as one line with a full stop."""
+    text = " ".join(str(error).split())[:300]
+    return text if text.endswith((".", "!", "?")) else f"{text or 'nothing'}."
+
+
+def read_adapter(folder: str | Path) -> dict[str, Any]:
+    """Returns the adapter_config.json of a folder.
+
+    Raises:
+        RecipeError: It is no JSON, or names no base.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        config = load_json(path)
+        base = config["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise RecipeError(
+            f"{path} is damaged: it is no JSON that names a base. Put a copy of the file back."
+        ) from error
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise RecipeError(f"{path} is damaged: base_model_name_or_path is {base!r}. Write the folder or Hub id there.")
+    return config
 
 
 def _not_loaded(error: OSError, what: str, path: str) -> UserError:
     """Says why the files of a model or tokenizer cannot be had."""
     thing, local = f"{what} {path!r}", "is not a valid model identifier" in str(error)
-    if known := not_readable(HFValidationError(str(error)) if local else error, thing, RecipeError):
+    there = Path(path).is_dir() and not local
+    if known := None if there else not_readable(HFValidationError(str(error)) if local else error, thing, RecipeError):
         return known
     if "model.safetensors" in str(error):
         return RecipeError(pickles_only(path))
+    if there:
+        return RecipeError(_unusable(what, path, error))
     status = status_of(error)
     answered = f"the Hub answered {status}. " if status else ""
     first_line = str(error).strip().split("\n")[0].rstrip(" :.") + "."
@@ -215,10 +257,19 @@ def load_tokenizer(
     Raises:
         RecipeError: It does not exist, is not a fast tokenizer, or has no EOS token.
     """
-    with clear_errors("tokenizer", path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+    folder = Path(path)
+    try:
+        with clear_errors("tokenizer", path):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
+    except UserError as error:
+        if folder.is_dir() and not any(list(folder.glob(name)) for name in TOKENIZER_FILES):
+            raise RecipeError(
+                f"the folder {path!r} has no tokenizer (tokenizer.json, or a vocabulary). Save it beside the model, or "
+                "name another folder or Hub id: `model: {tokenizer: {id: ...}}`."
+            ) from error
+        raise
     give_words(tokenizer, words or {})
     closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]
     if not tokenizer.is_fast and task != "seq2seq":
@@ -269,8 +320,7 @@ def is_quantized(config: Any) -> bool:
 def task_of(ref: ModelRef) -> str:
     """Returns the task that the model of a `ModelRef` was made for: a key of `AUTO_CLASSES`."""
     if ref.is_adapter:
-        adapter = load_json(Path(ref.path) / ADAPTER_CONFIG)
-        task = ADAPTER_TASKS.get(adapter.get("task_type"))
+        task = ADAPTER_TASKS.get(str(read_adapter(ref.path).get("task_type")))
         return task or task_of(ref.base)
     config = config_of(ref)
     names = config.architectures or []
@@ -345,13 +395,14 @@ def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:
     """Puts a saved adapter on a model that is loaded, in evaluation mode; the model becomes part of it."""
     if not (Path(adapter.path) / "adapter_model.safetensors").is_file():
         raise RecipeError(pickles_only(adapter.path))
-    return PeftModel.from_pretrained(base, adapter.path, torch_device=str(base.device)).eval()
+    with clear_errors("adapter", adapter.path):
+        return PeftModel.from_pretrained(base, adapter.path, torch_device=str(base.device)).eval()
 
 
 def head_of(adapter: ModelRef) -> dict[str, Any] | None:
     """The fields of a config that make the head which an adapter of a classifier was trained with; None of another."""
-    config = load_json(Path(adapter.path) / ADAPTER_CONFIG)
-    return read_head(Path(adapter.path)) if config.get("task_type") == "SEQ_CLS" else None
+    is_classifier = read_adapter(adapter.path).get("task_type") == "SEQ_CLS"
+    return read_head(Path(adapter.path)) if is_classifier else None
 
 
 def _leave_packing(model: Any) -> None:

@@ -17,8 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from hfpipe.core.errors import BudgetExceeded, RecipeError
-from hfpipe.core.files import load_json, require_disk, whole_folder
-from hfpipe.core.run_layout import ADAPTER_CONFIG
+from hfpipe.core.files import require_disk, whole_folder
 from hfpipe.model.adapter import TOLERANCE, ProbeText, difference, divergence, probe, require_equal
 from hfpipe.model.load import (
     ModelRef,
@@ -29,6 +28,7 @@ from hfpipe.model.load import (
     is_quantized,
     load_model,
     put_adapter,
+    read_adapter,
 )
 from hfpipe.model.quantized import (
     CPU,
@@ -131,7 +131,7 @@ def merge_adapter(
 
 
 def _require_mergeable(path: str) -> None:
-    kind = load_json(Path(path) / ADAPTER_CONFIG)["peft_type"].lower()
+    kind = str(read_adapter(path).get("peft_type")).lower()
     if not is_mergeable_type(kind):
         raise RecipeError(
             f"the adapter in {path} is of type {kind}, which PEFT cannot merge into the weights. It works beside its "
