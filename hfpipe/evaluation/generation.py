@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from hfpipe.evaluation.likelihood import by_length
 from hfpipe.evaluation.row_text import RowText, closing_marks, without_reasoning
 from hfpipe.model.positions import window_of
 from hfpipe.recipe import Suite
+from hfpipe.recipe.annotations import explain, fits
+from hfpipe.recipe.signatures import generation_fields
 
 MOST_GENERATED = 512  # tokens of an answer, unless the suite says otherwise
 
@@ -112,12 +115,37 @@ def generate(
             mask[place, longest - len(kept[index]) :] = 1
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         limit = new if new is not None else max(1, total - longest)
-        output = model.generate(**inputs, max_new_tokens=limit, **settings)
+        with _told(model):
+            output = model.generate(**inputs, max_new_tokens=limit, **settings)
         for index, said in zip(indices, output[:, longest:].tolist(), strict=True):
             answers[index] = Generated(
                 _ended(said, stops, tokenizer.pad_token_id), len(prompts[index]) - len(kept[index])
             )
     return answers
+
+
+@contextmanager
+def _told(model: Any) -> Iterator[None]:
+    """Turns what `generate` raises over its settings into words: over a type in the model's file, or a value.
+
+    Raises:
+        RecipeError: The model's generation_config.json, or the suite's `generation`, cannot be followed.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        taken = generation_fields() or {}
+        for name, value in model.generation_config.to_diff_dict().items():
+            if name in taken and not fits(value, taken[name].kinds):
+                raise RecipeError(
+                    f"the generation_config.json of {model.name_or_path!r} is damaged: {name}: "
+                    f"{explain(value, taken[name].kinds)}"
+                ) from error
+        if isinstance(error, ValueError):
+            raise RecipeError(
+                f"generation of a suite, or of the model's generation_config.json: transformers says: {error}"
+            ) from error
+        raise
 
 
 def _batches(lengths: Sequence[int], batch_size: int, *, equal: bool) -> Iterator[list[int]]:

@@ -85,7 +85,7 @@ def test_a_broken_base_is_told_alike_by_check_and_run(
     [
         (b"{", "no JSON"),
         (b"[]", "no JSON"),
-        (b"{}", "no JSON with a base"),
+        (b"{}", "that names a base"),
         (b'{"base_model_name_or_path": null}', "base_model_name_or_path"),
     ],
 )
@@ -111,3 +111,15 @@ def test_weights_that_are_cut_are_told_before_a_step(
     recipe = tiny.recipe(home, model={"id": str(folder)}, output_dir=str(tmp_path / "run"))
     assert main(["run", str(tiny.write(tmp_path, recipe))]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_a_generation_config_of_wrong_types_is_told(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(home / "model", folder)
+    edit("generation_config.json", output_hidden_states="often", top_k="many")(folder)
+    assert main(["evaluate", str(folder), str(tiny.write(tmp_path, tiny.recipe(home)))]) == 2
+    said = capsys.readouterr().err
+    assert "generation_config.json" in said
+    assert "output_hidden_states" in said or "top_k" in said
