@@ -5,7 +5,9 @@ of its texts, or a question of some length, is a text of the data, or when one d
 of a text in runs of 13 (8 in texts under 27 words). Brown et al. 2020 (arXiv:2005.14165, appendix C) take any one run,
 which in web text finds many innocent rows; those are only counted. The share is in the manner of Chowdhery et al. 2022
 (arXiv:2204.02311). Of texts under 17 words, a copy with a changed word and another question of the same pattern look
-the same; they are counted as near. Words are compared without case and punctuation. A run that more than ten training
+the same; they are counted as near. Rows of question and answer that share a question, and not its answer, are near too,
+unless the whole question is there, and asked for the same (a system turn that differs asks for something else, such as
+another language). Words are compared without case and punctuation. A run that more than ten training
 rows and several texts of the suites hold is a common phrase (a template, a licence).
 """
 
@@ -87,6 +89,24 @@ def _whole(words: np.ndarray) -> int:
     return xxh3_64_intdigest(words.tobytes())
 
 
+def instruction_of(row: Mapping[str, Any]) -> int:
+    """Returns a hash of what the system's turns of a conversation ask for; 0 where there is none."""
+    said = [turn.get("content") or "" for turn in row.get("messages") or [] if turn["role"] == "system"]
+    words = words_of("\n".join(map(str, said)))
+    return _whole(words) if len(words) else 0
+
+
+def answer_words(row: Mapping[str, Any]) -> int:
+    """Returns how many of a row's last words are its answer: the completion, or the last turn of the assistant."""
+    if "completion" in row:
+        said = row["completion"]
+    elif (turns := row.get("messages")) and turns[-1]["role"] == "assistant":
+        said = turns[-1].get("content")
+    else:
+        return 0
+    return len(words_of(said)) if isinstance(said, str) else 0
+
+
 def parts_of(row: Mapping[str, Any]) -> list[str]:
     """The columns and turns of a row that are texts of their own, where it joins several: a question, an answer."""
     joined = [row[name] for columns in format_of(row).texts if len(columns) > 1 for name in columns]
@@ -102,17 +122,23 @@ class SuiteIndex:
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        texts = [(place, words_of(text)) for place, row in enumerate(rows) for text in texts_of(row)]
+        texts, answers = [], []
+        for place, row in enumerate(rows):
+            said = texts_of(row)
+            texts += [(place, words_of(text)) for text in said]
+            answers += [answer_words(row) if len(said) == 1 else 0] * len(said)
+        self._instructions = [instruction_of(row) for row in rows]
         questions = [(place, words_of(question_of(row))) for place, row in enumerate(rows)]
         self._whole = _by_whole(texts)
         self._parts = _by_whole([(place, words) for place, words in (*texts, *questions) if len(words) >= QUESTION])
         self._lengths = {len(words) for _, words in (*texts, *questions)} - {0}
-        self._all = _Runs(GRAM, texts)
+        self._all = _Runs(GRAM, texts, answers)
         longest = (10**9, *(least for least, _ in RUNS))
-        self._by_length = [
-            _Runs(size, [text for text in texts if least <= len(text[1]) < longest[number]])
-            for number, (least, size) in enumerate(RUNS)
-        ]
+        self._by_length = []
+        for number, (least, size) in enumerate(RUNS):
+            chosen = [place for place, (_, words) in enumerate(texts) if least <= len(words) < longest[number]]
+            some, said = [texts[place] for place in chosen], [answers[place] for place in chosen]
+            self._by_length.append(_Runs(size, some, said))
 
     def found_in(self, words: np.ndarray) -> tuple[list[int], np.ndarray]:
         """The rows that have a text as a whole, and which of the suites' runs of 13 words it holds, each once."""
@@ -125,24 +151,31 @@ class SuiteIndex:
             runs.forget()
         overlap, exact = Overlap(), set()
         parts: Counter[int] = Counter()  # in how many training rows each question or answer of the suites is
+        asked: dict[int, set[int]] = {}  # by what instructions
         for row in rows:
             overlap.looked_at += 1
             texts = [words_of(text) for text in texts_of(row)]
             for words in texts:
                 exact |= {*self._whole.get(_whole(words), [])} if len(words) in self._lengths else set()
                 for runs in (self._all, *self._by_length):
-                    runs.count(words)
+                    runs.count(words, answered=answer_words(row) > 0)
             every = [*texts, *(words_of(part) for part in parts_of(row))]
-            parts.update({_whole(words) for words in every if len(words) in self._lengths} & self._parts.keys())
+            here = {_whole(words) for words in every if len(words) in self._lengths} & self._parts.keys()
+            parts.update(here)
+            for part in here:
+                asked.setdefault(part, set()).add(instruction_of(row))
         for part, seen in parts.items():
             if seen <= COMMON or len(self._parts[part]) == 1:  # others are the one question of a whole task
-                exact |= {*self._parts[part]}
+                mine = self._instructions
+                exact |= {place for place in self._parts[part] if not mine[place] or {0, mine[place]} & asked[part]}
         partly: set[int] = set()
         near: set[int] = set()
         for runs in self._by_length:
-            (partly if runs.size >= NEAR else near).update(runs.held())
-        overlap.exact, overlap.partly, overlap.near = sorted(exact), sorted(partly), sorted(near - exact)
-        overlap.touched = sorted(self._all.held(share=0.0))
+            held, other_answer = runs.held()
+            (partly if runs.size >= NEAR else near).update(held)
+            near |= other_answer
+        overlap.exact, overlap.partly, overlap.near = sorted(exact), sorted(partly), sorted(near - exact - partly)
+        overlap.touched = sorted(self._all.held(share=0.0)[0])
         return overlap
 
 
@@ -161,13 +194,18 @@ class _Runs:
     Args:
         size: Words of a run.
         texts: The row that each belongs to, and its words.
+        answers: Of each text, how many of its last words are the answer to the rest; 0 for none.
     """
 
-    def __init__(self, size: int, texts: Sequence[tuple[int, np.ndarray]]) -> None:
-        texts = [(place, words) for place, words in texts if len(words) >= size]
+    def __init__(self, size: int, texts: Sequence[tuple[int, np.ndarray]], answers: Sequence[int]) -> None:
+        long = [place for place, (_, words) in enumerate(texts) if len(words) >= size]
+        texts = [texts[place] for place in long]
+        self._answers = np.array([answers[place] for place in long], np.int64)
         runs = [grams_of(words, size) for _, words in texts]
         self.size, self._row = size, [place for place, _ in texts]
         self._starts = np.cumsum([0, *(len(words) for _, words in texts)])  # of each text among the words of all
+        inside = [np.arange(len(words))[::-1] < own for (_, words), own in zip(texts, self._answers, strict=True)]
+        self._said = np.append(0, np.cumsum(np.concatenate([np.zeros(0, bool), *inside])))  # answers' words before each
         joined = np.concatenate([np.zeros(0, np.uint64), *runs])
         self._known, kinds = np.unique(joined, return_inverse=True)  # (K,) runs of all texts
         order = np.argsort(kinds, kind="stable")
@@ -188,22 +226,25 @@ class _Runs:
     def forget(self) -> None:
         """Begins anew with other training data."""
         self._seen = np.zeros(len(self._known), np.int64)  # training texts that hold each
-        self._hits: list[np.ndarray] = []  # of each training text that holds any, which
+        self._hits: list[tuple[np.ndarray, bool]] = []  # of each training text that holds any, which; has it an answer
 
-    def count(self, words: np.ndarray) -> None:
-        """Looks into a training text."""
+    def count(self, words: np.ndarray, *, answered: bool) -> None:
+        """Looks into a training text, which is a question and its answer or a text alone."""
         found = self.found_in(words)
         if len(found):
             self._seen[found] += 1
-            self._hits.append(found.astype(np.int32))
+            self._hits.append((found.astype(np.int32), answered))
 
-    def held(self, share: float = HELD) -> set[int]:
-        """The rows with a text of which one training text holds at least so much; 0 is any run.
+    def held(self, share: float = HELD) -> tuple[set[int], set[int]]:
+        """Returns the rows with a text of which one training text holds at least so much; 0 is any run.
 
-        What counts is the words that no common phrase covers; a text has to have a few of them.
+        The words count that no common phrase covers; a text has to have a few of them.
+
+        Returns:
+            The rows; and those of which the training text has the question, or one like it, and another answer.
         """
         if not self._hits:
-            return set()
+            return set(), set()
         several = np.array([len(np.unique(self._text[a:b])) > 1 for a, b in pairwise(self._first)])
         telling = ~((self._seen > COMMON) & several)
         begins, ends = self._words_in(np.flatnonzero(~telling))
@@ -214,11 +255,16 @@ class _Runs:
         own = np.diff(self._own[self._starts])
         enough = np.minimum(HELD * np.diff(self._starts), NEAR) if share else 1
         rows: set[int] = set()
-        for found in self._hits:
-            covered = self._covered(found[telling[found]])
-            held = np.flatnonzero((covered > 0) & (covered >= share * own) & (own >= enough))
-            rows.update(self._row[text] for text in held.tolist())
-        return rows
+        others: set[int] = set()
+        for found, answered in self._hits:
+            covered = self._covered(found[telling[found]], self._own)
+            held = (covered > 0) & (covered >= share * own) & (own >= enough)
+            if share and answered and held.any():
+                other = (self._answers > 0) & (self._covered(found, self._said) < share * self._answers)
+                others.update(self._row[text] for text in np.flatnonzero(held & other).tolist())
+                held &= ~other
+            rows.update(self._row[text] for text in np.flatnonzero(held).tolist())
+        return rows, others - rows
 
     def _inside(self, kinds: np.ndarray) -> np.ndarray:
         """Where runs of these kinds are in the arrays of all runs."""
@@ -230,14 +276,14 @@ class _Runs:
         begins = np.sort(self._starts[self._text[inside]] + self._place[inside])
         return begins, begins + self.size
 
-    def _covered(self, kinds: np.ndarray) -> np.ndarray:
-        """(T,) how many telling words of each text the runs of these kinds cover."""
+    def _covered(self, kinds: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """(T,) how many words of each text the runs of these kinds cover, of those that `counted` sums up."""
         begins, ends = self._words_in(kinds)
         covered = np.zeros(len(self._row), np.int64)
         if len(begins):
             ends[:-1] = np.minimum(ends[:-1], begins[1:])
             text = np.searchsorted(self._starts, begins, side="right") - 1
-            np.add.at(covered, text, self._own[ends] - self._own[begins])
+            np.add.at(covered, text, counted[ends] - counted[begins])
         return covered
 
 
