@@ -252,8 +252,9 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
 def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:
     notes = [
         "Training only, from loading the model to saving it, summed over interrupted and resumed attempts; scoring the "
-        "suites is not counted. FLOPs are 6 x parameters outside the embeddings x tokens with padding, as transformers "
-        "counts them. Peak memory is the main process's (on a GPU what torch's allocator took), and predicted is what "
+        "suites is not counted. FLOPs are 4 for each parameter and token and 2 more for each that is trained, the head "
+        "included and the embeddings not. "
+        "Peak memory is the main process's (on a GPU what torch's allocator took), and predicted is what "
         "the model's shapes say for its longest rows."
     ]
     last = list(totals.values())[-1]

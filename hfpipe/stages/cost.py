@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import threading
 import time
 from pathlib import Path
@@ -92,10 +93,11 @@ class CostMeter(TrainerCallback):
     def __init__(self, folder: Path, stage_hash: str, energy: Energy | bool) -> None:
         self.path, self.stage_hash = folder / "cost.json", stage_hash
         self.tokens_per_step: float | None = None
+        self.flops_per_token = 0
         self._peak = PeakMeter()
         self._begin = time.perf_counter()
         self._training = 0.0  # the clock at the first step of this attempt
-        self._from = (0, 0.0)  # step and FLOPs of the checkpoint that is continued from
+        self._from = 0  # step of the checkpoint that is continued from
         self._elsewhere: dict[str, float] = {}  # what the other machines of the run drew
         self._meter, how = None, "energy is off in the recipe"
         if energy is not False:
@@ -128,13 +130,13 @@ class CostMeter(TrainerCallback):
         self._write()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._training, self._from = time.perf_counter(), (state.global_step, state.total_flos)
+        self._training, self._from = time.perf_counter(), state.global_step
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        steps = state.global_step - self._from[0]
+        steps = state.global_step - self._from
         self.record["steps"] = steps
-        self.record["flops"] = state.total_flos - self._from[1]
         self.record["tokens"] = round(steps * self.tokens_per_step) if self.tokens_per_step else None
+        self.record["flops"] = self.record["tokens"] and self.record["tokens"] * self.flops_per_token
         self.record["training_seconds"] = round(time.perf_counter() - self._training, 3)
         self._gather()
         self._write()
@@ -169,6 +171,28 @@ class CostMeter(TrainerCallback):
             self.record |= {key: value + self._elsewhere.get(key, 0.0) for key, value in self._meter.read().items()}
         attempts = [*self._earlier, self.record]
         write_json(self.path, {"stage": self.stage_hash, "attempts": attempts, "total": total_of(attempts)})
+
+
+def flops_per_token(model: Any) -> int:
+    """Returns the FLOPs of a training step for each of its tokens.
+
+    Each parameter takes part in a multiplication and an addition forward, and in as many backward for the gradient of
+    its input: 4 FLOPs. One that is trained takes 2 more for its own gradient. So a full fine-tune takes 6 for each
+    (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), and an adapter hardly more than 4. Embeddings are looked up,
+    which is no multiplication; the head that says the next token counts, tied to them or not. Attention over earlier
+    tokens is left out, and of a mixture all experts count.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    looked_up -= {id(head.weight)} if head is not None else set()
+    total = 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in looked_up or ".original_module." in name:  # PEFT keeps the first weights of what it copies
+            continue
+        stored = getattr(parameter, "quant_state", None)  # of 4 bits, two to a byte
+        size = math.prod(stored.shape) if stored is not None else getattr(parameter, "ds_numel", parameter.numel())
+        total += (6 if parameter.requires_grad else 4) * size
+    return total
 
 
 def total_of(attempts: list[dict[str, Any]]) -> dict[str, Any]:

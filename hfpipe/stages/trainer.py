@@ -37,6 +37,7 @@ from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, LogCallback, newest_whole
 from hfpipe.stages.context import StageRun
+from hfpipe.stages.cost import flops_per_token
 from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.early_stopping import Selection
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
@@ -181,7 +182,7 @@ def train(
     watch = StopWhenNotFinite(trainer, loader, run.tokenizer, run.stage.name, run.folder)
     for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks):
         trainer.add_callback(callback)
-    run.cost.tokens_per_step = tokens_per_step
+    run.cost.tokens_per_step, run.cost.flops_per_token = tokens_per_step, flops_per_token(trainer.model)
     trainer.add_callback(run.cost)
     trainer.add_callback(LogCallback(loader, run.folder / "log.jsonl", tokens_per_step))
     with signals.held():

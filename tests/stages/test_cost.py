@@ -6,12 +6,17 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfpipe.cli import main
-from hfpipe.stages.cost import total_of
+from hfpipe.stages.cost import flops_per_token, total_of
 
 # Runs in the process under test before anything else: no one connects anywhere, and who tries is written down.
 NO_NETWORK = """
@@ -84,7 +89,7 @@ def test_a_killed_attempt_counts_and_the_sum_is_what_was_spent(killed: Path) -> 
     assert total["tokens"] == total["steps"] * TOKENS_PER_STEP
     per_step = second["flops"] / second["steps"]
     assert total["flops"] == pytest.approx(total["steps"] * per_step)
-    # 6 x parameters without the embeddings x tokens: 115,008 parameters, 320 x 64 of them embeddings.
+    # 115,008 parameters, 320 x 64 of them embeddings; a head as large counts.
     assert per_step == 6 * (115_008 - 320 * 64) * TOKENS_PER_STEP
     assert total["seconds"] == pytest.approx(first["seconds"] + second["seconds"])
     assert total["device_hours"] == pytest.approx(total["seconds"] / 3600)
@@ -174,3 +179,24 @@ def test_a_wrong_country_is_found_before_anything(
     pytest.importorskip("codecarbon")
     assert main(["check", "--fast", str(tiny.write(tmp_path, small(tmp_path, energy=energy)))]) == 2
     assert fault in capsys.readouterr().err
+
+
+def flops(model: Any) -> float:
+    """The FLOPs a token of a model, counted by torch over a step's products of matrices."""
+    ids = torch.arange(16)[None] % 300
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    attention = sum(count for kind, count in counter.get_flop_counts()["Global"].items() if "attention" in str(kind))
+    return (counter.get_total_flops() - attention) / ids.numel()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_takes_fewer_flops_than_all_weights_and_as_many_as_torch_counts(tied: bool) -> None:
+    torch.manual_seed(0)
+    words = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=320, tie_word_embeddings=tied, attn_implementation="eager", **words)
+    full = LlamaForCausalLM(config)
+    assert flops_per_token(full) == pytest.approx(flops(full), rel=0.03)
+    adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    assert flops_per_token(adapted) == pytest.approx(flops(adapted), rel=0.06)
+    assert 0.65 < flops_per_token(adapted) / flops_per_token(full) < 0.75
