@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -264,11 +265,15 @@ def in_processes(kind: str, home: Path, numbers: range) -> Iterator[Outcome]:
             [*command, "--home", str(home)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=home
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            told = json.loads(line)
-            at = told.pop("next")
-            if told:
-                yield Outcome(**told)
+        try:
+            for line in process.stdout:
+                told = json.loads(line)
+                at = told.pop("next")
+                if told:
+                    yield Outcome(**told)
+        finally:
+            if at < numbers.stop:  # it died, or no more is asked for
+                process.kill()
         if process.wait() != 0:
             yield Outcome(at, [kind], process.returncode, f"the process died ({process.returncode})")
             at += 1
@@ -310,6 +315,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=1.0, help="of the inputs of each kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--count", type=int, help="how many inputs, instead of a share")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop each kind after so long")
     parser.add_argument("--show", action="store_true", help="print what every command said")
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -331,13 +337,18 @@ def main() -> int:
             count = options.count or round(COUNTS[kind] * options.share)
             codes: Counter[int] = Counter()
             found = []
+            end, tried = time.monotonic() + options.seconds, set()
             for one in in_processes(kind, home, range(options.first, options.first + count)):
+                if time.monotonic() > end:
+                    break
+                tried.add(one.number)
                 codes[one.code] += 1
                 found += [one] if one.is_fault else []
                 if options.show:
                     print(f"{one.number} {' '.join(one.command)}: {one.code}\n{one.done}\n{one.said}\n")
             told = ", ".join(f"{code}: {times:,}" for code, times in sorted(codes.items()))
-            print(f"{kind}: {count:,} inputs, {sum(codes.values()):,} commands; exit codes {told}; {len(found)} faults")
+            commands = sum(codes.values())
+            print(f"{kind}: {len(tried):,} inputs, {commands:,} commands; exit codes {told}; {len(found)} faults")
             if found:
                 print(summary(found), flush=True)
             bad += len(found)
