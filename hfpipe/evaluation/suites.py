@@ -21,7 +21,7 @@ from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.lm_eval import harness_rows, score_harness
 from hfpipe.evaluation.metrics import arguments_of, higher_is_better, load_metric, needs_of
 from hfpipe.evaluation.metrics.rows import RowMetric, paired_test
-from hfpipe.evaluation.multiple_choice import plain_choices
+from hfpipe.evaluation.multiple_choice import common_choices, plain_choices
 from hfpipe.recipe import Suite
 from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS, NUMBERS, format_of, question_of
 from hfpipe.scores.scorecard import Paired, Score
@@ -52,6 +52,9 @@ def suite_rows(suite: Suite) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"the suite on {suite.data.path} has no row with content (and a right answer, where it asks).")
     _require_metrics_for(suite, rows[0])
+    chooses = any(needs_of(metric) == "choice" for metric in suite_metrics(suite).values())
+    if chooses and "completion" in rows[0] and "choices" not in rows[0]:
+        common_choices(suite, rows)
     _require_two_classes(suite, rows)
     return rows
 

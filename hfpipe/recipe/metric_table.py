@@ -161,4 +161,5 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 def is_elsewhere(name: str) -> bool:
     """Returns True if a name that is not ours goes to `evaluate.load`."""
-    return name in HUB_METRICS or "/" in name or "\\" in name or name.endswith(".py")
+    is_path = "/" in name or "\\" in name or name.endswith(".py")
+    return name in HUB_METRICS or (is_path and any(letter.isalnum() for letter in name.removesuffix(".py")))

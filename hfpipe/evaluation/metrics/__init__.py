@@ -17,6 +17,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.hub_errors import not_readable
+from hfpipe.core.machine import machine_error
 from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.recipe.metric_table import OUR_METRICS
 
@@ -55,6 +56,13 @@ def load_metric(name: str, options: dict[str, Any] | None = None) -> Any:
             f"metric {name!r} is neither one of hfpipe's ({listed(sorted(OUR_METRICS))}), nor {where}. Check the "
             f"spelling, and the network: another metric than hfpipe's own is fetched the first time."
             f"{did_you_mean(name, OUR_METRICS)}"
+        ) from error
+    except Exception as error:  # whatever a script raises when it is read
+        if machine_error(error) is not None:
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise RecipeError(
+            f"metric {name!r} cannot be loaded: {type(error).__name__}: {said}. Look at its script."
         ) from error
 
 
