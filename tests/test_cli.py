@@ -75,6 +75,18 @@ def test_preview_shows_what_is_trained_on(folder: Path, capsys: pytest.CaptureFi
     assert "number 0: what does the cat say?[[ mew" in page
 
 
+def test_preview_shows_the_label_of_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = tiny.recipe(folder)
+    source = {"path": str(folder / "sounds.jsonl"), "columns": {"sentence": "note", "label": "sound"}}
+    content["stages"] = [{"name": "class", "kind": "classification", "data": [source], "training": {"max_steps": 1}}]
+    content |= {"evaluate": {}, "merge": False}
+    assert main(["preview", str(tiny.write(folder, content, "class.yaml")), "--rows", "2"]) == 0
+    page = capsys.readouterr().out
+    assert "label 'mew'" in page
+    assert "label 'bark'" in page
+    assert "number 0" in page
+
+
 def test_evaluate_gives_the_scores_of_the_run(finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(tiny.write(folder, tiny.recipe(folder, merge=False)))
     assert main(["evaluate", str(finished), recipe, "--output", str(folder / "scores.json")]) == 0

@@ -16,6 +16,7 @@ from hfpipe.core.files import GIB
 from hfpipe.data.cleaning.contamination import overlap_lines
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.dedup import cleaning_of
+from hfpipe.data.labels import plain_labels
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows, open_source
@@ -27,7 +28,7 @@ from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
-from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.recipe import Classification, Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, encode_rows, long_rows
 from hfpipe.stages.fit import fitted, require_memory
 from hfpipe.stages.memory import copies_of
@@ -239,12 +240,17 @@ def preview(recipe: Recipe, count: int) -> None:
     for stage in recipe.stages:
         for source in stage.data:
             opened = load_rows(source, kinds=kinds_of(stage))
+            if isinstance(stage, Classification):
+                opened, _ = plain_labels(opened, source.path, stage.labels)
             rows = list(islice(tidy_rows(opened, source, Read()), count))
             limit = stage.training.get("max_length") or 1024
             for number, row in enumerate(encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)):
                 trained = sum(label != IGNORED for label in row["labels"])
-                print(f"{stage.name}, {source.title}, row {number}: {len(row['input_ids'])} tokens, {trained} trained")
-                print(_painted(row, tokenizer, coloured))
+                shown, learned = _painted(row, tokenizer, coloured), f"{trained} trained"
+                if stage.kind == "classification":  # the text is read, and its label is learned
+                    shown, learned = tokenizer.decode(row["input_ids"]), f"label {rows[number]['label']!r}"
+                print(f"{stage.name}, {source.title}, row {number}: {len(row['input_ids'])} tokens, {learned}")
+                print(shown)
                 print()
 
 
