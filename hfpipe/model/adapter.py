@@ -233,7 +233,8 @@ def verify_tensors(folder: Path, trained: dict[str, torch.Tensor] | None) -> Non
         if trained is not None:
             raise RecipeError(
                 f"stage {folder.parent.name}: the adapter learned nothing, every lora_B is still 0: the learning rate "
-                "was 0 at each step, or no gradient reached it. Look at learning_rate, warmup_steps and max_steps."
+                "was 0 at each step (early stopping may have kept the first, of the warm-up, as the best), or no "
+                "gradient reached it. Look at learning_rate, warmup_steps, max_steps and eval_steps."
             )
         raise RuntimeError(f"{folder}: every lora_B is zero: nothing was learned or the wrong weights were saved")
 
