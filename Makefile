@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hfpipe-installed
 
-.PHONY: install quickstart test-fast test test-all test-oldest lint docs clean
+.PHONY: install quickstart test-fast test test-all test-oldest faults lint docs clean
 
 install: $(STAMP)
 
@@ -42,6 +42,9 @@ test-oldest:
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) $(FAST)
+
+faults: install
+	$(BIN)/python tests/faults.py  # 12,000 spoilt inputs, an hour or two of one core; a share of them is in `make test`
 
 lint: install
 	$(BIN)/ruff check .
