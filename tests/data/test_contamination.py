@@ -75,18 +75,18 @@ def chat(instruction: str, asked: str, said: str) -> dict:
 
 
 def test_a_question_asked_for_something_else_is_no_overlap() -> None:
-    asked = text(43, 12)
+    asked = text(43, 14)
     suite = [chat("Say it in German.", asked, text(44, 9))]
     assert looked(suite, chat("Say it in Chinese.", asked, text(45, 9))) == {"near": [0]}
-    assert looked(suite, chat("Say it in German.", asked, text(45, 9))) == {"exact": [0]}, "the question is known"
-    assert looked(suite, chat("Say it in German.", asked, text(44, 9))) == {"exact": [0]}
+    assert looked(suite, chat("Say it in German.", asked, text(45, 9)))["exact"] == [0], "the question is known"
+    assert looked(suite, chat("Say it in German.", asked, text(44, 9)))["exact"] == [0]
     assert looked(suite, {"text": f"{text(46)} {asked} {text(47)}"}) == {"partly": [0]}, "a text has no other answer"
 
 
 def test_a_question_of_the_same_pattern_with_another_answer_is_near() -> None:
     words = text(48, 14).split()
-    suite = [{"prompt": " ".join(words), "completion": text(49, 8)}]
-    other = [*words[:-1], "other"]
+    suite = [{"prompt": " ".join([*words, ""]), "completion": text(49, 8)}]
+    other = [*words[:-1], "other", ""]
     assert looked(suite, {"prompt": " ".join(other), "completion": text(50, 8)}) == {"near": [0]}
     assert looked(suite, {"prompt": " ".join(other), "completion": text(49, 8)}) == {"partly": [0]}
 
