@@ -21,16 +21,15 @@ from datasets import Dataset, IterableDataset
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError
 from hfpipe.data.cleaning.contamination import SuiteIndex
-from hfpipe.data.cleaning.minhash import counts_of, judge, remove_sketch, write_sketch
+from hfpipe.data.cleaning.minhash import Row, counts_of, judge, remove_sketch, write_sketch
 from hfpipe.data.cleaning.text_rules import LISTED, Read, tidy_rows
 from hfpipe.data.stream.shard_reader import Reader
 from hfpipe.recipe import Recipe, Source, hash_of
-from hfpipe.recipe.row_formats import text_of
 
 PIECES = 8  # of a table, for the ranks to share
 CHARACTERS = 12  # that are looked at for each token of a stream that will be read: three times those of English
 LEAST_ROWS = 2_000  # of each lane, which reads windows of hundreds ahead
-Texts = Callable[[], Iterator[str | None]]
+Rows = Callable[[], Iterator[Row | None]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Judged:
     """
 
     source: Source
-    pieces: Sequence[Texts]
+    pieces: Sequence[Rows]
     digest: str
     sketches: list[Path]
     reasons: np.ndarray
@@ -103,9 +102,9 @@ class Cleaner:
         if isinstance(rows, Dataset):
             ends = [len(rows) * piece // PIECES for piece in range(PIECES + 1)]
             parts = [rows.select(range(*ends[piece : piece + 2])) for piece in range(PIECES)]
-            found = self._judged(source, [_texts_of(part, source) for part in parts], len(rows))
+            found = self._judged(source, [_rows_of(part, source) for part in parts], len(rows))
         else:
-            found = self._judged(source, [_texts_of(rows, source)], None)
+            found = self._judged(source, [_rows_of(rows, source)], None)
         reasons = np.concatenate(found)
         facts: dict[str, Any] = {"removed": counts_of(reasons), "removed_ids": []}
         if isinstance(rows, IterableDataset):
@@ -130,10 +129,10 @@ class Cleaner:
         if not source.cleaned:
             return None
         characters = None if tokens is None else tokens * CHARACTERS
-        texts = [_texts_of_share(rows, lane, lanes, source, characters) for lane in range(lanes)]
+        texts = [_rows_of_share(rows, lane, lanes, source, characters) for lane in range(lanes)]
         return self._judged(source, texts, characters)
 
-    def _judged(self, source: Source, pieces: Sequence[Texts], size: int | None) -> list[np.ndarray]:
+    def _judged(self, source: Source, pieces: Sequence[Rows], size: int | None) -> list[np.ndarray]:
         """The reasons of each piece, looked up or worked out."""
         sharing = self._sharing(source)
         before = takewhile(lambda key: key != id(source), self._done)
@@ -185,7 +184,7 @@ class Cleaner:
                 last.sketches,
                 exact=source.deduplicate == "exact",
                 near=source.near,
-                suites=source.decontaminate,
+                suites=index if source.decontaminate else None,
                 earlier=[(one.sketches, one.reasons) for one in earlier],
             )
             beside = path.with_name(f".{path.name}")
@@ -200,32 +199,32 @@ class Cleaner:
         ranks.each(judge_all)
 
 
-def _texts_of(rows: Dataset | IterableDataset, source: Source) -> Texts:
-    """Returns the text of each row in its place; None for the dirty ones."""
+def _rows_of(rows: Dataset | IterableDataset, source: Source) -> Rows:
+    """Returns each row in its place; None for the dirty ones."""
 
-    def texts() -> Iterator[str | None]:
+    def tidy() -> Iterator[Row | None]:
         read, given = Read(), 0
         for row in tidy_rows(rows, source, read):
             yield from [None] * (read.rows - 1 - given)
-            yield text_of(row)
+            yield row
             given = read.rows
         yield from [None] * (read.rows - given)
 
-    return texts
+    return tidy
 
 
-def _texts_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source, most: int | None) -> Texts:
-    """Returns the texts of a lane's first share, each in its place, up to so many characters; None for dirt."""
+def _rows_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source, most: int | None) -> Rows:
+    """Returns the rows of a lane's first share, each in its place, up to so many characters; None for dirt."""
 
-    def texts() -> Iterator[str | None]:
+    def tidy() -> Iterator[Row | None]:
         reader, given, characters = Reader(rows, lane, lanes, source, epochs=1), 0, 0
         while document := reader.take(1):
             yield from [None] * (reader.rows - 1 - given)
-            yield from document
+            yield from ({"text": text} for text in document)
             given = reader.rows
             characters += len(document[0])
             if most is not None and given >= LEAST_ROWS and characters >= most:
                 return
         yield from [None] * (reader.rows - given)
 
-    return texts
+    return tidy

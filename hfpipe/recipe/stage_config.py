@@ -184,7 +184,9 @@ class Source(Words):
     augment: Augment | None = Field(
         None, description="rows with listed words, such as he and she, are joined by their form with the words swapped"
     )
-    decontaminate: bool = Field(False, description="leave out rows that overlap a suite by 13-word sequences")
+    decontaminate: bool = Field(
+        False, description="leave out rows that overlap a suite, or hold 13 words of it in a row"
+    )
 
     @property
     def title(self) -> str:

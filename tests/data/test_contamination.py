@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from hfpipe.cli import main
-from hfpipe.data.cleaning.contamination import SuiteIndex
+from hfpipe.data.cleaning.contamination import SuiteIndex, packed, unpacked
 
 WORDS = [f"{first}{second}" for first in "bcdfgklmnprst" for second in ("ab", "en", "ir", "ol", "um")]
 
@@ -143,3 +143,34 @@ def test_a_run_refuses_it_unless_the_recipe_says_report(tmp_path: Path, capsys: 
         f"| general | prose | json | 61 | 20 | 0 | 1 | 0 | 1 | {pair['which'][0]} |"
         in (tmp_path / "run/report.md").read_text()
     )
+
+
+def test_what_decontamination_leaves_does_not_overlap() -> None:
+    """One rule: what makes a row of a suite overlap is what `decontaminate` removes."""
+    rng = random.Random(5)
+    suite = [
+        {"prompt": f"{text(seed, rng.choice((6, 9, 14, 30)))} ", "completion": text(seed + 500, 5)}
+        for seed in range(60)
+    ]
+    suite += [chat("Say it.", text(seed, 12), text(seed + 500, 12)) for seed in range(60, 80)]
+    rows: list[dict] = [{"text": text(seed, 60)} for seed in range(2000, 2060)]
+    for place, row in enumerate(suite):
+        said = (
+            " ".join(turn["content"] for turn in row["messages"])
+            if "messages" in row
+            else row["prompt"] + row["completion"]
+        )
+        words = said.split()
+        start = rng.randrange(len(words))
+        rows += [{"text": f"{text(place + 3000, 9)} {' '.join(words[start:])} {text(place + 4000, 9)}"}, row]
+        rows.append({"prompt": said[: len(said) // 2], "completion": said[len(said) // 2 :]})
+    index = SuiteIndex(suite)
+    found = [one for place, row in enumerate(rows) if (one := index.look_at(row, place)) is not None]
+    overlap, guilty = index.judge(found)
+    assert len({*overlap.exact, *overlap.partly}) > 60
+    left = index.look_in([row for place, row in enumerate(rows) if place not in guilty])
+    assert (left.exact, left.partly) == ([], [])
+    assert len(rows) - len(guilty) > 60, "and no more than that"
+    assert unpacked(packed(found), 7)[0].row == found[0].row + 7
+    again = index.judge(unpacked(packed(found)))
+    assert (again[0].exact, again[0].partly, again[1]) == (overlap.exact, overlap.partly, guilty)

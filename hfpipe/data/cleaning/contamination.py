@@ -66,6 +66,27 @@ class Overlap:
     looked_at: int = 0
 
 
+@dataclass(frozen=True)
+class Found:
+    """What one row that is trained on holds of the suites, before it is known how many other rows hold it too.
+
+    Args:
+        row: Its place.
+        exact: Rows of the suites that have a text of it as a whole.
+        parts: Hashes of the suites' questions and answers that it has as a whole.
+        instruction: See `instruction_of`.
+        answered: Whether it is a question and its answer.
+        runs: Of each length, which of the suites' runs of words it holds.
+    """
+
+    row: int
+    exact: list[int]
+    parts: list[int]
+    instruction: int
+    answered: bool
+    runs: list[np.ndarray]
+
+
 def words_of(text: str) -> np.ndarray:
     """(W,) one hash a word, without case and punctuation; the same in every process."""
     if len(text) > AT_ONCE:  # a list of ten million words is a gigabyte; one word may be cut in two
@@ -132,51 +153,124 @@ class SuiteIndex:
         self._whole = _by_whole(texts)
         self._parts = _by_whole([(place, words) for place, words in (*texts, *questions) if len(words) >= QUESTION])
         self._lengths = {len(words) for _, words in (*texts, *questions)} - {0}
-        self._all = _Runs(GRAM, texts, answers)
         longest = (10**9, *(least for least, _ in RUNS))
-        self._by_length = []
+        self._runs = [_Runs(GRAM, texts, answers)]  # of all texts, and of the texts of each length
         for number, (least, size) in enumerate(RUNS):
             chosen = [place for place, (_, words) in enumerate(texts) if least <= len(words) < longest[number]]
             some, said = [texts[place] for place in chosen], [answers[place] for place in chosen]
-            self._by_length.append(_Runs(size, some, said))
+            self._runs.append(_Runs(size, some, said))
 
-    def found_in(self, words: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """The rows that have a text as a whole, and which of the suites' runs of 13 words it holds, each once."""
-        rows = self._whole.get(_whole(words), []) if len(words) in self._lengths else []
-        return rows, self._all.found_in(words)
+    def look_at(self, row: Mapping[str, Any], place: int, *, near: bool = True) -> Found | None:
+        """Returns what a row that is trained on holds; None where that is nothing.
+
+        Args:
+            row: The row.
+            place: Its place in the source.
+            near: Whether short runs are looked for too, which only show that texts are near.
+        """
+        texts = [words_of(text) for text in texts_of(row)]
+        exact = {one for words in texts if len(words) in self._lengths for one in self._whole.get(_whole(words), ())}
+        every = [*texts, *(words_of(part) for part in parts_of(row))]
+        parts = {_whole(words) for words in every if len(words) in self._lengths} & self._parts.keys()
+        nothing = np.zeros(0, np.int64)
+        wanted = [near or one.size >= NEAR for one in self._runs]
+        runs = [
+            np.unique(np.concatenate([nothing, *(one.found_in(words) for words in texts if asked)]))
+            for one, asked in zip(self._runs, wanted, strict=True)
+        ]
+        if not (exact or parts or any(len(kinds) for kinds in runs)):
+            return None
+        return Found(place, sorted(exact), sorted(parts), instruction_of(row), answer_words(row) > 0, runs)
 
     def look_in(self, rows: Iterable[dict[str, Any]]) -> Overlap:
         """Looks for the suites' rows in rows that are trained on."""
-        for runs in (self._all, *self._by_length):
-            runs.forget()
-        overlap, exact = Overlap(), set()
-        parts: Counter[int] = Counter()  # in how many training rows each question or answer of the suites is
-        asked: dict[int, set[int]] = {}  # by what instructions
+        looked_at, found = 0, []
         for row in rows:
-            overlap.looked_at += 1
-            texts = [words_of(text) for text in texts_of(row)]
-            for words in texts:
-                exact |= {*self._whole.get(_whole(words), [])} if len(words) in self._lengths else set()
-                for runs in (self._all, *self._by_length):
-                    runs.count(words, answered=answer_words(row) > 0)
-            every = [*texts, *(words_of(part) for part in parts_of(row))]
-            here = {_whole(words) for words in every if len(words) in self._lengths} & self._parts.keys()
-            parts.update(here)
-            for part in here:
-                asked.setdefault(part, set()).add(instruction_of(row))
-        for part, seen in parts.items():
-            if seen <= COMMON or len(self._parts[part]) == 1:  # others are the one question of a whole task
-                mine = self._instructions
-                exact |= {place for place in self._parts[part] if not mine[place] or {0, mine[place]} & asked[part]}
+            found += [one] if (one := self.look_at(row, looked_at)) is not None else []
+            looked_at += 1
+        overlap, _ = self.judge(found)
+        overlap.looked_at = looked_at
+        return overlap
+
+    def judge(self, found: Sequence[Found]) -> tuple[Overlap, set[int]]:
+        """Judges all that rows of one source hold.
+
+        Args:
+            found: Of each row that holds anything.
+
+        Returns:
+            The suites' rows that overlap; and the rows of the source that make them, or hold a run of 13 words of a
+            suite's that few rows hold.
+        """
+        exact = {place for one in found for place in one.exact}
+        guilty = {one.row for one in found if one.exact}
+        seen = Counter(part for one in found for part in one.parts)
+        for one in found:
+            for part in one.parts:
+                if seen[part] <= COMMON or len(self._parts[part]) == 1:  # others are the one question of a whole task
+                    known = [place for place in self._parts[part] if self._asks_for(place, one.instruction)]
+                    exact |= {*known}
+                    guilty |= {one.row} if known else set()
         partly: set[int] = set()
         near: set[int] = set()
-        for runs in self._by_length:
-            held, other_answer = runs.held()
+        for number, runs in enumerate(self._runs[1:], 1):
+            held, other_answer, by = runs.held([(one.row, one.runs[number], one.answered) for one in found])
             (partly if runs.size >= NEAR else near).update(held)
             near |= other_answer
-        overlap.exact, overlap.partly, overlap.near = sorted(exact), sorted(partly), sorted(near - exact - partly)
-        overlap.touched = sorted(self._all.held(share=0.0)[0])
-        return overlap
+            guilty |= by if runs.size >= NEAR else set()
+        touched, _, _ = self._runs[0].held([(one.row, one.runs[0], one.answered) for one in found], share=0.0)
+        counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *(one.runs[0] for one in found)]))
+        guilty |= {one.row for one in found if (counts[one.runs[0]] <= COMMON).any()}
+        overlap = Overlap(sorted(exact), sorted(partly), sorted(near - exact - partly), sorted(touched))
+        return overlap, guilty
+
+    def _asks_for(self, place: int, instruction: int) -> bool:
+        """Returns True if a row of the suites asks for what an instruction asks for; 0 is none, which fits any."""
+        return not instruction or self._instructions[place] in (0, instruction)
+
+
+def packed(found: Sequence[Found]) -> dict[str, np.ndarray]:
+    """Returns what rows hold as arrays of numbers, for a file; see `unpacked`."""
+    pairs = {
+        "exact": [(place, value) for place, one in enumerate(found) for value in one.exact],
+        "parts": [(place, value) for place, one in enumerate(found) for value in one.parts],
+        **{
+            f"runs{number}": [(place, value) for place, one in enumerate(found) for value in one.runs[number].tolist()]
+            for number in range(len(RUNS) + 1)
+        },
+    }
+    rows = [(one.row, one.instruction, one.answered) for one in found]
+    return {"rows": np.array(rows, np.uint64).reshape(-1, 3)} | {
+        name: np.array(values, np.uint64).reshape(-1, 2) for name, values in pairs.items()
+    }
+
+
+def unpacked(arrays: Mapping[str, np.ndarray], begin: int = 0) -> list[Found]:
+    """Returns what `packed` made arrays of.
+
+    Args:
+        arrays: The arrays.
+        begin: What is added to the places of the rows.
+    """
+    rows = arrays["rows"].tolist()
+
+    def parts(name: str) -> list[np.ndarray]:
+        pairs = arrays[name]
+        return np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, len(rows))))
+
+    names = ("exact", "parts", *(f"runs{number}" for number in range(len(RUNS) + 1)))
+    columns = [parts(name) for name in names] if rows else []
+    return [
+        Found(
+            row + begin,
+            columns[0][place].tolist(),
+            columns[1][place].tolist(),
+            instruction,
+            bool(answered),
+            [column[place].astype(np.int64) for column in columns[2:]],
+        )
+        for place, (row, instruction, answered) in enumerate(rows)
+    ]
 
 
 def _by_whole(texts: Iterable[tuple[int, np.ndarray]]) -> dict[int, list[int]]:
@@ -213,7 +307,6 @@ class _Runs:
         self._text = np.repeat(np.arange(len(texts)), [len(one) for one in runs])[order]
         self._place = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(one)) for one in runs)])[order]
         self._first = np.searchsorted(kinds[order], np.arange(len(self._known) + 1))
-        self.forget()
 
     def found_in(self, words: np.ndarray) -> np.ndarray:
         """Returns the runs that a text holds, each once."""
@@ -223,30 +316,29 @@ class _Runs:
         kinds = np.minimum(np.searchsorted(self._known, runs), len(self._known) - 1)
         return np.unique(kinds[self._known[kinds] == runs])
 
-    def forget(self) -> None:
-        """Begins anew with other training data."""
-        self._seen = np.zeros(len(self._known), np.int64)  # training texts that hold each
-        self._hits: list[tuple[np.ndarray, bool]] = []  # of each training text that holds any, which; has it an answer
-
-    def count(self, words: np.ndarray, *, answered: bool) -> None:
-        """Looks into a training text, which is a question and its answer or a text alone."""
-        found = self.found_in(words)
-        if len(found):
-            self._seen[found] += 1
-            self._hits.append((found.astype(np.int32), answered))
-
-    def held(self, share: float = HELD) -> tuple[set[int], set[int]]:
-        """Returns the rows with a text of which one training text holds at least so much; 0 is any run.
+    def held(
+        self, hits: Sequence[tuple[int, np.ndarray, bool]], share: float = HELD
+    ) -> tuple[set[int], set[int], set[int]]:
+        """Returns the rows with a text of which one row that is trained on holds at least so much; 0 is any run.
 
         The words count that no common phrase covers; a text has to have a few of them.
 
+        Args:
+            hits: Of each row that is trained on: its place, the runs that it holds, and whether it has an answer.
+            share: The share.
+
         Returns:
-            The rows; and those of which the training text has the question, or one like it, and another answer.
+            The rows of suites; those of which it has the question, or one like it, and another answer; and the places
+            of the rows that hold the former.
         """
-        if not self._hits:
-            return set(), set()
+        hits = [hit for hit in hits if len(hit[1])]
+        if not hits:
+            return set(), set(), set()
+        seen = np.zeros(len(self._known), np.int64)  # rows that hold each
+        for _, found, _ in hits:
+            seen[found] += 1
         several = np.array([len(np.unique(self._text[a:b])) > 1 for a, b in pairwise(self._first)])
-        telling = ~((self._seen > COMMON) & several)
+        telling = ~((seen > COMMON) & several)
         begins, ends = self._words_in(np.flatnonzero(~telling))
         depth = np.zeros(self._starts[-1] + 1, np.int64)
         np.add.at(depth, begins, 1)
@@ -256,7 +348,8 @@ class _Runs:
         enough = np.minimum(HELD * np.diff(self._starts), NEAR) if share else 1
         rows: set[int] = set()
         others: set[int] = set()
-        for found, answered in self._hits:
+        by: set[int] = set()
+        for place, found, answered in hits:
             covered = self._covered(found[telling[found]], self._own)
             held = (covered > 0) & (covered >= share * own) & (own >= enough)
             if share and answered and held.any():
@@ -264,7 +357,8 @@ class _Runs:
                 others.update(self._row[text] for text in np.flatnonzero(held & other).tolist())
                 held &= ~other
             rows.update(self._row[text] for text in np.flatnonzero(held).tolist())
-        return rows, others - rows
+            by |= {place} if held.any() else set()
+        return rows, others - rows, by
 
     def _inside(self, kinds: np.ndarray) -> np.ndarray:
         """Where runs of these kinds are in the arrays of all runs."""

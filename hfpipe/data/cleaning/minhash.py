@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from hfpipe.data.cleaning.contamination import COMMON, MULTIPLIER, SuiteIndex, grams_of, words_of
+from hfpipe.data.cleaning.contamination import MULTIPLIER, SuiteIndex, grams_of, packed, unpacked, words_of
+from hfpipe.recipe.row_formats import text_of
 
 NGRAM = 5
 PERMUTATIONS = 128  # the standard error of an estimated similarity of 0.8 is 0.035
 AT_ONCE = 10_000  # rows, or sequences of one row, that are held in memory as numbers
 NEIGHBOURS = 16  # earlier rows of a bucket that a row is compared with
 NOTHING = np.zeros(0, np.uint64)
+Row = Mapping[str, Any]
 KEPT, DUPLICATE, NEAR, SUITE, DUPLICATE_OF_OTHER, NEAR_OTHER = range(6)
 REASONS = {
     DUPLICATE: "duplicate",
@@ -33,33 +35,29 @@ REASONS = {
 }
 
 
-def write_sketch(texts: Iterable[str | None], path: Path, *, near: bool, index: SuiteIndex | None) -> None:
+def write_sketch(rows: Iterable[Row | None], path: Path, *, near: bool, index: SuiteIndex | None) -> None:
     """Sketches rows into `path`.npz and `path`.signatures.
 
     Args:
-        texts: The rows in order; None for one that is dirty.
+        rows: The rows in order; None for one that is dirty.
         path: Where to, without the suffix.
         near: Whether signatures are wanted.
         index: The rows of the suites, where overlap with them is wanted.
     """
-    hashes, exact, holders, held = array("Q"), array("Q"), array("Q"), array("Q")
+    hashes, found = array("Q"), []
     sketcher = _MinHash() if near else None
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".signatures").open("wb") as file:
-        for row, text in enumerate(texts):
-            words = words_of(text) if text and (near or index is not None) else NOTHING
+        for place, row in enumerate(rows):
+            text = None if row is None else text_of(row)
             hashes.append(0 if text is None else xxh3_64_intdigest(text.encode()) or 1)
             if sketcher is not None:
-                file.write(sketcher.signature(text or "", words).tobytes())
-            if index is not None and text is not None:
-                whole, sequences = index.found_in(words)
-                if whole:
-                    exact.append(row)
-                holders.extend([row] * len(sequences))
-                held.extend(sequences.tolist())
-    columns = {"hashes": hashes, "exact": exact, "holders": holders, "held": held}
+                file.write(sketcher.signature(text or "", words_of(text) if text else NOTHING).tobytes())
+            if index is not None and row is not None:
+                found += [one] if (one := index.look_at(row, place, near=False)) is not None else []
+    columns = {"hashes": np.asarray(hashes, np.uint64), **packed(found)}
     beside = path.with_name(f".{path.name}.npz")
-    np.savez(beside, **{name: np.asarray(values, np.uint64) for name, values in columns.items()})  # type: ignore[arg-type]
+    np.savez(beside, **columns)  # type: ignore[arg-type]
     beside.replace(path.with_suffix(".npz"))  # last, so that a sketch which has it is whole
 
 
@@ -87,20 +85,19 @@ def judge(
     *,
     exact: bool,
     near: float | None,
-    suites: bool,
+    suites: SuiteIndex | None,
     earlier: Sequence[tuple[Sequence[Path], np.ndarray]] = (),
 ) -> tuple[np.ndarray, list[int]]:
     """The rows that are removed, and the reasons.
 
-    Rows that overlap a suite go first: they hold a sequence of it that no more than ten rows hold (one in more is a
-    phrase; Brown et al. 2020, arXiv:2005.14165, appendix C), or are a whole row of it. Of what is left, the first of
-    its like stays.
+    Rows that overlap a suite go first, by the rule of `SuiteIndex`, and those that hold a run of 13 words of it which
+    is no common phrase (Brown et al. 2020, arXiv:2005.14165, appendix C). Of what is left, the first of its like stays.
 
     Args:
         paths: The sketches, in the order of the source.
         exact: Whether equal texts are looked for.
         near: Least similarity of near duplicates; None to look for none.
-        suites: Whether overlap is looked at.
+        suites: The rows of the suites, where overlap with them is looked at.
         earlier: Of each source that was judged before and whose texts count as seen, its sketches and reasons.
 
     Returns:
@@ -111,12 +108,12 @@ def judge(
     begins = np.cumsum([0, *sizes[:-1]]).astype(np.uint64)
     hashes = np.concatenate([sketch["hashes"] for sketch in sketches])
     reasons = np.zeros(len(hashes), np.uint8)
-    if suites:
-        pairs = list(zip(sketches, begins, strict=True))
-        held = np.concatenate([sketch["held"] for sketch in sketches]).astype(np.int64)
-        holders = np.concatenate([sketch["holders"] + begin for sketch, begin in pairs])
-        reasons[holders[np.bincount(held)[held] <= COMMON]] = SUITE
-        reasons[np.concatenate([sketch["exact"] + begin for sketch, begin in pairs])] = SUITE
+    if suites is not None:
+        found = [
+            one for sketch, begin in zip(sketches, begins.tolist(), strict=True) for one in unpacked(sketch, begin)
+        ]
+        _, overlapping = suites.judge(found)
+        reasons[sorted(overlapping)] = SUITE
     left = np.flatnonzero((hashes != 0) & (reasons == KEPT))
     seen = [_hashes_of(before) for before, _ in earlier]
     if exact:
