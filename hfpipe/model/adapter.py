@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
@@ -27,6 +29,7 @@ from hfpipe.recipe import Recipe
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+_LINEAR = (torch.nn.Linear, Conv1D)
 CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
 PROBE_SIZE = 2**25  # log-probabilities
 BATCH_SIZE = 2**24  # of them in a pass
@@ -55,13 +58,20 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
         for name in fields.get("modules_to_save") or ():  # PEFT passes over one that is not there
             if not any(found.endswith(name) for found in modules):
                 raise ValueError(f"`modules_to_save` names {name!r}, and no module is called so")
+        targets = fields.get("target_modules")
+        for name in targets if isinstance(targets, list) else ():  # and this over one among others
+            if not any(found == name or found.endswith(f".{name}") for found in modules):
+                raise ValueError(f"`target_modules` names {name!r}, and no module is called so")
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
         _require_read(adapted)
         PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
         return _with_head_bias(adapted)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.") from error
+        linear = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if type(one) in _LINEAR})
+        unknown = re.search(r"(Target modules|`target_modules`).*(not found|no module)", str(error))
+        has = f" Its linear layers are named {', '.join(linear)}; `all-linear` is all but the head." if unknown else ""
+        raise RecipeError(f"{kind}: peft refuses it on this model: {str(error).strip().rstrip('.')}.{has}") from error
 
 
 def _require_read(model: PeftModel) -> None:

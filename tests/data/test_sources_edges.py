@@ -148,3 +148,30 @@ def test_a_hub_that_refuses(
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found[0] == code
     assert says in found[1]
+
+
+@pytest.mark.parametrize("sign", ["\t", ";", "|"])
+def test_cells_that_another_sign_divides_are_told_the_word_for_it(sign: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt{sign}completion\nA{sign}B\nC{sign}D\n")
+    with pytest.raises(DataError, match="delimiter") as told:
+        load_rows(Source(path="csv", data_files=str(path)), kinds=("prompt_completion",))
+    written = re.search(r'`delimiter: "(.+?)"`', str(told.value))
+    assert written
+    given = Source(path="csv", data_files=str(path), delimiter=written[1].encode().decode("unicode_escape"))
+    assert [row["completion"] for row in load_rows(given, kinds=("prompt_completion",))] == ["B", "D"]
+
+
+def test_a_file_has_the_one_split_train(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    for source in (Source(path=str(path), split="test"), Source(path="json", data_files=str(path), split="test")):
+        with pytest.raises(RecipeError, match="leave `split` out"):
+            load_rows(source)
+
+
+def test_a_json_file_of_null_is_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("null")
+    with pytest.raises(DataError, match="holds null"):
+        load_rows(Source(path=str(path)))

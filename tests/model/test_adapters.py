@@ -218,12 +218,14 @@ def test_the_merge_of_a_prompt_is_refused_in_words(trained: Path, capsys: pytest
 def test_peft_s_own_refusal_is_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, merge=False, evaluate={})
-    for change in ({"target_modules": ["no_such_module"]}, {"modules_to_save": ["no_such_module"]}):
+    wrong = ["no_such_module"]
+    for change in ({"target_modules": wrong}, {"target_modules": ["q_proj", *wrong]}, {"modules_to_save": wrong}):
         content["stages"] = [stage(tmp_path, "one"), stage(tmp_path, "two", lora={"r": 4, **change})]
         assert main(["run", str(tiny.write(tmp_path, content))]) == 2
         message = capsys.readouterr().err
         assert "stages.two: lora: peft refuses it on this model" in message
         assert "no_such_module" in message
+        assert ("linear layers are named down_proj, gate_proj, k_proj" in message) == ("target_modules" in change)
         assert "Traceback" not in message
         assert not (tmp_path / "run/stages/one").exists()  # before the first stage begins
 

@@ -195,7 +195,9 @@ def _from_text(text: str, source: Source) -> UserError | None:
             )
             return RecipeError(f"{_name(source)}: {text}")
         hint = did_you_mean(split[1], allowed)
-        return RecipeError(f"{_name(source)} has no split {split[1]!r}; allowed: {listed(allowed)}.{hint}")
+        files = source.passed_through.get("data_files")
+        one = " Files have the one split `train`: leave `split` out." if isinstance(files, str | list) else ""
+        return RecipeError(f"{_name(source)} has no split {split[1]!r}; allowed: {listed(allowed)}.{hint}{one}")
     if text.startswith("Couldn't find cache for"):  # the Hub said no, and `datasets` then tells only of its cache
         files = listed(_patterns(source))
         return RecipeError(

@@ -293,6 +293,10 @@ def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> D
         if (one.becomes or name) not in allowed and {*one.columns} <= {*features} and one.name not in ("text",)
     ]
     told = f" They look like {listed(elsewhere)}, which this does not take." if elsewhere else ""
+    sign = next((sign for sign in ("\t", ";", "|") if sign in next(iter(features), "")), None)
+    if source.path == "csv" and len(features) == 1 and sign is not None:
+        written = "\\t" if sign == "\t" else sign
+        told = f' That is one column, so another sign seems to divide the cells: write `delimiter: "{written}"`.'
     return DataError(
         f"source {source.path!r} has the columns {columns}: {lacking}.{told} Say what they mean: "
         f"`columns: {{{example}}}` renames, "

@@ -246,7 +246,8 @@ def _as_rows(value: Any) -> list[dict[str, Any] | None]:
             ]
         if value:
             return [value]
-    raise pa.ArrowInvalid(f"the file holds {str(value)[:40]!r}, which is no list of rows and no row")
+    shown = "null" if value is None else repr(str(value)[:40])
+    raise pa.ArrowInvalid(f"the file holds {shown}, which is no list of rows and no row")
 
 
 def _fitted(value: Any, feature: Any, texts: bool = False) -> Any:
