@@ -127,16 +127,22 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"{path}:{line}: found a byte that is not UTF-8 text. Save the recipe as UTF-8.") from error
 
 
+MOST_NAMED = 20  # recipes of a folder
+
+
 def _near(path: Path) -> str:
-    """The end of the sentence "There is no recipe at ...": the file that may be meant."""
-    shipped = Path(__file__).parents[2] / "recipes"
-    folders = [path.parent, *(folder for folder in (Path("recipes"), shipped) if folder.is_dir())]
-    files = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.y*ml"))}
+    """Ends the sentence "There is no recipe at ...": the file that may be meant, or all that there are."""
+    from hfpipe.recipe.shipped import shipped_recipes
+
+    shipped = shipped_recipes()
+    folders = [path.parent, *(folder for folder in (Path("recipes"),) if folder.is_dir())]
+    files = shipped | {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.y*ml"))}
     close = difflib.get_close_matches(path.stem, files, n=1, cutoff=0.6)
     if close:
         return f". Did you mean {files[close[0]]}?"
-    names = ", ".join(str(file) for file in list(files.values())[:8])
-    return f"; there are {names}." if names else ". `hfpipe recipes` lists those that come with hfpipe."
+    own = [str(file) for name, file in files.items() if file != shipped.get(name)]
+    here = f" There are {', '.join(own[:MOST_NAMED])}." if own else ""
+    return f".{here} With hfpipe come {', '.join(shipped)}: `hfpipe recipes --copy NAME` copies one here."
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:

@@ -13,6 +13,7 @@ from hfpipe.convert.llama_factory import TABLE as LLAMA_FACTORY
 from hfpipe.convert.ms_swift import TABLE as MS_SWIFT
 from hfpipe.convert.trl import TABLE as TRL
 from hfpipe.recipe.foreign_words import FOREIGN_WORDS
+from hfpipe.recipe.shipped import shipped_recipes
 
 STAGE = {"name": "s", "kind": "sft", "data": [{"path": "json", "data_files": "a.jsonl"}]}
 
@@ -81,3 +82,17 @@ def test_words_of_axolotl_and_llama_factory_that_have_a_place_are_known() -> Non
     for table in (AXOLOTL, LLAMA_FACTORY):
         moved = {key for key, rule in table.items() if isinstance(rule, str) and rule.rpartition(".")[2] != key}
         assert moved - {"revision_of_model", "chat_template_jinja", "model_revision"} <= FOREIGN_WORDS.keys()
+
+
+def test_a_name_that_is_no_recipe_s_lists_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("")
+    assert main(["check", "--fast", "zzz.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert all(name in told for name in ("mine.yaml", *shipped_recipes()))
+    assert main(["check", "--fast", "quikstart.yaml"]) == 2
+    assert "quickstart.yaml?" in capsys.readouterr().err
+    assert main(["check", "--fast", "min.yaml"]) == 2
+    assert "Did you mean mine.yaml?" in capsys.readouterr().err
