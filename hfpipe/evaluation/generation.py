@@ -84,11 +84,7 @@ def generate(
     options = dict(suite.generation)
     window = window_of(model, suite.max_length)
     new, total = options.pop("max_new_tokens", None), options.pop("max_length", None)
-    if new is not None and window is not None and new >= window:
-        raise RecipeError(
-            f"generation.max_new_tokens is {new}, and the model reads {window} tokens at once, prompt and answer "
-            f"together. Write less than {window}."
-        )
+    require_window(suite, model)
     if new is None and total is None:
         new = min(longest_answer + 4, MOST_GENERATED)
         new = new if window is None else min(new, max(1, window // 2))
@@ -122,6 +118,24 @@ def generate(
                 _ended(said, stops, tokenizer.pad_token_id), len(prompts[index]) - len(kept[index])
             )
     return answers
+
+
+def require_window(suite: Suite, model: Any) -> None:
+    """Refuses answers that are longer than what the model reads at once.
+
+    Args:
+        suite: Whose `generation` and `max_length` hold.
+        model: The model; its shapes are enough.
+
+    Raises:
+        RecipeError: They are.
+    """
+    new, window = suite.generation.get("max_new_tokens"), window_of(model, suite.max_length)
+    if new is not None and window is not None and new >= window:
+        raise RecipeError(
+            f"generation.max_new_tokens is {new}, and the model reads {window} tokens at once, prompt and answer "
+            f"together. Write less than {window}."
+        )
 
 
 @contextmanager

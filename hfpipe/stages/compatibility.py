@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from hfpipe.data.sources.formats import Taken, kinds_of
 from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
 from hfpipe.evaluation.answers import asked_of, tells_apart
+from hfpipe.evaluation.generation import require_window
 from hfpipe.evaluation.metrics.rows import RowMetric
 from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of
@@ -27,6 +29,7 @@ from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Sft, Source, Stage, Suite
 from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.labels import Head, first_labels, head_of, require_fitting_suites
+from hfpipe.stages.sft_rows import BLOCK, nothing_to_train
 from hfpipe.stages.trainer import require_positions
 
 LABELS = 100_000  # rows of a source whose labels are looked at
@@ -72,6 +75,8 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
     for name, rows in suites.items():
         _require_answerable(recipe, name, rows, task, heads)
         _require_metrics(recipe.evaluate[name], name, rows, heads)
+        if task == "causal" and recipe.evaluate[name].generation:
+            require_window(recipe.evaluate[name], model)
         if "source" in rows[0]:
             set_languages(tokenizer, recipe.evaluate[name].data)
 
@@ -118,7 +123,16 @@ def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) ->
     if count is not None:  # the rest of a table may be clean, the rest of a stream is read until one dirty row too many
         refuse_dirt(source, read.dirty, count, stage.max_dirty_share)
     if first and stage.kind not in ("pretrain", "classification"):  # texts of any length, of which nothing is asked
-        encode_rows(first, stage, tokenizer, stage.training.get("max_length") or 1024, recipe.seed, source)
+        length = stage.training.get("max_length") or 1024
+        encoded = encode_rows(first, stage, tokenizer, length, recipe.seed, source)
+        if isinstance(stage, Sft) and not encoded and count is not None:  # the rest of a table may have some
+            read = Read()
+            every = tidy_rows(rows, source, read)
+            while chunk := list(islice(every, BLOCK)):
+                if encode_rows(chunk, stage, tokenizer, length, recipe.seed, source):
+                    break
+            else:
+                raise nothing_to_train(stage, source, read.rows - len(read.dirty))
     return Sample(first, count, opened.taken)
 
 

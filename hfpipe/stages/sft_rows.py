@@ -139,10 +139,7 @@ def _tokens_of(
         refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
         left = read.rows - len(read.dirty)
         if not counts["kept"]:
-            raise DataError(
-                f"stages.{stage.name}: {source.title} gave {left} rows and none of them has a token to train on. Look "
-                "at them with `hfpipe preview`; a prompt longer than max_length leaves no room for its completion."
-            )
+            raise nothing_to_train(stage, source, left)
         return {**read.facts(), **counts}
 
     own = any(source is one for one in stage.data)
@@ -157,6 +154,14 @@ def _tokens_of(
         ranks.say(f"  {line}")
     found = {key: value for key, value in found.items() if key not in ("tokens", "kept")}
     return store, {**found, **removed}
+
+
+def nothing_to_train(stage: Sft, source: Source, rows: int) -> DataError:
+    """Returns the error of a source of which no row has a token to train on."""
+    return DataError(
+        f"stages.{stage.name}: {source.title} gave {rows} rows and none of them has a token to train on. Look at them "
+        "with `hfpipe preview`; a prompt longer than max_length leaves no room for its completion."
+    )
 
 
 def _lines(found: dict[str, Any], source: Source, stage: Sft, length: int | None, before: bool) -> Iterator[str]:

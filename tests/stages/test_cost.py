@@ -186,7 +186,7 @@ def flops(model: Any) -> float:
     ids = torch.arange(16)[None] % 300
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    attention = sum(count for kind, count in counter.get_flop_counts()["Global"].items() if "attention" in str(kind))
+    attention = sum(count for kind, count in counter.get_flop_counts()["Global"].items() if "bmm" in str(kind))
     return (counter.get_total_flops() - attention) / ids.numel()
 
 
