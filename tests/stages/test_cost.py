@@ -199,4 +199,4 @@ def test_an_adapter_takes_fewer_flops_than_all_weights_and_as_many_as_torch_coun
     assert flops_per_token(full) == pytest.approx(flops(full), rel=0.03)
     adapted = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
     assert flops_per_token(adapted) == pytest.approx(flops(adapted), rel=0.06)
-    assert 0.65 < flops_per_token(adapted) / flops_per_token(full) < 0.75
+    assert flops_per_token(adapted) < 0.8 * flops_per_token(full)
