@@ -18,7 +18,7 @@ from hfpipe.cli import build_parser
 from hfpipe.evaluation.metrics import load_metric
 from hfpipe.recipe import Recipe, StageBase
 from hfpipe.recipe.metric_table import FAMILIES, HUB_METRICS, OUR_METRICS
-from hfpipe.recipe.passthrough import length_fields
+from hfpipe.recipe.passthrough import SAVING, length_fields
 from hfpipe.recipe.row_formats import ROW_FORMATS
 from hfpipe.recipe.stage_config import KINDS
 
@@ -180,7 +180,7 @@ def _passed_through() -> str:
     lines = ["| where | keys |", "| --- | --- |"]
     for kind, words in KINDS.items():
         name = words.ARGUMENTS[1]
-        more = "; ".join(f"`{key}`: {field.help}" for key, field in length_fields(kind).items())
+        more = "; ".join(f"`{key}`: {field.help}" for key, field in (length_fields(kind) | SAVING).items())
         lines.append(f"| `training` of `kind: {kind}` | [`{name}`]({CLASS_PAGES[name]}); {more} |")
     lines += [f"| {where} | {what} |" for where, what in PASSED_THROUGH.items()]
     return (

@@ -18,10 +18,13 @@ def start() -> int:
 
     signals.install()
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, both)
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several and os.environ.get("RANK", "0") != "0":  # the main process alone talks; faults go to the error output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     from hfpipe.cli import main
 
     code = main()
-    if signals.pending():  # threads of libraries would keep the process for as long as they like
+    if signals.pending() or (several and code):  # threads of libraries would keep the process for as long as they like
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

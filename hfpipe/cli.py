@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hfpipe import __version__
-from hfpipe.core import signals
+from hfpipe.core import ending, peers, signals
 from hfpipe.core.errors import RecipeError, UserError, exit_codes
+from hfpipe.core.launch import require_launch
 from hfpipe.core.machine import machine_error
 from hfpipe.core.output import forgive_closed_pipes
 from hfpipe.core.run_lock import alone
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code (see `hfpipe.core.errors`)."""
     with signals.watched():
         forgive_closed_pipes()
-        return signals.finish(_run_command(arguments))
+        code = signals.finish(_run_command(arguments))
+        ending.record(code)
+        return code
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
@@ -59,32 +62,49 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if signals.exit_code() is not None:  # a library has made another error of the interruption
             return _interrupted()
-        return _tell(error)
+        with signals.held():  # a launcher stops the other ranks at once, and they have something to say
+            return _tell(error)
     return 0
 
 
 def _interrupted() -> int:
+    if found := peers.is_lost():  # the launcher ends all ranks once one is gone
+        with signals.held():
+            return _tell(found)
     signals.tell()
+    peers.leave(last=False)
     return signals.exit_code() or 130
 
 
 def _tell(error: Exception) -> int:
-    """Says what went wrong and returns the exit code."""
-    known = error if isinstance(error, UserError) else machine_error(error)
+    """Says what went wrong, with the rank where it is not the main one, and returns the exit code."""
+    known = error if isinstance(error, UserError) else machine_error(error) or _lost_rank(error)
+    text = without_secrets(str(known or error))
+    code = 1 if known is None else known.exit_code
+    if not peers.fail(known or error, text, code) and known is not None:
+        return code
+    rank = os.environ.get("RANK", "0")
+    who = "hfpipe" if rank == "0" else f"hfpipe: rank {rank}"
     if known is None:
-        print(without_secrets(traceback.format_exc()), file=sys.stderr)
-        print(
-            "hfpipe: this is a fault of hfpipe, not of your recipe; please report it with the lines above",
-            file=sys.stderr,
-        )
-        return 1
-    if known is not error or os.environ.get("RANK", "0") == "0" or known.exit_code == 5:  # bad data of one rank
-        print(f"hfpipe: {without_secrets(str(known))}", file=sys.stderr)
-    return known.exit_code
+        print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+        text = "this is a fault of hfpipe, not of your recipe; please report it with the lines above"
+    print(f"{who}: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _lost_rank(error: Exception) -> UserError | None:
+    """The error of a collective call whose peer is lost, in words; None where an error is about something else."""
+    if not peers.has_joined():
+        return None
+    signs = ("gloo/transport", "[c10d]", "NCCL")
+    if type(error).__name__.startswith("Dist") or any(sign in str(error) for sign in signs):
+        return peers.lost(str(error).split("\n")[0][:200])
+    return None
 
 
 def _part() -> None:
     """Ends what the ranks spoke through: its threads can abort a process that exits while they run."""
+    peers.leave()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -94,6 +114,8 @@ def _run(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
+    require_launch()
+    ending.watch(recipe.run_folder)
     with alone(recipe.run_folder):
         if recipe.seeds or recipe.cross_validation:
             from hfpipe.pipeline.repeats import run_repeats

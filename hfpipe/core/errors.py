@@ -47,9 +47,20 @@ class DataError(UserError):
 
 
 class Stopped(UserError):
-    """Stopped by a signal with a checkpoint saved; the same command continues."""
+    """Stopped by a signal with a checkpoint saved, or a rank was lost; the same command continues."""
 
     exit_code = 75
+
+
+class LostRank(MachineError):
+    """Another rank is gone (exit code 75 where a checkpoint is there, else 4), or has failed (with its own code)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type["LostRank"], tuple[str, int]]:
+        return type(self), (str(self), self.exit_code)
 
 
 def exit_codes() -> dict[int, str]:

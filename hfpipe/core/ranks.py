@@ -5,23 +5,36 @@ The state is asked anew each time because `TrainingArguments` resets it when it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from threading import Thread
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
-from hfpipe.core.errors import UserError
+from hfpipe.core import peers
+from hfpipe.core.errors import MachineError, UserError
 
 Found = TypeVar("Found")
-EXCHANGE_SECONDS = 60.0
 
 
 def state() -> PartialState:
     """This launch as accelerate sees it; without an accelerator the ranks meet over gloo, if they are told to."""
-    return PartialState(cpu=on_cpu() or not torch.accelerator.is_available())
+    return _opened()
+
+
+def _opened(lost_after: float = peers.LOST_AFTER, **options: Any) -> PartialState:
+    found = PartialState(cpu=on_cpu() or not torch.accelerator.is_available(), **options)
+    if found.num_processes > 1:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        peers.join(store, found.process_index, found.num_processes, lost_after)
+    return found
 
 
 def on_cpu() -> bool:
@@ -41,18 +54,81 @@ def is_main() -> bool:
     return state().is_main_process
 
 
+def open_group(timeout_seconds: float, lost_after: float) -> None:
+    """Lets the ranks find each other. Later calls do nothing.
+
+    Args:
+        timeout_seconds: A collective call waits at most so long.
+        lost_after: Seconds within which every rank ends once one is lost.
+
+    Raises:
+        MachineError: The launch has several ranks, and this process sees itself alone.
+    """
+    _opened(lost_after, timeout=timedelta(seconds=timeout_seconds))
+    asked = int(os.environ.get("WORLD_SIZE") or 1)
+    if asked != ranks():
+        raise MachineError(f"the launch has {asked} ranks, and {ranks()} of them found each other. Start it again.")
+
+
 def wait() -> None:
-    """Waits until every rank is here."""
-    state().wait_for_everyone()
+    """Waits until every rank is here, outside of a collective call, which is given up on after `ddp_timeout`.
+
+    Raises:
+        LostRank: A rank has failed, or is gone.
+    """
+    if ranks() > 1:
+        peers.meet()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Lets the main process do a piece of work before the others, such as a download that they then find."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+
+
+def require_shared(folder: Path) -> None:
+    """Refuses a run folder that not every rank sees.
+
+    Raises:
+        MachineError: It lies on another disk for some of them.
+    """
+    if ranks() == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / from_main(f".ranks-{os.getpid()}-{time.time_ns()}")
+    if is_main():
+        probe.touch()
+    wait()
+    for _ in range(100):  # a network file system may show a new file seconds later
+        if found := probe.exists():
+            break
+        time.sleep(0.1)
+    told = gather((found, socket.gethostname()))
+    if is_main():
+        probe.unlink()
+    blind = [f"rank {number} on {host}" for number, (sees, host) in enumerate(told) if not sees]
+    if blind:
+        raise peers.of_all(
+            MachineError(
+                f"the run folder {folder} is not the same on every machine: {', '.join(blind)} cannot see what rank 0 "
+                "writes there. Put it on a disk that all machines share (`output_dir`)."
+            )
+        )
 
 
 def gather(value: Any) -> list[Any]:
     """The values of all ranks in rank order, on every rank."""
+    wait()
     return gather_object([value]) if ranks() > 1 else [value]
 
 
 def from_main(value: Any) -> Any:
     """The main process's value, on every rank."""
+    wait()
     return broadcast_object_list([value])[0] if ranks() > 1 else value
 
 
@@ -66,40 +142,16 @@ def on_main(ask: Callable[[], Found]) -> Found:
             found = error
     found = from_main(found)
     if isinstance(found, UserError):
-        raise found
+        raise peers.of_all(found)
     return found
 
 
 def each(work: Callable[[], Found]) -> list[Found]:
     """Returns on every rank the values that all ranks find, in rank order; one of them may take any time.
 
-    Whoever waits in a collective call is given up on after minutes (600 s with NCCL). So the work goes on in a thread
-    beside, and the ranks tell each other every `EXCHANGE_SECONDS` who is done. An error of one is raised there and a
-    `UserError` on every rank, instead of a wait for the one that is gone.
+    An error of one rank ends it, and with it the others.
     """
-    if ranks() == 1:
-        return [work()]
-    result: list[Any] = []
-
-    def run() -> None:
-        try:
-            result.append((work(), None))
-        except BaseException as error:  # raised again below
-            result.append((None, error))
-
-    thread = Thread(target=run, name="work of a rank", daemon=True)
-    thread.start()
-    while True:
-        thread.join(EXCHANGE_SECONDS)
-        value, error = result[0] if result else (None, None)
-        if error is not None and not isinstance(error, UserError):
-            raise error
-        said = gather((bool(result), value, error))
-        for _, _, other in said:
-            if other is not None:
-                raise other
-        if all(done for done, _, _ in said):
-            return [found for _, found, _ in said]
+    return gather(work())
 
 
 def say(text: str = "") -> None:

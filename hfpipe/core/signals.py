@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from hfpipe.core import ending
+
 BOUND = 8.0  # seconds from a signal to the end of the process
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 LINES = {
@@ -174,6 +176,7 @@ def leave(number: int) -> None:
     code = EXIT_CODES[signal.Signals(number)] if _state.code is None else _state.code
     if _state.code is None:
         tell(number)
+    ending.record(code)
     os._exit(code)
 
 

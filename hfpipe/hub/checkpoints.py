@@ -25,7 +25,7 @@ from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
 from hfpipe.recipe.config import is_on_hub
 
-NOT_PUSHED = {"trainer_state.json", "manifest.json", "data_state.json"}
+NOT_PUSHED = {"trainer_state.json", "manifest.json", "data_state.json", "loss_state.json"}
 PATIENCE = 60.0  # seconds that the end of a stage waits for the push that is under way; then that goes on alone
 
 CARD = """---

@@ -34,6 +34,7 @@ from hfpipe.stages.identity import bound_to_length, identity
 from hfpipe.stages.pretrain import require_isolation
 
 PROBE_TEXTS = 4
+DDP_TIMEOUT = 1800  # seconds, Trainer's own
 
 
 def quiet_libraries() -> None:
@@ -50,6 +51,16 @@ def quiet_libraries() -> None:
     limit_waiting()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def open_ranks(recipe: Recipe) -> None:
+    """Lets the ranks of this launch find each other, with the patience that a recipe has.
+
+    Raises:
+        MachineError: The launch has several ranks, and this process sees itself alone.
+    """
+    patience = [stage.training.get("ddp_timeout") or DDP_TIMEOUT for stage in recipe.stages]
+    ranks.open_group(max(patience), recipe.lost_rank_seconds)
 
 
 @dataclasses.dataclass
@@ -115,7 +126,7 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
     base = prepare_base(recipe, folder / "stages" / BASE)
     if ranks.is_main():
         write_json(folder / "environment.json", environment(base.ref, recipe.evaluate))
-    with ranks.state().main_process_first():
+    with ranks.main_first():
         rows = {name: suite_rows(suite) for name, suite in recipe.evaluate.items()}
     run = Run(recipe, folder, base, rows, {BASE: base.hash})
     run.record()

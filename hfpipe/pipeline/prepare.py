@@ -5,7 +5,7 @@ from __future__ import annotations
 from hfpipe.core import ranks
 from hfpipe.model.base import shapes_of
 from hfpipe.model.load import task_of
-from hfpipe.pipeline.context import open_run, quiet_libraries
+from hfpipe.pipeline.context import open_ranks, open_run, quiet_libraries
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.pipeline.reuse import take_up
 from hfpipe.recipe import Classification, Pretrain, Recipe, Sft
@@ -24,7 +24,7 @@ def prepare_recipe(recipe: Recipe) -> None:
         UserError: As `run_recipe`, as far as data is concerned.
     """
     quiet_libraries()
-    ranks.state()
+    open_ranks(recipe)
     folder = output_folder(recipe)
     ranks.say(f"{recipe.name}: the data of {len(recipe.stages)} stages")
     require_start(recipe)

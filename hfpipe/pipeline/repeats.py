@@ -18,6 +18,7 @@ from scipy import stats
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded
 from hfpipe.core.files import write_json, write_text
+from hfpipe.pipeline.context import open_ranks
 from hfpipe.pipeline.requirements import output_folder
 from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Fold, Recipe, Suite, dump_recipe
@@ -36,6 +37,7 @@ def run_repeats(recipe: Recipe) -> Path:
         BudgetExceeded: In a repeat; the others are run all the same.
         UserError: As `run_recipe`.
     """
+    open_ranks(recipe)
     folder = output_folder(recipe)
     over: list[BudgetExceeded] = []
     found: dict[str, list[Score]] = {}

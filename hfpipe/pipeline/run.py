@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core import ranks, signals
+from hfpipe.core import peers, ranks, signals
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.core.files import hashes_of, write_json
 from hfpipe.core.run_layout import MODEL
@@ -16,7 +16,16 @@ from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.base import shapes_of
 from hfpipe.model.load import ModelRef, config_of, device, free_memory, task_of
 from hfpipe.model.shards import give_back_memory
-from hfpipe.pipeline.context import Run, merged, open_run, probe_texts, quiet_libraries, score_stage, with_paired
+from hfpipe.pipeline.context import (
+    Run,
+    merged,
+    open_ranks,
+    open_run,
+    probe_texts,
+    quiet_libraries,
+    score_stage,
+    with_paired,
+)
 from hfpipe.pipeline.dial import settle
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.pipeline.reuse import forget_checkpoints, take_up
@@ -43,10 +52,13 @@ def run_recipe(recipe: Recipe) -> Path:
         UserError: With the exit code of its family; what was finished stays, and the same command continues.
     """
     quiet_libraries()
-    ranks.state()
+    open_ranks(recipe)
     folder = output_folder(recipe)
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     require_start(recipe)
+    ranks.require_shared(folder)
+    if any(folder.glob("stages/*/checkpoint-*/manifest.json")) or any(folder.glob("stages/*/done.json")):
+        peers.keep()
     run = open_run(recipe, folder)
     recipe = run.recipe  # with the commit of every data set
     if not all(run.is_done(stage.name) for stage in recipe.stages):
@@ -158,6 +170,7 @@ def _train(run: Run, name: str, parent: str) -> None:
         forget_checkpoints(folder, version)
         (folder / "README.md").unlink(missing_ok=True)  # TRL's card of a checkpoint; ours is written for the push
     ranks.wait()
+    peers.keep()
     signals.heed()
 
 

@@ -101,7 +101,7 @@ def _fetched(name: str) -> str:
     """The folder in the cache of an adapter of the Hub, which is small; any other name as it is."""
     if Path(name).is_dir():
         return name
-    with clear_errors("model", name), ranks.state().main_process_first():
+    with clear_errors("model", name), ranks.main_first():
         if find_adapter_config_file(name) is None:
             return name
         return snapshot_download(

@@ -305,6 +305,11 @@ class Recipe(Words):
     fit: Literal["refuse", "auto"] = Field(
         "refuse", description="what happens where a stage needs more memory than there is: auto makes it smaller"
     )
+    lost_rank_seconds: float = Field(
+        60.0,
+        ge=5,
+        description="seconds within which all ranks end once one of them, or its machine, is lost",
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
         None, min_length=2, description="the whole run is repeated with each of these; mean and spread are reported"
     )

@@ -89,12 +89,17 @@ def check_block(
             yield Fault(steps, explain(value, fields[key].kinds))
 
 
+SAVING = {
+    "save_minutes": Field(
+        "save_minutes", ast.Constant("float"), help="minutes since the last checkpoint after which another is saved"
+    )
+}
+
+
 def stage_fields(kind: str) -> Fields | None:
-    """Returns the fields of `training` of a stage: its arguments class's, and hfpipe's lengths where that class has
-    none.
-    """
+    """Returns the fields of `training` of a stage: its arguments class's, and words of hfpipe's own that it lacks."""
     fields = training_fields(kind)
-    return None if fields is None else length_fields(kind) | fields
+    return None if fields is None else length_fields(kind) | SAVING | fields
 
 
 def length_fields(kind: str) -> dict[str, Field]:

@@ -11,18 +11,20 @@ import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe.core import ranks, signals
+from hfpipe.core import peers, ranks, signals
 from hfpipe.core.files import fault_in, hashes_of, load_json, write_json, write_text
 from hfpipe.core.run_layout import EDITABLE
 from hfpipe.data.dataloader import BatchLoader
 
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
+LOSS = "loss_state.json"
 
 
 def write_manifest(folder: Path, stage_hash: str) -> None:
@@ -88,31 +90,63 @@ def newest_whole(stage_folder: Path, versions: Collection[str], last_step: int) 
     return None, passed_over
 
 
+def running_loss(trainer: Trainer) -> dict[str, float]:
+    """The sums of losses that a trainer has not logged yet, and has logged, which its own checkpoints lack."""
+    sums = ranks.gather(float(trainer._tr_loss))
+    return {"sum": fmean(sums), "since": trainer._globalstep_last_logged, "before": trainer._total_loss_scalar}
+
+
+def restore_running_loss(trainer: Trainer, checkpoint: Path) -> None:
+    """Gives a trainer that continues from a checkpoint the sums back, for the mean in the next line of the log."""
+    if (checkpoint / LOSS).exists():
+        found = json.loads((checkpoint / LOSS).read_text())
+        trainer._tr_loss += found["sum"]
+        trainer._globalstep_last_logged, trainer._total_loss_scalar = found["since"], found["before"]
+        trainer._initial_global_step = 0
+
+
 class CheckpointCallback(TrainerCallback):
     """Completes every checkpoint, and stops at the end of a step once a signal has come.
 
     Old checkpoints are removed here, and not by Trainer, which removes them before the new one is whole.
 
     Args:
+        trainer: Has the sums of the losses.
         loader: Its source knows the position in the data.
         stage_hash: The version of the stage.
         trajectory: What all versions share that a checkpoint can be continued by. One of these goes into the manifest.
         keep: Checkpoints to keep; None for all.
+        minutes: A checkpoint is saved when so many have passed since the last one; None for never.
     """
 
-    def __init__(self, loader: BatchLoader, stage_hash: str, trajectory: str, keep: int | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: BatchLoader,
+        stage_hash: str,
+        trajectory: str,
+        keep: int | None,
+        minutes: float | None = None,
+    ) -> None:
+        self.trainer, self.minutes = trainer, minutes
+        self.saved_at = time.monotonic()
         self.loader, self.stage_hash, self.trajectory, self.keep = loader, stage_hash, trajectory, keep
         self.stopped_at: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        restore_running_loss(self.trainer, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
         self.loader.is_done = state.global_step >= state.max_steps or control.should_training_stop
+        self.saved_at = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         signalled = signals.pending()
+        due = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         if args.world_size > 1:  # one rank may hear of it a step before another, and all must stop at the same step
-            flag = torch.tensor(int(signalled), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            signalled = bool(flag.item())
+            flags = torch.tensor([signalled, due], dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            signalled, due = map(bool, flags.tolist())
+        if due:
+            control.should_save = True
         if signalled:  # at the last step too: saving the model may take longer than what is left of the time
             self.stopped_at = state.global_step
             control.should_save = True
@@ -121,7 +155,9 @@ class CheckpointCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         states = ranks.gather(self.loader.source.state_dict())  # also waits for the files of every rank
+        sums = running_loss(self.trainer)
         if args.should_save:
+            write_json(folder / LOSS, sums)
             write_json(folder / DATA_STATE, self.loader.source.merge_states(states))
             # The last batch of an epoch may be filled with blank rows, and no longer run goes on from there.
             write_manifest(folder, self.trajectory if self.loader.source.goes_on else self.stage_hash)
@@ -131,6 +167,8 @@ class CheckpointCallback(TrainerCallback):
                     if old.name != best:  # which early stopping goes back to
                         shutil.rmtree(old, ignore_errors=True)
         ranks.wait()
+        peers.keep()
+        self.saved_at = time.monotonic()
 
 
 class LogCallback(TrainerCallback):

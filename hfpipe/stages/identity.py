@@ -19,7 +19,7 @@ REPORTS = """
     trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug
 """
 SAVING = """
-    save_strategy save_steps save_total_limit save_on_each_node save_only_model enable_jit_checkpoint
+    save_strategy save_steps save_minutes save_total_limit save_on_each_node save_only_model enable_jit_checkpoint
     restore_callback_states_from_checkpoint
 """
 SCORING = """

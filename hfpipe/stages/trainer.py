@@ -175,7 +175,8 @@ def train(
     override(trainer, get_train_dataloader=lambda: loader)
     keep = run.stage.training.get("save_total_limit", 2)
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
-    checkpoints = CheckpointCallback(loader, run.hash, run.trajectory, keep)
+    minutes = run.stage.training.get("save_minutes")
+    checkpoints = CheckpointCallback(trainer, loader, run.hash, run.trajectory, keep, minutes)
     trainer.remove_callback(PrinterCallback)  # LogCallback prints
     guard_trackers(trainer)
     make_saveable(trainer.model)

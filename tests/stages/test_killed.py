@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
@@ -121,3 +122,31 @@ def test_two_ranks_that_were_stopped_are_continued_by_one(whole: Path, tmp_path:
     assert data(folder) == data(whole)
     for name, weight in weights(whole).items():
         assert (weight - weights(folder)[name]).abs().max() < 1e-2, name
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_minutes_bound_what_a_kill_costs_and_the_log_stays_that_of_one_run(tmp_path: Path) -> None:
+    """Checkpoints between two lines of the log: the mean of the line after them is over all of its steps."""
+
+    def short(name: str, **training: object) -> tuple[Path, Path]:
+        path = recipe(tmp_path / name)
+        content = yaml.safe_load(path.read_text())
+        words = {"save_steps": 1000, "logging_steps": 25, "learning_rate": "2e-3", **training}
+        content["stages"][0]["training"] |= words
+        return tmp_path / name, tiny.write(tmp_path / name, content)
+
+    plain, path = short("plain")
+    assert main(["run", str(path)]) == 0
+    folder, path = short("minutes", save_minutes=0.001)
+    process = tiny.start("run", str(path))
+    deadline = time.monotonic() + 200
+    while not (found := list((folder / "run").glob("stages/prose/checkpoint-*/manifest.json"))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert int(found[0].parent.name.rpartition("-")[2]) % 25
+    assert main(["run", str(path)]) == 0
+    assert losses(folder) == losses(plain)

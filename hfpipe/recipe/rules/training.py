@@ -56,6 +56,8 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
             yield Fault(place, f"cannot be {value!r}: {_ONLY[key][1]} Leave it out.")
         if key == "neftune_noise_alpha" and isinstance(value, int | float) and value <= 0:
             yield Fault(place, f"found {value}; allowed is a number above 0, or leave it out for no noise.")
+        if key == "save_minutes" and isinstance(value, int | float) and value <= 0:
+            yield Fault(place, f"found {value}; allowed is a number of minutes above 0.")
         if key in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
             yield Fault(place, f"found {value}; allowed is a whole number from 1.")
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
