@@ -54,6 +54,7 @@ def test_five_mistakes_are_told_at_once_and_nothing_is_begun(folder: Path, capsy
     assert not (folder / "never").exists()
 
 
+@pytest.mark.slow
 def test_check_tells_rows_tokens_steps_memory_and_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tiny.write(folder, tiny.recipe(folder)))]) == 0
     page = capsys.readouterr().out
