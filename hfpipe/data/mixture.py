@@ -19,7 +19,7 @@ class OwnTexts(Source):
 
     @property
     def title(self) -> str:
-        """What it is called where a person reads it."""
+        """Returns the name under which a person reads of it."""
         return f"its parent's own {Path(str(self.passed_through['data_files'])).stem}"
 
 

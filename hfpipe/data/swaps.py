@@ -171,5 +171,5 @@ def _swapped(value: Any, swap: str | Sequence[Sequence[str]]) -> Any:
 
 
 def _chosen(row: Mapping[str, Any], seed: int) -> bool:
-    """Whether a row is exchanged: half of them are."""
+    """Returns True if a row is exchanged, as half of them are."""
     return bool(zlib.crc32(f"{seed} {sorted(row.items(), key=lambda item: item[0])}".encode()) & 1)

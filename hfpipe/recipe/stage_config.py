@@ -272,7 +272,7 @@ class KeepL2(Words):
 
 
 class Keep(Words):
-    """How a stage keeps what its parent can do."""
+    """The ways in which a stage keeps what its parent can do."""
 
     replay: SelfReplay | None = Field(None, description="mix in texts that the parent made of itself")
     kl: KeepKl | None = Field(None, description="learn from the parent's predictions there, not from the tokens")
@@ -347,7 +347,7 @@ class StageBase(Words):
 
     @property
     def kept(self) -> Keep:
-        """How the stage keeps what its parent can do, as a block; an empty one where it does nothing for it."""
+        """Returns the block that keeps what the parent can do; an empty one where the stage does nothing for it."""
         keep = getattr(self, "keep", None)
         return Keep.good() if keep == "self" else keep or Keep.model_validate({})
 

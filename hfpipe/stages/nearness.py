@@ -141,7 +141,7 @@ class NearParent:
 
 
 class _Scale:
-    """What a model does to the logits of its head: a factor, and a soft cap.
+    """Returns the factor and the soft cap that a model applies to the logits of its head.
 
     Args:
         config: Its config.

@@ -1,4 +1,4 @@
-"""What a stage keeps of its parent: by texts of the parent's own, by the divergence there, by distance of weights."""
+"""A stage keeps its parent by texts of the parent's own, by the divergence there, and by distance of weights."""
 
 import json
 import signal
