@@ -272,7 +272,7 @@ class KeepL2(Words):
 
 
 class Keep(Words):
-    """The ways in which a stage keeps what its parent can do."""
+    """Ways in which a stage keeps what its parent can do."""
 
     replay: SelfReplay | None = Field(None, description="mix in texts that the parent made of itself")
     kl: KeepKl | None = Field(None, description="learn from the parent's predictions there, not from the tokens")

@@ -141,7 +141,7 @@ class NearParent:
 
 
 class _Scale:
-    """Returns the factor and the soft cap that a model applies to the logits of its head.
+    """The factor and the soft cap that a model applies to the logits of its head.
 
     Args:
         config: Its config.
