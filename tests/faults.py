@@ -48,7 +48,7 @@ WORDS = tuple(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one command did with one spoilt input.
+    """The outcome of one command on one spoilt input.
 
     Args:
         number: Of the input.
@@ -66,7 +66,7 @@ class Outcome:
 
     @property
     def is_fault(self) -> bool:
-        """Whether hfpipe must not end so."""
+        """Returns True if hfpipe must not end so."""
         lengthy = len(self.said) > LONGEST and self.code != 0
         return self.code not in ALLOWED or "Traceback (most recent call last)" in self.said or lengthy
 

@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Fault, int]] = {
 
 
 def paragraphs(text: str) -> list[str]:
-    """What a command says, without what libraries say in between."""
+    """Returns the output of a command, without what libraries say in between."""
     return [line for line in text.splitlines() if line.startswith("hfpipe: ")]
 
 

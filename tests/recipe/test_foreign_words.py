@@ -19,7 +19,7 @@ STAGE = {"name": "s", "kind": "sft", "data": [{"path": "json", "data_files": "a.
 
 
 def told(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: object) -> str:
-    """What `check --fast` says of a recipe with these changes."""
+    """Returns the output of `check --fast` for a recipe with these changes."""
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump({"name": "r", "model": {"id": "a/b"}, "stages": [STAGE]} | changes))
     assert main(["check", "--fast", str(path)]) == 2

@@ -68,7 +68,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Found:
-    """What one row that is trained on holds of the suites, before it is known how many other rows hold it too.
+    """Content of the suites in one row that is trained on, before it is known how many other rows hold it too.
 
     Args:
         row: Its place.
