@@ -16,7 +16,7 @@ NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "charset_normalizer": "cha
 OF_THE_USER = {"wandb"}
 BOUND = {  # break what hfpipe does between major versions; below 1, between minor ones
     *("accelerate", "bitsandbytes", "codecarbon", "datasets", "httpx2", "huggingface_hub", "peft", "pydantic"),
-    *("sacrebleu", "transformers", "trl"),
+    *("sacrebleu", "torch", "transformers", "trl"),
 }
 
 

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 
 from hfpipe.core import peers
 from hfpipe.core.errors import MachineError, UserError
+from hfpipe.core.upstream import default_store
 
 Found = TypeVar("Found")
 
@@ -32,7 +33,7 @@ def state() -> PartialState:
 def _opened(lost_after: float = peers.LOST_AFTER, **options: Any) -> PartialState:
     found = PartialState(cpu=on_cpu() or not torch.accelerator.is_available(), **options)
     if found.num_processes > 1:
-        store = torch.distributed.distributed_c10d._get_default_store()
+        store = default_store()
         peers.join(store, found.process_index, found.num_processes, lost_after)
     return found
 

@@ -24,6 +24,7 @@ TRIED = {  # the lowest and the highest version
     "datasets": ("5.2.0", "5.2.0"),
     "huggingface_hub": ("2.0.0", "2.4.0"),
     "sacrebleu": ("2.5.0", "2.6.0"),
+    "torch": ("2.13.0", "2.13.0"),
     "transformers": ("5.23.0", "5.23.0"),
 }
 
@@ -169,6 +170,22 @@ def declare_dequantized(model: Any) -> None:
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
 
 
+def loss_sums(trainer: Any) -> dict[str, float]:
+    """Returns the sums of losses that Trainer makes its means of: not logged yet, the step of the last log, and logged.
+
+    Its checkpoints lack them, so that the first mean after a resume is of fewer steps than others. No issue found.
+    """
+    since, before = trainer._globalstep_last_logged, trainer._total_loss_scalar
+    return {"sum": float(trainer._tr_loss), "since": since, "before": before}
+
+
+def set_loss_sums(trainer: Any, sums: dict[str, Any]) -> None:
+    """Gives a trainer that continues from a checkpoint the sums back; see `loss_sums`."""
+    trainer._tr_loss += sums["sum"]
+    trainer._globalstep_last_logged, trainer._total_loss_scalar = sums["since"], sums["before"]
+    trainer._initial_global_step = 0
+
+
 def part_shared_embeddings(model: Any) -> None:
     """Gives an encoder and a decoder a module each for the embeddings that they share, with one weight.
 
@@ -181,6 +198,19 @@ def part_shared_embeddings(model: Any) -> None:
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is embeddings]
     for name in names[1:]:
         model.set_submodule(name, copy.deepcopy(embeddings, {id(embeddings.weight): embeddings.weight}))
+
+
+# torch
+
+
+def default_store() -> Any:
+    """Returns the store over which the ranks of the default process group met, which no public function gives.
+
+    No issue found. A store of our own would need another port that is open between hosts.
+    """
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
 
 
 # huggingface_hub

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hfpipe.core import peers, ranks, signals
 from hfpipe.core.files import fault_in, hashes_of, load_json, write_json, write_text
 from hfpipe.core.run_layout import EDITABLE
+from hfpipe.core.upstream import loss_sums, set_loss_sums
 from hfpipe.data.dataloader import BatchLoader
 
 MANIFEST = "manifest.json"
@@ -92,17 +93,14 @@ def newest_whole(stage_folder: Path, versions: Collection[str], last_step: int) 
 
 def running_loss(trainer: Trainer) -> dict[str, float]:
     """The sums of losses that a trainer has not logged yet, and has logged, which its own checkpoints lack."""
-    sums = ranks.gather(float(trainer._tr_loss))
-    return {"sum": fmean(sums), "since": trainer._globalstep_last_logged, "before": trainer._total_loss_scalar}
+    sums = loss_sums(trainer)
+    return sums | {"sum": fmean(ranks.gather(sums["sum"]))}
 
 
 def restore_running_loss(trainer: Trainer, checkpoint: Path) -> None:
     """Gives a trainer that continues from a checkpoint the sums back, for the mean in the next line of the log."""
     if (checkpoint / LOSS).exists():
-        found = json.loads((checkpoint / LOSS).read_text())
-        trainer._tr_loss += found["sum"]
-        trainer._globalstep_last_logged, trainer._total_loss_scalar = found["since"], found["before"]
-        trainer._initial_global_step = 0
+        set_loss_sums(trainer, load_json(checkpoint / LOSS))
 
 
 class CheckpointCallback(TrainerCallback):

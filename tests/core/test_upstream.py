@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -211,6 +212,29 @@ def test_transformers_leaves_flags_that_peft_asks_for(tmp_path: Path) -> None:
     model = with_layers_replaced(tmp_path)
     model.hf_quantizer.remove_quantization_config(model)
     assert getattr(model, "is_loaded_in_4bit", False)
+
+
+def test_trainer_keeps_no_sums_of_losses_in_a_checkpoint(tmp_path: Path) -> None:
+    rows = [{"input_ids": [row, 2, 3], "labels": [row, 2, 3]} for row in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=3, save_steps=3, logging_steps=2, report_to="none"
+    )
+    trainer = Trainer(llama(), arguments, train_dataset=rows)  # type: ignore[arg-type]
+    mean = trainer.train().training_loss
+    sums = upstream.loss_sums(trainer)
+    assert sums["since"] == 2
+    assert sums["before"] == pytest.approx(3 * mean)
+    assert not [field.name for field in fields(TrainerState) if "loss" in field.name]
+    upstream.set_loss_sums(trainer, {"sum": 1.0, "since": 5, "before": 7.0})
+    assert upstream.loss_sums(trainer) == {"sum": sums["sum"] + 1.0, "since": 5, "before": 7.0}
+
+
+def test_torch_gives_the_store_of_a_process_group_by_a_private_name_alone() -> None:
+    import torch.distributed
+
+    assert not [name for name in dir(torch.distributed) if "default_store" in name and not name.startswith("_")]
+    with pytest.raises(ValueError, match="process group"):
+        upstream.default_store()
 
 
 def test_transformers_shares_one_module_of_embeddings_once_they_grow() -> None:
