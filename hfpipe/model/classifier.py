@@ -20,7 +20,7 @@ DEFAULT_MAX_LENGTH = 512
 Label = str | float | list[str]
 
 
-def head_config(problem: str, names: Sequence[str], pad_token_id: int) -> dict[str, Any]:
+def head_config(problem: str | None, names: Sequence[str], pad_token_id: int) -> dict[str, Any]:
     """The fields of a transformers config that make a head: problem type, class names, and the padding token.
 
     A decoder is read at the last token that is not padding, so its config has to name the padding token.

@@ -157,8 +157,7 @@ class SuiteIndex:
         self._runs = [_Runs(GRAM, texts, answers)]  # of all texts, and of the texts of each length
         for number, (least, size) in enumerate(RUNS):
             chosen = [place for place, (_, words) in enumerate(texts) if least <= len(words) < longest[number]]
-            some, said = [texts[place] for place in chosen], [answers[place] for place in chosen]
-            self._runs.append(_Runs(size, some, said))
+            self._runs.append(_Runs(size, [texts[place] for place in chosen], [answers[place] for place in chosen]))
 
     def look_at(self, row: Mapping[str, Any], place: int, *, near: bool = True) -> Found | None:
         """Returns what a row that is trained on holds; None where that is nothing.
