@@ -59,6 +59,12 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"kind": "sft", **LORA},
         {"per_device_train_batch_size": 8, "max_length": 512, "gradient_checkpointing": True},
     ),
+    "qwen2 preference": (QWEN, {"kind": "preference"}, {"per_device_train_batch_size": 2, "max_length": 512}),
+    "qwen2 preference lora": (
+        QWEN,
+        {"kind": "preference", **LORA},
+        {"per_device_train_batch_size": 2, "max_length": 512},
+    ),
     "llama sft qlora nf4": (
         LLAMA,
         {"kind": "sft", "quantization": "nf4", **LORA},
@@ -89,6 +95,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 COLUMNS = {
     "pretrain": {},
     "sft": {"template": {"prompt": "Go on:", "completion": " {text}"}},
+    "preference": {"template": {"prompt": "Go on:", "chosen": " {text}", "rejected": " {other}"}},
     "classification": {"columns": {"sentence": "text", "label": "kind"}},
     "translation": {"columns": {"source": "text", "target": "other"}},
 }

@@ -30,6 +30,7 @@ TRANSFORMERS, PEFT = "https://huggingface.co/docs/transformers/main_classes", "h
 CLASS_PAGES = {
     "TrainingArguments": f"{TRANSFORMERS}/trainer#transformers.TrainingArguments",
     "Seq2SeqTrainingArguments": f"{TRANSFORMERS}/trainer#transformers.Seq2SeqTrainingArguments",
+    "DPOConfig": "https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig",
     "SFTConfig": "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
 }
 PASSED_THROUGH = {

@@ -139,6 +139,10 @@ def add_models(hub: HubServer, folder: Path) -> None:
             {**llama, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
         ),
     }
+    built["Qwen/Qwen3-8B"] = (
+        byte_bpe([end, start, stop], eos_token=stop, chat_template=qwen3_chat_template, **qwen),
+        *built["Qwen/Qwen3-8B-Base"][1:],
+    )
     for name, (tokenizer, auto, fields) in built.items():
         files = model_files(folder / name, tokenizer, auto, **fields)
         hub.add_repo("model", name, {"README.md": b"---\nlicense: apache-2.0\n---\n", **files})
@@ -154,6 +158,16 @@ def smol_smoltalk(n: int) -> dict[str, Any]:
     system = [{"content": "You are a poet.", "role": "system"}] if n % 3 == 0 else []
     pair = [{"content": said(), "role": "user"}, {"content": said(20), "role": "assistant"}]
     return {"messages": system + pair * (1 + n % 2), "source": "smol-magpie-ultra-short"}
+
+
+def ultrafeedback(n: int) -> dict[str, Any]:
+    asked = {"content": said(), "role": "user"}
+    sides = {side: [asked, {"content": said(words), "role": "assistant"}] for side, words in PAIR.items()}
+    scores = {"score_chosen": 8.0, "score_rejected": 4.5}
+    return {"prompt": asked["content"], "prompt_id": f"{n:064x}", **sides, "messages": sides["chosen"], **scores}
+
+
+PAIR = {"chosen": 20, "rejected": 14}  # words
 
 
 def sst2(n: int) -> dict[str, Any]:
@@ -238,6 +252,7 @@ DATA: list[tuple[str, str, str, Callable[[int], dict[str, Any]], dict[str, Any]]
     ("HuggingFaceFW/fineweb", "sample-10BT", "train", fineweb, {}),
     ("HuggingFaceFW/fineweb", "CC-MAIN-2024-10", "train", fineweb, {}),
     ("HuggingFaceTB/smol-smoltalk", "default", "train test", smol_smoltalk, {}),
+    ("HuggingFaceH4/ultrafeedback_binarized", "default", "train_prefs test_prefs", ultrafeedback, {}),
     ("stanfordnlp/sst2", "default", "train validation", sst2, {"label": ClassLabel(names=["negative", "positive"])}),
     ("nyu-mll/glue", "stsb", "train validation", stsb, {}),
     (

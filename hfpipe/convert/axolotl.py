@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfpipe.convert import words
+from hfpipe.convert import preferences, words
 from hfpipe.convert.axolotl_data import PREPARED, add_documents, add_sources, follow_template, is_chat
 from hfpipe.convert.draft import OFF, Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, with_another
 from hfpipe.convert.trainer_keys import TRAINER
@@ -19,14 +19,19 @@ _SCORED = Unneeded("suites are scored before and after each stage; `early_stoppi
 _SAVED = Unneeded("hfpipe keeps whole checkpoints and continues by the same command")
 _ELSEWHERE = Unneeded("not of the training")
 _IMAGES = "for images or sound, and hfpipe trains on text"
-_PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo")
+_PREFERENCES = {"dpo": "sigmoid", "ipo": "ipo"}
+_OTHERS = {"kto": "answers that are judged one by one", "orpo": "the loss ORPO", "simpo": "the loss SimPO"}
 _OPTIMIZERS = {"ao_adamw_8bit": "adamw_torch_8bit", "ao_adamw_4bit": "adamw_torch_4bit"}
 _SCHEDULES = ("one_cycle", "rex")
 
 
 def _rl(draft: Draft, value: Any) -> None:
-    if value not in OFF:
-        goal = "preferences" if value in _PREFERENCES else "reinforcement learning"
+    if value in _PREFERENCES:
+        preferences.begin(draft)
+        if value != "dpo":
+            draft.put("stage.loss", _PREFERENCES[value])
+    elif value not in OFF:
+        goal = _OTHERS.get(value, "reinforcement learning")
         raise OutOfScope(f"this axolotl config is for {goal} (`rl: {value}`), for which a recipe has no stage.")
 
 
@@ -182,6 +187,16 @@ TABLE: Table = {
     **{key: rule for key, rule in TRAINER.items() if key != "remove_unused_columns"},
     # Out
     "rl": _rl,
+    "rl_beta": "stage.training.beta",
+    "dpo_beta": "stage.training.beta",
+    "dpo_label_smoothing": "stage.training.label_smoothing",
+    "dpo_use_weighting": "stage.training.use_weighting",
+    "dpo_loss_type": if_set(lambda draft, value: preferences.loss(draft, "dpo_loss_type", value)),
+    "dpo_loss_weights": "stage.training.loss_weights",
+    "dpo_norm_loss": Lost("write `loss: sigmoid_norm`"),
+    "dpo_padding_free": _SPEED,
+    "precompute_ref_log_probs": "stage.training.precompute_ref_log_probs",
+    "rpo_alpha": with_another,
     "processor_type": Out(_IMAGES),
     "freeze_mm_modules": Unneeded("only the text part of a model is loaded"),
     "reward_model": Out("for a reward model"),
@@ -466,6 +481,9 @@ def convert(draft: Draft) -> None:
     words.hold_out(draft, "val_set_size", config.get("val_set_size"))
     draft.apply(TABLE)
     _defaults(draft)
+    if draft.stage["kind"] == "preference":
+        preferences.with_sft(draft, "rpo_alpha", config.get("rpo_alpha"))
+        preferences.finish(draft)
 
 
 def _defaults(draft: Draft) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfpipe.convert import words
+from hfpipe.convert import preferences, words
 from hfpipe.convert.draft import OFF, Draft, Lost, Table, Unneeded, with_another
 
 PREPARED = Unneeded("hfpipe keeps prepared rows itself")
@@ -95,6 +95,9 @@ _KNOWN_ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "assistant"}, "s
 
 def add_sources(draft: Draft) -> None:
     for number, one in enumerate(draft.config.get("datasets") or []):
+        if draft.stage["kind"] == "preference":
+            draft.stage["data"].append(_pairs(draft, f"datasets[{number}]", one))
+            continue
         kind, _, style = str(one.get("type") or "chat_template").partition(":")
         before = f"datasets[{number}]"
         if isinstance(one.get("type"), dict):
@@ -108,6 +111,25 @@ def add_sources(draft: Draft) -> None:
         if kind == "user_defined":
             rules |= {f"{before}.{key}": with_another for key in _OWN_PROMPT}
         draft.apply(rules, {f"{before}.{key}": value for key, value in one.items()})
+
+
+def _pairs(draft: Draft, before: str, one: dict[str, Any]) -> dict[str, Any]:
+    """A source of one of axolotl's types of pairs."""
+    source = words.source_of(one["path"], **{key: one.get(key) for key in ("name", "data_files", "split", "revision")})
+    given = one.get("type")
+    kind = str(given or "chat_template.default").partition(".")[2] if not isinstance(given, dict) else "user_defined"
+    if kind == "default":
+        asked = one.get("field_messages") or "messages"
+        sides = {"chosen": one.get("field_chosen"), "rejected": one.get("field_rejected")}
+        return preferences.renamed(source, "ranking_chat", conversations=asked, **sides)
+    if kind == "argilla":
+        return preferences.renamed(source, "ranking", chosen="chosen_response", rejected="rejected_response")
+    if kind in ("icr", "prompt_pairs"):
+        asked = "{input}" if kind == "icr" else "{prompt}"
+        return {**source, "template": preferences.in_turns(asked, "{chosen}", "{rejected}")}
+    if kind not in ("intel", "ultra", "argilla_chat"):
+        draft.note("lost", f"{before}.type", f"axolotl's type '{given}' is not converted; write `template:`")
+    return source
 
 
 _OWN_PROMPT = ("system_prompt", "system_format", "format", "no_input_format", "field_instruction")

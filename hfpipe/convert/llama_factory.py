@@ -9,15 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpipe.convert import words
-from hfpipe.convert.draft import Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, with_another
+from hfpipe.convert import preferences, words
+from hfpipe.convert.draft import Draft, Lost, OutOfScope, Said, Table, Unneeded, if_set, with_another
 from hfpipe.convert.trainer_keys import trainer_table
 
 _SPEED = Unneeded("speed and memory only")
 _ROWS = Unneeded("hfpipe makes the rows itself")
 _ELSEWHERE = Unneeded("not of the training")
 _IMAGES = Unneeded("for images, sound and video only")
-_STAGES = {"dpo": "preferences", "kto": "preferences", "rm": "a reward model", "ppo": "reinforcement learning"}
+_STAGES = {"kto": "answers that are judged one by one (KTO)", "rm": "a reward model", "ppo": "reinforcement learning"}
 # Data sets that `dataset_info.json` of LLaMA-Factory names and whose rows are no alpaca; the rest of its Hub sets are.
 _CHATS = {
     "slimorca": "Open-Orca/SlimOrca",
@@ -33,6 +33,11 @@ _ALPACAS = {
     "alpaca_gpt4_zh": "llamafactory/alpaca_gpt4_zh",
     "open_platypus": "garage-bAInd/Open-Platypus",
     "codealpaca": "sahil2801/CodeAlpaca-20k",
+}
+_RANKINGS = {
+    "dpo_mix_en": ("llamafactory/DPO-En-Zh-20k", "en", "sharegpt"),
+    "dpo_mix_zh": ("llamafactory/DPO-En-Zh-20k", "zh", "sharegpt"),
+    "orca_pairs": ("Intel/orca_dpo_pairs", None, "alpaca"),
 }
 _DEMOS = ("identity", "alpaca_en_demo", "alpaca_zh_demo")  # files beside dataset_info.json
 _TEXTS = {"wiki_demo": "wiki_demo.txt", "c4_demo": "c4_demo.jsonl"}
@@ -175,6 +180,11 @@ def _rope(draft: Draft, value: Any) -> None:
     words.model_config(draft, "rope_scaling", {"rope_scaling": {"rope_type": value}} if value else None)
 
 
+def _loss(draft: Draft, value: Any) -> None:
+    if draft.stage["kind"] == "preference" and value not in (None, "sigmoid"):
+        preferences.loss(draft, "pref_loss", value)
+
+
 TABLE: Table = {
     "model_name_or_path": "model.id",
     "model_revision": "model.revision",
@@ -265,7 +275,17 @@ TABLE: Table = {
     "media_dir": _IMAGES,
     "crop_to_patches": _IMAGES,
     "use_audio_in_video": _IMAGES,
-    "pref_*": Out("for preferences"),
+    "pref_beta": "stage.training.beta",
+    "pref_loss": _loss,
+    "pref_ftx": with_another,
+    "pref_bco_weight": Lost("write `loss: [sigmoid, bco_pair]` with `training: {loss_weights: [...]}`", (None, 0, 0.0)),
+    "dpo_label_smoothing": if_set(
+        lambda draft, value: draft.train("dpo_label_smoothing", "training.label_smoothing", value)
+    ),
+    "ld_alpha": "stage.training.ld_alpha",
+    "simpo_gamma": with_another,
+    "ref_model": Lost("the reference is the stage's parent"),
+    "ref_model_*": Lost("the reference is the stage's parent"),
     "use_mca": Unneeded("how a model is split over processes is no part of a recipe"),
     "use_megatron_bridge": Unneeded("how a model is split over processes is no part of a recipe"),
     "disable_shuffling": Lost("rows are shuffled"),
@@ -327,6 +347,8 @@ def convert(draft: Draft) -> None:
         )
     if config.get("do_train") is False or not config.get("dataset"):
         raise OutOfScope("this LLaMA-Factory config trains nothing (no `dataset`, or no `do_train`).")
+    if stage == "dpo":
+        preferences.begin(draft)
     if stage == "pt":
         draft.stage.update(kind="pretrain", name="pretrain")
     _method(draft, config.get("finetuning_type"))
@@ -335,6 +357,7 @@ def convert(draft: Draft) -> None:
     _held_out_sets(draft)
     draft.apply(trainer_table(draft.stage["kind"], TABLE))
     _defaults(draft)
+    preferences.finish(draft)
 
 
 def _defaults(draft: Draft) -> None:
@@ -356,6 +379,8 @@ def _defaults(draft: Draft) -> None:
     who: words.Trained = (
         "all" if config.get("train_on_prompt") else "last" if config.get("mask_history") else "assistant"
     )
+    if draft.stage["kind"] == "preference":
+        preferences.with_sft(draft, "pref_ftx", config.get("pref_ftx"))
     words.train_on(draft, who, "mask_history" if who == "last" else "train_on_prompt")
     draft.default("seed", 42)
 
@@ -417,6 +442,11 @@ def _rows(draft: Draft, name: str) -> list[dict[str, Any]]:
         known = {**_ALPACAS, **_CHATS}.get(name)
         if name in _DEMOS:
             entry = {"file_name": f"{name}.json"}
+        elif name in ("dpo_en_demo", "dpo_zh_demo"):
+            entry = {"file_name": f"{name}.json", "formatting": "sharegpt", "ranking": True}
+        elif name in _RANKINGS:
+            path, subset, formatting = _RANKINGS[name]
+            entry = {"hf_hub_url": path, "subset": subset, "formatting": formatting, "ranking": True}
         elif name in _TEXTS:
             entry = {"file_name": _TEXTS[name], "columns": {"prompt": "text"}}
         elif known is not None:
@@ -430,9 +460,10 @@ def _rows(draft: Draft, name: str) -> list[dict[str, Any]]:
             draft.note("lost", f"dataset: {name}", why)
             return [{"path": name}]
     columns = entry.get("columns") or {}
-    if entry.get("ranking") or columns.get("kto_tag"):
+    if columns.get("kto_tag") or (entry.get("ranking") and draft.stage["kind"] != "preference"):
         raise OutOfScope(
-            f"this LLaMA-Factory config is for preferences (`dataset: {name}`), for which a recipe has no stage."
+            f"the rows of this LLaMA-Factory config are pairs or judged answers (`dataset: {name}`), and its stage is "
+            "not `dpo`."
         )
     if any(key in columns for key in ("images", "videos", "audios")):
         raise OutOfScope(
@@ -450,6 +481,12 @@ def _rows(draft: Draft, name: str) -> list[dict[str, Any]]:
 
 def _formatted(draft: Draft, name: str, entry: dict[str, Any], source: dict[str, Any]) -> list[dict[str, Any]]:
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    if draft.stage["kind"] == "preference":
+        sides = {side: columns.get(side) for side in ("chosen", "rejected")}
+        if entry.get("formatting") in ("sharegpt", "openai"):
+            return [preferences.renamed(source, "ranking_chat", conversations=columns.get("messages"), **sides)]
+        more = {ours: columns.get(theirs) for ours, theirs in _ALPACA_COLUMNS.items() if ours != "output"}
+        return [preferences.renamed(source, "ranking", **more, **sides)]
     if draft.stage["kind"] == "pretrain":
         column = columns.get("prompt") or "text"
         return [source if column == "text" else {**source, "columns": {"text": column}}]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hfpipe.convert import words
+from hfpipe.convert import preferences, words
 from hfpipe.convert.draft import Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, with_another
 from hfpipe.convert.trainer_keys import trainer_table
 
@@ -17,7 +17,6 @@ _ROWS = Unneeded("hfpipe makes the rows itself")
 _ELSEWHERE = Unneeded("not of the training")
 _IMAGES = Unneeded("for images, sound and video only")
 _GOALS = {
-    "rlhf": "preferences or reinforcement learning",
     "infer": "answering, not for training",
     "rollout": "reinforcement learning",
     "export": "exporting, not for training",
@@ -112,6 +111,11 @@ def _trainable_by_pattern(draft: Draft, value: Any) -> None:
         words.train_only(draft, "trainable_parameters_regex", [value])
 
 
+def _loss(draft: Draft, value: Any) -> None:
+    if value and draft.stage["kind"] == "preference":
+        preferences.loss(draft, "loss_type", value)
+
+
 TABLE: Table = {
     "command": with_another,
     "model": "model.id",
@@ -119,7 +123,13 @@ TABLE: Table = {
     "model_revision": "model.revision",
     "task_type": _task,
     "num_labels": Out("for a classifier, which a stage of `kind: classification` trains"),
-    "rlhf_type": Out("for preferences or reinforcement learning"),
+    "rlhf_type": with_another,
+    "beta": "stage.training.beta",
+    "loss_type": _loss,
+    "rpo_alpha": with_another,
+    "label_smoothing": "stage.training.label_smoothing",
+    "ref_model": Lost("the reference is the stage's parent"),
+    "ref_adapters": Lost("the reference is the stage's parent"),
     "torch_dtype": _dtype,
     "attn_impl": _attention,
     "experts_impl": _SPEED,
@@ -244,12 +254,20 @@ def convert(draft: Draft) -> None:
         raise OutOfScope(
             "these are arguments of Megatron-SWIFT, whose words are another library's; `swift sft` is converted."
         )
-    if command in _GOALS or command not in ("sft", "pt"):
+    if command == "rlhf" and config.get("rlhf_type") in (None, "dpo"):
+        preferences.begin(draft)
+    elif command == "rlhf":
+        raise OutOfScope(
+            f"this ms-swift config is for `rlhf_type: {config['rlhf_type']}`, for which a recipe has no stage; dpo is "
+            "converted."
+        )
+    elif command in _GOALS or command not in ("sft", "pt"):
         goal = _GOALS.get(command, "another command")
         raise OutOfScope(
-            f"these are arguments of `swift {command}`, which is for {goal}; `swift sft` and `swift pt` are converted."
+            f"these are arguments of `swift {command}`, which is for {goal}; `swift sft`, `swift pt` and `swift "
+            "rlhf --rlhf_type dpo` are converted."
         )
-    for key in ("rlhf_type", "task_type", "num_labels"):
+    for key in ("task_type", "num_labels"):
         draft.follow(key, TABLE[key], config.get(key))
     if re.search(r"-VL\b|-VL-|-Omni|-Audio|llava|InternVL|MiniCPM-V", str(config.get("model")), re.IGNORECASE):
         raise OutOfScope(
@@ -262,6 +280,9 @@ def convert(draft: Draft) -> None:
     words.hold_out(draft, "split_dataset_ratio", config.get("split_dataset_ratio"))
     draft.apply(trainer_table(draft.stage["kind"], TABLE))
     _defaults(draft)
+    if draft.stage["kind"] == "preference":
+        preferences.with_sft(draft, "rpo_alpha", config.get("rpo_alpha"))
+        preferences.finish(draft)
 
 
 def _method(draft: Draft) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfpipe.convert import words
+from hfpipe.convert import preferences, words
 from hfpipe.convert.draft import Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, with_another
 
 _SPEED = Unneeded("speed and memory only")
@@ -18,8 +18,7 @@ _SCORED = Unneeded("suites are scored before and after each stage; `early_stoppi
 _ROWS = Unneeded("hfpipe makes the rows itself")
 _FOLDER = Unneeded("a run's files lie in `runs/NAME`; `output_dir:` of the recipe names another folder")
 _GOALS = {
-    "TRL_DPO": "preferences",
-    "TRL_KTO": "preferences",
+    "TRL_KTO": "answers that are judged one by one",
     "TRL_GRPO": "reinforcement learning",
     "VERL_GRPO": "reinforcement learning",
     "TRL_GKD": "distillation from another model",
@@ -108,9 +107,13 @@ def _template(draft: Draft, value: Any) -> None:
 
 def _kwargs(draft: Draft, value: Any) -> None:
     for key, one in (value or {}).items():
-        if key in ("packing", "max_length", "neftune_noise_alpha", "assistant_only_loss", "completion_only_loss"):
+        if key == "max_length" and draft.stage["kind"] == "preference":
+            draft.put("stage.training.max_length", one)
+        elif key in ("packing", "max_length", "neftune_noise_alpha", "assistant_only_loss", "completion_only_loss"):
             if draft.stage["kind"] == "sft":
                 draft.train(f"training.trainer_kwargs.{key}", f"training.{key}", one)
+        elif key == "loss_type" and draft.stage["kind"] == "preference":
+            preferences.loss(draft, "training.trainer_kwargs.loss_type", one)
         elif key == "dataset_text_field":
             _text_column(draft, one)
         elif key != "max_seq_length":
@@ -268,6 +271,8 @@ def convert(draft: Draft) -> None:
         raise OutOfScope(
             f"this oumi config is for images (`collator_name: {data['collator_name']}`), and hfpipe trains on text."
         )
+    if trainer == "TRL_DPO":
+        preferences.begin(draft)
     if training.get("use_peft"):
         draft.stage["lora"] = {}
     sets = data.get("datasets") or []
@@ -278,6 +283,7 @@ def convert(draft: Draft) -> None:
     _split(draft, data)
     draft.apply(TABLE)
     _defaults(draft, data)
+    preferences.finish(draft)
 
 
 def _split(draft: Draft, data: dict[str, Any]) -> None:
@@ -334,6 +340,8 @@ def _rows(draft: Draft, one: dict[str, Any], streaming: bool) -> list[dict[str, 
 
 
 def _formatted(draft: Draft, name: str, options: dict[str, Any], source: dict[str, Any]) -> list[dict[str, Any]]:
+    if draft.stage["kind"] == "preference":
+        return [source]  # its rows are recognized by their columns
     if draft.stage["kind"] == "pretrain":
         column = _TEXTS.get(name, "text")
         return [source if column == "text" else {**source, "columns": {"text": column}}]

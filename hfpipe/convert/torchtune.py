@@ -246,7 +246,8 @@ def _source(draft: Draft, block: dict[str, Any]) -> list[bool]:
         raise OutOfScope(f"this torchtune config is for reinforcement learning (`dataset: {name}`).")
     if any(word in name for word in ("preference", "paired", "hh_rlhf")):
         raise OutOfScope(
-            f"this torchtune config is for preferences (`dataset: {name}`), for which a recipe has no stage."
+            f"this torchtune config is for preferences (`dataset: {name}`), which is not converted. Write "
+            "a stage of `kind: preference`; `hfpipe recipes --copy preference` has one."
         )
     taken: tuple[str, ...] = (
         "_component_",

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfpipe.convert import words
+from hfpipe.convert import preferences, words
 from hfpipe.convert.draft import Draft, Lost, Out, OutOfScope, Table, Unneeded, with_another
 from hfpipe.convert.trainer_keys import trainer_table
 
 _ROWS = Unneeded("hfpipe makes the rows itself")
+_OF_DPO = ("beta", "max_prompt_length", "precompute_ref_log_probs", "ref_model", "rpo_alpha")  # of no sft config
 _OTHER_TRAINERS = {
-    "beta": "preferences or rewards",
-    "max_prompt_length": "preferences",
-    "precompute_ref_log_probs": "preferences",
-    "ref_model": "preferences",
-    "rpo_alpha": "preferences",
     "num_generations": "reinforcement learning",
     "reward_funcs": "reinforcement learning",
     "reward_model_path": "reinforcement learning",
     "center_rewards_coefficient": "a reward model",
-    "desirable_weight": "preferences",
+    "desirable_weight": "answers that are judged one by one (KTO)",
 }
 _ATTENTION = ("eager", "sdpa", "flex_attention")
 
@@ -125,23 +121,50 @@ TABLE: Table = {
 }
 
 
+PREFERENCE: Table = {
+    "loss_type": lambda draft, value: preferences.loss(draft, "loss_type", value) if value else None,
+    "loss_weights": "stage.training.loss_weights",
+    "rpo_alpha": with_another,
+    "max_prompt_length": Lost("prompt and answer share `max_length`, and the end of an answer is cut"),
+    "max_completion_length": Lost("prompt and answer share `max_length`, and the end of an answer is cut"),
+    "ref_model": Lost("the reference is the stage's parent"),
+    "ref_adapter_name": Lost("the reference is the stage's parent"),
+    "model_adapter_name": Unneeded("a stage has one adapter"),
+    "force_use_ref_model": Unneeded("the reference is the stage's parent, without memory of its own"),
+    "ref_model_init_kwargs": Unneeded("the reference is the stage's parent"),
+    "reference_free": Lost("the reference is the stage's parent"),
+    "sync_ref_model": Lost("the reference is the stage's parent, and stays it"),
+    "ref_model_mixup_alpha": Unneeded("see sync_ref_model"),
+    "ref_model_sync_steps": Unneeded("see sync_ref_model"),
+    "generate_during_eval": Unneeded("suites generate where their metrics ask for it"),
+    "label_pad_token_id": _ROWS,
+    "padding_value": _ROWS,
+    "use_logits_to_keep": Unneeded("speed and memory only"),
+}
+
+
 def convert(draft: Draft) -> None:
-    """Fills a draft from a config of `trl sft`.
+    """Fills a draft from a config of `trl sft` or `trl dpo`.
 
     Raises:
         OutOfScope: The config is for another of TRL's trainers.
     """
     config = draft.config
-    command = str(config.get("command", "sft"))
-    if command != "sft":
+    command = str(config.get("command") or ("dpo" if any(config.get(key) is not None for key in _OF_DPO) else "sft"))
+    if command not in ("sft", "dpo"):
         raise OutOfScope(
-            f"this is a config of `trl {command}`, for which a recipe has no stage; `trl sft` is converted."
+            f"this is a config of `trl {command}`, for which a recipe has no stage; `trl sft` and `trl dpo` are "
+            "converted."
         )
+    if command == "dpo":
+        preferences.begin(draft)
     for key, goal in _OTHER_TRAINERS.items():
         draft.follow(key, Out(f"for {goal}", (None,)), config.get(key))
     _sources(draft)
-    draft.apply(trainer_table("sft", TABLE))
+    is_sft = draft.stage["kind"] == "sft"
+    draft.apply(trainer_table(draft.stage["kind"], TABLE if is_sft else {**TABLE, **PREFERENCE}))
     _defaults(draft)
+    preferences.finish(draft)
 
 
 def _defaults(draft: Draft) -> None:
@@ -152,12 +175,14 @@ def _defaults(draft: Draft) -> None:
             draft.default(f"stage.lora.{place}", value)
     if draft.take("stage.training.max_steps") is None:
         draft.default("stage.training.num_train_epochs", 3)
-    draft.default("stage.training.learning_rate", 2e-5)
+    draft.default("stage.training.learning_rate", 2e-5 if draft.stage["kind"] == "sft" else 1e-6)
     draft.default("stage.training.per_device_train_batch_size", 8)
     draft.default("stage.training.lr_scheduler_type", "linear")
     draft.default("stage.training.warmup_steps", 0)
     draft.default("stage.training.max_length", 1024)
-    if config.get("assistant_only_loss"):
+    if draft.stage["kind"] == "preference":
+        preferences.with_sft(draft, "rpo_alpha", config.get("rpo_alpha"))
+    elif config.get("assistant_only_loss"):
         words.train_on(draft, "assistant", "assistant_only_loss")
     elif config.get("completion_only_loss"):
         words.train_on(draft, "completion", "completion_only_loss")
@@ -211,9 +236,7 @@ def _mixture(draft: Draft, listed: list[dict[str, Any]], test: Any) -> None:
         source = words.source_of(str(one["id"]), name=one.get("config"), split=split, data_files=one.get("data_files"))
         columns = one.get("columns") or ["messages"]
         if set(columns) & {"chosen", "rejected"}:
-            raise OutOfScope(
-                f"this TRL config is for preferences (`columns: {columns}`), for which a recipe has no stage."
-            )
+            preferences.begin(draft)
         share = one.get("weight", one.get("fraction"))
         words.part_of(draft, "dataset_mixture.weight", source, float(share if share is not None else 1))
         draft.stage["data"].append(source)
@@ -238,9 +261,7 @@ def _mixer(draft: Draft) -> None:
         for split in splits:
             source = words.source_of(path, split=split)
             if "prefs" in split:
-                raise OutOfScope(
-                    f"this TRL config is for preferences (`dataset_splits: {splits}`), for which a recipe has no stage."
-                )
+                preferences.begin(draft)
             if split.startswith("test"):
                 name = f"{words.HELD_OUT}-{len(draft.suites) + 1}"
                 draft.suites[name] = {"data": source, "metrics": ["bits_per_byte"]}

@@ -15,6 +15,8 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.data.row_order import Epoch, GroupedRows, RowOrder
 from hfpipe.data.text_tokens import IGNORED
 
+SIDES = ("input_ids", "rejected_ids")  # of a row: its tokens, and the other side of a pair
+
 
 class RowSource(Protocol):
     """Gives the rows of one rank and knows its place: `TokenStream` and `ResumableSampler`."""
@@ -160,11 +162,17 @@ class ResumableSampler:
                 dealt = wanted[micro * rows * self.ranks : (micro + 1) * rows * self.ranks][self.rank :: self.ranks]
                 self.progress += rows * self.ranks
                 batch = [self._row(examples) for examples in dealt]
-                self.tokens += sum(len(row["input_ids"]) for row in batch)
+                self.tokens += sum(len(row[name]) for row in batch for name in SIDES if name in row)
                 batch += [self._padding(wanted[-1])] * (rows - len(batch))
-                sizes = [len(row["input_ids"]) for row in batch]
-                self.places += len(batch) * max(sizes)
+                sizes = [len(row[name]) for row in batch for name in SIDES if name in row]
+                self.places += len(sizes) * max(sizes)
                 yield batch
+
+    def examples(self) -> np.ndarray:
+        """Returns the examples that are given at all, each once, in the order of the data."""
+        if self.total >= len(self.lengths):
+            return np.arange(len(self.lengths))
+        return np.unique(np.concatenate([self._examples(n) for n in range(self.total)]))
 
     def _examples(self, n: int) -> np.ndarray:
         """Returns the examples of row n of the run."""

@@ -74,6 +74,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return len(self.ids)
+
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         """Yields `{"input_ids": [L], "labels": [L]}` of each row."""
         labels = np.where(self.trained, self.ids, IGNORED)
@@ -169,6 +174,10 @@ class TextTokenizer:
         trained[starts[:-1][lengths > 0]] = False
         return TokenRows(ids, trained, starts)
 
+    def ids(self, text: str, *, special: bool) -> list[int]:
+        """Returns the tokens of one text."""
+        return self._backend.encode(text, add_special_tokens=special).ids
+
     def _places(
         self, rows: Sequence[Text], ids: np.ndarray, starts: np.ndarray, found: Sequence[Any], special: bool
     ) -> _Places:
@@ -229,7 +238,7 @@ class TextTokenizer:
         for number, prompt in zip(
             unclear, self._backend.encode_batch_fast(prompts, add_special_tokens=special), strict=True
         ):
-            firsts[number] = starts[number] + _shared(prompt.ids, ids[starts[number] : starts[number + 1]])
+            firsts[number] = starts[number] + shared_tokens(prompt.ids, ids[starts[number] : starts[number + 1]])
         parts = [(number, span) for number, row in enumerate(rows) if row.spans is not None for span in row.spans]
         chosen = np.array([number for number, _ in parts], dtype=np.int64)
         begin = np.searchsorted(ends, [unit(number, first) for number, (first, _) in parts], "right")
@@ -285,7 +294,7 @@ def _bytes_before(text: str, place: int | None = None) -> int:
     return len(text[:place].encode("utf-8", "surrogatepass"))
 
 
-def _shared(one: Sequence[int], other: np.ndarray) -> int:
+def shared_tokens(one: Sequence[int], other: np.ndarray) -> int:
     """Counts the tokens at the beginning that two rows share."""
     size = min(len(one), len(other))
     differing = np.flatnonzero(np.asarray(one[:size]) != other[:size])

@@ -9,11 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.labels import known_names
+from hfpipe.data.preference import PairTokenizer
+from hfpipe.data.tokenize import Encoded
 from hfpipe.evaluation.continuations import (
     Pair,
     encode_blank,
@@ -319,12 +322,39 @@ def _swap(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> A
     return answers
 
 
+def _pair(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
+    """Log-likelihoods of the chosen and the rejected answer, in nats, whole and per token, as they are trained on.
+
+    None for a pair whose prompt leaves no room for an answer, or whose answers are the same.
+    """
+    pairs = PairTokenizer(tokenizer, suite.max_length or context_of(model))
+    encoded = [pairs.encode([row]) for row in mine]
+    asked = [
+        Encoded(side.tolist(), np.arange(len(side)) >= max(1, begin), 0)
+        for one in encoded
+        for sides, begin in zip(one.sides, one.begins, strict=True)
+        for side in sides
+    ]
+    nats = iter([-bits * math.log(2) for bits in bits_of(model, asked, tokenizer.pad_token_id, suite.batch_size)])
+    sizes = iter([int(one.scored.sum()) for one in asked])
+    answers: Answers = []
+    for one in encoded:
+        if not len(one):
+            answers.append(None)
+            continue
+        said = {side: (next(nats), next(sizes)) for side in ("chosen", "rejected")}
+        per_token = {f"{side}_per_token": found / tokens for side, (found, tokens) in said.items()}
+        answers.append({side: found for side, (found, _) in said.items()} | per_token)
+    return answers
+
+
 ANSWERS = {
     "likelihood": _likelihood,
     "choice": _choice,
     "number": _classes,
     "generation": _generation,
     "masked": _masked,
+    "pair": _pair,
     "stereotype_pair": _stereotype_pair,
     "stereotypes": _stereotypes,
     "swap": _swap,

@@ -44,6 +44,11 @@ def row_text(row: dict[str, Any], tokenizer: Any) -> RowText:
     Raises:
         DataError: A conversation does not end with an answer, or its chat template cannot write it.
     """
+    if "chosen" in row:  # of a pair the chosen answer is the right one
+        if isinstance(row["prompt"], list):
+            turns = {"messages": [*row["prompt"], *row["chosen"]], COMPLETION_TURNS: len(row["chosen"])}
+            return _conversation_text({**row, **turns}, tokenizer)
+        row = {**row, "completion": row["chosen"]}
     if "messages" in row:
         return _conversation_text(row, tokenizer)
     prompt, completion = (row["prompt"], row["completion"]) if "prompt" in row else ("", row["text"])

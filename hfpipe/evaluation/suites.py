@@ -99,6 +99,7 @@ _SCORED = {
     "stereotype_pair": "pairs of stereotypes (`more` and `less`)",
     "stereotypes": "StereoSet's sentences",
     "bbq": "BBQ's rows",
+    "pair": "pairs of answers (`chosen` and `rejected`)",
     "swap": "answers to rows with swapped words",
 }
 

@@ -15,6 +15,7 @@ from hfpipe.core.errors import MachineError
 from hfpipe.core.files import GIB
 from hfpipe.data.cleaning.contamination import overlap_lines
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.dataloader import SIDES
 from hfpipe.data.dedup import cleaning_of
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.mixture import mixture
@@ -190,7 +191,7 @@ def _facts_of(
     if not sample:
         return {"tokens": 0.0, "trained": 0.0, "untrained": 0.0}
     encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
-    tokens = sum(len(row["input_ids"]) for row in encoded)
+    tokens = sum(len(row[side]) for row in encoded for side in SIDES if side in row)
     trained = sum(label != IGNORED for row in encoded for label in row["labels"])
     rows = max(len(encoded), 1)
     share = {"trained": trained / max(tokens, 1), "untrained": max(0.0, 1 - len(encoded) / len(sample))}
@@ -251,6 +252,12 @@ def preview(recipe: Recipe, count: int) -> None:
                     shown, learned = tokenizer.decode(row["input_ids"]), f"label {rows[number]['label']!r}"
                 print(f"{stage.name}, {source.title}, row {number}: {len(row['input_ids'])} tokens, {learned}")
                 print(shown)
+                if "rejected_ids" in row:
+                    begin = sum(label == IGNORED for label in row["labels"])
+                    ids = row["rejected_ids"]
+                    labels = [IGNORED] * begin + ids[begin:]
+                    print("rejected:")
+                    print(_painted({"input_ids": ids, "labels": labels}, tokenizer, coloured))
                 print()
 
 

@@ -8,11 +8,12 @@ from hfpipe.model.load import task_of
 from hfpipe.pipeline.context import open_ranks, open_run, quiet_libraries
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.pipeline.reuse import take_up
-from hfpipe.recipe import Classification, Pretrain, Recipe, Sft
+from hfpipe.recipe import Classification, Preference, Pretrain, Recipe, Sft
 from hfpipe.stages import StageRun
 from hfpipe.stages.classification import labelled_length
 from hfpipe.stages.cost import CostMeter
 from hfpipe.stages.labels import labelled_tokens
+from hfpipe.stages.preference import pair_length, pair_rows
 from hfpipe.stages.sft_rows import sft_length, sft_rows
 from hfpipe.stages.translation import pair_lengths, paired_tokens
 
@@ -58,5 +59,7 @@ def prepare_recipe(recipe: Recipe) -> None:
             sft_rows(prepared, sft_length(prepared, model))
         elif isinstance(stage, Classification):
             labelled_tokens(prepared, labelled_length(prepared, model))
+        elif isinstance(stage, Preference):
+            pair_rows(prepared, pair_length(prepared, model))
         else:
             paired_tokens(prepared, pair_lengths(prepared, model))

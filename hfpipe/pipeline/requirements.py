@@ -26,6 +26,7 @@ from hfpipe.recipe import Recipe
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.compatibility import Sample, require_fitting, require_rows
 from hfpipe.stages.fit import Fit, fit_of
+from hfpipe.stages.preference import require_losses
 from hfpipe.stages.trainer import divide_batch
 
 
@@ -100,6 +101,7 @@ def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
     require_task(recipe, loaded.task)
     require_room(tokenizer, model.get_input_embeddings().num_embeddings, recipe.model.id or "the model")
     require_arguments(recipe, tokenizer)
+    require_losses(recipe, tokenizer)
     for stage in recipe.stages:
         divide_batch(stage)
     require_adapters(recipe, model.config, loaded.added)

@@ -69,6 +69,9 @@ OUR_METRICS: dict[str, Metric] = {
         "likelihood.GreedyMatch", "share of rows whose every target token is the model's likeliest (LAMBADA's accuracy)"
     ),
     "icat": Metric("bias.StereoSet", "StereoSet: language modelling score, less for every preference of stereotypes"),
+    "length_ratio": Metric(
+        "preference.LengthRatio", "characters of the generated answers over those of the right ones; above 1 says more"
+    ),
     "likelihood_difference": Metric(
         "bias.LikelihoodDifference", "mean distance of the two log-likelihoods of a pair, in nats"
     ),
@@ -88,6 +91,18 @@ OUR_METRICS: dict[str, Metric] = {
     "pearsonr": Metric("numbers.Correlation", "Pearson's correlation of predicted and right numbers"),
     "perplexity": Metric(
         "likelihood.Perplexity", "exponential of the mean loss per token; comparable for one tokenizer only"
+    ),
+    "preference_accuracy": Metric(
+        "preference.PreferenceAccuracy", "share of pairs whose chosen answer is likelier than the rejected one"
+    ),
+    "preference_accuracy_per_token": Metric(
+        "preference.PreferenceAccuracyPerToken", "`preference_accuracy` by log-likelihood per token of the answer"
+    ),
+    "preference_margin": Metric(
+        "preference.PreferenceMargin", "log-likelihood of the chosen answer less that of the rejected one, in nats"
+    ),
+    "preference_margin_per_token": Metric(
+        "preference.PreferenceMarginPerToken", "`preference_margin` by log-likelihood per token of the answer"
     ),
     "precision": Metric("classes.FScore", "precision, the mean over the classes", _CLASSES),
     "precision_micro": Metric("classes.FScore", "precision over all rows together"),
@@ -126,9 +141,13 @@ FAMILIES = {
 SHARE_METRICS = frozenset(
     {
         *("accuracy", "accuracy_norm", "accuracy_bytes", "greedy_match", "exact_match", "squad_em", "squad_f1"),
+        *("preference_accuracy", "preference_accuracy_per_token"),
         *("f1", "f1_micro", "precision", "precision_micro", "recall", "recall_micro"),
     }
 )
+
+# Differences of log-likelihoods, below and above zero: a change of one is told in nats, not as a share of it.
+IN_NATS = frozenset({"preference_margin", "preference_margin_per_token"})
 
 # The score of a flawless model, where there is one and it is more than nothing.
 FULL_MARKS = {
@@ -138,9 +157,9 @@ FULL_MARKS = {
 }
 
 # Metrics that can be too high and too low: no value is better for being larger, or smaller.
-WITH_IDEAL = frozenset({"bias_ambiguous", "bias_disambiguated", "ss", "stereotype_score"})
+WITH_IDEAL = frozenset({"bias_ambiguous", "bias_disambiguated", "length_ratio", "ss", "stereotype_score"})
 
-BIAS_METRICS = WITH_IDEAL | {
+BIAS_METRICS = (WITH_IDEAL - {"length_ratio"}) | {
     *("accuracy_ambiguous", "accuracy_disambiguated", "flip_rate", "icat", "likelihood_difference", "lms"),
 }
 

@@ -121,6 +121,19 @@ _FORMATS = (
         asked=("source",),
         shown="source",
     ),
+    RowFormat(  # texts, or lists of turns; without a prompt it is what chosen and rejected have in common
+        "preference",
+        ("chosen", "rejected"),
+        beside=("prompt", *BESIDE_MESSAGES),
+        rank=0,
+        trained_by=("preference",),
+        texts=(("prompt", "chosen"), ("prompt", "rejected")),
+        asked=("prompt",),
+        shown="prompt",
+        needs=("pair", "generation", "likelihood"),
+        fitting="preference_accuracy, preference_margin or length_ratio",
+        description="pairs of a chosen and a rejected answer",
+    ),
     # Suites alone have these: see evaluation/multiple_choice.py and evaluation/bias_rows.py.
     RowFormat(
         "choices",
@@ -188,7 +201,23 @@ _FORMATS = (
     ),
     RowFormat("question_answer", ("question", "answer"), unless=("choices",), rank=4, becomes="prompt_completion"),
     RowFormat("text_label", ("text", "label"), becomes="classification"),
-    RowFormat("preference", ("chosen", "rejected"), beside=("prompt",), becomes="preference"),
+    RowFormat("hh_rlhf", ("chosen", "rejected"), rank=-1, becomes="preference"),
+    RowFormat(
+        "ranking",
+        ("instruction", "chosen", "rejected"),
+        beside=("input", "system", "history"),
+        aliases={"instruction": ("question",), "input": ("context",)},
+        rank=0,
+        becomes="preference",
+    ),
+    RowFormat(
+        "ranking_chat",
+        ("conversations", "chosen", "rejected"),
+        beside=("system", *BESIDE_MESSAGES),
+        aliases={"conversations": ("messages", "conversation")},
+        rank=0,
+        becomes="preference",
+    ),
 )
 ROW_FORMATS: dict[str, RowFormat] = {one.name: one for one in _FORMATS}
 ENDS: dict[str, RowFormat] = {
@@ -199,6 +228,7 @@ NUMBERS = (("number",), "mse, mae, pearsonr or spearmanr", "numbers")  # needs, 
 
 # The columns that a recipe may name: of sources that are trained on, and of suites alone.
 TRAINED_COLUMNS = tuple(one.all_columns for one in ENDS.values() if one.trained_by)
+PAIR_COLUMNS = (ROW_FORMATS["preference"].all_columns,)  # of a preference stage
 SUITE_COLUMNS = tuple(one.all_columns for one in ENDS.values() if not one.trained_by and one.name != "answer")
 
 
@@ -215,7 +245,9 @@ def format_of(columns: Iterable[str]) -> RowFormat:
 
 def texts_of(row: Mapping[str, Any]) -> list[str]:
     """The texts that a row says, each as a reader would find it elsewhere: prompt and completion are one."""
-    return [text for columns in format_of(row).texts if (text := "".join(_said(row[name]) for name in columns))]
+    parts = [[row[name] for name in columns] for columns in format_of(row).texts]
+    joined = [("\n" if isinstance(values[0], list) else "").join(map(_said, values)) for values in parts]
+    return [text for text in joined if text]
 
 
 def text_of(row: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from hfpipe.recipe.source_reader import (
     package,
     parsed,
     signature_of,
+    source_of,
 )
 from hfpipe.recipe.stage_config import KINDS
 
@@ -74,6 +75,13 @@ _CONSTRUCTION = ("__init__", "__post_init__")  # methods that take keyword argum
 def training_fields(kind: str) -> Fields | None:
     """Fields of the trainer's arguments, of the class that trains a kind of stage."""
     return _fields(*KINDS[kind].ARGUMENTS)
+
+
+@cache
+def preference_losses() -> tuple[str, ...]:
+    """Returns the losses of TRL's DPOTrainer, read from where it asks for each; empty where they cannot be read."""
+    source = source_of("trl.trainer.dpo_trainer")
+    return tuple(dict.fromkeys(re.findall(r'if loss_type == "(\w+)"', source)))
 
 
 @cache

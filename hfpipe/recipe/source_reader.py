@@ -40,7 +40,8 @@ def _file(module: str) -> Path | None:
 
 
 @cache
-def _source(module: str) -> str:
+def source_of(module: str) -> str:
+    """Returns the text of a module; empty where it cannot be read."""
     try:
         return file.read_text(encoding="utf-8") if (file := _file(module)) else ""
     except (OSError, ValueError):
@@ -50,7 +51,7 @@ def _source(module: str) -> str:
 @cache  # one file is asked for many classes
 def parsed(module: str, *, bodies: bool = False) -> ast.Module:
     """The tree of a module; without the bodies of its functions, which would take two thirds of the time."""
-    source = _source(module)
+    source = source_of(module)
     try:
         return ast.parse(source if bodies else _FUNCTION.sub(r"\1def _(): ...\n", source))
     except (SyntaxError, ValueError):
@@ -129,7 +130,7 @@ def methods_of(module: str, node: ast.ClassDef) -> list[ast.FunctionDef]:
 @cache
 def signature_of(module: str, name: str) -> ast.FunctionDef | None:
     """The signature of a function of a module; the last one where there are overloads."""
-    headers = re.findall(rf"^def {name}\([^)]*\n\).*:$", _source(module), re.MULTILINE)
+    headers = re.findall(rf"^def {name}\([^)]*\n\).*:$", source_of(module), re.MULTILINE)
     try:
         node = ast.parse(f"{headers[-1]} ...").body[0]
     except (IndexError, SyntaxError):

@@ -442,10 +442,31 @@ class Translation(StageBase):
         return "seq2seq"
 
 
+class Preference(StageBase):
+    """Preference training (DPO and its kin) on pairs of a chosen and a rejected answer."""
+
+    ARGUMENTS = ("trl.trainer.dpo_config", "DPOConfig")
+
+    kind: Literal["preference"]
+    loss: Annotated[
+        Annotated[str, Tag(WORD)] | Annotated[list[str], Tag(LIST)],
+        Discriminator(list_or_word),
+    ] = Field(
+        "sigmoid",
+        description="a loss of TRL's DPOTrainer, or several: sigmoid (DPO), ipo, hinge, robust, sft and so on",
+    )
+
+    @property
+    def losses(self) -> list[str]:
+        """Returns the losses, most often one."""
+        return [self.loss] if isinstance(self.loss, str) else self.loss
+
+
 KINDS: dict[str, type[StageBase]] = {
     "pretrain": Pretrain,
     "sft": Sft,
     "classification": Classification,
     "translation": Translation,
+    "preference": Preference,
 }
-Stage = Annotated[Pretrain | Sft | Classification | Translation, Field(discriminator="kind")]
+Stage = Annotated[Pretrain | Sft | Classification | Translation | Preference, Field(discriminator="kind")]

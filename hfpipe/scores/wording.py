@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hfpipe.recipe.metric_table import SHARE_METRICS
+from hfpipe.recipe.metric_table import IN_NATS, SHARE_METRICS
 from hfpipe.scores.scorecard import FEWEST_ROWS, Change, Score
 from hfpipe.scores.tradeoff import Estimate
 
@@ -114,6 +114,8 @@ def _size(change: Change) -> tuple[str, str]:
         way = f"{'nearer to' if change.gain > 0 else 'further from'} {after.ideal:g}"
     elif after.metric in SHARE_METRICS:
         scale, form, unit = 100.0, "{:.1f}", " points"
+    elif after.metric in IN_NATS:
+        unit = " nats"
     elif 100 <= abs(change.relative) < math.inf:
         return f"{way}, by a factor above 100", ""
     elif math.isfinite(change.relative):
@@ -122,7 +124,7 @@ def _size(change: Change) -> tuple[str, str]:
     if change.interval is None:
         return size, ""
     low, high = sorted(math.copysign(scale, change.gain) * end for end in change.interval)
-    return size, between(form.format(low), form.format(high) + ("" if unit == " points" else unit))
+    return size, between(form.format(low), form.format(high) + ("" if unit in (" points", " nats") else unit))
 
 
 def _doubt(change: Change) -> str:

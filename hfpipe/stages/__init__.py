@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hfpipe.stages.classification import run_classification
+from hfpipe.stages.preference import run_preference
 from hfpipe.stages.pretrain import run_pretrain
 from hfpipe.stages.sft import run_sft
 from hfpipe.stages.trainer import StageRun
@@ -13,6 +14,7 @@ STAGES = {
     "sft": run_sft,
     "classification": run_classification,
     "translation": run_translation,
+    "preference": run_preference,
 }
 
 __all__ = ["STAGES", "StageRun"]

@@ -24,7 +24,7 @@ from hfpipe.model.load import compute_dtype
 from hfpipe.recipe import Pretrain, Recipe, Stage
 from hfpipe.stages.trackers import require_login
 
-_SHARDING = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config")
+SHARDING_WORDS = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config")
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def clear_refusal(stage: Stage, who: str) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         text = f"stages.{stage.name}.training: {who} refuses it: {' '.join(str(error).split()).rstrip('.')}."
         lacking = isinstance(error, ImportError) or "install" in text  # some say so by a ValueError
-        if isinstance(error, RuntimeError) and not lacking:
+        if isinstance(error, RuntimeError) and not (lacking or isinstance(error, NotImplementedError)):
             raise
         raise (MachineError if lacking else RecipeError)(text) from error
 
@@ -109,7 +109,7 @@ def require_arguments(recipe: Recipe, tokenizer: Any) -> None:
             )
         _require_deepspeed(stage)
         # A sharding set up here would hold for the base too, which is scored on one device.
-        plain = {key: value for key, value in stage.training.items() if key not in _SHARDING}
+        plain = {key: value for key, value in stage.training.items() if key not in SHARDING_WORDS}
         arguments = stage_arguments(stage.model_copy(update={"training": plain}), Path("."), recipe.seed, 1)
         with clear_refusal(stage, "Trainer"):
             arguments.get_process_log_level()

@@ -17,6 +17,7 @@ from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import LOOK, Read, refuse_dirt, tidy_rows
 from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
+from hfpipe.data.preference import PairTokenizer
 from hfpipe.data.sources.formats import Taken, kinds_of
 from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
@@ -125,7 +126,9 @@ def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) ->
     if first and stage.kind not in ("pretrain", "classification"):  # texts of any length, of which nothing is asked
         length = stage.training.get("max_length") or 1024
         encoded = encode_rows(first, stage, tokenizer, length, recipe.seed, source)
-        if isinstance(stage, Sft) and not encoded and count is not None:  # the rest of a table may have some
+        if (
+            stage.kind in ("sft", "preference") and not encoded and count is not None
+        ):  # the rest of a table may have some
             read = Read()
             every = tidy_rows(rows, source, read)
             while chunk := list(islice(every, BLOCK)):
@@ -238,7 +241,8 @@ def long_rows(stage: Stage, model: Any) -> str | None:
 def encode_rows(
     rows: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int | None, seed: int, source: Source
 ) -> list[dict[str, Any]]:
-    """Rows as a stage trains on them: `input_ids`, and `labels` with -100 where nothing is learned.
+    """Rows as a stage trains on them: `input_ids`, and `labels` with -100 where nothing is learned; of a pair
+    `rejected_ids` too.
 
     Args:
         rows: Tidy rows of a source.
@@ -267,6 +271,8 @@ def encode_rows(
         size = None if max_length is None else max_length - frame.size
         masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
         return [{key: value.tolist() for key, value in row.items()} for row in masked]
+    if stage.kind == "preference":
+        return list(PairTokenizer(tokenizer, max_length).encode(rows))
     if isinstance(stage, Sft):
         return list(sft_tokenizer(stage, tokenizer, max_length, source).encode(rows))
     return list(RowTokenizer(tokenizer, max_length, train_on="all").encode(rows))

@@ -9,6 +9,7 @@ from typing import Any
 
 from hfpipe.core.errors import MachineError
 from hfpipe.core.files import GIB
+from hfpipe.data.dataloader import SIDES
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH as CLASSIFIER_LENGTH
 from hfpipe.model.memory import PARTS, Memory
@@ -109,7 +110,8 @@ def _longest(
             said = 0
             if stage.kind == "translation":
                 said = sum(label != IGNORED for label in row["labels"])
-            rows = max(rows, factor * (len(row["input_ids"]) - said))
+            longest = max(len(row[side]) for side in SIDES if side in row)
+            rows = max(rows, factor * (longest - said))
             targets = max(targets, factor * said)
     if stage.training.get("packing"):
         rows = limit

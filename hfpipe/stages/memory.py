@@ -37,7 +37,7 @@ class Setting:
     """All that the peak memory of a training depends on, beside the model's config.
 
     Args:
-        kind: "causal", "masked", "sft", "classification" or "translation".
+        kind: "causal", "masked", "sft", "preference", "classification" or "translation".
         device: "cpu" or "cuda".
         rows: Rows of a micro-batch on one rank.
         accumulation: Micro-batches of a step.
@@ -200,7 +200,7 @@ def predicted(config: Any, setting: Setting) -> tuple[Memory | None, str]:
 
 def _model(config: Any, setting: Setting) -> Any:
     """The model as it is trained, on the meta device."""
-    task = {"sft": "causal", "translation": "seq2seq"}.get(setting.kind, setting.kind)
+    task = {"sft": "causal", "preference": "causal", "translation": "seq2seq"}.get(setting.kind, setting.kind)
     options = {"attn_implementation": setting.attention} if setting.attention in ("eager", "sdpa") else {}
     with torch.device("meta"):
         model = AUTO_CLASSES[task].from_config(config, dtype=setting.dtype, **options)
@@ -212,7 +212,7 @@ def _model(config: Any, setting: Setting) -> Any:
             fields = {key: value for key, value in setting.adapter.items() if key != "init_lora_weights"}
             model = add_adapter(model, fields | ({"task_type": word} if word else {}), 0)
     model.train()
-    if setting.kind in ("causal", "sft"):
+    if setting.kind in ("causal", "sft", "preference"):
         model.config.use_cache = False
     return model
 
@@ -274,10 +274,31 @@ def _translation(setting: Setting) -> Any:
     return lambda model: loss(model(input_ids=ids, attention_mask=ids, decoder_input_ids=said), said, 1)
 
 
+def _preference(setting: Setting) -> Any:
+    """DPOTrainer's loss: twice the rows through the tiled head, and once more with the adapter off."""
+    ids = _ids(replace(setting, rows=2 * setting.rows))
+
+    def log_probabilities(model: Any) -> torch.Tensor:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hidden = inner.base_model(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state[:, :-1]
+        head = inner.get_output_embeddings().weight
+        return TiledHead.apply(hidden.reshape(-1, hidden.shape[-1]), head, setting.device, setting.autocast)
+
+    def step(model: Any) -> torch.Tensor:
+        found = log_probabilities(model)
+        if setting.adapter is not None:
+            with torch.no_grad(), model.disable_adapter():
+                log_probabilities(model)
+        return found.sum()
+
+    return step
+
+
 _STEPS = {
     "causal": _causal,
     "masked": _masked,
     "sft": _sft,
+    "preference": _preference,
     "classification": _classification,
     "translation": _translation,
 }

@@ -22,7 +22,7 @@ from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithLinearLoss
 from hfpipe.stages.nearness import hold_near, mark_own
 from hfpipe.stages.sft_rows import Marked, sft_length, sft_rows
-from hfpipe.stages.trainer import StageRun, plan_of, train, trainer_arguments, with_adapter
+from hfpipe.stages.trainer import StageRun, plan_of, train, trained_weights_kept, trainer_arguments, with_adapter
 
 
 class _Trainer(WithLinearLoss, SFTTrainer):
@@ -45,19 +45,14 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     labelled = {"assistant_only_loss": False, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
     model = with_adapter(run, model)
-    exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-    with clear_refusal(stage, "SFTTrainer"):
+    with clear_refusal(stage, "SFTTrainer"), trained_weights_kept(model):
         trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list([{key: value.tolist() for key, value in rows[0].items()}]),  # not read
             processing_class=run.tokenizer,
         )
-    for name, weight in model.named_parameters():
-        if name in exact:  # SFTTrainer rounds an adapter on a quantized base to bfloat16, where small updates vanish
-            weight.data = exact[name]
     trainer.use_linear_loss()
-    exact.clear()  # it would keep the weights after the trainer has let them go
     hold_near(run, trainer, sum(part.trained for part in own) / rows.trained)
     collated = _collate_marked if stage.kept.kl is not None else collate
     multiple = arguments.pad_to_multiple_of or 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import DataError
 from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.mixture import mixture
+from hfpipe.data.preference import PairTokenizer, TokenPairs
+from hfpipe.data.sources.formats import Kind
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.token_store import Columns, Concatenated, TokenStore, columns_of, made_once, told, write_columns
-from hfpipe.data.tokenize import sft_tokenizer
+from hfpipe.data.tokenize import RowTokenizer, sft_tokenizer
 from hfpipe.model.positions import learned_positions
-from hfpipe.recipe import Sft, Source
+from hfpipe.recipe import Sft, Source, Stage
 from hfpipe.recipe.row_formats import TEXT_KINDS
 from hfpipe.stages.own_texts import own_texts, unended
 from hfpipe.stages.trainer import StageRun, row_length, shares_of_rows
@@ -112,14 +115,56 @@ def _tokens_of(
     at_most: int | None = None,
     unended: Collection[str] = (),
 ) -> tuple[TokenStore, dict[str, Any]]:
-    """Tokenizes a source, or finds its tokens from before; says what was left out of it and what was cut."""
+    """Tokenizes a source of an sft stage; see `tokens_of`."""
     stage = run.stage
     assert isinstance(stage, Sft)
-    rows, removed = run.cleaner.rows(load_rows(source, kinds=TEXT_KINDS), source)
+    own = any(source is one for one in stage.data)
+    words: list[Any] = [stage.train_on, stage.too_long, length, at_most, own, stage.max_dirty_share]
+    words += [stage.training.get("completion_only_loss"), stage.training.get("assistant_only_loss")]
+    if unended:
+        words.append(sorted(unended))
+    tokenizer = partial(sft_tokenizer, stage, run.tokenizer, length, source, unended)
+    store, found = tokens_of(run, source, TEXT_KINDS, tokenizer, words, at_most)
+    left = found["rows"] - sum(found["dirty"].values())
+    if found["untrained"]:
+        told = f"{found['untrained']} of {left} rows have no token to train on and are left out"
+        ranks.say(f"  {source.title}: {told}")
+    if found["long"]:
+        done = {"cut": "are cut", "split": "are split", "drop": "are left out"}[stage.too_long]
+        ranks.say(f"  {source.title}: {found['long']:,} rows are longer than {length} tokens and {done} (too_long)")
+    return store, found
+
+
+def tokens_of(
+    run: StageRun,
+    source: Source,
+    kinds: tuple[Kind, ...],
+    tokenizer: Callable[[], RowTokenizer | PairTokenizer],
+    words: list[Any],
+    at_most: int | None = None,
+) -> tuple[TokenStore, dict[str, Any]]:
+    """Tokenizes a source, or finds its tokens from before.
+
+    Args:
+        run: The stage.
+        source: One of its sources, or of a stage that it replays.
+        kinds: The formats of rows that will do.
+        tokenizer: Makes what turns rows into tokens.
+        words: All of the recipe that decides which tokens come out, beside the source.
+        at_most: Rows to take; None for all.
+
+    Returns:
+        The tokens, and what was read, left out and cut.
+
+    Raises:
+        DataError: Too many rows are dirty, or none has a token to train on.
+    """
+    stage = run.stage
+    rows, removed = run.cleaner.rows(load_rows(source, kinds=kinds), source)
 
     def make(path: Path) -> dict[str, Any]:
         read, counts = Read(), {"untrained": 0, "long": 0, "tokens": 0, "kept": 0}
-        rows_to_tokens = sft_tokenizer(stage, run.tokenizer, length, source, unended)
+        rows_to_tokens = tokenizer()
         clean = islice(tidy_rows(rows, source, read), at_most)
 
         def blocks() -> Iterator[Columns]:
@@ -130,10 +175,10 @@ def _tokens_of(
                     read.dirty.add([f"the chat template refuses it ({word})"], name)
                 counts["untrained"] += made.untrained
                 counts["long"] += made.long
-                counts["tokens"] += len(made.ids)
+                counts["tokens"] += made.tokens
                 counts["kept"] += len(made)
                 if len(made):
-                    yield columns_of(made)
+                    yield made.columns() if isinstance(made, TokenPairs) else columns_of(made)
 
         write_columns(path, told(blocks(), source.title, len(rows) if isinstance(rows, Dataset) else None))
         refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
@@ -142,35 +187,18 @@ def _tokens_of(
             raise nothing_to_train(stage, source, left)
         return {**read.facts(), **counts}
 
-    own = any(source is one for one in stage.data)
-    words: list[Any] = [stage.train_on, stage.too_long, length, at_most, own, stage.max_dirty_share]
-    words += [stage.training.get("completion_only_loss"), stage.training.get("assistant_only_loss")]
-    if unended:
-        words.append(sorted(unended))
     if not isinstance(rows, Dataset):
-        words += [run.hash, source.model_dump()]
+        words = [*words, run.hash, source.model_dump()]
     store, found, before = made_once(rows, run.tokenizer, words, make, run.folder / "tokens")
-    for line in _lines(found, source, stage, length, before):
-        ranks.say(f"  {line}")
+    how = "tokenized before" if before else "tokenized"
+    ranks.say(f"  {source.title}: {found['kept']:,} rows, {found['tokens']:,} tokens, {how}")
     found = {key: value for key, value in found.items() if key not in ("tokens", "kept")}
     return store, {**found, **removed}
 
 
-def nothing_to_train(stage: Sft, source: Source, rows: int) -> DataError:
+def nothing_to_train(stage: Stage, source: Source, rows: int) -> DataError:
     """Returns the error of a source of which no row has a token to train on."""
     return DataError(
         f"stages.{stage.name}: {source.title} gave {rows} rows and none of them has a token to train on. Look at them "
         "with `hfpipe preview`; a prompt longer than max_length leaves no room for its completion."
     )
-
-
-def _lines(found: dict[str, Any], source: Source, stage: Sft, length: int | None, before: bool) -> Iterator[str]:
-    """Yields what to say of the tokens of a source."""
-    how = "tokenized before" if before else "tokenized"
-    yield f"{source.title}: {found['kept']:,} rows, {found['tokens']:,} tokens, {how}"
-    left = found["rows"] - sum(found["dirty"].values())
-    if found["untrained"]:
-        yield f"{source.title}: {found['untrained']} of {left} rows have no token to train on and are left out"
-    if found["long"]:
-        done = {"cut": "are cut", "split": "are split", "drop": "are left out"}[stage.too_long]
-        yield f"{source.title}: {found['long']:,} rows are longer than {length} tokens and {done} (too_long)"

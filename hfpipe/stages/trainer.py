@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,19 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
         return model
     block = train_rows(model, run.stage.adapter | fields, run.added_tokens)
     return add_adapter(model, block, run.recipe.seed)
+
+
+@contextmanager
+def trained_weights_kept(model: Any) -> Iterator[None]:
+    """Keeps the weights that are trained as they are.
+
+    TRL rounds an adapter on a quantized base to bfloat16, where small updates vanish.
+    """
+    exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if name in exact:
+            weight.data = exact[name]
 
 
 def train(

@@ -165,6 +165,101 @@ swift sft \\
     --warmup_ratio 0.05 \\
     --split_dataset_ratio 0.01
 """
+AXOLOTL_DPO = """
+base_model: team/chat-1b
+rl: dpo
+rl_beta: 0.2
+adapter: lora
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.05
+sequence_len: 1024
+datasets:
+  - {path: Intel/orca_dpo_pairs, split: train, type: chatml.intel}
+  - {path: team/pairs, type: chat_template.default, field_messages: turns, field_chosen: good, field_rejected: bad}
+  - {path: team/asked, type: llama3.icr}
+val_set_size: 0.1
+micro_batch_size: 2
+num_epochs: 1
+learning_rate: 5e-6
+warmup_ratio: 0.1
+"""
+LLAMA_FACTORY_DPO = """
+model_name_or_path: team/chat-1b
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+pref_beta: 0.3
+pref_loss: ipo
+pref_ftx: 0.5
+dataset: dpo_en_demo, ranked
+template: qwen
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+"""
+TRL_DPO = """
+model_name_or_path: team/chat-1b
+dataset_name: trl-lib/ultrafeedback_binarized
+learning_rate: 5e-7
+loss_type: [sigmoid, sft]
+loss_weights: [1.0, 0.2]
+beta: 0.05
+num_train_epochs: 1
+per_device_train_batch_size: 4
+max_length: 512
+eval_strategy: steps
+eval_steps: 50
+"""
+HANDBOOK_DPO = """
+model_name_or_path: team/chat-1b
+dataset_mixer: {HuggingFaceH4/ultrafeedback_binarized: 1.0}
+dataset_splits: [train_prefs, test_prefs]
+beta: 0.01
+loss_type: sigmoid
+learning_rate: 5.0e-7
+lr_scheduler_type: cosine
+max_length: 1024
+num_train_epochs: 1
+optim: adamw_torch
+per_device_train_batch_size: 8
+"""
+OUMI_DPO = """
+model: {model_name: team/chat-1b, model_max_length: 1024}
+data: {train: {datasets: [{dataset_name: mlabonne/orpo-dpo-mix-40k, split: train}]}}
+training:
+  trainer_type: TRL_DPO
+  use_peft: true
+  per_device_train_batch_size: 2
+  max_steps: 20
+  learning_rate: 5.0e-05
+  trainer_kwargs: {beta: 0.2, loss_type: ipo, max_length: 512}
+peft: {lora_r: 8, lora_alpha: 16}
+"""
+SWIFT_DPO = """
+swift rlhf \\
+    --rlhf_type dpo \\
+    --model team/chat-4b \\
+    --use_hf true \\
+    --train_type lora \\
+    --dataset team/pairs \\
+    --beta 0.1 \\
+    --rpo_alpha 0.1 \\
+    --learning_rate 1e-5 \\
+    --max_length 2048
+"""
+PREFERENCES = {
+    "axolotl-dpo.yaml": (AXOLOTL_DPO, "sigmoid", {"beta": 0.2, "learning_rate": 5e-6}),
+    "llama-factory-dpo.yaml": (LLAMA_FACTORY_DPO, ["ipo", "sft"], {"beta": 0.3, "loss_weights": [1.0, 0.5]}),
+    "trl-dpo.yaml": (TRL_DPO, ["sigmoid", "sft"], {"beta": 0.05, "loss_weights": [1.0, 0.2], "max_length": 512}),
+    "handbook-dpo.yaml": (HANDBOOK_DPO, "sigmoid", {"beta": 0.01, "lr_scheduler_type": "cosine"}),
+    "oumi-dpo.yaml": (OUMI_DPO, "ipo", {"beta": 0.2, "max_length": 512, "max_steps": 20}),
+    "swift-dpo.sh": (SWIFT_DPO, ["sigmoid", "sft"], {"beta": 0.1, "loss_weights": [1.0, 0.1]}),
+}
 CONFIGS = {
     "axolotl.yaml": AXOLOTL,
     "axolotl-pretrain.yml": AXOLOTL_PRETRAIN,
@@ -176,7 +271,7 @@ CONFIGS = {
     "swift.sh": SWIFT,
 }
 OUT = {
-    "preferences": "base_model: a/b\nrl: dpo\ndatasets: [{path: a/c, type: chatml.intel}]",
+    "judged one by one": "base_model: a/b\nrl: kto\ndatasets: [{path: a/c, type: chatml.argilla}]",
     "images": "base_model: a/b\nprocessor_type: AutoProcessor\ndatasets: [{path: a/c, type: chat_template}]",
     "a reward model": "model_name_or_path: a/b\nstage: rm\nfinetuning_type: lora\ndataset: pairs",
     "reinforcement learning": "model: {model_name: a/b}\ntraining: {trainer_type: TRL_GRPO}\ndata: {train: {}}",
@@ -188,7 +283,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/dataset_info.json").write_text(
-        '{"identity": {"file_name": "identity.json"}, "ours": {"hf_hub_url": "team/chats", "formatting": "sharegpt"}}'
+        '{"identity": {"file_name": "identity.json"}, "ours": {"hf_hub_url": "team/chats", "formatting": "sharegpt"},'
+        '"ranked": {"hf_hub_url": "team/ranked", "ranking": true, "columns": {"prompt": "asked", "chosen": "good"}}}'
     )
     return tmp_path
 
@@ -209,6 +305,34 @@ def test_a_config_becomes_a_recipe_without_a_fault(name: str, here: Path, capsys
     assert main(["convert", name, "-o", "recipe.yaml"]) == 0
     assert "LOST" not in capsys.readouterr().err
     assert main(["check", "--fast", "recipe.yaml"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_config_of_preferences_becomes_a_preference_stage(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, loss, numbers = PREFERENCES[name]
+    recipe, written, said = converted(config, capsys, name)
+    [stage] = recipe["stages"]
+    assert (stage["kind"], stage.get("loss", "sigmoid")) == ("preference", loss)
+    assert {word: stage["training"][word] for word in numbers} == numbers
+    assert "LOST" not in said
+    assert "lora_dropout" not in stage.get("lora", {})
+    for suite in recipe.get("evaluate", {}).values():
+        assert suite["metrics"][0] == "preference_accuracy"
+    Path("recipe.yaml").write_text(written)
+    assert main(["check", "--fast", "recipe.yaml"]) == 0, capsys.readouterr().err
+
+
+def test_the_rows_of_pairs_are_read_as_their_tool_reads_them(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = converted(AXOLOTL_DPO, capsys)[0]["stages"][0]["data"]
+    assert "template" not in first
+    assert second["format"] == "ranking_chat"
+    assert second["columns"] == {"conversations": "turns", "chosen": "good", "rejected": "bad"}
+    assert third["template"]["prompt"] == [{"role": "user", "content": "{input}"}]
+    demo, ranked = converted(LLAMA_FACTORY_DPO, capsys)[0]["stages"][0]["data"]
+    assert (demo["format"], ranked["format"]) == ("ranking_chat", "ranking")
+    assert ranked["columns"] == {"instruction": "asked", "chosen": "good"}
 
 
 def test_the_numbers_of_a_config_are_in_the_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

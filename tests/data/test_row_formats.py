@@ -132,7 +132,7 @@ def test_two_formats_that_fit_equally_are_asked_about(read: Any) -> None:
         read({"text": "b", "label": 1}, format="text_label")
 
 
-def test_pairs_of_preferences_are_recognized_and_not_trained_on(read: Any) -> None:
+def test_pairs_of_preferences_are_no_rows_for_sft_and_the_better_ones_can_be(read: Any) -> None:
     row = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     with pytest.raises(DataError, match="taken for preference") as caught:
         read(row)
@@ -141,6 +141,90 @@ def test_pairs_of_preferences_are_recognized_and_not_trained_on(read: Any) -> No
     with pytest.raises(DataError, match=r"columns: \{messages: chosen\}"):
         read(chat)
     assert read(chat, columns={"messages": "chosen"})[0]["messages"] == [ASKED, SAID]
+
+
+PROMPT, BETTER, WORSE = [ASKED], [SAID], [{"role": "assistant", "content": "Five."}]
+IN_TURNS = {"prompt": PROMPT, "chosen": BETTER, "rejected": WORSE}
+SYSTEM = {"role": "system", "content": "You count."}
+EARLIER = [{"role": "user", "content": "Start."}, {"role": "assistant", "content": "One."}]
+TURN = {side: {"from": "gpt", "value": IN_TURNS[side][0]["content"]} for side in ("chosen", "rejected")}
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "turns": (IN_TURNS, IN_TURNS),
+    "turns without a prompt": ({"chosen": PROMPT + BETTER, "rejected": PROMPT + WORSE}, IN_TURNS),
+    "UltraFeedback's": (
+        {
+            "prompt": ASKED["content"],
+            "prompt_id": "f0e3",
+            "chosen": PROMPT + BETTER,
+            "rejected": PROMPT + WORSE,
+            "messages": PROMPT + BETTER,
+            "score_chosen": 6.0,
+        },
+        IN_TURNS,
+    ),
+    "a prompt in turns that the answers repeat": (
+        {"prompt": PROMPT, "chosen": PROMPT + BETTER, "rejected": PROMPT + WORSE},
+        IN_TURNS,
+    ),
+    "HH-RLHF's": (
+        {
+            "chosen": "\n\nHuman: Start.\n\nAssistant: One.\n\nHuman: Two plus two?\n\nAssistant: Four.",
+            "rejected": "\n\nHuman: Start.\n\nAssistant: One.\n\nHuman: Two plus two?\n\nAssistant: Five.",
+        },
+        {**IN_TURNS, "prompt": [*EARLIER, ASKED]},
+    ),
+    "LLaMA-Factory's ranking of alpaca": (
+        {
+            "instruction": "Two plus",
+            "input": "two?",
+            "chosen": "Four.",
+            "rejected": "Five.",
+            "system": "You count.",
+            "history": [["Start.", "One."]],
+        },
+        {**IN_TURNS, "prompt": [SYSTEM, *EARLIER, {"role": "user", "content": "Two plus\ntwo?"}]},
+    ),
+    "LLaMA-Factory's ranking of sharegpt": (
+        {"conversations": [{"from": "human", "value": "Two plus two?"}], **TURN},
+        IN_TURNS,
+    ),
+    "questions with a system": (
+        {"system": "You count.", "question": "Two plus two?", "chosen": "Four.", "rejected": "Five."},
+        {**IN_TURNS, "prompt": [SYSTEM, ASKED]},
+    ),
+    "texts": ({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},) * 2,
+    "texts without a prompt": (
+        {"chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"},
+        {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
+    ),
+}
+
+
+@streamed
+@pytest.mark.parametrize("form", PAIRS)
+def test_pairs_of_every_form_become_a_prompt_and_two_answers(read: Any, form: str, streaming: bool) -> None:
+    row, wanted = PAIRS[form]
+    [found, other] = read({**row, "id": "a"}, {**row, "id": "b"}, kinds=("preference",), streaming=streaming)
+    assert {name: found[name] for name in wanted} == wanted
+    assert (found["id"], other["id"]) == ("a", "b")
+    assert {*found} <= {"prompt", "chosen", "rejected", "id"}
+
+
+def test_pairs_are_renamed_and_built_by_template(read: Any) -> None:
+    row = {"asked": "Two plus two?", "good": "Four.", "bad": "Five."}
+    renamed = {"prompt": "asked", "chosen": "good", "rejected": "bad"}
+    [found] = read(row, kinds=("preference",), columns=renamed)
+    assert found == {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "Five."}
+    turns = {
+        "prompt": [{"role": "user", "content": "{asked}"}],
+        "chosen": [{"role": "assistant", "content": "{good}"}],
+        "rejected": [{"role": "assistant", "content": "{bad}"}],
+    }
+    source = Source.model_validate({"path": "json", "template": turns})
+    [found] = read(row, kinds=("preference",), template=source.template)
+    assert found == IN_TURNS
+    with pytest.raises(DataError, match="holds int64, not text"):
+        read({"prompt": "p", "chosen": 1, "rejected": 2}, kinds=("preference",))
 
 
 def test_what_a_source_was_taken_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -164,9 +248,11 @@ def test_what_a_source_was_taken_for_is_told(tmp_path: Path, monkeypatch: pytest
 
 def test_every_format_says_its_texts_once() -> None:
     for format in ROW_FORMATS.values():
-        assert not format.texts or {name for names in format.texts for name in names} <= {*format.columns}
+        assert not format.texts or {name for names in format.texts for name in names} <= {*format.all_columns}
     assert texts_of({"prompt": "a", "completion": "b", "id": 1}) == ["ab"]
     assert texts_of({"good": "a", "bad": "b"}) == ["a", "b"]
+    assert texts_of({"prompt": "a", "chosen": "b", "rejected": "c"}) == ["ab", "ac"]
+    assert texts_of({"prompt": [ASKED], "chosen": [SAID], "rejected": [ASKED]})[0] == "Two plus two?\nFour."
     assert texts_of({"messages": [ASKED, SAID]}) == ["Two plus two?\nFour."]
     assert texts_of({"prompt": "a", "choices": ["b"], "answer": 0}) == ["a"]
 

@@ -121,6 +121,7 @@ def test_the_tiled_head_of_sft_keeps_no_logits_of_a_batch() -> None:
     [
         ("gpt2", "causal"),
         ("qwen3", "sft"),
+        ("qwen3", "preference"),
         ("gemma3_text", "causal"),
         ("mixtral", "causal"),
         ("bert", "masked"),
@@ -135,6 +136,14 @@ def test_any_architecture_is_predicted(model: str, kind: str) -> None:
     config = AutoConfig.for_model(model, **layers)
     found = predict(config, Setting(kind, rows=2, tokens=32, targets=16))
     assert all(getattr(found, part) > 0 for part in ("weights", "optimizer", "framework"))
+
+
+def test_a_pair_is_two_rows_and_its_reference_keeps_nothing_for_the_backward_pass() -> None:
+    pairs, adapter = Setting("preference", rows=4, tokens=64), {"type": "lora", "r": 4, "target_modules": "all-linear"}
+    both = predict(LLAMA, replace(SFT, rows=8))
+    assert predict(LLAMA, pairs).activations == both.activations
+    one, other = (predict(LLAMA, replace(setting, adapter=adapter)) for setting in (pairs, replace(SFT, rows=8)))
+    assert other.total <= one.total < 1.5 * other.total
 
 
 def test_a_large_model_takes_no_memory_to_be_predicted() -> None:

@@ -77,6 +77,14 @@ GENERATION = words_of(
     typical_p use_cache use_mtp watermarking_config
     """
 )
+# Those of DPOConfig alone, and what acts in the other kinds and not in a preference stage.
+PREFERENCE = words_of(
+    """
+    beta disable_dropout discopop_tau f_alpha_divergence_coef f_divergence_type label_smoothing ld_alpha loss_weights
+    precompute_ref_batch_size precompute_ref_log_probs use_weighting
+    """
+)
+NOT_IN_PREFERENCE = {"label_smoothing_factor", "loss_type"}
 SAMPLES = {bool: True, int: 3, float: 0.25, str: "x", type(None): "x", list: ["x"], dict: {"x": 1}}
 
 
@@ -111,7 +119,8 @@ def test_every_word_of_training_acts_or_is_refused(kind: str) -> None:
             continue
         stage = raw(kind, training={field.name: another(default_of(field))})
         faults = [fault for fault in check_training(stage) if fault.steps[-1] == field.name]
-        if field.name in PASSED | OURS:
+        acts = PASSED | OURS | PREFERENCE
+        if field.name in (acts - NOT_IN_PREFERENCE if kind == "preference" else acts):
             told = [fault.text for fault in faults if "has no effect" in fault.text or "decides" in fault.text]
             assert not told, f"{field.name} acts, and is refused: {told}"
         else:
@@ -125,7 +134,11 @@ def test_words_that_are_passed_reach_the_trainer(kind: str, tmp_path: Path) -> N
     free = {"report_to", "deepspeed", "optim", "lr_scheduler_type", "debug", "tf32", "optim_target_modules", "bf16"}
     for field in dataclasses.fields(cls):
         default = default_of(field)
-        if field.name not in PASSED - free or type(default) not in (bool, int, float) or "torch_comp" in field.name:
+        if (
+            field.name not in (PASSED | PREFERENCE) - free
+            or type(default) not in (bool, int, float)
+            or "torch_comp" in field.name
+        ):
             continue
         if field.name in ("fp16", "activation_offloading", "use_liger_kernel", "activation_checkpointing"):
             continue  # which a machine without a GPU refuses

@@ -131,7 +131,8 @@ def answer_words(row: Mapping[str, Any]) -> int:
 def parts_of(row: Mapping[str, Any]) -> list[str]:
     """The columns and turns of a row that are texts of their own, where it joins several: a question, an answer."""
     joined = [row[name] for columns in format_of(row).texts if len(columns) > 1 for name in columns]
-    turns = [turn.get("content") for turn in row.get("messages") or [] if turn["role"] != "system"]
+    said = [row.get("messages") or [], *(part for part in joined if isinstance(part, list))]
+    turns = [turn.get("content") for one in said for turn in one if turn["role"] != "system"]
     return [part for part in (*joined, *turns) if isinstance(part, str)]
 
 

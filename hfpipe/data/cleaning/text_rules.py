@@ -83,7 +83,7 @@ def tidy_row(row: Mapping[str, Any], limit: int = ROW_CHARACTERS) -> tuple[dict[
     for column, value in row.items():
         if column in ("id", "label", COMPLETION_TURNS, *BESIDE_MESSAGES):
             continue
-        if column == "messages":
+        if column == "messages" or ("chosen" in row and isinstance(value, list)):  # a prompt or an answer in turns
             new[column], found = _tidy_turns(value, limit)
         else:
             new[column], found = tidy(value, limit)

@@ -7,6 +7,7 @@ missing makes what is built of it missing, and the row counts as dirty.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,12 +77,85 @@ def messages(row: Row) -> Row:
     return {"messages": said}
 
 
+def preference(row: Row) -> Row:
+    """A prompt and two answers to it, all as texts or all as turns, as TRL has them.
+
+    Without a prompt, it is what both answers begin with: their first turns, or their first characters. Answers that
+    begin with the prompt's turns, or with turns in place of a prompt that is a text, are those behind it.
+    """
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if None in (chosen, rejected) or ("prompt" in row and prompt is None):
+        return {"prompt": None, "chosen": chosen, "rejected": rejected}
+    if all(isinstance(side, str) for side in (chosen, rejected, prompt or "")):
+        shared = 0 if "prompt" in row else _shared_text(chosen, rejected)
+        given = prompt if "prompt" in row else chosen[:shared]
+        return {"prompt": given, "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    given, better, worse = _turns_of(prompt, "user"), _turns_of(chosen, "assistant"), _turns_of(rejected, "assistant")
+    shared = len(given) if isinstance(prompt, list) else _shared(better, worse)
+    if shared and (not isinstance(prompt, list) or given == better[:shared] == worse[:shared]):
+        given, better, worse = better[:shared], better[shared:], worse[shared:]
+    return {"prompt": given, "chosen": better, "rejected": worse}
+
+
+def _shared_text(one: str, other: str) -> int:
+    """Counts the characters that two texts begin with; a space before the first that differs goes to the answer."""
+    size = _shared(one, other)
+    return size - 1 if size and one[size - 1] == " " and one[size] != other[size] else size
+
+
+def _shared(one: Any, other: Any) -> int:
+    """Counts what two texts, or two conversations, begin with; at most all but the last of the shorter one."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), max(0, min(len(one), len(other)) - 1))
+
+
+def _turns_of(value: Any, speaker: str) -> list[Row]:
+    """Returns the turns of a value: a conversation, one turn, or the words of a speaker."""
+    if isinstance(value, str):
+        return [{"role": speaker, "content": value}]
+    turns = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
+    return [plain_turn(turn) if isinstance(turn, dict) else {"role": speaker, "content": turn} for turn in turns]
+
+
+def hh_rlhf(row: Row) -> Row:
+    """Anthropic's dialogues, two texts of turns that begin with `Human:` and `Assistant:`, as turns.
+
+    Source: https://huggingface.co/datasets/Anthropic/hh-rlhf
+    """
+    return preference({side: _dialogue(row[side]) for side in ("chosen", "rejected")})
+
+
+def _dialogue(text: str | None) -> list[Row] | None:
+    if text is None:
+        return None
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return [{"role": speakers[who], "content": said.strip()} for who, said in pairs]
+
+
+def ranking(row: Row) -> Row:
+    """An instruction and two answers, LLaMA-Factory's ranking of its alpaca form, as turns."""
+    asked = alpaca_chat({**row, "output": ""})["messages"]
+    return preference({"prompt": asked and asked[:-1], "chosen": row["chosen"], "rejected": row["rejected"]})
+
+
+def ranking_chat(row: Row) -> Row:
+    """A conversation and two answers to its end, LLaMA-Factory's ranking of its sharegpt form, as turns."""
+    asked = messages({name: value for name, value in row.items() if name not in ("chosen", "rejected")})["messages"]
+    return preference({"prompt": asked, "chosen": row["chosen"], "rejected": row["rejected"]})
+
+
 CONVERTERS: dict[str, Callable[[Row], Row]] = {
     "alpaca": alpaca,
     "alpaca_chat": alpaca_chat,
     "question_answer": question_answer,
     "sharegpt": messages,
     "messages": messages,
+    "preference": preference,
+    "hh_rlhf": hh_rlhf,
+    "ranking": ranking,
+    "ranking_chat": ranking_chat,
 }
 
 
@@ -157,8 +231,12 @@ def converted(
     beside = {name: columns[name] for name in BESIDE_MESSAGES if name in columns}
     kept = {**({"id": "id"} if "id" in features else {}), **beside}
     text = Value("string")
-    is_chat = (format.becomes or format.name) == "messages"
-    made = {"messages": List(Json())} if is_chat else {"prompt": text, "completion": text}
+    end = format.becomes or format.name
+    made = {"messages": List(Json())} if end == "messages" else {"prompt": text, "completion": text}
+    if end == "preference":
+        sides = [features[columns[name]] for name in ("prompt", "chosen", "rejected") if name in columns]
+        are_texts = format.name == end and all(isinstance(side, Value) for side in sides)
+        made = dict.fromkeys(("prompt", "chosen", "rejected"), text if are_texts else List(Json()))
     made |= {name: features[column] for name, column in kept.items()}
     arguments: dict[str, Any] = {"desc": format.name} if isinstance(rows, Dataset) else {}
     return rows.map(

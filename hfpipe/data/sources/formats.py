@@ -20,6 +20,7 @@ from hfpipe.data.sources.templates import (
     Form,
     as_conversation,
     build,
+    feature_of,
     fields_of,
     form_of,
     is_conversation,
@@ -35,6 +36,7 @@ Kind: TypeAlias = str  # the name of a format that is trained on or scored as it
 
 NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "additional_metadata", *BESIDE_MESSAGES)
 _NUMBER = re.compile(r"\s*[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?\s*")
+_DIALOGUE = re.compile(r"\s*Human:")  # as the dialogues of HH-RLHF begin
 TEXT_TYPES = ("string", "large_string", "string_view", "null")
 
 
@@ -98,6 +100,8 @@ def to_format(rows: Rows, features: Features, source: Source, allowed: tuple[Kin
     renamed, templates = _named(features, source)
     taken = _taken_for(rows, _Asked(features, source, renamed, templates, allowed))
     format, columns = taken.format, dict(taken.columns)
+    if format.name == "preference":
+        return _pairs(rows, features, source, columns, templates), taken
     if format.name in CONVERTERS and not templates and (format.becomes or _has_odd_turns(features, columns)):
         return converted(rows, features, format, columns), taken
     if format.becomes is not None:  # under other names only
@@ -113,6 +117,22 @@ def to_format(rows: Rows, features: Features, source: Source, allowed: tuple[Kin
     built = {name: templates[name] for name in (*format.all_columns, "id") if name in templates}
     kept = {name: column for name, column in columns.items() if name != "system"}
     return _selected(rows, features, source, kept, built), taken
+
+
+def _pairs(rows: Rows, features: Features, source: Source, columns: dict[str, str], templates: dict[str, Form]) -> Rows:
+    """Returns rows with a prompt and two answers, all of them texts or all turns."""
+    format = ROW_FORMATS["preference"]
+    for name in ("prompt", *format.columns):
+        if isinstance(feature := features.get(columns.get(name, "")), Value):
+            _check_type(feature, name, columns[name], source)
+    built = {name: templates[name] for name in (*format.all_columns, "id") if name in templates}
+    if built:
+        kept = columns | ({"id": "id"} if "id" in features and "id" not in built else {})
+        rows = build(rows, list(features), kept, built)
+        types = {name: features[column] for name, column in kept.items()}
+        features = Features({**types, **{name: feature_of(form) for name, form in built.items()}})
+        columns = {name: name for name in format.all_columns if name in features}
+    return converted(rows, features, format, columns)
 
 
 def _named(features: Features, source: Source) -> tuple[dict[str, str], dict[str, Form]]:
@@ -223,6 +243,12 @@ class _Turns:
         self._rows, self._features = rows, features
         self._first: dict[str, Any] | None = None
 
+    def first(self, column: str) -> Any:
+        """Returns what the first row has in a column."""
+        if self._first is None:
+            self._first = next(iter(self._rows.take(1)), {})
+        return self._first.get(column)
+
     def keys_of(self, column: str) -> set[str]:
         """The keys of the turns of a column; none where it holds no turns."""
         feature = self._features[column]
@@ -231,9 +257,7 @@ class _Turns:
             return {*turn}
         if not (isinstance(feature, Json) or isinstance(turn, Json)):
             return set()
-        if self._first is None:
-            self._first = next(iter(self._rows.take(1)), {})
-        value = self._first.get(column)
+        value = self.first(column)
         return {key for one in value if isinstance(one, dict) for key in one} if isinstance(value, list) else set()
 
 
@@ -245,6 +269,13 @@ def _fits(format: RowFormat, columns: Mapping[str, str], features: Features, tur
         keys = turns.keys_of(columns["messages"])
         is_alias = columns["messages"] in format.aliases["messages"]
         return keys >= {"role", "content"} or not (is_alias or keys >= {"from", "value"})
+    if format.name == "hh_rlhf":
+        sides = [turns.first(columns[name]) for name in format.columns]
+        return all(isinstance(side, str) and _DIALOGUE.match(side) for side in sides)
+    if (
+        format.name == "ranking_chat"
+    ):  # each answer is one turn; beside whole conversations the turns are something else
+        return not any(isinstance(turns.first(columns[name]), list) for name in ("chosen", "rejected"))
     if format.becomes is None:
         return True
     return all(
@@ -279,7 +310,7 @@ def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> D
             words = '`template: {prompt: "{prompt}", completion: "{chosen}"}`'
         return DataError(
             f"source {source.path!r} is taken for preference (columns chosen, rejected): pairs of a better and a worse "
-            f"answer, which no kind of stage here is trained on. To train on the better ones, write {words}."
+            f"answer, which a stage of `kind: preference` is trained on. To train on the better ones, write {words}."
         )
     wanted = [" with ".join(f"`{name}`" for name in ENDS[kind].columns) for kind in allowed[:4]]
     lacking = f"neither {' nor '.join(wanted)}" if len(wanted) > 1 else f"no {wanted[0]}"

@@ -76,11 +76,12 @@ def build(
         arguments["desc"] = "template"
     if rows.features is not None:
         kept = {role: rows.features[column] for role, column in taken.items()}
-        arguments["features"] = Features({**kept, **{role: _feature_of(form) for role, form in built.items()}})
+        arguments["features"] = Features({**kept, **{role: feature_of(form) for role, form in built.items()}})
     return rows.map(_fill, remove_columns=columns, **arguments)
 
 
-def _feature_of(form: Form) -> Any:
+def feature_of(form: Form) -> Any:
+    """The type of the values that a template builds."""
     if isinstance(form, str):
         return Value("string")
     text = Value("string")

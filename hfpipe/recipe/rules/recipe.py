@@ -9,7 +9,7 @@ from hfpipe.recipe.config import Model
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
-from hfpipe.recipe.row_formats import SUITE_COLUMNS, TRAINED_COLUMNS
+from hfpipe.recipe.row_formats import PAIR_COLUMNS, SUITE_COLUMNS, TRAINED_COLUMNS
 from hfpipe.recipe.rules.adapters import (
     adapter_of,
     check_adapter,
@@ -39,7 +39,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_weights(stage)
         yield from check_keep(stage, position == 0, Block((), data).at("model"))
         for source in stage.sources:
-            yield from check_source(source)
+            yield from check_source(source, PAIR_COLUMNS if stage.kind == "preference" else TRAINED_COLUMNS)
     yield from _check_architecture(data)
     yield from _check_suites(data)
     yield from _check_outcome(data)
@@ -195,7 +195,12 @@ def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault
         yield Fault((*replayed.steps, "stage"), text)
 
 
-_TRAINED_FOR = ("pretrain", "sft", "translation")  # a task that the model has; a classifier's head fits any
+_TRAINED_FOR = (
+    "pretrain",
+    "sft",
+    "preference",
+    "translation",
+)  # a task that the model has; a classifier's head fits any
 _LEFT = {
     "classification": "a classifier, which says no text",
     "masked": "an encoder, which fills masked tokens",

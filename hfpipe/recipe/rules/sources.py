@@ -18,6 +18,7 @@ from hfpipe.recipe.row_formats import ROW_FORMATS, SUITE_COLUMNS, TRAINED_COLUMN
 from hfpipe.recipe.source_files import file_kind
 
 TOGETHER = (("prompt", "completion"), ("source", "target"))
+CHOICE = ("chosen", "rejected")
 BUILTIN_TABLES = ("text", "package", "summary", "numbers")
 BUILTIN_SPLITS = ("train", "test")
 _TURNS = 'is a list of turns: `messages: [{role: user, content: "{asked}"}, {role: assistant, content: "{said}"}]`.'
@@ -50,6 +51,8 @@ def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[
         forms = (said.all_columns,)
     roles = list(dict.fromkeys(role for form in forms for role in form))
     given: dict[Any, str] = {}
+    named = {role for key in ("columns", "template") for role in mapping(source.data.get(key))}
+    in_turns = ("messages", *(("prompt", *CHOICE) if named & {*CHOICE} else ()))
     for key in ("columns", "template"):
         for role, column in mapping(source.data.get(key)).items():
             steps = (*source.steps, key, role)
@@ -59,14 +62,16 @@ def _check_roles(source: Block, forms: tuple[tuple[str, ...], ...]) -> Iterator[
                 yield Fault(steps, f"is a role of a suite's rows: nothing is trained on it. {text}" if only else text)
             elif role in given:
                 yield Fault(steps, f"`{given[role]}` gives this role already. Keep one.")
-            elif key == "template" and (role == "messages") != _are_turns(column):
-                yield Fault(steps, _TURNS if role == "messages" else "is a text, and has no turns.")
-            elif isinstance(column, list) and role not in ("choices", "messages"):
+            elif key == "template" and _are_turns(column) and role not in in_turns:
+                yield Fault(steps, "is a text, and has no turns.")
+            elif key == "template" and role == "messages" and not _are_turns(column):
+                yield Fault(steps, _TURNS)
+            elif isinstance(column, list) and role not in ("choices", *in_turns):
                 yield Fault(steps, "is one text, not a list; a row has several `choices` only.")
             given[role] = key
     for role, other in (*TOGETHER, *(pair[::-1] for pair in TOGETHER)):
         is_choice = role in ("prompt", "target") and forms != TRAINED_COLUMNS  # the rest may be columns as they stand
-        if role in given and other not in given and not is_choice:
+        if role in given and other in roles and other not in given and not (is_choice or named & {*CHOICE}):
             text = f"`{role}` is given without `{other}`, and the two go together. Add it: `{other}: <column>`."
             yield Fault((*source.steps, given[role], role), text)
     known = [role for role in roles if role in given]

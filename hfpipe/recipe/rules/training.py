@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hfpipe.recipe.faults import Fault
+from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.raw import Block, RawStage
 from hfpipe.recipe.rules.without_effect import check_training_effect
+from hfpipe.recipe.signatures import preference_losses
 
 # Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
 _DECIDED = {
@@ -37,6 +38,7 @@ _ONLY = {
     "save_only_model": (False, "a run could not be continued exactly without its optimizer."),
     "auto_find_batch_size": (False, "the batches follow from the recipe; write `per_device_train_batch_size`."),
     "truncation_mode": ("keep_start", "rows that are too long are cut at their end."),
+    "sync_ref_model": (False, "the reference is the stage's parent, and stays it."),
     "padding_free": (False, "rows of one step are of like length; with `packing: true` examples share rows."),
     "packing_strategy": ("bfd", "whole examples share a row, best fit first, and none is cut that fits."),
     "train_sampling_strategy": ("random", "rows are shuffled by the recipe's `seed`, and grouped by length."),
@@ -63,6 +65,8 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
+    if stage.kind == "preference":
+        yield from _check_losses(stage, training)
     if stage.data.get("train_on") is not None:
         for key in ("assistant_only_loss", "completion_only_loss"):
             if training.data.get(key) is not None:
@@ -74,6 +78,26 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
         yield Fault((*training.steps, "label_smoothing_factor"), text)
     yield from check_training_effect(stage)
     yield from _check_scores(training, "early_stopping" in stage.data)
+
+
+def _check_losses(stage: RawStage, training: Block) -> Iterator[Fault]:
+    """Yields what a preference stage says wrongly of its losses."""
+    if "loss_type" in training.data:
+        text = "is the `loss` of a preference stage. Write `loss: ...` beside `training`, and leave this out."
+        yield Fault((*training.steps, "loss_type"), text)
+    given = stage.data.get("loss", "sigmoid")
+    losses, known = given if isinstance(given, list) else [given], preference_losses()
+    for loss in losses:
+        if isinstance(loss, str) and known and loss not in known:
+            text = f"found '{loss}'; the losses of TRL's DPOTrainer are {listed(known)}.{did_you_mean(loss, known)}"
+            yield Fault((*stage.steps, "loss"), text)
+    weights = training.data.get("loss_weights")
+    if isinstance(weights, list) and len(weights) != len(losses):
+        text = f"found {len(weights)} weights for {len(losses)} losses; each of `loss` has one."
+        yield Fault((*training.steps, "loss_weights"), text)
+    if training.data.get("label_smoothing") and not {"robust", "exo_pair", "aot", "aot_unpaired"} & {*map(str, losses)}:
+        text = "belongs to the losses robust, exo_pair, aot and aot_unpaired, and this is none of them. Leave it out."
+        yield Fault((*training.steps, "label_smoothing"), text)
 
 
 def _check_scores(training: Block, scored: bool) -> Iterator[Fault]:

@@ -50,6 +50,14 @@ TRAINING: dict[str, str] = {
     "restore_callback_states_from_checkpoint": "a run continues with the state of every callback of hfpipe",
     "save_on_each_node": "all nodes share the run folder",
 }
+# Of `kind: preference` alone.
+PREFERENCE: dict[str, str] = {
+    "label_smoothing_factor": "DPOTrainer computes no cross-entropy; `label_smoothing` is for its losses robust and "
+    "exo_pair",
+    **dict.fromkeys(
+        ("ref_model_mixup_alpha", "ref_model_sync_steps"), "the reference is the stage's parent, and stays it"
+    ),
+}
 # With early stopping a stage is scored while it trains.
 SCORED_WHILE_TRAINED = ("eval_steps", "eval_delay")
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
@@ -92,7 +100,8 @@ def check_training_effect(stage: RawStage) -> Iterator[Fault]:
     """Yields the words of a stage's `training:` and `lora:` that have no effect."""
     training = stage.at("training")
     fields = training_fields(stage.kind) if stage.kind else None
-    yield from _without_effect(training, TRAINING, fields)
+    is_preference = stage.kind == "preference"
+    yield from _without_effect(training, TRAINING | (PREFERENCE if is_preference else {}), fields)
     for key in SCORED_WHILE_TRAINED if "early_stopping" not in stage.data else ():
         if training.data.get(key) is not None and not (fields and key in fields and _is_default(training, key, fields)):
             text = "has no effect: a stage is scored while it trains by `early_stopping: {suite: ...}` alone."
@@ -101,6 +110,9 @@ def check_training_effect(stage: RawStage) -> Iterator[Fault]:
     yield from _without_effect(inner, dict.fromkeys(_ACCELERATOR, _LOADER), None)
     lora = stage.at("lora")
     yield from _without_effect(lora, LORA, lora_fields() if lora.data else None)
+    if is_preference and lora.data.get("lora_dropout") and training.data.get("disable_dropout") is not False:
+        text = "has no effect: DPOTrainer turns every dropout off. Write `training: {disable_dropout: false}` to keep"
+        yield Fault((*lora.steps, "lora_dropout"), f"{text} it, or leave this out.")
     task = _TASKS.get(str(stage.kind), "CAUSAL_LM")
     if lora.data.get("task_type") not in (None, task):
         yield Fault((*lora.steps, "task_type"), f"has no effect: it follows from the kind of the stage, {task} here.")
