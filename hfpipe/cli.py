@@ -145,6 +145,16 @@ def _check(options: argparse.Namespace) -> None:
     print(f"no fault found; start it with: hfpipe run {options.recipe}")
 
 
+def _cure(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    with alone(recipe.run_folder):
+        from hfpipe.pipeline.cure import cure_recipe
+
+        cure_recipe(recipe, options.stage, options.steps)
+
+
 def _prepare(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
@@ -293,6 +303,10 @@ def build_parser() -> argparse.ArgumentParser:
         recipe=True,
     )
     check.add_argument("--fast", action="store_true", help="look at the recipe alone, in half a second")
+    text = "train a stage with several cures for forgetting, and compare what they learn and keep"
+    cure = command("cure", _cure, text, recipe=True)
+    cure.add_argument("--stage", help="which stage; the last one that trains on next tokens when absent")
+    cure.add_argument("--steps", type=int, metavar="N", help="steps of the stage, each time; the recipe's when absent")
     command("prepare", _prepare, "read, clean and tokenize the data, on a machine without a GPU", recipe=True)
     preview = command(
         "preview", _preview, "show the first rows as the model sees them, trained tokens coloured", recipe=True
