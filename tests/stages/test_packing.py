@@ -162,11 +162,7 @@ def test_a_packed_stage_is_the_same_interrupted_divided_and_on_two_ranks(tmp_pat
     said = stopped.communicate()[0]
     assert stopped.returncode in (0, 75), said
     assert main(["run", str(tmp_path / "stopped.yaml")]) == 0
-    config = tmp_path / "two.yaml"
-    config.write_text(
-        "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\n"
-    )
-    launch = ("accelerate.commands.launch", "--config_file", str(config))
+    launch = ("accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml")
     both = tiny.start("run", str(recipe(tmp_path, "ranks")), launch=launch)
     said = both.communicate(timeout=300)[0]
     assert both.returncode == 0, said

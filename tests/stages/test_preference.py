@@ -231,11 +231,7 @@ def test_a_stage_is_the_same_interrupted_divided_and_on_two_ranks(method: str, b
     said = stopped.communicate()[0]
     assert stopped.returncode in (0, 75), said
     assert main(["run", str(tmp_path / "stopped.yaml")]) == 0
-    config = tmp_path / "two.yaml"
-    config.write_text(
-        "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\n"
-    )
-    launch = ("accelerate.commands.launch", "--config_file", str(config))
+    launch = ("accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml")
     both = tiny.start("run", recipe("ranks"), launch=launch)
     said = both.communicate(timeout=300)[0]
     assert both.returncode == 0, said
