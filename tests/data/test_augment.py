@@ -77,7 +77,8 @@ def test_half_of_the_rows_are_exchanged_and_always_the_same(tmp_path: Path) -> N
     assert 160 < sum("she" in row["text"] for row in first) < 240
 
 
-def test_a_stage_trains_on_both_and_goes_on_exactly(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_stage_trains_on_each_row_and_its_swapped_form(tmp_path: Path) -> None:
     """The sounds of one animal are told of the other."""
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, evaluate={}, merge=False)

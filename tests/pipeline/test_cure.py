@@ -10,6 +10,8 @@ from hfpipe.cli import main
 from hfpipe.recipe import load_recipe
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_cures_are_compared_and_the_best_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path)

@@ -62,6 +62,8 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
     assert all(texts(one, stage) == texts(other, stage) for stage in STAGES[1:])
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_own_texts_take_their_share_and_are_told(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage, share in (("more", 0.25), ("sounds", 0.3)):
         done = json.loads((finished / "run/stages" / stage / "done.json").read_text())
@@ -83,6 +85,8 @@ def test_own_texts_take_their_share_and_are_told(finished: Path, capsys: pytest.
     assert "sounds: kl: the parent is the model with its adapter off" in told
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_own_texts_of_fine_tuning_are_a_share_of_what_is_learned(tmp_path: Path) -> None:
     """Prompts are long here and completions short."""
     path = recipe(tmp_path, sounds={"keep": {"replay": {"share": "30%"}}, "replay": {"stage": "prose", "share": "10%"}})
@@ -104,6 +108,8 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_while_texts_are_made_and_while_it_trains_it_is_the_same(finished: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path)
     for place in ("more/keep/texts.json", "more/checkpoint-2/manifest.json", "sounds/checkpoint-3/manifest.json"):
@@ -115,6 +121,8 @@ def test_killed_while_texts_are_made_and_while_it_trains_it_is_the_same(finished
     assert_same(finished, tmp_path, 0.0)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
     config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
     launch = ("accelerate.commands.launch", "--config_file", str(config))
@@ -124,11 +132,15 @@ def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
     assert_same(finished, tmp_path, 3e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_division_of_a_global_batch_does_not_matter(finished: Path, tmp_path: Path) -> None:
     assert main(["run", str(recipe(tmp_path, training={"per_device_train_batch_size": 1}))]) == 0
     assert_same(finished, tmp_path, 3e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_is_drawn_to_the_weights_of_its_parent_stays_nearer(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, evaluate={}, merge=False)
