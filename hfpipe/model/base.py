@@ -246,5 +246,5 @@ def _require_linear(recipe: Recipe, stage: str, config: Any) -> None:
 def shapes_of(ref: ModelRef) -> Any:
     """The model of a `ModelRef` without its weights: on torch's meta device, where nothing takes memory."""
     config = config_of(ref)
-    with torch.device("meta"):
+    with clear_errors("model", ref.path), torch.device("meta"):
         return AUTO_CLASSES[task_of(ref)].from_config(config, trust_remote_code=ref.options.trust_remote_code)

@@ -52,6 +52,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "has no tokenizer"),
     "a config that is cut": (write("config.json", b'{"model_type": "lla'), "config.json"),
     "a config of a list": (write("config.json", b"[1, 2]"), "damaged"),
+    "a config with an activation that is none": (edit("config.json", hidden_act="best"), "best"),
     "a config with a text for a number": (edit("config.json", num_hidden_layers="many"), "num_hidden_layers"),
     "a tokenizer that is cut": (write("tokenizer.json", b'{"version": '), "tokenizer"),
     "a tokenizer of other types": (edit("tokenizer.json", model=3), "tokenizer"),
