@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoConfig, PreTrainedTokenizerFast, set_seed
 
 from hfpipe.core.errors import RecipeError
+from hfpipe.core.machine import machine_error
 from hfpipe.model.load import AUTO_CLASSES, task_of_type
 
 END_OF_TEXT = "<|endoftext|>"
@@ -106,6 +107,9 @@ def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any
         if getattr(config, "forced_eos_token_id", None) is not None:  # BART's default is that of BART's vocabulary
             config.forced_eos_token_id = tokenizer.eos_token_id
         return AUTO_CLASSES[task].from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        message = str(error).strip().split("\n")[0]
+    except Exception as error:  # whatever a class of transformers raises over its fields
+        if machine_error(error) is not None:
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        message = kind + str(error).strip().split("\n")[0]
         raise RecipeError(f"model.architecture cannot be built as a {model_type} language model: {message}") from error
