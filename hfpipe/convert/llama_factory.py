@@ -469,11 +469,11 @@ def _rows(draft: Draft, name: str) -> list[dict[str, Any]]:
         raise OutOfScope(
             f"this LLaMA-Factory config is for images or sound (`dataset: {name}`), and hfpipe trains on text."
         )
-    path = entry.get("hf_hub_url") or (str(folder / entry["file_name"]) if entry.get("file_name") else None)
-    if path is None:
+    place = entry.get("hf_hub_url") or (str(folder / entry["file_name"]) if entry.get("file_name") else None)
+    if place is None:
         draft.note("lost", f"dataset: {name}", "only data sets of the Hugging Face Hub and files are read")
         return [{"path": name}]
-    source = words.source_of(path, name=entry.get("subset"), split=entry.get("split"), data_dir=entry.get("folder"))
+    source = words.source_of(place, name=entry.get("subset"), split=entry.get("split"), data_dir=entry.get("folder"))
     if entry.get("num_samples"):
         source["take"] = entry["num_samples"]
     return _formatted(draft, name, entry, source)

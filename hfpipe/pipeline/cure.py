@@ -79,8 +79,9 @@ def cures_of(recipe: Recipe, stage: Stage, steps: int | None = None) -> dict[str
     for how, words in keeps.items():
         changes: dict[str, Any] = {"name": f"{stage.name}-{how}", "keep": Keep.model_validate(words)}
         found[how] = plain.model_copy(update=changes)
-    if stage.kept != Keep():
-        found["as the recipe has it"] = plain.model_copy(update={"name": f"{stage.name}-own", "keep": stage.keep})
+    if stage.kept != Keep.model_validate({}):
+        own = {"name": f"{stage.name}-own", "keep": stage.kept}
+        found["as the recipe has it"] = plain.model_copy(update=own)
     slower = {"name": f"{stage.name}-slower", "training": {**training, "learning_rate": rate}}
     found[SLOWER] = plain.model_copy(update=slower)
     return found

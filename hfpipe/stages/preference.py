@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def _trainer(stage: Preference, model: Any, arguments: Any, tokenizer: Any) -> D
     with clear_refusal(stage, "DPOTrainer"):
         return DPOTrainer(
             model=model,
-            ref_model=NoModel(model.config),
+            ref_model=cast(Any, NoModel(model.config)),
             args=arguments,
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
             processing_class=tokenizer,
@@ -126,7 +126,12 @@ def require_losses(recipe: Recipe, tokenizer: Any) -> None:
         plain = {key: value for key, value in stage.training.items() if key not in SHARDING_WORDS}
         alone = stage.model_copy(update={"training": plain})
         arguments = stage_arguments(alone, Path("."), recipe.seed, 1, **_decided(stage))
-        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        small: dict[str, Any] = {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+        }
         model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **small))
         _trainer(stage, model, arguments, tokenizer)
 
@@ -283,7 +288,7 @@ class Reference(TrainerCallback):
     def _computed(self, model: Any) -> list[list[float]]:
         """Asks the model for each pair, every rank for a part of them in as many batches as the others."""
         begin, count, training = time.monotonic(), ranks.ranks(), model.training
-        arguments = self.trainer.args
+        arguments: Any = self.trainer.args
         size = arguments.precompute_ref_batch_size or arguments.per_device_train_batch_size
         order = self.wanted[np.argsort(-self.rows.lengths[self.wanted], kind="stable")]
         steps = -(-len(order) // (size * count))
