@@ -23,7 +23,7 @@ WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not gpu"
 
-test-fast: install  # two minutes on two cores
+test-fast: install  # the tests of less than about two seconds each
 	$(PYTEST) $(FAST) --durations 5
 
 test: install  # all but the longest
