@@ -1,3 +1,45 @@
-"""hfpipe: one recipe from raw web text to a scored adapter on the Hub."""
+"""hfpipe: one recipe from raw web text to a scored adapter on the Hub.
+
+In Python as on the command line: `from hfpipe import load_recipe, check, run, evaluate`; see docs/python.md. The names
+are imported when they are first asked for, so that `hfpipe --help` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hfpipe.api import Run as Run
+    from hfpipe.api import Scorecard as Scorecard
+    from hfpipe.api import check as check
+    from hfpipe.api import evaluate as evaluate
+    from hfpipe.api import load_recipe as load_recipe
+    from hfpipe.api import open_run as open_run
+    from hfpipe.api import run as run
+    from hfpipe.core.errors import BudgetExceeded as BudgetExceeded
+    from hfpipe.core.errors import DataError as DataError
+    from hfpipe.core.errors import MachineError as MachineError
+    from hfpipe.core.errors import RecipeError as RecipeError
+    from hfpipe.core.errors import UserError as UserError
+    from hfpipe.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "hfpipe.api": ("Run", "Scorecard", "check", "evaluate", "load_recipe", "open_run", "run"),
+    "hfpipe.core.errors": ("BudgetExceeded", "DataError", "MachineError", "RecipeError", "UserError"),
+    "hfpipe.recipe": ("Recipe",),
+}
+__all__ = sorted(name for names in _PLACES.values() for name in names)
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

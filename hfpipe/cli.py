@@ -116,15 +116,9 @@ def _run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
     require_launch()
     ending.watch(recipe.run_folder)
-    with alone(recipe.run_folder):
-        if recipe.seeds or recipe.cross_validation:
-            from hfpipe.pipeline.repeats import run_repeats
+    from hfpipe.api import run
 
-            run_repeats(recipe)
-            return
-        from hfpipe.pipeline.run import run_recipe
-
-        run_recipe(recipe)
+    run(recipe)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -135,13 +129,9 @@ def _check(options: argparse.Namespace) -> None:
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         print(f"{options.recipe}: no fault found. Stages: {stages}.")
         return
-    from hfpipe.pipeline.check import preflight
+    from hfpipe.pipeline.check import check_recipe
 
-    if recipe.seeds or recipe.cross_validation:  # the repeats differ in seeds or folds alone
-        from hfpipe.pipeline.repeats import repeats_of
-
-        _, recipe = next(repeats_of(recipe))
-    preflight(recipe)
+    check_recipe(recipe)
     print(f"no fault found; start it with: hfpipe run {options.recipe}")
 
 

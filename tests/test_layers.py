@@ -16,6 +16,7 @@ FLOORS = [  # from the ground up
     {"evaluation"},
     {"stages", "hub"},
     {"pipeline", "convert"},
+    {"api"},
     {"cli", "__main__"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "evaluate", "numpy", "pandas"}

@@ -39,6 +39,19 @@ from hfpipe.stages.trainer import divide_batch
 LONG_ROWS = {"cut": "lose their end", "split": "go on in another row", "drop": "are left out"}
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Prints the page on a recipe; of one that is repeated, on its first repeat: they differ in seeds or folds alone.
+
+    Raises:
+        UserError: Something that would stop the run.
+    """
+    if recipe.seeds or recipe.cross_validation:
+        from hfpipe.pipeline.repeats import repeats_of
+
+        _, recipe = next(repeats_of(recipe))
+    preflight(recipe)
+
+
 def preflight(recipe: Recipe) -> None:
     """Prints one page on a recipe: model, memory, disk, rows and tokens of each source, steps, suites, the Hub.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -26,8 +27,8 @@ from hfpipe.recipe.config import (
     Tokenizer,
     TokenizerTraining,
 )
-from hfpipe.recipe.document import read_document, report
-from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, found_and_allowed, listed, nearest
+from hfpipe.recipe.document import Document, read_document, report
+from hfpipe.recipe.faults import Fault, Place, Steps, did_you_mean, found, found_and_allowed, listed, nearest
 from hfpipe.recipe.foreign_words import our_word
 from hfpipe.recipe.overrides import apply_overrides
 from hfpipe.recipe.passthrough import check_passed_through
@@ -245,18 +246,18 @@ def _near_or_all(key: str, block: type[BaseModel]) -> str:
     return did_you_mean(key, keys).strip() or f"The keys are {listed(keys)}."
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe, whole, before anything is loaded; imports no heavy library.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or what such a file holds.
         overrides: Changes such as `stages.chat.lora.r=8`, under the same checks.
 
     Raises:
         RecipeError: The file cannot be read as YAML, or the recipe has faults: all of them, in the order of the file.
     """
     with _without_collection():
-        document = read_document(Path(path))
+        document = _document(path)
         faults = [*document.faults, *apply_overrides(document, overrides)]
         taken_over = take_over(document.data)
         recipe, structural = check_structure(document.data)
@@ -270,21 +271,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def load_suites(path: str | Path, overrides: Sequence[str] = ()) -> Suites:
+def load_suites(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Suites:
     """Reads the suites of a recipe, or a file that has an `evaluate:` block and no stages.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or what such a file holds.
         overrides: Changes such as `evaluate.general.batch_size=8`, under the same checks.
 
     Raises:
         RecipeError: The file cannot be read as YAML, has faults, or has no suite.
     """
-    document = read_document(Path(path))
+    document = _document(path)
     if "stages" in document.data:
         recipe = load_recipe(path, overrides)
         if not recipe.evaluate:
-            raise RecipeError(f"{path} has no suites: add an `evaluate:` block.")
+            raise RecipeError(f"{document.name} has no suites: add an `evaluate:` block.")
         return Suites(seed=recipe.seed, model=recipe.model, evaluate=recipe.evaluate)
     faults = [*document.faults, *apply_overrides(document, overrides)]
     suites, structural = None, []
@@ -299,6 +300,12 @@ def load_suites(path: str | Path, overrides: Sequence[str] = ()) -> Suites:
     if faults or suites is None:
         raise RecipeError(report(document, faults))
     return suites
+
+
+def _document(path: str | Path | Mapping[str, Any]) -> Document:
+    if not isinstance(path, Mapping):
+        return read_document(Path(path))
+    return Document("the recipe", copy.deepcopy(dict(path)), {(): Place("the recipe", (0, 1, 0))})
 
 
 @contextmanager
