@@ -10,10 +10,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hfpipe import __version__
 from hfpipe.core import ending, peers, signals
-from hfpipe.core.errors import RecipeError, UserError, exit_codes
+from hfpipe.core.errors import MachineError, RecipeError, UserError, exit_codes
 from hfpipe.core.launch import require_launch
 from hfpipe.core.machine import machine_error
 from hfpipe.core.output import forgive_closed_pipes
@@ -198,6 +199,60 @@ def _strengths(text: str) -> list[float]:
     return found
 
 
+def _generate(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.use import generate_file
+
+    generate_file(
+        folder,
+        options.file,
+        options.output,
+        **_speaking(options),
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+
+
+def _chat(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.use import chat
+
+    chat(folder, **_speaking(options))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.serve import serve
+
+    serve(folder, options.stage, options.port)
+
+
+def _export(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.export import export_gguf
+
+    export_gguf(folder, options.stage, options.quant, options.output)
+
+
+def _env(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.bug_report import report
+
+    print(report())
+
+
+def _completion(options: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise MachineError("shell completion needs shtab: pip install shtab.") from error
+    print(shtab.complete(build_parser(), options.shell))
+
+
+def _speaking(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the commands that let a trained model speak."""
+    return {"stage": options.stage, "strength": options.strength, "base": options.base, "words": options.set}
+
+
 def _push(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
     from hfpipe.hub import push
@@ -329,6 +384,30 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="0,0.25,...",
         help="the strengths; 0,0.1,0.25,0.5,0.75,0.9,1 when absent",
     )
+    generate = command(
+        "generate", _generate, "answer a file of prompts by a trained model, in batches, into JSON lines"
+    )
+    generate.add_argument("run", metavar="RUN", help="a run folder")
+    generate.add_argument("file", metavar="FILE", help="JSON lines or CSV with prompts, or text with one a line")
+    _speaking_options(generate)
+    generate.add_argument("--limit", type=int, metavar="N", help="the first N prompts")
+    generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at once (default: 16)")
+    generate.add_argument("-o", "--output", metavar="FILE", help="the answers; FILE-answers.jsonl when absent")
+    chat = command("chat", _chat, "talk to a trained model; or answer the prompt on standard input")
+    chat.add_argument("run", metavar="RUN", help="a run folder")
+    _speaking_options(chat)
+    serve = command("serve", _serve, "serve a trained model on this machine, for any client of OpenAI's protocol")
+    serve.add_argument("run", metavar="RUN", help="a run folder")
+    serve.add_argument("--stage", help="which stage's model, of an adapter the merged one; the last one when absent")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="the port on 127.0.0.1 (default: 8000)")
+    export = command("export", _export, "write a trained model as one file for llama.cpp and Ollama, with a Modelfile")
+    export.add_argument("run", metavar="RUN", help="a run folder")
+    export.add_argument("--to", choices=["gguf"], default="gguf", help="the format")
+    export.add_argument(
+        "--quant", default="q8_0", metavar="FORM", help="f16, q8_0 (default), q4_k_m or another of llama.cpp"
+    )
+    export.add_argument("--stage", help="which stage's model, of an adapter the merged one; the last one when absent")
+    export.add_argument("-o", "--output", metavar="FOLDER", help="where it is written; RUN/export when absent")
     push = command("push", _push, "upload an adapter or a model with its card to the Hub")
     _push_options(push)
     report = command("report", _report, "write report.md and report.html again from the scorecard, without a model")
@@ -340,6 +419,11 @@ def build_parser() -> argparse.ArgumentParser:
     clean.add_argument("--yes", action="store_true", help="remove it")
     recipes = command("recipes", _recipes, "list the recipes that come with hfpipe, or copy one")
     recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
+    command("env", _env, "print what a bug report needs: versions and hardware, without any secret")
+    completion = command(
+        "completion", _completion, 'print the completion script of a shell: eval "$(hfpipe completion bash)"'
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="which shell")
     command("schema", _schema, "print the JSON schema of a recipe, for editors")
     new = command(
         "new", _new, "write a recipe for your own data, from five answers; what the options do not say is asked"
@@ -356,6 +440,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("-o", "--output", metavar="RECIPE", help="a file to write; standard output when absent")
     return parser
+
+
+def _speaking_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", action="store_true", help="the base model answers beside it")
+    parser.add_argument("--stage", help="which stage's model or adapter; the last one when absent")
+    parser.add_argument("--strength", type=float, metavar="X", help="from 0 (the stage's parent) to 1 (as trained)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of transformers.GenerationConfig, e.g. max_new_tokens=200 or do_sample=true",
+    )
 
 
 def _push_options(push: argparse.ArgumentParser) -> None:

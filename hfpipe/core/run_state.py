@@ -32,7 +32,7 @@ SCORE: dict[Any, Any] = {
     "?ideal": (*NUMBER, MAYBE),
     "?baselines": {str: NUMBER},
 }
-SOURCE_FACTS = {"rows": int, "?token_share": NUMBER, "?documents": int, "?epochs": NUMBER} | {
+SOURCE_FACTS = {"rows": int, "?token_share": NUMBER, "?documents": int, "?epochs": NUMBER, "?format": str} | {
     f"?{kind}{part}": shape
     for kind in ("dirty", "mended", "removed")
     for part, shape in (("", {str: int}), ("_ids", [str]))

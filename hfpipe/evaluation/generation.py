@@ -35,10 +35,12 @@ class Generated:
     Args:
         ids: Its tokens, before the first stop token.
         cut: Tokens that the prompt lost at its beginning, since the model could not read them.
+        ended: Whether the model ended it by a stop token, and not the most tokens that an answer may have.
     """
 
     ids: list[int]
     cut: int
+    ended: bool = True
 
 
 def stop_tokens(model: Any, tokenizer: Any, options: dict[str, Any]) -> list[int]:
@@ -115,7 +117,9 @@ def generate(
             output = model.generate(**inputs, max_new_tokens=limit, **settings)
         for index, said in zip(indices, output[:, longest:].tolist(), strict=True):
             answers[index] = Generated(
-                _ended(said, stops, tokenizer.pad_token_id), len(prompts[index]) - len(kept[index])
+                _ended(said, stops, tokenizer.pad_token_id),
+                len(prompts[index]) - len(kept[index]),
+                not stops or any(one in stops for one in said),
             )
     return answers
 

@@ -5,7 +5,7 @@ Everything here is known before weights are loaded, so that a command refuses at
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.run_layout import model_of, require_whole
+from hfpipe.core.files import read_json
+from hfpipe.core.run_layout import MERGED, MODEL, model_of, require_whole
 from hfpipe.core.run_state import require_whole_state
+from hfpipe.data.prompts import Asking
 from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer, task_of
 from hfpipe.recipe import Model, Recipe, Stage, load_recipe
 from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.report.usage import lineage
+from hfpipe.scores.scorecard import BASE
 
 
 def finished_stages(folder: Path, recipe: Recipe) -> dict[str, Stage]:
@@ -107,3 +111,123 @@ def _fetched(name: str) -> str:
         return snapshot_download(
             name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "adapter_model.safetensors"]
         )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained stage that answers in text, before its weights are loaded.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe that was run.
+        stage: The stage.
+        ref: Its model or adapter.
+        tokenizer: The tokenizer that it was trained with.
+        asking: How it was asked in training.
+    """
+
+    folder: Path
+    recipe: Recipe
+    stage: Stage
+    ref: ModelRef
+    tokenizer: Any
+    asking: Asking
+
+    @property
+    def base(self) -> ModelRef:
+        """The base model, or of a run from nothing the model that the stage started from; stored as it was trained on.
+
+        Raises:
+            RecipeError: There is none.
+        """
+        same = {"quantization": self.stage.quantized, "vocabulary": len(self.tokenizer)}
+        if self.recipe.model.id is not None:
+            return ModelRef(self.recipe.model.id, self.recipe.model, revision=self.recipe.model.revision, **same)
+        if self.ref.is_adapter:
+            return replace(self.ref.base, **same)
+        parent = self.recipe.parent_of(self.stage.name)
+        if parent == BASE:
+            raise RecipeError(
+                f"--base: stage {self.stage.name} of {self.folder} started from fresh weights, so there is no model to "
+                "set beside it. Leave --base out."
+            )
+        return replace(whole_model(self.folder, self.recipe, parent), **same)
+
+    @property
+    def is_on_base(self) -> bool:
+        """True if the base is what an adapter lies on, so that it answers once the adapter is put off."""
+        return self.ref.is_adapter and self.ref.base.path == self.base.path
+
+
+def whole_model(folder: Path, recipe: Recipe, stage: str) -> ModelRef:
+    """What a stage of a run hands on as a whole model: of an adapter the merged one.
+
+    Raises:
+        RecipeError: It is not merged yet.
+    """
+    place = folder / "stages" / stage
+    found = ModelRef(str(model_of(place) if stage != BASE else place / MODEL), recipe.model)
+    if found.is_adapter:
+        found = replace(found, path=str(place / MERGED))
+        if not Path(found.path).is_dir():
+            raise RecipeError(f"stage {stage} of {folder} is an adapter. Merge it first: hfpipe merge {folder}")
+    return found
+
+
+def open_trained(folder: Path, stage: str | None, command: str) -> Trained:
+    """Finds a stage that answers in text; loads no weights.
+
+    Args:
+        folder: The run folder.
+        stage: Which stage; the last finished one when None.
+        command: The command that needs it, for messages.
+
+    Raises:
+        RecipeError: There is no such finished stage, or it gives no text: a classifier, or an encoder.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    chosen = finished_stage(folder, recipe, stage)
+    others = [name for name, one in finished_stages(folder, recipe).items() if one.task == "causal"]
+    if chosen.task != "causal":
+        instead = f" Name another stage: --stage {others[-1]}." if others else ""
+        readme = folder / "stages" / chosen.name / MODEL / "README.md"
+        raise RecipeError(
+            f"hfpipe {command} needs a model that writes text, and stage {chosen.name} of {folder} "
+            f"{_GIVES[chosen.task]}. "
+            f"The code that asks it is in {readme}.{instead}"
+        )
+    ref = model_named(str(folder), recipe.model, chosen.name)
+    tokenizer = tokenizer_named(ref)
+    return Trained(
+        folder,
+        recipe,
+        chosen,
+        replace(ref, vocabulary=len(tokenizer)),
+        tokenizer,
+        asking_of(folder, recipe, chosen, tokenizer),
+    )
+
+
+_GIVES = {
+    "classification": "gives classes",
+    "masked": "fills in masked tokens",
+    "seq2seq": "reads a source text and writes its target, which has no chat template",
+}
+
+
+def asking_of(folder: Path, recipe: Recipe, stage: Stage, tokenizer: Any) -> Asking:
+    """The way in which a stage was asked while it trained, or the stage before it that was asked something.
+
+    A model that never was fine-tuned is asked by its chat template where it has one, and else by the plain text.
+    """
+    asked = [one for one in lineage(recipe, stage.name) if one.kind == "sft"]
+    if not asked:
+        return Asking("messages" if tokenizer.chat_template else "text")
+    source = asked[-1].data[0]
+    facts = read_json(folder / "stages" / asked[-1].name / "done.json").get("data", {}).get("sources", {})
+    known = next(iter(facts.values()), {}).get("format")
+    if known is None:  # a run of an earlier version
+        named = {**(source.template or {}), **(source.columns if isinstance(source.columns, dict) else {})}
+        plain = "prompt" in named or not tokenizer.chat_template
+        known = source.format or ("prompt_completion" if plain else "messages")
+    return Asking(known, source)

@@ -237,10 +237,24 @@ def closing_lines(folder: Path) -> list[str]:
     if merged.exists():
         lines.append(f"merged     {merged}")
     lines.append(f"report     {folder / 'report.html'}")
-    lines += ["", "use it:", *(f"  {line}" for line in lines_to_use(folder, recipe, recipe.stages[-1].name))]
+    lines += ["", "use it:", *(f"  {line}" for line in _commands_to_use(folder, recipe.stages[-1].task))]
+    lines += [f"  {line}" for line in lines_to_use(folder, recipe, recipe.stages[-1].name)]
     what = "merged" if merged.exists() else "adapter" if is_adapter else "model"
     push = f"  {our_command()} push {folder} --repo-id YOU/{recipe.name} --what {what}"
     nexts = [] if recipe.push else [push]  # a recipe with a `push:` does it now
     if recipe.model.id is None:  # a first try; whoever starts from a model of the Hub is beyond it
         nexts.append(f"  {our_command()} recipes --copy smollm2-fineweb")
     return [*lines, "", "next:", *nexts] if nexts else lines
+
+
+def _commands_to_use(folder: Path, task: str) -> list[str]:
+    """The commands of hfpipe that let a trained model speak; none for a model that writes no text."""
+    if task != "causal":
+        return []
+    commands = {
+        f"chat {folder} --base": "talk to it, with its base beside it",
+        f"generate {folder} PROMPTS.txt": "answer a file of prompts",
+        f"export {folder} --to gguf": "for llama.cpp and Ollama",
+    }
+    longest = max(map(len, commands))
+    return [*(f"{our_command()} {command:{longest}}  # {what}" for command, what in commands.items()), "or in Python:"]

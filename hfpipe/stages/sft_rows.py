@@ -18,7 +18,7 @@ from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.mixture import mixture
 from hfpipe.data.preference import PairTokenizer, TokenPairs
 from hfpipe.data.sources.formats import Kind
-from hfpipe.data.sources.load import load_rows
+from hfpipe.data.sources.load import open_source
 from hfpipe.data.token_store import Columns, Concatenated, TokenStore, columns_of, made_once, told, write_columns
 from hfpipe.data.tokenize import RowTokenizer, sft_tokenizer
 from hfpipe.model.positions import learned_positions
@@ -160,7 +160,8 @@ def tokens_of(
         DataError: Too many rows are dirty, or none has a token to train on.
     """
     stage = run.stage
-    rows, removed = run.cleaner.rows(load_rows(source, kinds=kinds), source)
+    opened = open_source(source, kinds=kinds)
+    rows, removed = run.cleaner.rows(opened.rows, source)
 
     def make(path: Path) -> dict[str, Any]:
         read, counts = Read(), {"untrained": 0, "long": 0, "tokens": 0, "kept": 0}
@@ -193,7 +194,7 @@ def tokens_of(
     how = "tokenized before" if before else "tokenized"
     ranks.say(f"  {source.title}: {found['kept']:,} rows, {found['tokens']:,} tokens, {how}")
     found = {key: value for key, value in found.items() if key not in ("tokens", "kept")}
-    return store, {**found, **removed}
+    return store, {**found, **removed, "format": opened.taken.format.name}
 
 
 def nothing_to_train(stage: Stage, source: Source, rows: int) -> DataError:

@@ -78,6 +78,20 @@ def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Ki
         return Opened(rows, replace(taken, files=files))
 
 
+def stored_rows(source: Source) -> Rows:
+    """The rows of a source as they are stored, with all their columns.
+
+    Raises:
+        RecipeError: It does not exist, or has files of several kinds.
+        DataError: It cannot be read.
+    """
+    with friendly(source, opening=True):
+        parts = _open(source, "train")
+    if len(parts) > 1:
+        raise RecipeError(f"{source.path!r} has files of several kinds. Name one file.")
+    return parts[0][0]
+
+
 def _in_format(rows: Rows, source: Source, kinds: tuple[Kind, ...]) -> tuple[Rows, Taken]:
     """Cuts, filters and brings the rows of a source to one format."""
     features = _features_of(rows, source)

@@ -93,10 +93,10 @@ def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, F
     filled = {role: batch[column] for role, column in taken.items()}
     for role, form in built.items():
         if isinstance(form, str):
-            filled[role] = _filled(batch, form)
+            filled[role] = filled_texts(batch, form)
             continue
         speakers = [None if isinstance(one, str) else one[0] for one in form]
-        texts = zip(*(_filled(batch, text) for text in texts_of(form)), strict=True)
+        texts = zip(*(filled_texts(batch, text) for text in texts_of(form)), strict=True)
         filled[role] = [None if None in row else _together(speakers, row) for row in texts]
     return filled
 
@@ -107,7 +107,7 @@ def _together(speakers: list[str | None], texts: tuple[Any, ...]) -> list[Any]:
     return [text if who is None else {"role": who, "content": text} for who, text in pairs]
 
 
-def _filled(batch: dict[str, list[Any]], template: str) -> list[str | None]:
+def filled_texts(batch: dict[str, list[Any]], template: str) -> list[str | None]:
     """A template with each row's values in it."""
     parts = [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
     fields = {_column(field) for _, field in parts if field}

@@ -1,0 +1,253 @@
+"""Takes a trained model out of Hugging Face's formats: `hfpipe export RUN --to gguf`, for llama.cpp and Ollama.
+
+llama.cpp's own converter does the work where it is installed; where it is not, the commands are written out. Beside the
+model lies a Modelfile for Ollama with the chat template it was trained with and its stop tokens. Ollama has templates
+of its own kind, so the trained one is taken apart into what stands around each turn, and what is put together of the
+parts is compared with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.files import GIB, write_text
+from hfpipe.data.prompts import Asking
+from hfpipe.evaluation.generation import stop_tokens
+from hfpipe.pipeline.trained import Trained, open_trained, whole_model
+from hfpipe.recipe.faults import did_you_mean, listed
+
+CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+WRITTEN_AT_ONCE = ("f32", "f16", "bf16", "q8_0")  # by the converter itself
+QUANTS = (
+    *WRITTEN_AT_ONCE,
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m"),
+    *("q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"),
+)
+
+
+def export_gguf(folder: Path, stage: str | None, quant: str, output: str | None) -> Path:
+    """Writes a stage's whole model as one GGUF file, with a Modelfile for Ollama beside it.
+
+    Args:
+        folder: The run folder.
+        stage: Which stage; the last finished one when None.
+        quant: How the weights are stored, one of `QUANTS`.
+        output: The folder that it is written to; `export` in the run folder when None.
+
+    Returns:
+        The GGUF file.
+
+    Raises:
+        RecipeError: There is no such stage or form, the stage writes no text, or it is an adapter that is not merged.
+        MachineError: llama.cpp is not installed: the message has the commands; or it does not take the model.
+    """
+    if quant not in QUANTS:
+        raise RecipeError(
+            f"--quant {quant}: there is no such form; there are {listed(QUANTS)}.{did_you_mean(quant, QUANTS)}"
+        )
+    trained = open_trained(folder, stage, "export")
+    place = Path(whole_model(folder, trained.recipe, trained.stage.name).path)
+    target = Path(output) if output else folder / "export"
+    file = target / f"{trained.recipe.name}-{trained.stage.name}-{quant}.gguf"
+    write_text(target / "Modelfile", modelfile(trained, place, file.name))
+    print(f"{target / 'Modelfile'} written, for Ollama", flush=True)
+    commands = _commands(place, file, quant)
+    program = _program()
+    if program is None:
+        told = "\n".join(f"  {shlex.join(command)}" for command in commands)
+        raise MachineError(
+            f"llama.cpp is not installed here, and its converter makes the file. Install it (a checkout of "
+            f"https://github.com/ggml-org/llama.cpp with `pip install gguf`, named by LLAMA_CPP=FOLDER; {QUANTIZER} on "
+            f"the PATH for forms other than {listed(WRITTEN_AT_ONCE)}) and run this again, or run\n{told}"
+        )
+    if len(commands) > 1 and shutil.which(QUANTIZER) is None:
+        raise MachineError(
+            f"{quant} is made by llama.cpp's {QUANTIZER}, which is not on the PATH. Take --quant q8_0, or add it."
+        )
+    for command in commands:
+        _run([*program, *command[1:]] if command[0] == CONVERTER else command)
+    if len(commands) > 1:
+        Path(commands[0][3]).unlink()
+    print(f"{file} written, {file.stat().st_size / GIB:.2f} GiB. Try it:", flush=True)
+    print(f"  ollama create {trained.recipe.name} -f {target / 'Modelfile'} && ollama run {trained.recipe.name}")
+    print(f"  llama-cli -m {file} --jinja")
+    return file
+
+
+def _commands(place: Path, file: Path, quant: str) -> list[list[str]]:
+    """The commands of llama.cpp that make the file."""
+    if quant in WRITTEN_AT_ONCE:
+        return [[CONVERTER, str(place), "--outfile", str(file), "--outtype", quant]]
+    whole = file.with_name(f"{file.stem}-whole.gguf")
+    convert = [CONVERTER, str(place), "--outfile", str(whole), "--outtype", "bf16"]
+    return [convert, [QUANTIZER, str(whole), str(file), quant.upper()]]
+
+
+def _program() -> list[str] | None:
+    """The command that starts llama.cpp's converter; None where it is not here."""
+    if named := os.environ.get("LLAMA_CPP"):
+        script = Path(named) / CONVERTER
+        if not script.is_file():
+            raise MachineError(
+                f"LLAMA_CPP is {named}, and there is no {CONVERTER} in it. Name a checkout of llama.cpp."
+            )
+        return [sys.executable, str(script)]
+    found = shutil.which(CONVERTER)
+    if found is None:
+        return None
+    return [found] if os.access(found, os.X_OK) else [sys.executable, found]
+
+
+def _run(command: Sequence[str]) -> None:
+    """Runs a program of llama.cpp.
+
+    Raises:
+        MachineError: It fails; the message has the end of what it said.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+        raise MachineError(f"llama.cpp did not take the model: {said[-600:]} The command was {shlex.join(command)}")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A chat template taken apart.
+
+    Args:
+        around: By role, the text before and behind the content of a turn.
+        without_system: The text that stands first where no system turn is given.
+        opening: The text behind the last turn, which opens the answer.
+    """
+
+    around: dict[str, tuple[str, str]]
+    without_system: str
+    opening: str
+
+    def text(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation as Ollama will write it."""
+        first = "" if messages[0]["role"] == "system" else self.without_system
+        turns = [turn["content"].join(self.around[turn["role"]]) for turn in messages]
+        return first + "".join(turns) + self.opening
+
+    def go(self) -> str:
+        """The template in Go's language, which Ollama has."""
+        said = []
+        for number, (role, (before, behind)) in enumerate(self.around.items()):
+            test = "if" if number == 0 else "else if"
+            said.append(f'{{{{ {test} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{behind}')
+        first = f"{{{{ if not .System }}}}{self.without_system}{{{{ end }}}}" if self.without_system else ""
+        return f"{first}{{{{ range .Messages }}}}{''.join(said)}{{{{ end }}}}{{{{ end }}}}{self.opening}"
+
+
+def turns_of(tokenizer: Any) -> Turns | None:
+    """A tokenizer's chat template taken apart; None where what is put together of the parts is another text."""
+    names = {role: f"(({role} said))" for role in ("system", "user", "assistant")}
+    asked = [{"role": role, "content": names[role]} for role in ("system", "user", "assistant", "user")]
+    try:
+        found = _taken_apart(tokenizer, asked, names)
+        return found if found is not None and _is_the_same(tokenizer, found) else None
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError):
+        return None
+
+
+def _taken_apart(tokenizer: Any, asked: list[dict[str, str]], names: dict[str, str]) -> Turns | None:
+    """Finds what stands around the turns from renderings that differ in a turn."""
+    bos = tokenizer.bos_token or ""
+
+    def written(turns: list[dict[str, str]], opened: bool = False) -> str:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
+        return text.removeprefix(bos) if bos else text  # llama.cpp puts it in front itself
+
+    system, user, assistant, again = asked
+    one, two = written([system, user]), written([system, user, assistant, again])
+    if not two.startswith(one):
+        return None
+    before_user, behind_user = _around(
+        written([user, assistant, again])[len(written([user, assistant])) :], names["user"]
+    )
+    answer = two[len(one) :].removesuffix(before_user + names["user"] + behind_user)
+    around = {
+        "system": _around(one.removesuffix(before_user + names["user"] + behind_user), names["system"]),
+        "user": (before_user, behind_user),
+        "assistant": _around(answer, names["assistant"]),
+    }
+    alone = written([user])
+    first = alone.removesuffix(before_user + names["user"] + behind_user)
+    return Turns(around, first, written([user], opened=True)[len(alone) :])
+
+
+def _around(text: str, name: str) -> tuple[str, str]:
+    before, behind = text.split(name)
+    return before, behind
+
+
+def _is_the_same(tokenizer: Any, turns: Turns) -> bool:
+    """Returns True if conversations of several lengths are written as the tokenizer's own template writes them."""
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is two and two?"},
+        {"role": "assistant", "content": "Four."},
+        {"role": "user", "content": "And three and three?"},
+        {"role": "assistant", "content": "Six."},
+        {"role": "user", "content": "Thank you"},
+    ]
+    for part in (talk[:2], talk[1:2], talk[:4], talk[1:4], talk, talk[1:]):
+        text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=True)
+        if turns.text(part) != text.removeprefix(tokenizer.bos_token or ""):
+            return False
+    return True
+
+
+def modelfile(trained: Trained, place: Path, model: str) -> str:
+    """The Modelfile of Ollama: the file of weights, the template that the model was trained with, its stop tokens."""
+    tokenizer, asking = trained.tokenizer, trained.asking
+    lines = [f"# stage {trained.stage.name} of {trained.recipe.name}, by hfpipe", f"FROM ./{model}"]
+    if asking.is_chat:
+        turns = turns_of(tokenizer)
+        lines += (
+            [f'TEMPLATE """{turns.go()}"""']
+            if turns is not None
+            else [
+                "# The chat template of this model does more than Ollama's can say: Ollama takes the one in the file,",
+                "# as far as it knows it. Compare its answers with those of `hfpipe chat`.",
+            ]
+        )
+    elif len(asking.fields) > 1:
+        lines += [
+            f"# The model was trained on prompts built of {listed(asking.fields)}: ask it whole prompts.",
+            _plain(),
+        ]
+    else:
+        lines.append(_plain(asking))
+    ids = stop_tokens(_Config(place), tokenizer, {})
+    lines += [
+        f'PARAMETER stop "{text}"' for text in dict.fromkeys(map(tokenizer.decode, [[one] for one in ids])) if text
+    ]
+    return "\n".join([*lines, "PARAMETER temperature 0", ""])
+
+
+def _plain(asking: Asking | None = None) -> str:
+    prompt = asking.of_text("{{ .Prompt }}")["prompt"] if asking is not None else "{{ .Prompt }}"
+    return f'TEMPLATE """{prompt}"""'
+
+
+class _Config:
+    """The generation config of a model that is not loaded."""
+
+    def __init__(self, place: Path) -> None:
+        from transformers import GenerationConfig
+
+        has_one = (place / "generation_config.json").is_file()
+        self.generation_config = GenerationConfig.from_pretrained(str(place)) if has_one else GenerationConfig()
