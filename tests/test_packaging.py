@@ -53,7 +53,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, where: Path, *arguments: str) -> str:
-    """What a command of the wheel prints, started outside of the checkout."""
+    """Runs a command of the wheel outside of the checkout, and returns its output."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "hfpipe", *arguments]
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)

@@ -153,44 +153,55 @@ class Turns:
 
 def turns_of(tokenizer: Any) -> Turns | None:
     """A tokenizer's chat template taken apart; None where what is put together of the parts is another text."""
-    names = {role: f"(({role} said))" for role in ("system", "user", "assistant")}
-    asked = [{"role": role, "content": names[role]} for role in ("system", "user", "assistant", "user")]
-    try:
-        found = _taken_apart(tokenizer, asked, names)
-        return found if found is not None and _is_the_same(tokenizer, found) else None
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError):
-        return None
+    for roles in (("system", "user", "assistant", "user"), ("user", "assistant", "user")):  # not all have a system
+        try:
+            found = _taken_apart(tokenizer, roles)
+            if _is_the_same(tokenizer, found):
+                return found
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError):
+            continue
+    return None
 
 
-def _taken_apart(tokenizer: Any, asked: list[dict[str, str]], names: dict[str, str]) -> Turns | None:
-    """Finds what stands around the turns from renderings that differ in a turn."""
-    bos = tokenizer.bos_token or ""
+def _written(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
+    """A conversation with the opening of an answer, without the BOS token, which llama.cpp puts in front itself."""
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token or "")
 
-    def written(turns: list[dict[str, str]], opened: bool = False) -> str:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
-        return text.removeprefix(bos) if bos else text  # llama.cpp puts it in front itself
 
-    system, user, assistant, again = asked
-    one, two = written([system, user]), written([system, user, assistant, again])
-    if not two.startswith(one):
-        return None
-    before_user, behind_user = _around(
-        written([user, assistant, again])[len(written([user, assistant])) :], names["user"]
-    )
-    answer = two[len(one) :].removesuffix(before_user + names["user"] + behind_user)
+def _taken_apart(tokenizer: Any, roles: Sequence[str]) -> Turns:
+    """Cuts the text of a conversation at its contents, and each piece between two into the end of one turn and the
+    beginning of the next.
+
+    Where exactly that is does not matter as long as every conversation comes out the same: what stands before all turns
+    of the user is their beginning, and what stands behind all of them their end.
+    """
+    turns = [{"role": role, "content": f"(({role} said {number}))"} for number, role in enumerate(roles)]
+    pieces, rest = [], _written(tokenizer, turns)
+    for turn in turns:
+        before, rest = rest.split(turn["content"])
+        pieces.append(before)
+    first, behind_answer = pieces[0], pieces[-1]
+    without_system, alone = _written(tokenizer, turns[-1:]).split(turns[-1]["content"])
+    if alone != rest:
+        raise ValueError("the opening of an answer depends on what was said before")
+    befores = [without_system, behind_answer, *(pieces[1:2] if roles[0] == "system" else ())]
+    before_user = _beginning([text[::-1] for text in befores])[::-1]
+    behind_user = _beginning([rest, pieces[-2]])
     around = {
-        "system": _around(one.removesuffix(before_user + names["user"] + behind_user), names["system"]),
         "user": (before_user, behind_user),
-        "assistant": _around(answer, names["assistant"]),
+        "assistant": (pieces[-2].removeprefix(behind_user), behind_answer.removesuffix(before_user)),
     }
-    alone = written([user])
-    first = alone.removesuffix(before_user + names["user"] + behind_user)
-    return Turns(around, first, written([user], opened=True)[len(alone) :])
+    if roles[0] == "system":
+        around = {"system": (first, pieces[1].removesuffix(before_user)), **around}
+    return Turns(around, without_system.removesuffix(before_user), rest.removeprefix(behind_user))
 
 
-def _around(text: str, name: str) -> tuple[str, str]:
-    before, behind = text.split(name)
-    return before, behind
+def _beginning(texts: Sequence[str]) -> str:
+    """The longest text that all begin with."""
+    shortest = min(texts, key=len)
+    same = (all(text[place] == letter for text in texts) for place, letter in enumerate(shortest))
+    return shortest[: next((place for place, alike in enumerate(same) if not alike), len(shortest))]
 
 
 def _is_the_same(tokenizer: Any, turns: Turns) -> bool:
@@ -203,11 +214,8 @@ def _is_the_same(tokenizer: Any, turns: Turns) -> bool:
         {"role": "assistant", "content": "Six."},
         {"role": "user", "content": "Thank you"},
     ]
-    for part in (talk[:2], talk[1:2], talk[:4], talk[1:4], talk, talk[1:]):
-        text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=True)
-        if turns.text(part) != text.removeprefix(tokenizer.bos_token or ""):
-            return False
-    return True
+    parts = [talk[1:2], talk[1:4], talk[1:], *([talk[:2], talk[:4], talk] if "system" in turns.around else [])]
+    return all(turns.text(part) == _written(tokenizer, part) for part in parts)
 
 
 def modelfile(trained: Trained, place: Path, model: str) -> str:

@@ -51,7 +51,7 @@ def serve(folder: Path, stage: str | None, port: int) -> None:
 
 
 def _lines(trained: Trained, place: str, port: int) -> list[str]:
-    """What is served, how it is asked, and the command of a faster server."""
+    """Lines with the address, a client, and the commands of other servers."""
     vllm = vllm_command(usage_in_run(trained.folder, trained.recipe, trained.stage.name, Path(place)), trained.recipe)
     return [
         f"serving {place} on http://{HOST}:{port}/v1 (Ctrl-C ends it). A client:",

@@ -160,7 +160,7 @@ class Trained:
 
 
 def whole_model(folder: Path, recipe: Recipe, stage: str) -> ModelRef:
-    """What a stage of a run hands on as a whole model: of an adapter the merged one.
+    """The whole model that a stage of a run hands on: of an adapter the merged one.
 
     Raises:
         RecipeError: It is not merged yet.

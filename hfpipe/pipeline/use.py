@@ -273,7 +273,7 @@ def _next_line() -> str | None:
 
 
 def _row_of(trained: Trained, text: str, turns: Sequence[dict[str, Any]]) -> Row:
-    """What is put to the model: the conversation with the new turn, or the prompt alone."""
+    """The row that is put to the model: the conversation with the new turn, or the prompt alone."""
     asking = trained.asking
     if len(asking.fields) > 1:  # of several columns: a whole prompt is typed
         row: Row = {"messages": [{"role": "user", "content": text}]} if asking.is_chat else {"prompt": text}

@@ -73,7 +73,8 @@ def test_a_client_of_the_protocol_gets_the_answer_of_the_model(served: tuple[int
     assert answer.choices[0].message.content.strip() == plain.strip()
     pieces = client.chat.completions.create(model=name, messages=TURNS, temperature=0, max_tokens=8, stream=True)
     said = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    assert said.strip() == plain.strip()
+    broken = "\N{REPLACEMENT CHARACTER} \n"  # half a character at the end, which a stream holds back
+    assert said.strip(broken) == plain.strip(broken)
     stops = json.loads((Path(name) / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops]), "it would run on when served"
 
