@@ -17,18 +17,11 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import DPOTrainer
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import read_json, write_json
 from hfpipe.data.dataloader import SIDES, BatchLoader
 from hfpipe.data.preference import PairTokenizer, pair_collator
@@ -38,7 +31,6 @@ from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Preference, Recipe, Source, hash_of
 from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.stages.arguments import SHARDING_WORDS, clear_refusal, stage_arguments
-from hfpipe.stages.saving import is_sharded
 from hfpipe.stages.sft_rows import tokens_of
 from hfpipe.stages.trainer import (
     StageRun,
@@ -75,13 +67,8 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     init = str(getattr(adapted.peft_config["default"], "init_lora_weights", "")) if stage.adapter is not None else ""
     as_it_is = stage.adapter is None or run.continued is not None or init.startswith(MOVES_THE_BASE)
     if as_it_is or stage.training.get("precompute_ref_log_probs"):
-        reference = Reference(run, trainer, rows, source.examples(), collated, as_it_is)
-        if is_sharded(trainer):  # the weights are there once the trainer has spread them
-            trainer.add_callback(reference)
-        else:
-            reference.fill(trainer.model)
-    else:
-        trainer.ref_model = None
+        Reference(run, trainer, rows, source.examples(), collated, as_it_is).fill()
+    trainer.ref_model = None
     longest = max(map(tokens.longest, SIDES))
     per_step = plan.tokens_per_step(tokens.lengths)
     facts = train(run, trainer, loader, tokens_per_step=per_step, longest=(longest, 0))
@@ -137,23 +124,16 @@ def require_losses(recipe: Recipe, tokenizer: Any) -> None:
 
 
 def _require_ranks(stage: Preference) -> None:
-    """Refuses DeepSpeed and the first FSDP."""
-    launch = {
-        name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED")
-    }
-    config = stage.training.get("fsdp_config")
-    first = launch["FSDP"] and os.environ.get("FSDP_VERSION", "1") != "2"
-    if first or (isinstance(config, dict) and config.get("version") == 1):
-        found = "the first FSDP"
-    elif launch["DEEPSPEED"] or stage.training.get("deepspeed"):
-        found = "DeepSpeed"
-    else:
-        return
-    raise RecipeError(
-        f"stages.{stage.name}: a preference stage is not trained with {found}. Take FSDP 2 (`fsdp_version: 2` in the "
-        "file of `accelerate launch`), or ranks that hold the whole model each, with `lora:` or `quantization: nf4` "
-        "where it is large."
-    )
+    """Refuses weights that are spread over ranks: the log-probabilities of the parent are asked of a whole model."""
+    launched = [
+        name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+    ]
+    named = [word for word in ("fsdp", "deepspeed") if stage.training.get(word)]
+    if launched or named:
+        raise RecipeError(
+            f"stages.{stage.name}: a preference stage is not trained with {(launched + named)[0].upper()}: each rank "
+            "needs the whole model. Start plain ranks, with `lora:` or `quantization: nf4` where the model is large."
+        )
 
 
 def pair_length(run: StageRun, model: Any) -> int | None:
@@ -222,7 +202,7 @@ class NoModel(torch.nn.Linear):
         self.config = config
 
 
-class Reference(TrainerCallback):
+class Reference:
     """The log-probabilities of the pairs under the parent, computed once and kept in the stage's folder.
 
     Args:
@@ -248,32 +228,16 @@ class Reference(TrainerCallback):
         self.path = run.folder / "reference.json"
         trainer.precompute_ref_logps = True
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def fill(self) -> None:
+        """Gives the pairs what is kept, or what the model says now. Every rank has to call this."""
         found = ranks.on_main(self._kept)
-        if found is None and state.global_step:
-            raise MachineError(
-                f"stages.{self.run.stage.name}: {self.path} is gone, and the weights of a checkpoint are not those of "
-                f"the reference. Put it back, or move the folder away to begin anew: mv {self.run.folder} "
-                f"{self.run.folder}.old"
-            )
-        self.fill(self.trainer.model_wrapped, found)
-
-    def fill(self, model: Any, found: list[list[float]] | None = None) -> None:
-        """Gives the pairs what is kept, or what a model says now. Every rank has to call this.
-
-        Args:
-            model: The model to ask, on its device.
-            found: What was kept.
-        """
-        found = found or ranks.on_main(self._kept)
         if found is None:
-            found = self._computed(model)
+            found = self._computed(self.trainer.model)
             if ranks.is_main():
                 write_json(self.path, {"key": self._key(), "log_probabilities": found})
             ranks.wait()
         self.rows.reference = np.zeros((len(self.rows), 2))
         self.rows.reference[self.wanted] = found
-        self.trainer.ref_model = None
 
     def _key(self) -> str:
         return hash_of([self.run.trajectory, len(self.rows), self.wanted.tolist()])
