@@ -40,6 +40,7 @@ PUSH_WORDS = (
 
 
 # The tools whose configs `hfpipe convert` reads; see `hfpipe/convert`.
+LAUNCHERS = ("torchrun", "slurm", "k8s", "sky")  # see `hfpipe/pipeline/launch_files.py`
 CONVERTED_TOOLS = ("axolotl", "llama-factory", "trl", "torchtune", "oumi", "ms-swift")
 
 
@@ -288,6 +289,34 @@ def _recipes(options: argparse.Namespace) -> None:
     print(copy_recipe(options.copy) if options.copy else list_recipes())
 
 
+def _launch(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    from hfpipe.pipeline.launch_files import launch
+
+    print(launch(recipe, options.recipe, options.nodes, options.gpus, options.memory, options.on), end="")
+
+
+def _count(text: str) -> int:
+    """Reads a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number from 1")
+    return int(text)
+
+
+def _gibibytes(text: str) -> float:
+    """Reads `80` or `80GB`."""
+    number = text.lower().removesuffix("gib").removesuffix("gb")
+    try:
+        found = float(number)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 10_000:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is the memory of a GPU in GiB, such as 80")
+    return found
+
+
 def _schema(options: argparse.Namespace) -> None:
     from hfpipe.recipe import json_schema
 
@@ -419,6 +448,11 @@ def build_parser() -> argparse.ArgumentParser:
     clean.add_argument("--yes", action="store_true", help="remove it")
     recipes = command("recipes", _recipes, "list the recipes that come with hfpipe, or copy one")
     recipes.add_argument("--copy", metavar="NAME", help="copy one here, to start from")
+    launch = command("launch", _launch, "print the file that starts a recipe on a cluster, and its line", recipe=True)
+    launch.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default: 1)")
+    launch.add_argument("--gpus", type=_count, default=8, metavar="G", help="GPUs of each machine (default: 8)")
+    launch.add_argument("--memory", type=_gibibytes, default=80.0, metavar="GIB", help="memory of a GPU (default: 80)")
+    launch.add_argument("--on", choices=LAUNCHERS, default="torchrun", help="launcher (default: torchrun)")
     command("env", _env, "print what a bug report needs: versions and hardware, without any secret")
     completion = command(
         "completion", _completion, 'print the completion script of a shell: eval "$(hfpipe completion bash)"'

@@ -27,6 +27,7 @@ from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.compatibility import Sample, require_fitting, require_rows
 from hfpipe.stages.fit import Fit, fit_of
 from hfpipe.stages.preference import require_losses
+from hfpipe.stages.sharding import require_combinations
 from hfpipe.stages.trainer import divide_batch
 
 
@@ -81,6 +82,7 @@ def require_start(recipe: Recipe) -> None:
     """
     ranks.on_main(partial(require_output, output_folder(recipe)))
     ranks.on_main(partial(require_whole_state, output_folder(recipe)))
+    require_combinations(recipe)
     require_cleaning(recipe)
     for suite in recipe.evaluate.values():
         suite_metrics(suite)

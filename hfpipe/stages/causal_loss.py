@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer
 
 from hfpipe.model.linear_loss import LinearLoss, linear_loss
+from hfpipe.stages.saving import is_sharded
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -28,7 +29,8 @@ class WithLinearLoss(Base):
         model: Any = self.model
         config = model.config.get_text_config()
         plain = (
-            self.compute_loss_func is None
+            not is_sharded(self)  # the head's weight is whole within the model's own forward pass alone
+            and self.compute_loss_func is None
             and self.label_smoother is None
             and getattr(self.args, "loss_type", "nll") == "nll"
             and not getattr(

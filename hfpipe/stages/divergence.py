@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core import ranks
@@ -19,7 +20,6 @@ from hfpipe.core.errors import DataError
 from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.stages.checkpoints import MANIFEST, by_step
-from hfpipe.stages.saving import is_sharded
 
 ROWS, TOKENS = 4, 24  # of a step that are quoted
 
@@ -49,8 +49,9 @@ class StopWhenNotFinite(TrainerCallback):
             return loss
 
         def watched_clip(*args: Any, **options: Any) -> Any:
-            self._norm = clip(*args, **options)
-            return self._norm
+            norm = clip(*args, **options)
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2's is spread over the ranks
+            return norm
 
         override(trainer, training_step=watched_step)
         override(trainer.accelerator, clip_grad_norm_=watched_clip)
@@ -61,7 +62,7 @@ class StopWhenNotFinite(TrainerCallback):
         late, self._last = self._last, now
         # A checkpoint or the end of the training waits for the device anyway, and so do several ranks at each step.
         if control.should_save or control.should_training_stop or args.world_size > 1 or now.device.type == "cpu":
-            if control.should_save and not is_sharded(self.trainer):
+            if control.should_save and not self.trainer.is_deepspeed_enabled:
                 now = now | self._weights_not_finite()
             if self._on_any_rank(now):
                 self._stop(state.global_step, 0, now)
@@ -82,8 +83,9 @@ class StopWhenNotFinite(TrainerCallback):
         return found.reshape(())
 
     def _weights_not_finite(self) -> torch.Tensor:
-        trained = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]  # type: ignore[union-attr]
-        return torch.stack([~torch.isfinite(weight.detach().sum()) for weight in trained]).any()
+        trained = [weight.detach() for weight in self.trainer.model.parameters() if weight.requires_grad]  # type: ignore[union-attr]
+        trained = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained]
+        return torch.stack([~torch.isfinite(weight.sum()) for weight in trained]).any()
 
     def _on_any_rank(self, found: torch.Tensor) -> bool:
         if ranks.ranks() > 1:

@@ -21,6 +21,7 @@ from hfpipe.model.tokenizer import make_room
 from hfpipe.recipe import Recipe, Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.pretrain import masked_loss
+from hfpipe.stages.sharding import SPREADING, plan_of_launch
 from hfpipe.stages.trainer import divide_batch
 from hfpipe.stages.translation import Loss as TranslationLoss
 
@@ -29,7 +30,6 @@ CACHED = 0.05  # of a GPU's tensors, lost in the blocks of torch's allocator
 LIBRARIES = 30 * 2**20  # on a CPU, what is loaded at the first step only
 DEFAULT_LENGTH = 1024
 MASKED_SHARE = 0.15
-SHARDED = ("fsdp", "zero3")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def setting_of(
         bits=None if block is None else 8 if block.type == "int8" else 4,
         compute=None if block is None else getattr(torch, given) if given else compute_dtype(),
         ranks=ranks.ranks(),
-        sharding=_sharding(stage),
+        sharding=plan_of_launch(stage),
         vocabulary=vocabulary,
         packed=kind == "sft" and bool(stage.training.get("packing")),
         plain_loss=not arguments.label_smoothing_factor and getattr(arguments, "loss_type", "nll") == "nll",
@@ -136,16 +136,6 @@ def copies_of(recipe: Recipe, stage: Stage) -> tuple[torch.dtype, ...]:
         return ()
     frozen, trained = (weights_dtype(recipe.model, frozen=frozen) for frozen in (True, False))
     return (*([frozen] if stage.kept.kl else []), *([trained] if stage.kept.l2 else []))
-
-
-def _sharding(stage: Stage) -> str:
-    """Returns accelerate's plan of spreading the weights over the ranks."""
-    if stage.training.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return "fsdp"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        level = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        return f"zero{level}" if level in "123" else "none"
-    return "none"
 
 
 def predict(config: Any, setting: Setting) -> Memory:
@@ -337,9 +327,9 @@ def _spread(memory: Memory, setting: Setting, gradients: int, unit: int) -> Memo
     if setting.sharding == "none":  # DDP keeps the gradients in buckets beside them
         return replace(memory, gradients=memory.gradients + gradients)
     share = {"optimizer": memory.optimizer // count}
-    if setting.sharding in ("zero2", *SHARDED):
+    if setting.sharding in ("zero2", *SPREADING):
         share["gradients"] = memory.gradients // count
-    if setting.sharding in SHARDED:
+    if setting.sharding in SPREADING:
         share |= {"weights": memory.weights // count, "temporary": memory.temporary + 2 * unit}
     return replace(memory, **share)
 

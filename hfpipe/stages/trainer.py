@@ -41,6 +41,7 @@ from hfpipe.stages.cost import flops_per_token
 from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.early_stopping import Selection
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
+from hfpipe.stages.sharding import require_plan
 from hfpipe.stages.trackers import guard_trackers
 
 DEFAULT_PER_DEVICE = 8
@@ -183,7 +184,7 @@ def train(
     """
     original = original_state(trainer.model) if run.stage.adapter is not None else {}
     _keep_every_layer(trainer.model)
-    checkpoint = _taken_up(run, loader, trainer.args.max_steps)
+    checkpoint = _taken_up(run, trainer, loader)
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)
     keep = run.stage.training.get("save_total_limit", 2)
@@ -223,13 +224,14 @@ def train(
     }
 
 
-def _taken_up(run: StageRun, loader: BatchLoader, last_step: int) -> Path | None:
+def _taken_up(run: StageRun, trainer: Trainer, loader: BatchLoader) -> Path | None:
     """Takes up the position of the newest whole checkpoint, and returns its folder; None at the start of a stage."""
     versions = {run.hash, run.trajectory}
-    checkpoint, passed_over = ranks.on_main(lambda: newest_whole(run.folder, versions, last_step))
+    checkpoint, passed_over = ranks.on_main(lambda: newest_whole(run.folder, versions, trainer.args.max_steps))
     for line in passed_over:
         ranks.say(f"  {line}")
     if checkpoint:
+        require_plan(trainer, checkpoint, run.stage.name)
         loader.source.load_state_dict(load_json(checkpoint / DATA_STATE))
         ranks.say(f"  continuing from {checkpoint.name}")
     return checkpoint
