@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from hfpipe.data.chat import chat_text
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.row_order import GroupedRows, PackedRows
 from hfpipe.data.sources.load import load_rows
+from hfpipe.data.token_pool import encoded
 from hfpipe.data.token_store import Columns, TokenStore, columns_of, key_of, release_mapped, write_columns
 from hfpipe.data.tokenize import RowTokenizer
 from hfpipe.model.create import train_tokenizer
@@ -76,7 +78,7 @@ def write(kind: str, count: int, folder: Path) -> Source:
     import pyarrow.parquet as pq
 
     rows = rows_of(kind, count)
-    while block := [row for row, _ in zip(rows, range(BLOCK), strict=False)]:
+    while block := [*islice(rows, BLOCK)]:
         table = pa.Table.from_pylist(block)
         writer = writer or pq.ParquetWriter(file, table.schema)
         writer.write_table(table)
@@ -91,11 +93,10 @@ def make(source: Source, tokenizer: Any, path: Path) -> None:
     clean = tidy_rows(load_rows(source), source, Read())
 
     def blocks() -> Iterator[Columns]:
-        number = 0
-        while chunk := [row for row, _ in zip(clean, range(BLOCK), strict=False)]:
-            yield columns_of(rows_to_tokens.encode(chunk))
-            number += 1
-            if number % 10 == 0:
+        chunks = iter(lambda: [*islice(clean, BLOCK)], [])
+        for number, (_, made) in enumerate(encoded(rows_to_tokens, chunks, processes=1)):
+            yield columns_of(made)
+            if number % 10 == 9:
                 release_mapped()
 
     write_columns(path, blocks())

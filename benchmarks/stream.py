@@ -1,9 +1,9 @@
 """The stream against its limit, and against what else prepares and resumes the same data.
 
-    python benchmarks/stream.py [--tokenizer FOLDER_OR_ID] [--rounds 5] [--copies 4] [--only speed|memory|resume|wait]
+    python benchmarks/stream.py [--tokenizer FOLDER_OR_ID] [--rounds 5] [--copies 4] [--only NAME]
 
 The documents are the built-in corpus, written to Parquet in a temporary folder; "short" are its documents cut to 600
-characters. Printed are, with the ratio that is wanted:
+characters, "lines" six megabytes of them in one file of JSON lines. Printed are, with the ratio that is wanted:
 
 - speed: tokens per second from Parquet to packed tensors, beside those of the bare Rust tokenizer on the same documents
   (in calls of 500, as the stream makes them) and beside SFTTrainer's own preparation (tokenize and pack). All read each
@@ -12,12 +12,14 @@ characters. Printed are, with the ratio that is wanted:
 - memory: the peak of the process over a quarter of the corpus and over ten times as much.
 - resume: seconds to the first batch at 100, 1,000 and 10,000 batches of one row, beside Trainer's own way, which reads
   the stream again up to there (`accelerate.skip_first_batches`).
+- first: seconds from the file to the first batch, of one file of 100 JSON lines.
 - wait: the share of the time that a model which takes twice as long as the stream waits for data.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import statistics
 import tempfile
@@ -58,8 +60,15 @@ def parquet(texts: Iterable[str], folder: Path, files: int = 8, copies: int = 1)
     return str(folder / "*.parquet")
 
 
+def json_lines(texts: Iterable[str], folder: Path, copies: int = 1) -> str:
+    """Writes the documents, so many times, to one file of JSON lines."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) * copies)
+    return str(path)
+
+
 def opened(files: str, tokenizer: Any, **options: Any) -> TokenStream:
-    rows = load_rows(Source(path="parquet", data_files=files, streaming=True))
+    rows = load_rows(Source.model_validate({"path": files, "streaming": True}))
     return TokenStream([rows], tokenizer, max_length=MAX_LENGTH, **options)
 
 
@@ -104,18 +113,26 @@ def prepared(texts: list[str], tokenizer: Any) -> np.ndarray:
     return seconds(texts) - seconds(texts[:1])
 
 
-def measure_speed(name: str, texts: list[str], tokenizer: Any, rounds: int, copies: int, wanted: float) -> None:
+def measure_speed(
+    name: str,
+    texts: list[str],
+    tokenizer: Any,
+    rounds: int,
+    copies: int,
+    wanted: float | None,
+    write: Callable[..., str] = parquet,
+) -> None:
     once = sum(map(len, tokenizer(texts, return_attention_mask=False)["input_ids"])) + len(texts)
     every, tokens = texts * copies, copies * once
     with tempfile.TemporaryDirectory() as folder:
-        files = parquet(texts, Path(folder), copies=copies)
+        files = write(texts, Path(folder), copies=copies)
         streamed(files, tokenizer)  # warm
         ratios, gains, speeds = [], [], []
         for _ in range(rounds):
             alone = bare(every, tokenizer)
             ours, kept = streamed(files, tokenizer)
             ratios.append(alone / ours)
-            gains.append(prepared(texts, tokenizer) * copies / ours)
+            gains.append(prepared(texts, tokenizer) * copies / ours if wanted else ours / ours)
             speeds.append(tokens / ours[0])
     ratio, gain = (np.median(found, axis=0) for found in (ratios, gains))
     low, high = np.min(ratios, axis=0), np.max(ratios, axis=0)
@@ -124,7 +141,10 @@ def measure_speed(name: str, texts: list[str], tokenizer: Any, rounds: int, copi
         f"  of the bare tokenizer (0.85):       {ratio[0]:.2f} by the clock ({low[0]:.2f} to {high[0]:.2f}), "
         f"{ratio[1]:.2f} by processor time ({low[1]:.2f} to {high[1]:.2f})"
     )
-    print(f"  times SFTTrainer's preparation ({wanted}): {gain[0]:.1f} by the clock, {gain[1]:.1f} by processor time")
+    if wanted:
+        print(
+            f"  times SFTTrainer's preparation ({wanted}): {gain[0]:.1f} by the clock, {gain[1]:.1f} by processor time"
+        )
     print(f"  tokens kept (0.999):                {kept / tokens:.4f}", flush=True)
 
 
@@ -192,6 +212,17 @@ def measure_resume(texts: list[str], tokenizer: Any, rounds: int) -> None:
         print(f"  at 10,000 against 100 (1.1):        {seconds[10_000] / seconds[100]:.2f}", flush=True)
 
 
+def measure_first(texts: list[str], tokenizer: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        files = json_lines([text[:200] for text in texts[:100]], Path(folder))
+        begin = clock()
+        batches = opened(files, tokenizer).batches(ROWS)
+        next(batches)
+        taken = clock() - begin
+        batches.close()
+        print(f"first batch of 100 rows (1 s):        {taken[0]:.2f} s by the clock, {taken[1]:.2f} by processor time")
+
+
 def measure_wait(texts: list[str], tokenizer: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = parquet(texts, Path(folder))
@@ -220,7 +251,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="a folder or Hub id; one of 16,000 tokens is trained when absent")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", type=int, default=4, help="of the corpus, for speed")
-    parser.add_argument("--only", choices=("speed", "memory", "resume", "wait"))
+    parser.add_argument("--only", choices=("speed", "memory", "resume", "first", "wait"))
     options = parser.parse_args()
     datasets.disable_progress_bars()
     texts = list(builtin()["text"])
@@ -230,13 +261,17 @@ def main() -> None:
         tokenizer = train_tokenizer(texts[:5000], 16_000, MAX_LENGTH)
     tokenizer.model_max_length = 1 << 30
     short = [text[start : start + 600] for text in texts for start in range(0, len(text), 600)]
+    size = np.cumsum([len(text) for text in texts])
+    some = texts[: int(np.searchsorted(size, 6_000_000))]
     measures = {
         "memory": [lambda: measure_memory(texts, tokenizer)],  # first: a peak does not go down again
         "speed": [
             lambda: measure_speed("long", texts, tokenizer, options.rounds, options.copies, 1.4),
             lambda: measure_speed("short", short, tokenizer, options.rounds, options.copies, 2.3),
+            lambda: measure_speed("lines", some, tokenizer, options.rounds, 1, None, json_lines),
         ],
         "resume": [lambda: measure_resume(texts, tokenizer, options.rounds)],
+        "first": [lambda: measure_first(texts, tokenizer)],
         "wait": [lambda: measure_wait(texts, tokenizer)],
     }
     for name, runs in measures.items():

@@ -214,6 +214,47 @@ def lambada(n: int) -> dict[str, Any]:
     return {"text": said()[:-1]}
 
 
+def ledgar(n: int) -> dict[str, Any]:
+    return {"text": f"{said(20)} he and his bird", "label": n % 100}
+
+
+def legal_qa(n: int) -> dict[str, Any]:
+    source = dict.fromkeys(("version_id", "type", "jurisdiction", "source", "citation", "url", "text"), said())
+    return {"question": f"{said()}?", "answer": said(20), "prompt": said(20), "source": source}
+
+
+def bitext(n: int) -> dict[str, Any]:
+    asked = {"flags": "BQ", "instruction": f"where is order {{{{Order Number}}}} {said()}", "category": "ORDER"}
+    return {**asked, "intent": "track_order", "response": f"{said(20)} {{{{Order Number}}}}"}
+
+
+def toolace(n: int) -> dict[str, Any]:
+    tools = '[{"name": "Bird", "description": "finds birds", "parameters": {"type": "dict", "properties": {}}}]'
+    turns = [{"from": "user", "value": said()}, {"from": "assistant", "value": f"[Bird(number={n})]"}]
+    if n % 2:
+        turns += [{"from": "tool", "value": f'[{{"name": "Bird", "results": {{"found": {n}}}}}]'}]
+        turns += [{"from": "assistant", "value": said()}]
+    return {"system": f"You can call functions. Here is a list of them: {tools} {n}", "conversations": turns}
+
+
+def pubmed(n: int) -> dict[str, Any]:
+    return {"article": " ".join(said() for _ in range(8)), "abstract": f"{said()} {said()}"}
+
+
+def mtsamples(n: int) -> dict[str, Any]:
+    about = {"description": said(), "medical_specialty": " Cardiovascular / Pulmonary", "sample_name": f" Echo - {n} "}
+    keywords = None if n % 4 == 0 else "cardiovascular / pulmonary, 2-d m-mode, doppler, "
+    return {"Unnamed: 0": n, **about, "transcription": f"2-D M-MODE: , {said(20)}", "keywords": keywords}
+
+
+def chn_senti_corp(n: int) -> dict[str, Any]:
+    return {"text": f"房间{CHANCE.randrange(10**6)}很干净。", "label": n % 2}
+
+
+def wikipedia(n: int) -> dict[str, Any]:
+    return {"id": str(n), "url": "https://zh.wikipedia.org/wiki/x", "title": "鸟", "text": f"鸟是动物。{said()}" * 3}
+
+
 def blimp(n: int) -> dict[str, Any]:
     names = {"field": "morphology", "linguistics_term": "anaphor_agreement", "UID": "anaphor_number_agreement"}
     methods = ("simple_LM_method", "one_prefix_method", "two_prefix_method", "lexically_identical")
@@ -265,6 +306,17 @@ DATA: list[tuple[str, str, str, Callable[[int], dict[str, Any]], dict[str, Any]]
         ("Helsinki-NLP/opus-100", "-".join(pair), "train validation test", row, {"translation": Translation(pair)})
         for pair, row in ((["de", "en"], german), (["en", "zh"], chinese))
     ),
+    (
+        *("coastalcph/lex_glue", "ledgar", "train validation test", ledgar),
+        {"label": ClassLabel(names=[f"clause {n}" for n in range(100)])},
+    ),
+    ("isaacus/open-australian-legal-qa", "default", "train", legal_qa, {}),
+    ("bitext/Bitext-customer-support-llm-chatbot-training-dataset", "default", "train", bitext, {}),
+    ("Team-ACE/ToolACE", "default", "train", toolace, {}),
+    ("ccdv/pubmed-summarization", "document", "train validation test", pubmed, {}),
+    ("harishnair04/mtsamples", "default", "train", mtsamples, {}),
+    ("lansinuote/ChnSentiCorp", "default", "train validation test", chn_senti_corp, {}),
+    ("wikimedia/wikipedia", "20231101.zh", "train", wikipedia, {}),
     ("allenai/ai2_arc", "ARC-Easy", "train validation test", arc, {}),
     ("Rowan/hellaswag", "default", "train validation", hellaswag, {}),
     ("EleutherAI/lambada_openai", "default", "test", lambada, {}),

@@ -23,8 +23,10 @@ from hfpipe.core.errors import MachineError
 from hfpipe.data.cleaning.contamination import SuiteIndex
 from hfpipe.data.cleaning.minhash import Row, counts_of, judge, remove_sketch, write_sketch
 from hfpipe.data.cleaning.text_rules import LISTED, Read, tidy_rows
+from hfpipe.data.sources.formats import roles_of
 from hfpipe.data.stream.shard_reader import Reader
 from hfpipe.recipe import Recipe, Source, hash_of
+from hfpipe.recipe.row_formats import text_of
 
 PIECES = 8  # of a table, for the ranks to share
 CHARACTERS = 12  # that are looked at for each token of a stream that will be read: three times those of English
@@ -217,12 +219,14 @@ def _rows_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source,
     """Returns the rows of a lane's first share, each in its place, up to so many characters; None for dirt."""
 
     def tidy() -> Iterator[Row | None]:
-        reader, given, characters = Reader(rows, lane, lanes, source, epochs=1), 0, 0
-        while document := reader.take(1):
+        whole = roles_of(rows) != "text"
+        reader, given, characters = Reader(rows, lane, lanes, source, epochs=1, whole=whole), 0, 0
+        while read := reader.take(1):
+            row = read[0] if whole else {"text": read[0]}
             yield from [None] * (reader.rows - 1 - given)
-            yield from ({"text": text} for text in document)
+            yield row
             given = reader.rows
-            characters += len(document[0])
+            characters += len(text_of(row))
             if most is not None and given >= LEAST_ROWS and characters >= most:
                 return
         yield from [None] * (reader.rows - given)

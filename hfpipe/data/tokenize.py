@@ -7,6 +7,7 @@ meet it, and is tokenized as a whole; the places of its tokens in the text tell 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -186,8 +187,23 @@ class RowTokenizer:
         self._texts = TextTokenizer(tokenizer)
         self._chats: Chats | None = None
 
-    def encode(self, rows: Sequence[dict[str, Any]]) -> TokenRows:
-        """Tokenizes rows of one form."""
+    def anew(self) -> RowTokenizer:
+        """Returns one that has seen no rows, for another thread or process: what turns look like is remembered."""
+        other = copy(self)
+        other.forget()
+        return other
+
+    def forget(self) -> None:
+        """Forgets what turns look like."""
+        self._chats = None
+
+    def encode(self, rows: Sequence[dict[str, Any]], *, refuse: bool = True) -> TokenRows:
+        """Tokenizes rows of one form.
+
+        Args:
+            rows: The rows.
+            refuse: Whether it is an error if the chat template takes none of them.
+        """
         made: list[Text] = []
         refused: list[tuple[int, str]] = []
         for number, row in enumerate(rows):
@@ -200,7 +216,7 @@ class RowTokenizer:
                 raise
             except Exception as error:  # a template raises whatever it likes, for a row that it does not foresee
                 refused.append((number, f"{type(error).__name__}: {error}"))
-        if refused and not made:
+        if refused and not made and refuse:
             raise DataError(
                 f"the chat template takes none of {len(refused)} conversations; of the first it says: {refused[0][1]} "
                 "Look at the roles and the order of the turns, or give another template."

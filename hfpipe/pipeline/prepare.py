@@ -15,6 +15,7 @@ from hfpipe.stages.cost import CostMeter
 from hfpipe.stages.labels import labelled_tokens
 from hfpipe.stages.preference import pair_length, pair_rows
 from hfpipe.stages.sft_rows import sft_length, sft_rows
+from hfpipe.stages.sft_stream import is_streamed
 from hfpipe.stages.translation import pair_lengths, paired_tokens
 
 
@@ -34,8 +35,9 @@ def prepare_recipe(recipe: Recipe) -> None:
     model = shapes_of(base.ref)
     require_training(Loaded(recipe, base.tokenizer, base.added, model, task_of(base.ref), run.rows), folder)
     for stage in recipe.stages:
-        if isinstance(stage, Pretrain):
-            ranks.say(f"{stage.name}: a {stage.kind} stage is read and tokenized while it trains")
+        if isinstance(stage, Pretrain) or (isinstance(stage, Sft) and is_streamed(stage)):
+            streamed = "" if isinstance(stage, Pretrain) else " with a streamed source and max_steps"
+            ranks.say(f"{stage.name}: a {stage.kind} stage{streamed} is read and tokenized while it trains")
             continue
         place, version = run.stage_folder(stage.name), run.versions[stage.name]
         for line in ranks.on_main(lambda place=place, version=version: take_up(place, version)):  # type: ignore[misc]

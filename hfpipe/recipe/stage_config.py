@@ -153,7 +153,7 @@ class Source(Words):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="share of the tokens (pretrain) or of the rows (sft) drawn from this source",
+        description="share drawn from this source: of the tokens (pretrain, streamed sft), or of the rows",
     )
     take: int | None = Field(None, gt=0, description="keep this many rows")
     skip: int = Field(0, ge=0, description="leave out this many rows at the beginning")
@@ -236,7 +236,9 @@ class Replay(Words):
     """Mixes the data of an earlier stage into this one."""
 
     stage: Name = Field(description="an earlier stage")
-    share: Share = Field(gt=0, lt=1, description="share of the tokens (pretrain) or of the rows (sft) of this stage")
+    share: Share = Field(
+        gt=0, lt=1, description="share of this stage: of the tokens (pretrain, streamed sft), or of the rows (sft)"
+    )
 
 
 class SelfReplay(Words):
@@ -411,6 +413,9 @@ class Sft(StageBase):
     )
     too_long: Literal["cut", "split", "drop"] = Field(
         "cut", description="what becomes of a row beyond training.max_length: it loses its end, goes on, or is left out"
+    )
+    lanes: int | None = Field(
+        None, gt=0, description="parallel lanes of a streamed source; fixed for the life of the run"
     )
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
     keep: KeepWord = None

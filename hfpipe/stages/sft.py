@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from hfpipe.core import ranks
 from hfpipe.core.upstream import attention_of
-from hfpipe.data.dataloader import BatchLoader, collate
+from hfpipe.data.dataloader import BatchLoader, RowSource, collate
 from hfpipe.data.row_order import PackedRows
 from hfpipe.data.stream.packing import isolation_leak
 from hfpipe.model.adapter import TOLERANCE
@@ -22,7 +22,16 @@ from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithLinearLoss
 from hfpipe.stages.nearness import hold_near, mark_own
 from hfpipe.stages.sft_rows import Marked, sft_length, sft_rows
-from hfpipe.stages.trainer import StageRun, plan_of, train, trained_weights_kept, trainer_arguments, with_adapter
+from hfpipe.stages.sft_stream import is_streamed, sft_stream
+from hfpipe.stages.trainer import (
+    Plan,
+    StageRun,
+    plan_of,
+    train,
+    trained_weights_kept,
+    trainer_arguments,
+    with_adapter,
+)
 
 
 class _Trainer(WithLinearLoss, SFTTrainer):
@@ -35,12 +44,8 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     assert isinstance(stage, Sft)
     model = load_model(run.parent, frozen=stage.adapter is not None)
     length = sft_length(run, model)
-    rows, sources = sft_rows(run, length, model)
-    own = [part for part, found in zip(rows.parts, sources.values(), strict=True) if found.get("parents_own")]
-    lengths = rows.lengths
-    packed = _packed(run, model, lengths, length)
-    plan = plan_of(stage, len(rows), packed)
-    source = plan.serve(run, Marked(rows, sum(map(len, own))) if stage.kept.kl is not None else rows, lengths)
+    data = _streamed(run, model, length) if is_streamed(stage) else _tables(run, model, length)
+    plan = data.plan
     # What of a row is trained on stands in its labels by now; asked again, SFTTrainer looks for conversations.
     labelled = {"assistant_only_loss": False, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
@@ -49,18 +54,18 @@ def run_sft(run: StageRun) -> dict[str, Any]:
         trainer = _Trainer(
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list([{key: value.tolist() for key, value in rows[0].items()}]),  # not read
+            train_dataset=Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}]),  # not read
             processing_class=run.tokenizer,
         )
     trainer.use_linear_loss()
-    hold_near(run, trainer, sum(part.trained for part in own) / rows.trained)
+    hold_near(run, trainer, data.parents_own)
     collated = _collate_marked if stage.kept.kl is not None else collate
     multiple = arguments.pad_to_multiple_of or 1
-    loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, multiple, collated)
-    longest = (packed is not None and length) or int(lengths.max())
-    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(longest, 0))
-    epochs = {"epochs": round(facts["data"]["epochs"], 4)}
-    facts["data"]["sources"] = {name: {**found, **epochs} for name, found in sources.items()}
+    loader = BatchLoader(data.source, plan.per_device, run.tokenizer.pad_token_id, multiple, collated)
+    facts = train(run, trainer, loader, tokens_per_step=data.tokens_per_step, longest=(data.longest, 0))
+    if data.sources is not None:
+        epochs = {"epochs": round(facts["data"]["epochs"], 4)}
+        facts["data"]["sources"] = {name: {**found, **epochs} for name, found in data.sources.items()}
     return facts
 
 
@@ -69,21 +74,60 @@ def _collate_marked(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple:
     return mark_own(rows, collate(rows, pad_token_id, multiple))
 
 
+class _Data(NamedTuple):
+    """The rows of a stage.
+
+    Args:
+        source: Serves them.
+        plan: Their division.
+        tokens_per_step: Over all ranks, on average; None where it is not known before.
+        longest: Tokens of the longest row.
+        sources: What was read of each source, where all is read before the training.
+        parents_own: Of the trained tokens, the share of the parent's own texts.
+    """
+
+    source: RowSource
+    plan: Plan
+    tokens_per_step: float | None
+    longest: int
+    sources: dict[str, dict[str, Any]] | None = None
+    parents_own: float = 0.0
+
+
+def _tables(run: StageRun, model: Any, length: int | None) -> _Data:
+    """Returns rows that are tokenized before the training."""
+    rows, sources = sft_rows(run, length, model)
+    own = [part for part, found in zip(rows.parts, sources.values(), strict=True) if found.get("parents_own")]
+    lengths = rows.lengths
+    packed = _packed(run, model, lengths, length)
+    plan = plan_of(run.stage, len(rows), packed)
+    longest = (packed is not None and length) or int(lengths.max())
+    marked = Marked(rows, sum(map(len, own))) if run.stage.kept.kl is not None else rows
+    source = plan.serve(run, marked, lengths)
+    share = sum(part.trained for part in own) / rows.trained
+    return _Data(source, plan, plan.tokens_per_step(lengths), longest, sources, share)
+
+
+def _streamed(run: StageRun, model: Any, length: int | None) -> _Data:
+    """Returns rows that are tokenized while the model trains."""
+    packed = bool(run.stage.training.get("packing")) and _keeps_apart(model)
+    plan = plan_of(run.stage, 0)
+    stream = sft_stream(run, length, packed=packed)
+    for line in stream.notes():
+        ranks.say(f"  {line}")
+    shared = f"examples share rows of {length:,} tokens" if packed else "each example is a row"
+    ranks.say(f"  rows are read and tokenized while the stage trains, in {stream.lanes} lanes; {shared}")
+    tokens = plan.global_batch * stream.max_length if packed else None
+    return _Data(stream, plan, tokens, stream.max_length)
+
+
 def _packed(run: StageRun, model: Any, lengths: np.ndarray, length: int | None) -> PackedRows | None:
     """Returns how examples share rows where the recipe asks for it and the model keeps them apart; says what is done.
 
     Grouped by length, rows of one step are padded little, and as many examples make a step as the recipe says; that is
     safe on any model, and so what is done by itself.
     """
-    if not run.stage.training.get("packing"):
-        return None
-    model.config.use_cache = False  # a cache would let examples of one row see each other
-    leak = isolation_leak(model)
-    if leak > TOLERANCE.get(model.dtype, 0.25):
-        ranks.say(
-            f"  packing: this model ({type(model).__name__}, attention {attention_of(model)}) does not "
-            "keep the examples of a row apart, so each is a row of its own, beside others of like length"
-        )
+    if not run.stage.training.get("packing") or not _keeps_apart(model):
         return None
     room = length or int(lengths.max())
     packed = PackedRows(lengths, room, run.recipe.seed)
@@ -91,3 +135,16 @@ def _packed(run: StageRun, model: Any, lengths: np.ndarray, length: int | None) 
     share = 1 - lengths.sum() / (rows * room)
     ranks.say(f"  packing: {len(lengths):,} examples in {rows:,} rows of {room:,} tokens, {share:.1%} of them padding")
     return packed
+
+
+def _keeps_apart(model: Any) -> bool:
+    """Says whether a model keeps the examples of a row apart."""
+    model.config.use_cache = False  # a cache would let examples of one row see each other
+    leak = isolation_leak(model)
+    if leak > TOLERANCE.get(model.dtype, 0.25):
+        ranks.say(
+            f"  packing: this model ({type(model).__name__}, attention {attention_of(model)}) does not "
+            "keep the examples of a row apart, so each is a row of its own, beside others of like length"
+        )
+        return False
+    return True

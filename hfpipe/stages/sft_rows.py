@@ -19,6 +19,7 @@ from hfpipe.data.mixture import mixture
 from hfpipe.data.preference import PairTokenizer, TokenPairs
 from hfpipe.data.sources.formats import Kind
 from hfpipe.data.sources.load import open_source
+from hfpipe.data.token_pool import encoded
 from hfpipe.data.token_store import Columns, Concatenated, TokenStore, columns_of, made_once, told, write_columns
 from hfpipe.data.tokenize import RowTokenizer, sft_tokenizer
 from hfpipe.model.positions import learned_positions
@@ -169,8 +170,11 @@ def tokens_of(
         clean = islice(tidy_rows(rows, source, read), at_most)
 
         def blocks() -> Iterator[Columns]:
-            while chunk := [*islice(clean, BLOCK)]:
-                made = rows_to_tokens.encode(chunk)
+            chunks = iter(lambda: [*islice(clean, BLOCK)], [])
+            tokenized: Any = ((chunk, rows_to_tokens.encode(chunk)) for chunk in chunks)
+            if isinstance(rows_to_tokens, RowTokenizer):
+                tokenized = encoded(rows_to_tokens, chunks)
+            for chunk, made in tokenized:
                 for number, word in made.refused:
                     name = str(chunk[number].get("id", "without an id"))
                     read.dirty.add([f"the chat template refuses it ({word})"], name)

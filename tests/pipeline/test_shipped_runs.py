@@ -26,6 +26,8 @@ RECIPES = {name: path for name, path in shipped_recipes().items() if "quickstart
 SIZES = {
     "fineweb-to-chat": {"push.repo_id": "me/fineweb-to-chat"},
     "preference-smollm2": {"evaluate.answers.generation.max_new_tokens": 8},
+    "law-chat": {"evaluate.law.generation.max_new_tokens": 8},
+    "medicine": {"evaluate.notes.generation.max_new_tokens": 8},
     "small-data": {"seeds": [1, 2], "stages.sst2.training.eval_steps": 1},
     "t5-summarization": {"evaluate.news.generation.max_new_tokens": 8},
     "t5-translation": {"evaluate.opus.generation.max_new_tokens": 8},

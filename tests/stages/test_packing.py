@@ -12,7 +12,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hfpipe.cli import main
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler
@@ -80,6 +80,19 @@ def test_a_packed_gradient_is_the_sum_of_its_examples(kind: str, adapter: bool, 
     assert len(alone) == len(packed) > 0
     for one, other in zip(alone, packed, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_a_packed_gradient_of_an_adapter_on_four_bits_is_the_sum_of_its_examples(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=97, **size)).save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    alone, packed = gradients(model, False), gradients(model, True)
+    assert len(alone) == len(packed) > 0
+    for one, other in zip(alone, packed, strict=True):
+        assert (one - other).norm() < 1e-5 * one.norm()  # in float32
 
 
 @pytest.mark.parametrize("packed", [False, True])

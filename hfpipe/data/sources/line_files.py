@@ -25,6 +25,7 @@ from hfpipe.data.sources.builders.base import FileBuilder
 from hfpipe.data.sources.sharded_files import SharedFiles, Tables
 
 FIRST = 1 << 16  # bytes that are fetched for a look at the beginning of a file, or of a row
+PART_BYTES = 1 << 16  # of a file, that are one lane's: far less than a piece, or lanes would read small files together
 PASSED_OVER = 1 << 20  # bytes that are read at a time up to a place
 ARCHIVES = ("zip://", "7z://", "rar://")  # of many files
 
@@ -51,7 +52,11 @@ class ByteRanges(SharedFiles):
     def parts_of(self, file: str) -> int:
         if file not in self.sizes:
             self.sizes[file] = self._size_of(file) if self.builder.anywhere and not _is_compressed(file) else 0
-        return max(self.sizes[file] // self.builder.piece_bytes, 1)
+        return max(self.sizes[file] // self._part_bytes, 1)
+
+    @property
+    def _part_bytes(self) -> int:
+        return min(self.builder.piece_bytes, PART_BYTES)
 
     def _size_of(self, file: str) -> int:
         """Bytes of a file, 0 where its rows cannot be told from any place: one value, or a server that cannot seek."""
@@ -61,7 +66,7 @@ class ByteRanges(SharedFiles):
             except ValueError:
                 return 0
             source.seek(0)
-            divided = size > self.builder.piece_bytes and self.builder.has_rows(self.builder.rows_of(source, FIRST))
+            divided = size > self._part_bytes and self.builder.has_rows(self.builder.rows_of(source, FIRST))
         return size if divided else 0
 
     def tables(self, state: dict[str, Any]) -> Tables:

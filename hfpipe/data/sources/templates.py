@@ -1,15 +1,22 @@
 """Columns that a recipe builds by template: texts with columns in them, several choices, turns of a conversation.
 
+A text with `{% ... %}` in it is a Jinja template, as chat templates are, and rendered in Jinja's sandbox; of others a
+column in braces alone is replaced.
+
 TRL's conversational `prompt` and `completion`, two lists of turns, are read as one conversation.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import string
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.sources.decoding import HANDLER
@@ -18,6 +25,31 @@ from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS
 
 Form: TypeAlias = str | list[str] | list[tuple[str, str]]  # a text, choices, or turns as (role, content)
 COLUMN = r"[^\[\]]+(\[\w+\])*"  # in a template
+_STATEMENT = re.compile(r"(?<!\{)\{%")
+
+
+def _said(value: Any) -> Any:
+    """Returns a value of a column as a text; nothing of what is missing."""
+    if isinstance(value, bytes):
+        return value.decode(errors=HANDLER)
+    return "" if value is None else value
+
+
+# White space as in the chat templates of transformers: none is left of a line that holds a statement alone.
+_JINJA = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, finalize=_said
+)
+_JINJA.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # Jinja's own escapes < and & for HTML
+
+
+@lru_cache(maxsize=256)
+def _compiled(text: str) -> Template:
+    return _JINJA.from_string(text)
+
+
+def is_jinja(text: str) -> bool:
+    """Says whether a template is one of Jinja."""
+    return _STATEMENT.search(text) is not None
 
 
 def form_of(template: Any) -> Form:
@@ -34,6 +66,17 @@ def texts_of(form: Form) -> list[str]:
 
 def fields_of(text: str, role: str, source: Source) -> list[str]:
     """The columns that a template names."""
+    if is_jinja(text):
+        try:
+            names = meta.find_undeclared_variables(_JINJA.parse(text))
+            _compiled(text)
+        except TemplateSyntaxError as error:
+            raise RecipeError(
+                f"source {source.path!r}: template.{role}: {error.message} (line {error.lineno}). A text with {{% in "
+                "it is a Jinja template: {% if column %}...{% endif %}, {% for turn in column %}...{% endfor %}, "
+                "{{ column }}."
+            ) from error
+        return sorted(names - _JINJA.globals.keys())
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
@@ -89,7 +132,10 @@ def feature_of(form: Form) -> Any:
 
 
 def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, Form]) -> dict[str, list[Any]]:
-    """The roles of a batch; where a value is missing, so is the text built of it, and the row counts as empty."""
+    """Returns the roles of a batch; where a value is missing, so is the text built of it, and the row counts as empty.
+
+    A Jinja template says itself what stands for a missing value. A turn of which it makes nothing is left out.
+    """
     filled = {role: batch[column] for role, column in taken.items()}
     for role, form in built.items():
         if isinstance(form, str):
@@ -97,18 +143,24 @@ def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, F
             continue
         speakers = [None if isinstance(one, str) else one[0] for one in form]
         texts = zip(*(filled_texts(batch, text) for text in texts_of(form)), strict=True)
-        filled[role] = [None if None in row else _together(speakers, row) for row in texts]
+        may_be_empty = [who is not None and is_jinja(text) for who, text in zip(speakers, texts_of(form), strict=True)]
+        filled[role] = [None if None in row else _together(speakers, row, may_be_empty) for row in texts]
     return filled
 
 
-def _together(speakers: list[str | None], texts: tuple[Any, ...]) -> list[Any]:
-    """Choices, or the turns of those who speak."""
-    pairs = zip(speakers, texts, strict=True)
-    return [text if who is None else {"role": who, "content": text} for who, text in pairs]
+def _together(speakers: list[str | None], texts: tuple[Any, ...], may_be_empty: list[bool]) -> list[Any]:
+    """Returns choices, or the turns of those who speak."""
+    return [
+        text if who is None else {"role": who, "content": text}
+        for who, text, gone in zip(speakers, texts, may_be_empty, strict=True)
+        if text.strip() or not gone
+    ]
 
 
 def filled_texts(batch: dict[str, list[Any]], template: str) -> list[str | None]:
     """A template with each row's values in it."""
+    if is_jinja(template):
+        return _rendered(batch, template)
     parts = [(text, field) for text, field, _, _ in string.Formatter().parse(template)]
     fields = {_column(field) for _, field in parts if field}
     rows = zip(*(batch[field] for field in fields), strict=True) if fields else ((),) * len(next(iter(batch.values())))
@@ -119,6 +171,15 @@ def filled_texts(batch: dict[str, list[Any]], template: str) -> list[str | None]
         ]
     except (IndexError, KeyError, TypeError) as error:
         raise DataError(f"the template {template!r} names a part that a row does not have: {error}.") from error
+
+
+def _rendered(batch: dict[str, list[Any]], template: str) -> list[str | None]:
+    """Returns a Jinja template with each row's values in it."""
+    made = _compiled(template)
+    try:
+        return [made.render(dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise DataError(f"the template {template!r} cannot be filled with a row: {error}.") from error
 
 
 def _text_of(parts: list[tuple[str, str | None]], row: dict[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""The stream of pretraining: shuffle, mixture, tokenization, packing and exact resume in one mechanism.
+"""The stream: shuffle, mixture, tokenization, packing and exact resume in one mechanism.
+
+Its rows are documents one after the other, cut at the row's length, or whole examples of a fine-tune (`examples.py`).
 
 The sources are cut into lanes, whose number is kept for the life of a run. Row n of the run comes from lane n % lanes,
 and rank r serves the rows with n % ranks == r; lanes being a multiple of ranks, each lane has one rank, and the same
@@ -25,10 +27,11 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.core.ranks import each, gather
 from hfpipe.data.cleaning.text_rules import Finding, finding, judge
 from hfpipe.data.masking import Frame, tokens_of
-from hfpipe.data.stream.lane import WINDOW_CHARACTERS, Lane, Window
+from hfpipe.data.stream.examples import Examples, ExampleStrand
+from hfpipe.data.stream.lane import WINDOW_CHARACTERS, Lane, RowBuilder, Strand, Window
 from hfpipe.data.stream.prefetch import Ahead
 from hfpipe.data.stream.progress import COUNTED, Position, report
-from hfpipe.data.stream.shard_reader import BLOCK, Dealt, Reader, deal, in_shards
+from hfpipe.data.stream.shard_reader import BLOCK, Dealt, Reader, Row, deal, in_shards
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.recipe import Source
 
@@ -38,7 +41,7 @@ JUDGED_BATCHES = 100
 
 
 class TokenStream:
-    """Serves one rank's packed rows, endlessly or until every document was read once.
+    """Serves one rank's rows, endlessly or until every document was read once.
 
     Args:
         sources: Rows with a column `text`.
@@ -64,6 +67,8 @@ class TokenStream:
         cleaned: Judges the rows of a source, given by its number, before it is read in lanes; see `Cleaner.shares`.
         frame: Of rows for a masked model, which carry their number and no positions; None for the next token.
         unended: Texts that go on where nobody knows them, so that no EOS follows.
+        examples: How rows are made of whole examples; the sources have the columns of any format of text then. None
+            for documents.
 
     Raises:
         RecipeError: `lanes` is not a multiple of `ranks`, or the tokenizer has no EOS.
@@ -90,10 +95,12 @@ class TokenStream:
         cleaned: Callable[[int, IterableDataset, int], list[np.ndarray] | None] | None = None,
         frame: Frame | None = None,
         unended: Collection[str] = (),
+        examples: Examples | None = None,
     ) -> None:
-        if tokenizer.eos_token_id is None and frame is None:
+        if tokenizer.eos_token_id is None and frame is None and examples is None:
             raise RecipeError("the tokenizer has no EOS token, which ends each document of a stream; give it one.")
-        self.frame, self._cleaned, self._unended = frame, cleaned, unended
+        self.frame, self._examples, self._cleaned, self._unended = frame, examples, cleaned, unended
+        self._kept: list[dict[int, list[Row]]] = [{} for _ in sources]
         self._removed: list[list[np.ndarray] | None] = [None] * len(sources)
         self.sources, self.max_length = list(sources), max_length - (frame.size if frame else 0)  # without the frame
         self.weights = list(weights or [1.0] * len(self.sources))
@@ -112,7 +119,7 @@ class TokenStream:
         self._eos = [tokenizer.eos_token_id]
         if frame is not None:
             self._bos, self._eos = [], frame.after
-        self._open(lanes or _default_lanes(self.sources, ranks))
+        self._open(lanes or default_lanes(self.sources, ranks))
 
     def _open(self, lanes: int) -> None:
         """Stands at the beginning of `lanes` lanes."""
@@ -126,13 +133,14 @@ class TokenStream:
         mine = range(self.rank, lanes, self.ranks)
         self._positions = {lane: Position(served=[[0, 0, 0] for _ in self.sources]) for lane in mine}
         self._served = 0  # rows that all ranks have served
+        self._tokens = self._places = 0  # of the batches of this rank in this process, and with padding
         self._found: list[Finding] | None = None
         self.ended = False  # every document was served
 
     def _shards(self) -> list[Dealt | IterableDataset]:
         """The sources divided: tables dealt out, a stream cut into more shards where it has too few."""
         return [
-            deal(rows, self.lanes, by_length=self.epochs is not None)
+            deal(rows, self.lanes, by_length=self.epochs is not None and self._examples is None)
             if isinstance(rows, Dataset)
             else in_shards(rows, self.lanes, origin)
             for rows, origin in zip(self.sources, self.origins, strict=True)
@@ -146,26 +154,32 @@ class TokenStream:
 
     def _lane(self, lane: int, shards: Sequence[Dealt | IterableDataset]) -> Lane:
         """A lane at its position."""
-        each_epochs = [None if other else self.epochs for other in self.replayed]
-        opened = Lane(
-            [
-                Reader(rows, lane, self.lanes, origin, epochs, min(BLOCK, self.window_documents), removed)
-                for rows, origin, epochs, removed in zip(shards, self.origins, each_epochs, self._removed, strict=True)
-            ],
-            self.weights,
-            self._tokenize,
-            self.max_length,
-            self.window_documents,
-            self._eos[0],
-            self.seed,
-            lane,
-            self.lanes,
-            self.replayed,
-        )
+        strands = [self._strand(number, rows, lane) for number, rows in enumerate(shards)]
+        opened = Lane(strands, self.weights, self.seed, lane, self.lanes, self.replayed)
         start = self._positions[lane].start
         if start is not None:
             opened.load(start)
         return opened
+
+    def _strand(self, number: int, rows: Dealt | IterableDataset, lane: int) -> RowBuilder:
+        """A source in a lane."""
+        reader = Reader(
+            rows,
+            lane,
+            self.lanes,
+            self.origins[number],
+            None if self.replayed[number] else self.epochs,
+            min(BLOCK, self.window_documents),
+            self._removed[number],
+            whole=self._examples is not None,
+            kept=self._kept[number],
+        )
+        share = self.weights[number] / sum(self.weights)
+        documents, characters = max(1, round(self.window_documents * share)), round(WINDOW_CHARACTERS * share) + 1
+        place = (self.seed, lane, number)
+        if self._examples is not None:
+            return ExampleStrand(reader, self._examples, self.max_length, documents, characters, place)
+        return Strand(reader, self._tokenize, self.max_length, documents, characters, self._eos[0], place)
 
     def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of documents, one after the other, and of each how many: one call of the Rust tokenizer."""
@@ -208,7 +222,10 @@ class TokenStream:
                     if self.epochs is not None and not any(going for going, _ in said):
                         self.ended = True  # Trainer asks again, for another epoch
                         return
-                yield [self._padding() if row is None else row for row in batch]
+                given = [self._padding() if row is None else row for row in batch]
+                sizes = [len(row["input_ids"]) for row in given]
+                self._tokens, self._places = self._tokens + sum(sizes), self._places + len(sizes) * max(sizes)
+                yield given
         finally:
             if ahead:
                 ahead.close()
@@ -292,12 +309,9 @@ class TokenStream:
         if self.frame is not None:
             ids = self.frame.row(rows.input_ids[place][: rows.tokens[place]])
             return {"input_ids": ids, "number": number, "source": source}
-        return {
-            "input_ids": rows.input_ids[place],
-            "position_ids": rows.position_ids[place],
-            "labels": rows.labels[place],
-            "source": source,
-        }
+        row = {"input_ids": rows.input_ids[place], "labels": rows.labels[place], "source": source}
+        packed = self._examples is None or self._examples.packed
+        return {**row, "position_ids": rows.position_ids[place]} if packed else row
 
     def _findings(self) -> list[Finding]:
         """Returns what this rank's lanes have found in each source by the end of the windows begun."""
@@ -349,10 +363,16 @@ class TokenStream:
         by_lane = {lane: position for part in gather(self._positions) for lane, position in part.items()}
         positions = [by_lane[lane] for lane in sorted(by_lane)]  # the same on any number of ranks
         rows = [len(source) if isinstance(source, Dataset) else None for source in self.sources]
-        return report(positions, self.max_length, self.origins, self.replayed, rows, self._removed)
+        found = report(positions, self.max_length, self.origins, self.replayed, rows, self._removed)
+        if self._examples is not None:  # whose rows are of many lengths
+            tokens, places = np.sum(gather((self._tokens, self._places)), axis=0).tolist()
+            full = found["rows"] * self.max_length if self._examples.packed else places
+            given = found["tokens"] if self._examples.packed else tokens
+            found["padding_share"] = round(1 - given / full, 4) if full else 0.0
+        return found
 
 
-def _default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> int:
+def default_lanes(sources: Sequence[Dataset | IterableDataset], ranks: int) -> int:
     """The smallest multiple of the ranks from 8 up; for tables of fewer rows, the largest that gives each lane one."""
     lanes = -(-DEFAULT_LANES // ranks) * ranks
     rows = max(len(source) if isinstance(source, Dataset) else lanes for source in sources)

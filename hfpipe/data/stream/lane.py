@@ -1,13 +1,13 @@
 """A lane of the stream: the rows of its share of every source, interleaved by the weights, a window at a time.
 
-A row is of one source alone, and sources take turns row by row: so their shares hold to within a row, however long
-documents are, and at every place of the run.
+A row is of one source alone, and sources take turns row by row: so their shares of the tokens hold to within a row,
+however long documents are, and at every place of the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,17 +37,30 @@ class Window(NamedTuple):
     sources: list[dict[str, Any]]
 
 
+class RowBuilder(Protocol):
+    """Builds the rows of one source in one lane: `Strand` of documents, `ExampleStrand` of examples."""
+
+    rows: Rows
+    given: int
+
+    @property
+    def left(self) -> int: ...
+    @property
+    def ended(self) -> bool: ...
+    def turn(self) -> float: ...
+    def build(self) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+    def facts(self) -> dict[str, Any]: ...
+
+
 class Lane:
     """Builds windows one after the other.
 
     Args:
-        readers: One for each source.
+        strands: One for each source.
         weights: Share of the tokens that each source gives.
-        tokenize: Texts to their tokens one after the other, each with its EOS, and of each how many.
-        length: Tokens of a row.
-        window_documents: Documents of a window, of all sources together.
-        pad: The token that fills the last row of a source.
-        seed: With the numbers of lane, source and window, the seed of the window's shuffle.
+        seed: With the number of a source, the seed of where in the lanes its first row stands.
         lane: Which of the lanes it is.
         lanes: How many there are.
         replayed: Of each source, whether it is another stage's. Those keep their part of the weights to the end, and
@@ -56,38 +69,22 @@ class Lane:
 
     def __init__(
         self,
-        readers: list[Reader],
-        weights: list[float],
-        tokenize: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
-        length: int,
-        window_documents: int,
-        pad: int,
+        strands: Sequence[RowBuilder],
+        weights: Sequence[float],
         seed: int,
         lane: int,
         lanes: int,
-        replayed: list[bool] | None = None,
+        replayed: Sequence[bool] | None = None,
     ) -> None:
-        shares = [weight / sum(weights) for weight in weights]
-        self._strands = [
-            Strand(
-                reader,
-                tokenize,
-                length,
-                max(1, round(window_documents * share)),
-                round(WINDOW_CHARACTERS * share) + 1,
-                pad,
-                [seed, lane, number],
-            )
-            for number, (reader, share) in enumerate(zip(readers, shares, strict=True))
-        ]
-        self._weights = shares
+        self._strands = strands
+        self._weights = [weight / sum(weights) for weight in weights]
         self._replayed = [number for number, other in enumerate(replayed or []) if other]
-        self._own = [number for number in range(len(readers)) if number not in self._replayed]
+        self._own = [number for number in range(len(strands)) if number not in self._replayed]
         # Of each source, what part of a row's turn it has waited already: in each lane another, in no order, so that
         # the lanes do not give one source all at once, and rounding evens out.
-        places = [np.random.default_rng([seed, number]).permutation(lanes)[lane] for number in range(len(readers))]
+        places = [np.random.default_rng([seed, number]).permutation(lanes)[lane] for number in range(len(strands))]
         self._waited = [(place + 0.5) / lanes for place in places]
-        self._given = [0] * len(readers)  # rows
+        self._given: list[float] = [0] * len(strands)  # rows, by the tokens in them
         self._saved: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
@@ -116,8 +113,8 @@ class Lane:
                 strand.build()
                 begins[source] = 0
                 continue
+            self._given[source] += strand.turn()
             strand.given += 1
-            self._given[source] += 1
             order.append(source)
         parts = [strand.rows.part(begin, strand.given) for begin, strand in zip(begins, self._strands, strict=True)]
         origins = np.array(order, dtype=np.int64)
@@ -202,6 +199,10 @@ class Strand:
     def ended(self) -> bool:
         """True if nothing is left."""
         return not self.left and self.reader.ended and not len(self._rest)
+
+    def turn(self) -> float:
+        """How much of a row the next row is, as sources take turns."""
+        return 1
 
     def _now(self) -> dict[str, Any]:
         return {

@@ -79,6 +79,9 @@ def report(
             "rows": sum(facts["rows"] for facts in lanes),
             "replayed": replayed[number],
         }
+        for kind in ("untrained", "long"):  # of examples
+            if lanes and kind in lanes[0]:
+                facts[kind] = sum(lane[kind] for lane in lanes)
         for kind in ("dirty", "mended", "removed"):
             found = merged([Tally(facts[kind], facts[f"{kind}_ids"]) for facts in lanes])
             facts |= {kind: found.counts, f"{kind}_ids": found.ids}

@@ -1,4 +1,7 @@
-"""One lane's share of one source, document by document, with an exact state; a table is dealt out by rows."""
+"""One lane's share of one source, row by row, with an exact state; a table is dealt out by rows.
+
+What comes of a row is its text, or the whole of it where an example is made of it.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,18 @@ from datasets import Dataset, IterableDataset
 
 from hfpipe.core.errors import DataError, Unreachable
 from hfpipe.data.cleaning.minhash import REASONS
-from hfpipe.data.cleaning.text_rules import LOOK, Tally, tidy
+from hfpipe.data.cleaning.text_rules import LOOK, Tally, tidy, tidy_row
 from hfpipe.data.sources.decoding import can_be_arrow, python_of, table_blocks
 from hfpipe.data.sources.errors import friendly, readable
 from hfpipe.data.sources.retry import Outage
 from hfpipe.recipe import Source
+from hfpipe.recipe.row_formats import text_of
 
-Row: TypeAlias = tuple[Any, Any]  # text and id
+Row: TypeAlias = tuple[Any, Any]  # text or whole row, and id
 
 BLOCK = 100  # rows fetched at a time
+# A share of a stream of no more rows and characters is kept: to open its files for each epoch takes far longer.
+KEPT_ROWS, KEPT_CHARACTERS = 1_000, 1_000_000
 
 
 class Reader:
@@ -36,7 +42,7 @@ class Reader:
     blocks does a stream know its place, so the state is the place before the block at hand and the rows read since.
 
     Args:
-        rows: The source, with a column `text`; a table with the rows of each share.
+        rows: The source, with a column `text` unless `whole`; a table with the rows of each share.
         lane: Which share comes first.
         lanes: How many shares.
         source: What the rows were opened from, for messages.
@@ -44,6 +50,8 @@ class Reader:
         block: Rows of a stream fetched at a time.
         removed: Why each row of each share is removed, 0 where it stays; see `dedup.py`. A share ends where nobody
             looked further.
+        whole: Whether whole rows are wanted, and not their column `text`.
+        kept: Of small shares of a stream, what they hold; the readers of a source have one together.
     """
 
     def __init__(
@@ -55,9 +63,11 @@ class Reader:
         epochs: int | None = None,
         block: int = BLOCK,
         removed: Sequence[np.ndarray] | None = None,
+        whole: bool = False,
+        kept: dict[int, list[Row]] | None = None,
     ) -> None:
-        self._all, self._lane, self._lanes, self.source, self._epochs = rows, lane, lanes, source, epochs
-        self._removed = removed
+        self._all, self._lane, self.lanes, self.source, self._epochs = rows, lane, lanes, source, epochs
+        self._removed, self._whole, self._kept = removed, whole, {} if kept is None else kept
         self.epoch = 0  # epochs that are finished
         self.documents: int | None = None  # of the first of them
         self.ended = False
@@ -73,8 +83,8 @@ class Reader:
         self._block_read = 0  # rows read since
         self._rows: Iterator[Row] | None = None
 
-    def take(self, count: int, characters: int = sys.maxsize) -> list[str]:
-        """The next documents that are not dirty: `count` of them, or fewer at the end of what is read so often.
+    def take(self, count: int, characters: int = sys.maxsize) -> list[Any]:
+        """The next documents that are not dirty: `count` of them, or fewer at the end of an epoch.
 
         Args:
             count: Documents.
@@ -84,7 +94,7 @@ class Reader:
             DataError: No share has one.
             MachineError: The network was away for too long.
         """
-        texts: list[str] = []
+        texts: list[Any] = []
         left = characters
         while len(texts) < count and left > 0 and not self.ended:
             if self._rows is None:
@@ -94,6 +104,8 @@ class Reader:
             row = None if judged is not None and self._read == len(judged) else next(self._rows, None)
             if row is None:
                 self._end_epoch()
+                if texts:
+                    break
                 continue
             self._read += 1
             self._block_read += 1
@@ -101,12 +113,12 @@ class Reader:
                 self._count(self.removed, (REASONS[int(judged[self._read - 1])],), row)
                 continue
             self.rows += not self.epoch
-            text, found = tidy(row[0])
+            text, found = tidy_row(row[0]) if self._whole else tidy(row[0])
             if found:
                 self._count(self.dirty if text is None else self.mended, found, row)
             if text is not None:
                 self._usable += 1
-                left -= len(text)
+                left -= len(text if isinstance(text, str) else text_of(text))
                 texts.append(text)
         return texts
 
@@ -122,8 +134,8 @@ class Reader:
         row = self._read - 1
         if isinstance(self._all, Dealt):
             return f"row {self._all.places[self._number][row]}"
-        if self._all.num_shards < self._lanes:
-            return f"row {row * self._lanes + self._number}"
+        if self._all.num_shards < self.lanes:
+            return f"row {row * self.lanes + self._number}"
         return f"row {row} of share {self._number}"
 
     def _end_epoch(self) -> None:
@@ -131,7 +143,7 @@ class Reader:
         self.documents = self._usable if self.documents is None else self.documents
         self.ended = self.epoch == self._epochs
         self._fruitless = 0 if self._usable else self._fruitless + 1
-        if self._fruitless == self._lanes and not self.ended:
+        if self._fruitless == self.lanes and not self.ended:
             found = f"{self.rows} rows read, {self.dirty}" if self.rows else "no rows"
             found += f", removed: {self.removed}" if self.removed else ""
             raise DataError(
@@ -145,14 +157,30 @@ class Reader:
         """Begins an epoch, or continues it."""
         if isinstance(self._all, Dealt):
             blocks = table_blocks(self._all.share(self._number), BLOCK, begin=self._read)
-            self._rows = (row for block in blocks for row in _rows_of(block))
+            self._rows = (row for block in blocks for row in _rows_of(block, self._whole))
+        elif self._number in self._kept:
+            self._rows = iter(self._kept[self._number][self._read :])
         else:
-            self._rows = self._connected_rows()
+            self._rows = self._connected_rows() if self._read else self._keeping(self._connected_rows())
+
+    def _keeping(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yields the rows of a share, and keeps them where they are few."""
+        number, left = self._number, KEPT_CHARACTERS
+        seen: list[Row] | None = []
+        for row in rows:
+            if seen is not None:
+                left -= len(str(row[0]))
+                seen.append(row)
+                if left < 0 or len(seen) > KEPT_ROWS:
+                    seen = None
+            yield row
+        if seen is not None:
+            self._kept[number] = seen
 
     @property
     def _number(self) -> int:
         """Returns the number of this epoch's share."""
-        return (self._lane + self.epoch) % self._lanes
+        return (self._lane + self.epoch) % self.lanes
 
     @property
     def _place(self) -> str:
@@ -172,7 +200,7 @@ class Reader:
         """The rows of a stream from this place on, opened anew."""
         assert isinstance(self._all, IterableDataset)
         with friendly(self.source):  # looks at files
-            share = share_of(self._all, self._number, self._lanes)
+            share = share_of(self._all, self._number, self.lanes)
         passed = self._block_read
         if can_be_arrow(share):
             share = share.with_format("arrow")
@@ -180,7 +208,7 @@ class Reader:
             share.load_state_dict(self._block_state)
         for block in readable(share.iter(batch_size=self._block), self.source):
             outage.over(self._place)
-            rows = _rows_of(block)
+            rows = _rows_of(block, self._whole)
             self._block_read = min(passed, len(rows))  # of a block that had been read in part
             passed -= self._block_read
             yield from rows[self._block_read :]
@@ -254,10 +282,13 @@ def in_shards(rows: IterableDataset, lanes: int, source: Source) -> IterableData
             outage.wait(error, place)
 
 
-def _rows_of(block: dict[str, list[Any]] | pa.Table) -> list[Row]:
+def _rows_of(block: dict[str, list[Any]] | pa.Table, whole: bool) -> list[Row]:
     columns = python_of(block) if isinstance(block, pa.Table) else block
-    texts = columns["text"]
-    return list(zip(texts, columns.get("id", [None] * len(texts)), strict=True))
+    rows = (
+        [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)] if whole else None
+    )
+    contents: list[Any] = columns["text"] if rows is None else rows
+    return list(zip(contents, columns.get("id", [None] * len(contents)), strict=True))
 
 
 ONE_BY_ONE = 100_000  # rows, at each start

@@ -148,6 +148,22 @@ def _check_stage(stage: RawStage) -> Iterator[Fault]:
     if stage.kind == "pretrain":
         yield from _check_length_of_training(stage, stage.at("training"))
         yield from _check_masking(stage)
+    if stage.kind == "sft":
+        yield from _check_stream(stage, stage.at("training"))
+
+
+def _check_stream(stage: RawStage, training: Block) -> Iterator[Fault]:
+    """What only a streamed sft stage has, and what it cannot have."""
+    keep = stage.data.get("keep")
+    replays = keep == "self" or "replay" in mapping(keep)
+    streamed = any(source.data.get("streaming") is True for source in stage.sources)
+    if replays or not (streamed and _positive(training.data.get("max_steps"))):
+        if stage.data.get("lanes") is not None:
+            text = "is for an sft stage with `streaming: true` and `max_steps`, whose rows are read while it trains; "
+            yield Fault((*stage.steps, "lanes"), text + "this one is read before. Leave it out.")
+    elif training.data.get("packing") and "max_length" in training.data and training.data["max_length"] is None:
+        text = "of a stream that is packed is a number: the rows are not known before. Write the tokens of a row."
+        yield Fault((*training.steps, "max_length"), text)
 
 
 def _check_length_of_training(stage: RawStage, training: Block) -> Iterator[Fault]:
