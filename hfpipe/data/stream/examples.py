@@ -23,7 +23,7 @@ BARREN = 2_000  # rows without one token to train on, after which no more are lo
 
 
 class Examples(NamedTuple):
-    """How examples become rows.
+    """The way from examples to rows.
 
     Args:
         tokenizers: Of each source, what tokenizes its rows, none longer than a row of the stream.
@@ -83,11 +83,11 @@ class ExampleStrand:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left."""
+        """Says whether nothing is left."""
         return not self.left and self.reader.ended and not self._rest
 
     def turn(self) -> float:
-        """How much of a row the next row is, as sources take turns."""
+        """Returns the part of a row that the next row counts for, as sources take turns."""
         return int(self.rows.tokens[self.given]) / self._length
 
     def _now(self) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class Strand:
         return not self.left and self.reader.ended and not len(self._rest)
 
     def turn(self) -> float:
-        """How much of a row the next row is, as sources take turns."""
+        """Returns the part of a row that the next row counts for, as sources take turns."""
         return 1
 
     def _now(self) -> dict[str, Any]:

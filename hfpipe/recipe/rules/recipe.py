@@ -153,7 +153,7 @@ def _check_stage(stage: RawStage) -> Iterator[Fault]:
 
 
 def _check_stream(stage: RawStage, training: Block) -> Iterator[Fault]:
-    """What only a streamed sft stage has, and what it cannot have."""
+    """Yields the words that only a streamed sft stage has, and those that it cannot have."""
     keep = stage.data.get("keep")
     replays = keep == "self" or "replay" in mapping(keep)
     streamed = any(source.data.get("streaming") is True for source in stage.sources)
