@@ -81,12 +81,12 @@ class Asking:
         for name in ("messages", "conversations", "conversation", "prompt"):
             if _is_turns(row.get(name)):
                 return _conversation({**row, "messages": row[name]})
-        name = next((name for name in PLAIN if isinstance(row.get(name), str) and row[name].strip()), None)
-        if name == "instruction":
+        asked = next((name for name in PLAIN if isinstance(row.get(name), str) and row[name].strip()), None)
+        if asked == "instruction":
             return self._instruction(row)
-        if name == "prompt" and not self.is_chat:
+        if asked == "prompt" and not self.is_chat:
             return {"prompt": row["prompt"]}  # whole, as it was trained on
-        return None if name is None else self.of_text(row[name])
+        return None if asked is None else self.of_text(row[asked])
 
     def _instruction(self, row: Row) -> Row:
         filled = {"output": "", **row}

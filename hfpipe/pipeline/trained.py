@@ -140,7 +140,7 @@ class Trained:
         Raises:
             RecipeError: There is none.
         """
-        same = {"quantization": self.stage.quantized, "vocabulary": len(self.tokenizer)}
+        same: dict[str, Any] = {"quantization": self.stage.quantized, "vocabulary": len(self.tokenizer)}
         if self.recipe.model.id is not None:
             return ModelRef(self.recipe.model.id, self.recipe.model, revision=self.recipe.model.revision, **same)
         if self.ref.is_adapter:
@@ -224,8 +224,10 @@ def asking_of(folder: Path, recipe: Recipe, stage: Stage, tokenizer: Any) -> Ask
     if not asked:
         return Asking("messages" if tokenizer.chat_template else "text")
     source = asked[-1].data[0]
-    facts = read_json(folder / "stages" / asked[-1].name / "done.json").get("data", {}).get("sources", {})
-    known = next(iter(facts.values()), {}).get("format")
+    facts: dict[str, dict[str, Any]] = (
+        read_json(folder / "stages" / asked[-1].name / "done.json").get("data", {}).get("sources", {})
+    )
+    known = next((found.get("format") for found in facts.values()), None)
     if known is None:  # a run of an earlier version
         named = {**(source.template or {}), **(source.columns if isinstance(source.columns, dict) else {})}
         plain = "prompt" in named or not tokenizer.chat_template
