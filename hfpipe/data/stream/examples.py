@@ -217,4 +217,5 @@ def _rows(examples: Sequence[Example], rows: Sequence[np.ndarray]) -> Rows:
     counts = np.array([len(numbers) for numbers in rows], dtype=np.int64)
     no = np.zeros(len(rows), dtype=bool)
     tokens = np.array([len(ids) for ids in fields[0]], dtype=np.int64)
-    return Rows(*fields, counts, no, no, counts, tokens)
+    ids, positions, labels = fields
+    return Rows(ids, positions, labels, counts, no, no, counts, tokens)
