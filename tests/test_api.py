@@ -14,6 +14,8 @@ import tiny
 import hfpipe
 from hfpipe import DataError, RecipeError, Run, check, evaluate, load_recipe, open_run, run
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
 
 

@@ -184,7 +184,7 @@ def test_a_fault_of_the_disk_ends_the_run_and_leaves_no_model(
         ({"lora": {"init_lora_weights": "eva"}}, "made from data"),
         ({"lora": {"layers_to_transform": [0]}}, "target_modules: [q_proj, v_proj]"),
         ({"lora": {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}}}, "Remove `rank_pattern`"),
-        ({"peft": {"type": "prompt_tuning"}, "kind": "pretrain"}, "has no prompts"),
+        ({"peft": {"type": "prompt_tuning"}, "kind": "pretrain"}, "Take `kind: sft`, or an adapter of the weights"),
     ],
 )
 def test_an_adapter_that_cannot_be_is_refused_before_anything_is_loaded(

@@ -17,6 +17,8 @@ from hfpipe.cli import main
 from hfpipe.pipeline.export import turns_of
 from hfpipe.recipe.chat_templates import named_templates, template_text
 
+pytestmark = pytest.mark.slow
+
 TALK = [
     {"role": "user", "content": "the cow?"},
     {"role": "assistant", "content": "moo"},

@@ -10,6 +10,8 @@ import yaml
 
 from hfpipe.cli import main
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = """#!/bin/bash
 echo "$(basename "$0") $*" >> calls
 [ "$(basename "$0")" != srun ] || exec "${@:2}"

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfpipe.cli import main
 
+pytestmark = pytest.mark.slow
+
 TURNS = [{"role": "user", "content": "3: the cow?"}]
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfpipe.cli import main
 
+pytestmark = pytest.mark.slow
+
 NEW = 12
 
 

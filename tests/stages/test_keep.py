@@ -54,11 +54,13 @@ def texts(folder: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def assert_same(one: Path, other: Path, tolerance: float) -> None:
+    """Compares weights by the root of their mean square difference: AdamW makes much of gradients of almost 0."""
     for stage in STAGES:
         first, second = weights(one, stage), weights(other, stage)
         assert first.keys() == second.keys()
         for name in first:
-            assert (first[name] - second[name]).abs().max() <= tolerance, f"{stage}: {name}"
+            difference = (first[name] - second[name]).double().square().mean().sqrt()
+            assert difference <= tolerance, f"{stage}: {name}"
     assert all(texts(one, stage) == texts(other, stage) for stage in STAGES[1:])
 
 
@@ -129,14 +131,14 @@ def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
     process = tiny.start("run", str(recipe(tmp_path)), launch=launch)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert_same(finished, tmp_path, 3e-4)
+    assert_same(finished, tmp_path, 5e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_division_of_a_global_batch_does_not_matter(finished: Path, tmp_path: Path) -> None:
     assert main(["run", str(recipe(tmp_path, training={"per_device_train_batch_size": 1}))]) == 0
-    assert_same(finished, tmp_path, 3e-4)
+    assert_same(finished, tmp_path, 5e-5)
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.recipe import Source, load_recipe
 from hfpipe.recipe.signatures import preference_losses
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEMPLATE = (
     "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}{% endfor %}"

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from hfpipe.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def recipe(folder: Path, output: str, packing: bool, **stage: Any) -> Path:
     """Animals by a stream of two files and a table, with replayed prose."""
