@@ -29,7 +29,7 @@ test-fast: install  # the tests of less than about two seconds each
 test: install  # all but the longest
 	$(PYTEST) -m "not long"
 
-test-all: install  # what CI runs
+test-all: install
 	$(PYTEST)
 
 docs: install  # the references that are made from the code
