@@ -83,7 +83,7 @@ def test_a_classifier_tells_other_text_apart_and_not_the_same() -> None:
 @pytest.mark.parametrize(
     ("trained", "said"),
     [
-        ((2.0, 2.1), "expect forgetting. Replay"),
+        ((2.0, 2.1), "expect forgetting. Keep more"),
         ((0.9, 1.5), "some may be forgotten"),
         ((0.4, 0.5), "little forgetting"),
     ],

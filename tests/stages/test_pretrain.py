@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hfpipe.cli import main
+from hfpipe.model.linear_loss import LinearLoss
 
 
 def recipe(folder: Path, training: dict[str, Any], **stage: Any) -> Path:
@@ -35,7 +36,16 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             calls.append({**words, "training": self.training, "cache": self.config.use_cache})
         return forward(self, *args, **words)
 
+    loss = LinearLoss.__call__
+
+    def labelled(self: LinearLoss, model: Any, inputs: dict[str, Any]) -> Any:
+        before = len(calls)
+        found = loss(self, model, inputs)
+        calls[before]["labels"] = inputs["labels"]  # the model itself gets none
+        return found
+
     monkeypatch.setattr(LlamaForCausalLM, "forward", recorded)
+    monkeypatch.setattr(LinearLoss, "__call__", labelled)
     return calls
 
 
@@ -69,7 +79,7 @@ def test_the_isolation_test_feeds_the_model_as_the_training_does(tmp_path: Path,
     assert main(["run", str(recipe(tmp_path, {"max_steps": 2}, global_batch_size=2))]) == 0
     trained = next(call for call in fed if call["training"])
     tested = next(call for call in fed if call.get("position_ids") is not None and not call["training"])
-    of_the_loss = {"labels", "num_items_in_batch", "training", "return_dict"}
+    of_the_loss = {"labels", "num_items_in_batch", "training", "return_dict", "use_cache"}
     assert set(tested) - of_the_loss == set(trained) - of_the_loss
     assert trained["cache"] is tested["cache"] is False
     assert trained["input_ids"].shape[0] == tested["input_ids"].shape[0] == 2
