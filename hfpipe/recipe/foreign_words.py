@@ -17,7 +17,16 @@ EPOCHS = "`num_train_epochs` below the stage's `training:`"
 FOUR_BITS = "the stage's `quantization: nf4` (4 bits) or `int8`"
 TARGETS = "`target_modules` below the stage's `lora:`, such as all-linear"
 
+BETA = "`beta` below the `training:` of a stage of `kind: preference`"
+SMOOTHED = "`label_smoothing` below the `training:` of a stage of `kind: preference`"
+
 FOREIGN_WORDS: dict[str, str] = {
+    "rl_beta": BETA,
+    "pref_beta": BETA,
+    "dpo_beta": BETA,
+    "dpo_label_smoothing": SMOOTHED,
+    "dpo_use_weighting": "`use_weighting` below the `training:` of a stage of `kind: preference`",
+    "dpo_loss_weights": "`loss_weights` below the `training:` of a stage of `kind: preference`",
     "base_model": BASE,
     "model_name_or_path": BASE,
     "model_name": BASE,

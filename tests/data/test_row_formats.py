@@ -234,6 +234,7 @@ def test_what_a_source_was_taken_for_is_told(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = tiny.recipe(tmp_path, merge=False)
     content["stages"][1]["data"] = [{"path": "json", "data_files": str(tmp_path / "rows.jsonl")}]
+    content["stages"][1]["training"]["max_length"] = 512  # alpaca's prompt is long in tokens of a tiny tokenizer
     assert main(["check", str(tiny.write(tmp_path, content))]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "taken for text (columns text)" in told

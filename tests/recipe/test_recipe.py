@@ -150,7 +150,7 @@ WRONG = [
     ("stage: law, share: 5%", "stage: lwa, share: 5%", 16, "stages.chat.replay.stage", ["Did you mean law?"]),
     ("replay: {stage: law, share: 5%}", "parent: chat", 16, "stages.chat.parent", ["earlier stage", "base, law"]),
     ("replay: {stage: law, share: 5%}", "learning_rate: 1", 16, "stages.chat.learning_rate", ["below `training:`"]),
-    ("replay: {stage: law, share: 5%}", "lanes: 8", 16, "stages.chat.lanes", ["pretrain stage"]),
+    ("replay: {stage: law, share: 5%}", "lanes: 8", 16, "stages.chat.lanes", ["streaming: true"]),
     (
         "lr_scheduler_type: cosine",
         "lr_scheduler_type: cosin",
