@@ -1,12 +1,12 @@
 # hfpipe in a container, on a CPU or on NVIDIA GPUs:
 #   docker build -t hfpipe .                                      # CPU
 #   docker build -t hfpipe --build-arg TORCH=cu130 .              # CUDA 13.0: a folder of download.pytorch.org/whl
-#   docker run --rm -it -v "$PWD:/work" hfpipe run recipe.yaml    # with --gpus all on a machine with GPUs
+#   docker run --rm -it -v "$PWD:/data" hfpipe run recipe.yaml    # with --gpus all on a machine with GPUs
 # PyTorch's wheels bring the CUDA libraries along; the machine has to have the driver and nvidia-container-toolkit.
 FROM python:3.11-slim
 
 ARG TORCH=cpu
-ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HOME=/work/.cache/huggingface
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HOME=/data/.cache/huggingface
 
 COPY pyproject.toml constraints.txt README.md LICENSE /src/
 WORKDIR /src
@@ -19,6 +19,6 @@ RUN sed 's/+cpu//' constraints.txt | grep -v '^torch==' > versions.txt \
     && python -m pip install --constraint versions.txt '.[quantization,cleaning,serving]' \
     && rm -rf /src
 
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["hfpipe"]
 CMD ["--help"]

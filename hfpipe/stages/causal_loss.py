@@ -33,9 +33,8 @@ class WithLinearLoss(Base):
             and self.compute_loss_func is None
             and self.label_smoother is None
             and getattr(self.args, "loss_type", "nll") == "nll"
-            and not getattr(
-                config, "output_router_logits", False
-            )  # a loss of the routers is added to that of the tokens
+            # A mixture of experts adds the loss of its routers to that of the tokens.
+            and not getattr(config, "output_router_logits", False)
         )
         self.linear = linear_loss(self.model) if plain else None
 

@@ -27,7 +27,7 @@ from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_
 
 
 def run_classification(run: StageRun) -> dict[str, Any]:
-    """Trains a classification stage and saves its model; see `stages.common.train` for what is returned and raised."""
+    """Trains a classification stage and saves its model; see `stages.trainer.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Classification)
     limit = labelled_length(run, shapes_of(run.parent))

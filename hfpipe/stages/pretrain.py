@@ -47,7 +47,7 @@ class _Trainer(WithLinearLoss, Trainer):
 
 
 def run_pretrain(run: StageRun) -> dict[str, Any]:
-    """Trains a pretrain stage and saves its model; see `stages.common.train` for what is returned and raised."""
+    """Trains a pretrain stage and saves its model; see `stages.trainer.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Pretrain)
     masked = stage.objective == "masked"

@@ -39,7 +39,7 @@ class _Trainer(WithLinearLoss, SFTTrainer):
 
 
 def run_sft(run: StageRun) -> dict[str, Any]:
-    """Trains an sft stage and saves its model; see `stages.common.train` for what is returned and raised."""
+    """Trains an sft stage and saves its model; see `stages.trainer.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Sft)
     model = load_model(run.parent, frozen=stage.adapter is not None)

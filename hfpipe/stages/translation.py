@@ -39,7 +39,7 @@ BLOCK = 1_000  # pairs tokenized at a time
 
 
 def run_translation(run: StageRun) -> dict[str, Any]:
-    """Trains a translation stage and saves its model; see `stages.common.train` for what is returned and raised."""
+    """Trains a translation stage and saves its model; see `stages.trainer.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Translation)
     model = load_model(run.parent, frozen=stage.adapter is not None)
