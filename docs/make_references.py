@@ -2,7 +2,7 @@
 
 `make docs` runs it. `tests/test_documented.py` fails when a committed page is not what the code makes, so run it after
 every change of a recipe's words, of a metric or of a command. Meanings are the descriptions of the fields in
-`hfpipe/recipe/`, the meanings in `metric_table.py`, and the help texts in `hfpipe/cli.py`: mend them there.
+`hfpipe/recipe/`, the meanings in `metric_table.py`, and the help texts in `hfpipe/cli/parser.py`: mend them there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hfpipe.cli import build_parser
+from hfpipe.cli.parser import build_parser
 from hfpipe.evaluation.metrics import load_metric
 from hfpipe.recipe import Recipe, StageBase
 from hfpipe.recipe.metric_table import FAMILIES, HUB_METRICS, OUR_METRICS
@@ -270,7 +270,7 @@ def _spelling(action: argparse.Action) -> str:
 
 def _option_help(command: str, action: argparse.Action) -> str:
     if not action.help:
-        raise SystemExit(f"hfpipe {command}: {_spelling(action)} has no help: write one in hfpipe/cli.py")
+        raise SystemExit(f"hfpipe {command}: {_spelling(action)} has no help: write one in hfpipe/cli/parser.py")
     return action.help
 
 

@@ -9,25 +9,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from hfpipe.api import Run as Run
-    from hfpipe.api import Scorecard as Scorecard
-    from hfpipe.api import check as check
-    from hfpipe.api import evaluate as evaluate
-    from hfpipe.api import load_recipe as load_recipe
-    from hfpipe.api import open_run as open_run
-    from hfpipe.api import run as run
     from hfpipe.core.errors import BudgetExceeded as BudgetExceeded
     from hfpipe.core.errors import DataError as DataError
     from hfpipe.core.errors import MachineError as MachineError
     from hfpipe.core.errors import RecipeError as RecipeError
     from hfpipe.core.errors import UserError as UserError
+    from hfpipe.pipeline.api import Run as Run
+    from hfpipe.pipeline.api import Scorecard as Scorecard
+    from hfpipe.pipeline.api import check as check
+    from hfpipe.pipeline.api import evaluate as evaluate
+    from hfpipe.pipeline.api import load_recipe as load_recipe
+    from hfpipe.pipeline.api import open_run as open_run
+    from hfpipe.pipeline.api import run as run
     from hfpipe.recipe import Recipe as Recipe
 
-__version__ = "0.1.0"
-
 _PLACES = {
-    "hfpipe.api": ("Run", "Scorecard", "check", "evaluate", "load_recipe", "open_run", "run"),
+    "hfpipe.pipeline.api": ("Run", "Scorecard", "check", "evaluate", "load_recipe", "open_run", "run"),
     "hfpipe.core.errors": ("BudgetExceeded", "DataError", "MachineError", "RecipeError", "UserError"),
     "hfpipe.recipe": ("Recipe",),
 }

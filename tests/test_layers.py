@@ -16,8 +16,8 @@ FLOORS = [  # from the ground up
     {"evaluation"},
     {"stages", "hub"},
     {"pipeline", "convert"},
-    {"api"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "evaluate", "numpy", "pandas"}
 LIGHT = ("hfpipe.recipe", "hfpipe.cli", "hfpipe.core.errors", "hfpipe.core.files", "hfpipe.core.command")

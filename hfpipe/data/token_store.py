@@ -23,9 +23,9 @@ import pyarrow as pa
 import xxhash
 from datasets import Dataset, IterableDataset
 
-from hfpipe import __version__
 from hfpipe.core import ranks
 from hfpipe.core.files import load_json, write_json
+from hfpipe.core.version import __version__
 from hfpipe.data.text_tokens import IGNORED, TokenRows, untrimmed
 
 Columns = dict[str, pa.Array]

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
-from hfpipe import __version__
 from hfpipe.core.files import GIB
 from hfpipe.core.secrets import own_tokens, without_secrets
+from hfpipe.core.version import __version__
 
 # Variables whose value is harmless and changes what a run does; of others of these families only the name is told.
 SHOWN = (

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import hfpipe
 from hfpipe.core import ranks
+from hfpipe.core.version import __version__
 from hfpipe.evaluation.metrics import space_of
 from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Suite
@@ -36,7 +36,7 @@ def environment(base: ModelRef, suites: Mapping[str, Suite]) -> dict[str, Any]:
     """The facts that someone needs who wants the same numbers again."""
     state = ranks.state()
     return {
-        "hfpipe": hfpipe.__version__,
+        "hfpipe": __version__,
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "hardware": {

@@ -1,0 +1,233 @@
+"""The commands, by name. Heavy modules are imported once the recipe or the run folder is in order."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from hfpipe.core import ending
+from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.launch import require_launch
+from hfpipe.core.run_lock import alone
+from hfpipe.core.run_state import require_whole_state
+
+# The options of `hfpipe push`, which are the words of a recipe's `push:`.
+PUSH_WORDS = (
+    "repo_id",
+    "what",
+    "stage",
+    "merged_repo_id",
+    "parent_repo_id",
+    "private",
+    "revision",
+    "tag",
+    "create_pr",
+    "commit_message",
+    "license",
+    "deadline_seconds",
+)
+
+
+def run(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
+    require_launch()
+    ending.watch(recipe.run_folder)
+    from hfpipe.pipeline.api import run
+
+    run(recipe)
+
+
+def check(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.fast:
+        stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
+        print(f"{options.recipe}: no fault found. Stages: {stages}.")
+        return
+    from hfpipe.pipeline.check import check_recipe
+
+    check_recipe(recipe)
+    print(f"no fault found; start it with: hfpipe run {options.recipe}")
+
+
+def cure(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    with alone(recipe.run_folder):
+        from hfpipe.pipeline.cure import cure_recipe
+
+        cure_recipe(recipe, options.stage, options.steps)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    from hfpipe.pipeline.prepare import prepare_recipe
+
+    prepare_recipe(recipe)
+
+
+def preview(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.check import preview
+    from hfpipe.recipe import load_recipe
+
+    preview(load_recipe(options.recipe, options.set), options.rows)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_suites
+
+    suites = load_suites(options.suites, options.set)
+    from hfpipe.pipeline.evaluate import chosen_suites, evaluate_model
+
+    suites = chosen_suites(suites, options.suite, options.limit)
+    evaluate_model(options.model, suites, options.output, options.against, options.stage)
+
+
+def merge(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    with alone(folder):
+        from hfpipe.pipeline.merge import merge_run
+
+        print(merge_run(folder, options.stage))
+
+
+def dial(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    with alone(folder):
+        from hfpipe.pipeline.dial import STRENGTHS, dial_run
+
+        dial_run(folder, options.stage, options.strengths or STRENGTHS)
+
+
+def generate(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.use import generate_file
+
+    generate_file(
+        folder,
+        options.file,
+        options.output,
+        **_speaking(options),
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+
+
+def chat(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.use import chat
+
+    chat(folder, **_speaking(options))
+
+
+def serve(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.serve import serve
+
+    serve(folder, options.stage, options.port)
+
+
+def export(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.pipeline.export import export_gguf
+
+    export_gguf(folder, options.stage, options.quant, options.output)
+
+
+def env(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.bug_report import report
+
+    print(report())
+
+
+def completion(options: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise MachineError("shell completion needs shtab: pip install shtab.") from error
+    print(shtab.complete(options.parser, options.shell))
+
+
+def _speaking(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the commands that let a trained model speak."""
+    return {"stage": options.stage, "strength": options.strength, "base": options.base, "words": options.set}
+
+
+def push(options: argparse.Namespace) -> None:
+    folder = _run_folder(options.run)
+    from hfpipe.hub import push
+
+    push(folder, **{word: getattr(options, word) for word in PUSH_WORDS})
+
+
+def report(options: argparse.Namespace) -> None:
+    from hfpipe.report import write_reports
+
+    folder = _run_folder(options.run)
+    if (folder / "repeats.json").exists():
+        from hfpipe.report.repeats import write_repeat_reports
+
+        print(*write_repeat_reports(folder), sep="\n")
+        return
+    if not (folder / "scorecard.json").exists():
+        raise RecipeError(f"{folder} has no scorecard.json yet; `hfpipe run` writes it once the base is scored.")
+    print(*write_reports(folder), sep="\n")
+
+
+def clean(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.clean import clean_run
+
+    folder = _run_folder(options.run)
+    with alone(folder):
+        clean_run(folder, remove=options.yes)
+
+
+def recipes(options: argparse.Namespace) -> None:
+    from hfpipe.recipe.shipped import copy_recipe, list_recipes
+
+    print(copy_recipe(options.copy) if options.copy else list_recipes())
+
+
+def launch(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set)
+    from hfpipe.pipeline.launch_files import launch
+
+    print(launch(recipe, options.recipe, options.nodes, options.gpus, options.memory, options.on), end="")
+
+
+def schema(options: argparse.Namespace) -> None:
+    from hfpipe.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def convert(options: argparse.Namespace) -> None:
+    from hfpipe.convert.command import run
+
+    run(options.file, options.tool, options.output)
+
+
+def new(options: argparse.Namespace) -> None:
+    from hfpipe.convert.new import answers_of, run
+
+    run(answers_of(options))
+
+
+def _run_folder(name: str) -> Path:
+    folder = Path(name)
+    if not (folder / "recipe.yaml").is_file():
+        known = sorted(str(path.parent) for path in Path("runs").glob("*/recipe.yaml"))
+        there = f"Run folders here: {', '.join(known)}." if known else "There is none in ./runs."
+        raise RecipeError(f"{name} is not a run folder (it has no recipe.yaml). {there}")
+    require_whole_state(folder)
+    return folder
