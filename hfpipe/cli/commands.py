@@ -182,6 +182,13 @@ def report(options: argparse.Namespace) -> None:
     print(*write_reports(folder), sep="\n")
 
 
+def diff(options: argparse.Namespace) -> None:
+    folders = _run_folder(options.a), _run_folder(options.b)
+    from hfpipe.pipeline.diff import diff_runs
+
+    print(diff_runs(*folders, options.stage))
+
+
 def clean(options: argparse.Namespace) -> None:
     from hfpipe.pipeline.clean import clean_run
 

@@ -117,6 +117,10 @@ def _using_commands(command: AddCommand) -> None:
 def _keeping_commands(command: AddCommand) -> None:
     """Adds the commands on run folders, recipes and the machine."""
     command("report", "write report.md and report.html again from the scorecard, without a model", "RUN")
+    diff = command("diff", "compare two runs without a model: recipes, scores with paired errors, answers, cost")
+    diff.add_argument("a", metavar="A", help="a run folder")
+    diff.add_argument("b", metavar="B", help="another one")
+    diff.add_argument("--stage", help="which stage of both; the last scored one of each when absent")
     clean = command(
         "clean", "show, or remove, what a run keeps beside its results: earlier versions of stages, checkpoints", "RUN"
     )

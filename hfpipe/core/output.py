@@ -1,4 +1,4 @@
-"""Output to a reader that may go away: `hfpipe run RECIPE | head` trains on, and says nothing more."""
+"""Output to a terminal, or to a reader that may go away: `hfpipe run RECIPE | head` trains on and says nothing more."""
 
 from __future__ import annotations
 
@@ -36,3 +36,11 @@ def forgive_closed_pipes() -> None:
             line_buffering=stream.line_buffering,
         )
         setattr(sys, name, text)
+
+
+JOINERS = "\u200c\u200d"  # of Persian, of Indian scripts, of emoji: they print nothing and change nothing else
+
+
+def printable(text: str) -> str:
+    """A line of text from data or a model, with what would steer the terminal written out."""
+    return "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)

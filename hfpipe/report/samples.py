@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ def sample_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> Sec
         files = {stage: predictions_of(folder / "stages" / stage) / f"{suite}.jsonl" for stage in line}
         there = [stage for stage, file in files.items() if file.exists()]
         if len(there) > 1:
-            before, after = (_records(files[stage]) for stage in (there[0], there[-1]))
-            found += _pick(suite, (there[0], there[-1]), before, after, better)
+            before, after = (read_jsonl(files[stage]) for stage in (there[0], there[-1]))
+            titles = [stage if stage == BASE else f"after {stage}" for stage in (there[0], there[-1])]
+            found += pick_samples(suite, titles, before, after, better)
     return Section("Samples", samples=found) if found else None
 
 
-def _records(file: Path) -> dict[int, dict[str, Any]]:
-    return {record["row"]: record for record in read_jsonl(file) if _answer(record) is not None}
+def _answered(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {record["row"]: record for record in records if _answer(record) is not None}
 
 
 def _answer(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -47,13 +48,23 @@ def _answer(record: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _pick(
+def pick_samples(
     suite: str,
-    stages: tuple[str, str],
-    before: dict[int, dict[str, Any]],
-    after: dict[int, dict[str, Any]],
-    better: dict[tuple[str, str], bool],
+    titles: Sequence[str],
+    earlier: Iterable[dict[str, Any]],
+    later: Iterable[dict[str, Any]],
+    better: Mapping[tuple[str, str], bool],
 ) -> list[Sample]:
+    """A few rows of a suite as two models answered them; none where no answer can be shown.
+
+    Args:
+        suite: The suite.
+        titles: Those of the two models.
+        earlier: The records of one of them, as `predictions` holds them.
+        later: Those of the other.
+        better: By suite and metric, True where a higher score is a better one.
+    """
+    before, after = _answered(earlier), _answered(later)
     both = [row for row in after if row in before]
     need = next((need for need in ("generation", "choice", "number") if both and need in after[both[0]]), "")
     metrics = [name for name in (after[both[0]]["values"] if both else ()) if _judges(name, need, after[both[0]])]
@@ -69,7 +80,7 @@ def _pick(
     order = sorted(known, key=lambda row: (-abs(gain(row)), row))
     sorts = dict(zip(SORTS, (lambda x: x > 0, lambda x: x < 0, lambda x: x == 0), strict=True))
     chosen = [(sort, row) for sort, test in sorts.items() for row in [r for r in order if test(gain(r))][:EACH]]
-    return [_sample(suite, stages, sort, metric, before[row], after[row]) for sort, row in chosen]
+    return [_sample(suite, titles, sort, metric, before[row], after[row]) for sort, row in chosen]
 
 
 def _judges(metric: str, need: str, record: dict[str, Any]) -> bool:
@@ -80,13 +91,12 @@ def _judges(metric: str, need: str, record: dict[str, Any]) -> bool:
 
 
 def _sample(
-    suite: str, stages: tuple[str, str], sort: str, metric: str, before: dict[str, Any], after: dict[str, Any]
+    suite: str, titles: Sequence[str], sort: str, metric: str, before: dict[str, Any], after: dict[str, Any]
 ) -> Sample:
     old, new = _answer(before) or {}, _answer(after) or {}
-    names = [stage if stage == BASE else f"after {stage}" for stage in stages]
     texts = [("asked", str(after["asked"]))] if after.get("asked") else []
-    texts += [("right", _words(new["reference"])), (names[0], _words(old["prediction"]))]
-    texts += [(names[1], _words(new["prediction"]))]
+    texts += [("right", _words(new["reference"])), (titles[0], _words(old["prediction"]))]
+    texts += [(titles[1], _words(new["prediction"]))]
     values = (before["values"][metric], after["values"][metric])
     return Sample(suite, str(after.get("id", after["row"])), sort, metric, values, texts)
 
