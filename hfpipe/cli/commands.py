@@ -49,10 +49,9 @@ def check(options: argparse.Namespace) -> None:
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         print(f"{options.recipe}: no fault found. Stages: {stages}.")
         return
-    from hfpipe.pipeline.check import check_recipe
+    from hfpipe.pipeline.check import check_recipe, launch_line
 
-    check_recipe(recipe)
-    print(f"no fault found; start it with: hfpipe run {options.recipe}")
+    check_recipe(recipe, launch_line(options.recipe, options.set))
 
 
 def cure(options: argparse.Namespace) -> None:

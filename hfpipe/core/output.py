@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 
 class _Forgiving(io.FileIO):
@@ -44,3 +44,16 @@ JOINERS = "\u200c\u200d"  # of Persian, of Indian scripts, of emoji: they print 
 def printable(text: str) -> str:
     """A line of text from data or a model, with what would steer the terminal written out."""
     return "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)
+
+
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "dim": 2}
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Returns True if a stream is a terminal whose user has not turned colours off (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def painted(text: str, colour: str) -> str:
+    """A text in one of `COLOURS`, for a terminal."""
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"

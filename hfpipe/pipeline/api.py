@@ -186,7 +186,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> str:
     with _plainly(), redirect_stdout(page):
         from hfpipe.pipeline.check import check_recipe
 
-        check_recipe(loaded)
+        check_recipe(loaded, "hfpipe.run(recipe)")
     return page.getvalue()
 
 

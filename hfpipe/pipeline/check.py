@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 
-from hfpipe.core.errors import MachineError
+from hfpipe.core.command import our_command
+from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.files import GIB
+from hfpipe.core.output import has_colours, painted
 from hfpipe.data.cleaning.contamination import overlap_lines
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.dataloader import SIDES
@@ -28,10 +31,11 @@ from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.pipeline.context import quiet_libraries
+from hfpipe.pipeline.note import Note
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.recipe import Classification, Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, encode_rows, long_rows
-from hfpipe.stages.fit import fitted, require_memory
+from hfpipe.stages.fit import Fit, fitted, require_memory
 from hfpipe.stages.memory import copies_of
 from hfpipe.stages.own_texts import MOST_TEXTS, opening_of
 from hfpipe.stages.trainer import divide_batch
@@ -39,8 +43,17 @@ from hfpipe.stages.trainer import divide_batch
 LONG_ROWS = {"cut": "lose their end", "split": "go on in another row", "drop": "are left out"}
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Prints the page on a recipe; of one that is repeated, on its first repeat: they differ in seeds or folds alone.
+FEW_ROWS = 50  # of a suite: fewer tell only large changes from noise
+FEW = 0.02  # of the rows: fewer with a flaw are told, and nothing has to be done
+TIGHT = 0.9  # of the room: a prediction above it may be short
+
+
+def check_recipe(recipe: Recipe, launch: str) -> None:
+    """Prints the note on a recipe; of one that is repeated, on its first repeat: they differ in seeds or folds alone.
+
+    Args:
+        recipe: The recipe.
+        launch: The command that runs it, for the end of the note.
 
     Raises:
         UserError: Something that would stop the run.
@@ -49,11 +62,26 @@ def check_recipe(recipe: Recipe) -> None:
         from hfpipe.pipeline.repeats import repeats_of
 
         _, recipe = next(repeats_of(recipe))
-    preflight(recipe)
+    note = Note()
+    try:
+        preflight(recipe, note)
+    except UserError:
+        note.stop()
+        raise
+    note.close(launch)
 
 
-def preflight(recipe: Recipe) -> None:
-    """Prints one page on a recipe: model, memory, disk, rows and tokens of each source, steps, suites, the Hub.
+def launch_line(path: str, overrides: Sequence[str]) -> str:
+    """The command that runs a recipe on all GPUs of this machine, or on its CPU."""
+    words = shlex.join([path, *(word for one in overrides for word in ("--set", one))])
+    gpus = torch.cuda.device_count()
+    if gpus > 1:
+        return f"accelerate launch --multi_gpu --num_processes {gpus} -m hfpipe run {words}"
+    return f"{our_command()} run {words}"
+
+
+def preflight(recipe: Recipe, note: Note) -> None:
+    """Tells of model, memory, disk, rows and tokens of each source, steps, suites, the Hub.
 
     Raises:
         UserError: Something that would stop the run.
@@ -63,29 +91,58 @@ def preflight(recipe: Recipe) -> None:
     loaded = _loaded(recipe)
     tokenizer, model = loaded.tokenizer, loaded.model
     parameters = model.num_parameters()
-    print(f"model      {recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
+    note.fine("model", f"{recipe.model.id or 'from nothing'}: {parameters:,} parameters, {len(tokenizer):,} tokens")
     if warning := template_warning(tokenizer, recipe.model.tokenizer):
-        print(f"warning    {warning}")
-    for name, rows in loaded.suites.items():
-        suite = recipe.evaluate[name]
-        print(f"suite      {name}: {len(rows):,} rows, {', '.join(suite.metrics) or 'scored by lm-eval'}")
-        if suite.lm_eval is None:
-            print(f"           {open_source(suite.data, default_split='test').taken}")
+        note.look("template", warning)
+    _tell_suites(recipe, loaded, note)
     answers = require_training(loaded)
     for line in answers.hub:
-        print(f"hub        {line}")
+        tell = note.look if line.startswith("warning: ") else note.fine
+        tell("hub", line.removeprefix("warning: "))
     for stage, fit in zip(recipe.stages, answers.fits, strict=True):
         if warning := long_rows(stage, model):
-            print(f"warning    {warning}")
-        _tell_stage(recipe, stage, tokenizer, answers.samples, parameters)
-        print(f"memory     {stage.name}: {fit.line()}")
-        for line in fitted(recipe, fit)[1] if recipe.fit == "auto" else ():
-            print(f"fit        {stage.name}: {line}")
-    for line in overlap_lines(answers.overlap):
-        print(f"overlap    {line}")
-    _check_disk(recipe, parameters)
+            note.look("length", warning)
+        _tell_stage(recipe, stage, tokenizer, answers.samples, parameters, note)
+        _tell_memory(recipe, fit, note)
+    for pair, line in zip(answers.overlap, overlap_lines(answers.overlap), strict=True):
+        if pair["which"]:
+            note.look("overlap", line, "to do: `decontaminate: true` of that source leaves these rows out")
+        else:
+            note.fine("overlap", line)
+    _check_disk(recipe, parameters, note)
     if recipe.fit != "auto":
         require_memory(recipe, answers.fits)
+
+
+def _tell_suites(recipe: Recipe, loaded: Loaded, note: Note) -> None:
+    if not recipe.evaluate:
+        note.look("suite", "none, so nothing is measured", "to do: add `evaluate:` (docs/evaluation.md)")
+    for name, rows in loaded.suites.items():
+        suite = recipe.evaluate[name]
+        told = f"{name}: {len(rows):,} rows, {', '.join(suite.metrics) or 'scored by lm-eval'}"
+        if suite.lm_eval is not None:
+            note.fine("suite", told)
+            continue
+        taken = str(open_source(suite.data, default_split="test").taken)
+        if len(rows) < FEW_ROWS:
+            note.look("suite", told, taken, "so few rows tell only large changes from noise: score more, if you can")
+        else:
+            note.fine("suite", told, taken)
+
+
+def _tell_memory(recipe: Recipe, fit: Fit, note: Note) -> None:
+    """Tells what a stage needs; of one that does not fit, what `fit: auto` changes."""
+    line = f"{fit.stage.name}: {fit.line()}"
+    if fit.memory is None:
+        note.look("memory", line)
+    elif not fit.fits and recipe.fit != "auto":
+        note.wrong("memory", line)
+    elif fit.fits and fit.memory.total > TIGHT * fit.room:
+        note.look("memory", line, "to do: nothing, or `fit: auto`, which makes a stage smaller if memory runs out")
+    else:
+        note.fine("memory", line)
+    for change in fitted(recipe, fit)[1] if recipe.fit == "auto" else ():
+        note.fine("fit", f"{fit.stage.name}: {change}")
 
 
 def run_tokenizer(recipe: Recipe) -> Any:
@@ -124,34 +181,24 @@ def _loaded(recipe: Recipe) -> Loaded:
 
 
 def _tell_stage(
-    recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[tuple[str, int], Sample], parameters: int
+    recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[tuple[str, int], Sample], parameters: int, note: Note
 ) -> None:
-    """Prints rows, tokens and steps of a stage."""
+    """Tells of rows, tokens and steps of a stage."""
     per_device, accumulation = divide_batch(stage)
     max_length = stage.training.get("max_length") or 1024
     tokens_known = trained_known = 0.0
     rows_known = 0
     for place, source in enumerate(stage.data):
-        sample, count = samples[stage.name, place].rows, samples[stage.name, place].count
-        facts = _facts_of(sample, stage, tokenizer, max_length, source)
-        known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
-        rows_known += count or 0
-        tokens_known += (count or 0) * facts["tokens"]
-        trained_known += (count or 0) * facts["tokens"] * facts["trained"]
-        trained = f", {facts['trained']:.0%} of them trained on" if stage.kind == "sft" else ""
-        print(f"data       {stage.name}: {source.title}: {known}; {facts['tokens']:.0f} tokens a row{trained}")
-        print(f"           {samples[stage.name, place].taken}")
-        if source.cleaned:
-            print(f"           cleaned first, in one pass over it: {cleaning_of(source)}")
-        if facts["untrained"]:
-            print(f"           {facts['untrained']:.0%} of the sampled rows have no token to train on")
-        if stage.kind == "sft" and sample:
-            for line in _marks(sample, stage, tokenizer, max_length, source):
-                print(f"           {line}")
+        sample = samples[stage.name, place]
+        facts = _facts_of(sample.rows, stage, tokenizer, max_length, source)
+        rows_known += sample.count or 0
+        tokens_known += (sample.count or 0) * facts["tokens"]
+        trained_known += (sample.count or 0) * facts["tokens"] * facts["trained"]
+        _tell_source(stage, source, sample, facts, tokenizer, max_length, note)
     replayed = [part for part in mixture(recipe, stage) if part.replayed]
     for part in replayed:
         unit = "tokens" if stage.kind == "pretrain" else "rows"
-        print(f"replay     {stage.name}: {part.share:.1%} of the {unit} from {part.source.title}")
+        note.fine("replay", f"{stage.name}: {part.share:.1%} of the {unit} from {part.source.title}")
     global_batch = per_device * accumulation
     kept = stage.kept.replay
     left = 1 - sum(part.share for part in replayed) - (kept.share if kept is not None else 0)
@@ -162,15 +209,32 @@ def _tell_stage(
         steps = math.ceil(size * epochs / left / global_batch)
     if kept is not None:
         whole = steps * global_batch * max_length if stage.kind == "pretrain" else trained_known / left
-        _tell_kept(recipe, stage, tokenizer, whole * kept.share)
-    _tell_near(recipe, stage, parameters)
-    print(
-        f"stage      {stage.name}: {steps:,} steps of {global_batch} rows ({per_device} x {accumulation}) on one rank"
-    )
+        _tell_kept(recipe, stage, tokenizer, whole * kept.share, note)
+    _tell_near(recipe, stage, parameters, note)
+    batch = f"{global_batch} rows ({per_device} x {accumulation}) on one rank"
+    note.fine("stage", f"{stage.name}: {steps:,} steps of {batch}")
 
 
-def _tell_kept(recipe: Recipe, stage: Stage, tokenizer: Any, tokens: float) -> None:
-    """Prints what a stage's parent has to make of itself, before the stage is trained."""
+def _tell_source(
+    stage: Stage, source: Source, sample: Sample, facts: dict[str, float], tokenizer: Any, max_length: int, note: Note
+) -> None:
+    """Tells of one source, and of rows in it that do not train as they should."""
+    count, title = sample.count, f"{stage.name}: {source.title}"
+    known = "streamed" if count is None else f"{count:,} rows, about {count * facts['tokens']:,.0f} tokens"
+    trained = f", {facts['trained']:.0%} of them trained on" if stage.kind == "sft" else ""
+    cleaned = [f"cleaned first, in one pass over it: {cleaning_of(source)}"] if source.cleaned else []
+    note.fine("data", f"{title}: {known}; {facts['tokens']:.0f} tokens a row{trained}", str(sample.taken), *cleaned)
+    marks = _marks(sample.rows, stage, tokenizer, max_length, source) if stage.kind == "sft" and sample.rows else []
+    look_at_them = "look at them with `hfpipe preview`; a larger max_length may reach an answer"
+    for share, what, remedy in ((facts["untrained"], "have no token to train on", look_at_them), *marks):
+        if share >= FEW:
+            note.look("data", f"{title}: {share:.0%} of the sampled rows {what}", f"to do: {remedy}")
+        elif share:
+            note.fine("data", f"{title}: {share:.1%} of the sampled rows {what}")
+
+
+def _tell_kept(recipe: Recipe, stage: Stage, tokenizer: Any, tokens: float, note: Note) -> None:
+    """Tells what a stage's parent has to make of itself, before the stage is trained."""
     kept = stage.kept.replay
     assert kept is not None
     chat = "texts and chats" if opening_of(recipe, stage, tokenizer) else "texts"
@@ -180,11 +244,11 @@ def _tell_kept(recipe: Recipe, stage: Stage, tokenizer: Any, tokens: float) -> N
     else:
         size = f"about {tokens:,.0f} tokens, at most {MOST_TEXTS:,} of them" if tokens else f"{MOST_TEXTS:,} of them"
     told = f"{kept.share:.1%} of the trained tokens from {chat} that {parent} makes of itself first"
-    print(f"keep       {stage.name}: {told}: {size}")
+    note.fine("keep", f"{stage.name}: {told}: {size}")
 
 
-def _tell_near(recipe: Recipe, stage: Stage, parameters: int) -> None:
-    """Prints what holding a stage near its parent takes."""
+def _tell_near(recipe: Recipe, stage: Stage, parameters: int, note: Note) -> None:
+    """Tells what holding a stage near its parent takes."""
     if stage.kept.kl is None and stage.kept.l2 is None:
         return
     copies = copies_of(recipe, stage)
@@ -194,7 +258,7 @@ def _tell_near(recipe: Recipe, stage: Stage, parameters: int) -> None:
         many = f"{len(copies)} frozen copies" if len(copies) > 1 else "a frozen copy"
         takes = f"{many} of the parent, {size / GIB:.2f} GiB (counted in memory below)"
     held = " and ".join(word for word in ("kl", "l2") if getattr(stage.kept, word) is not None)
-    print(f"keep       {stage.name}: {held}: {takes}")
+    note.fine("keep", f"{stage.name}: {held}: {takes}")
 
 
 def _facts_of(
@@ -211,34 +275,47 @@ def _facts_of(
     return {"tokens": tokens / rows, **share}
 
 
-def _marks(sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source) -> list[str]:
-    """Lists in plain words the faults of the beginnings and ends of a source's first rows."""
+def _marks(
+    sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source
+) -> list[tuple[float, str, str]]:
+    """Lists the faults of the beginnings and ends of a source's first rows: their share, the fault, its remedy."""
     encoded = encode_rows(sample, stage, tokenizer, None, 0, source)
     ids = [row["input_ids"] for row in encoded]
     trained = [[token for token in row["labels"][-3:] if token != IGNORED] for row in encoded]  # a line feed may follow
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    found = {
-        f"begin with two BOS tokens ({tokenizer.bos_token}): the data or the chat template has one, and the tokenizer "
-        "adds another": sum(row[:2] == [bos, bos] for row in ids),
-        f"do not end with the EOS token ({tokenizer.eos_token}) as something to learn, so the model does not learn to "
-        "stop there: the chat template ends its turns otherwise, or has EOS outside of its generation marks": sum(
-            eos not in row for row in trained
+    long = LONG_ROWS[getattr(stage, "too_long", "cut")]
+    found = [
+        (
+            sum(row[:2] == [bos, bos] for row in ids),
+            f"begin with two BOS tokens ({tokenizer.bos_token}): the data or the chat template has one, and the "
+            "tokenizer adds another",
+            f"take {tokenizer.bos_token} out of the data or of the chat template",
         ),
-        f"are longer than max_length ({max_length}) and {LONG_ROWS[getattr(stage, 'too_long', 'cut')]}": sum(
-            len(row) > max_length for row in ids
+        (
+            sum(eos not in row for row in trained),
+            f"do not end with the EOS token ({tokenizer.eos_token}) as something to learn, so the model does not learn "
+            "to stop there",
+            "a chat template ends its turns otherwise, or has EOS outside of its generation marks: set "
+            "model.tokenizer.eos_token to what ends a turn",
         ),
-    }
-    return [f"{count / len(ids):.0%} of the sampled rows {what}" for what, count in found.items() if count]
+        (
+            sum(len(row) > max_length for row in ids),
+            f"are longer than max_length ({max_length}) and {long}",
+            "raise training.max_length, or choose `too_long: cut | split | drop`",
+        ),
+    ]
+    return [(count / len(ids), what, remedy) for count, what, remedy in found]
 
 
-def _check_disk(recipe: Recipe, parameters: int) -> None:
+def _check_disk(recipe: Recipe, parameters: int, note: Note) -> None:
     """Two checkpoints with optimizer and the final model of each full stage must find room."""
     need = sum((2 * 12 + 4) * parameters if stage.adapter is None else 0.5 * parameters for stage in recipe.stages)
     place = output_folder(recipe).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    print(f"disk       about {need / GIB:.1f} GiB for checkpoints and models; {free / GIB:.1f} GiB free in {place}")
+    tell = note.wrong if need > free else note.look if need > TIGHT * free else note.fine
+    tell("disk", f"about {need / GIB:.1f} GiB for checkpoints and models; {free / GIB:.1f} GiB free in {place}")
     if need > free:
         raise MachineError(
             f"the run needs about {need / GIB:.1f} GiB of disk and {place} has {free / GIB:.1f} GiB. Set output_dir to "
@@ -250,7 +327,7 @@ def preview(recipe: Recipe, count: int) -> None:
     """Prints the first rows of each stage token by token; tokens that are trained on are green (or in brackets)."""
     quiet_libraries()
     tokenizer = run_tokenizer(recipe)
-    coloured = sys.stdout.isatty()
+    coloured = has_colours(sys.stdout)
     for stage in recipe.stages:
         for source in stage.data:
             opened = load_rows(source, kinds=kinds_of(stage))
@@ -282,7 +359,8 @@ def _painted(row: dict[str, Any], tokenizer: Any, coloured: bool) -> str:
     for end in range(1, len(flags) + 1):
         if end == len(flags) or flags[end] != flags[start]:
             text = tokenizer.decode(row["input_ids"][start:end])
-            paint = ("\x1b[32m{}\x1b[0m" if coloured else "[[{}]]") if flags[start] else "{}"
-            parts.append(paint.format(text))
+            if flags[start]:
+                text = painted(text, "green") if coloured else f"[[{text}]]"
+            parts.append(text)
             start = end
     return "".join(parts)

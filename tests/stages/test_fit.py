@@ -52,7 +52,7 @@ def test_check_shows_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     content = tiny.recipe(tmp_path, evaluate={}, merge=False)
     content["model"]["architecture"] |= {"hidden_size": 512, "intermediate_size": 2048}
     assert main(["check", str(tiny.write(tmp_path, content))]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory     prose"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("✓ memory     prose"))
     assert all(part in line for part in ("at the peak", "4 rows of 64 tokens", "weights", "optimizer", "framework"))
 
 
