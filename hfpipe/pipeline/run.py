@@ -62,12 +62,7 @@ def run_recipe(recipe: Recipe) -> Path:
     run = open_run(recipe, folder)
     recipe = run.recipe  # with the commit of every data set
     if not all(run.is_done(stage.name) for stage in recipe.stages):
-        base = run.base
-        loaded = Loaded(recipe, base.tokenizer, base.added, shapes_of(base.ref), task_of(base.ref), run.rows)
-        answers = require_training(loaded, folder)
-        for line in answers.hub:
-            ranks.say(f"push: {line}")
-        run = _made_to_fit(run, answers.fits)
+        run = _checked(run)
         recipe = run.recipe
     scores = score_stage(run, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
@@ -104,6 +99,16 @@ def run_recipe(recipe: Recipe) -> Path:
         except UserError as error:
             raise MachineError(f"The run is trained and whole in {folder}, but not pushed. {error}") from error
     return folder
+
+
+def _checked(run: Run) -> Run:
+    """Returns the run with stages that fit into this machine, once all that can be known before training holds."""
+    base = run.base
+    loaded = Loaded(run.recipe, base.tokenizer, base.added, shapes_of(base.ref), task_of(base.ref), run.rows)
+    answers = require_training(loaded, run.folder)
+    for line in answers.hub:
+        ranks.say(f"push: {line}")
+    return _made_to_fit(run, answers.fits)
 
 
 def _made_to_fit(run: Run, fits: list[Fit]) -> Run:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 from torch.nn import functional
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
@@ -94,16 +94,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     for line in stream.notes():
         ranks.say(f"  {line}")
     max_steps = max_steps or _steps_of_epochs(run, {"lanes": stream.lanes}, stream.length, global_batch)
-    arguments = trainer_arguments(run, max_steps, per_device, accumulation)
-    model = with_adapter(run, model)
-    if not masked:
-        model.config.use_cache = False  # a cache would let packed documents see each other
-        _require_isolation(model)
-    loss = partial(masked_loss, label_smoothing=arguments.label_smoothing_factor) if masked else None
-    with clear_refusal(stage, "Trainer"):
-        trainer = _Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
-    if not masked:
-        trainer.use_linear_loss()
+    trainer = _trainer(run, model, trainer_arguments(run, max_steps, per_device, accumulation))
     hold_near(run, trainer, stage.kept.replay.share if stage.kept.replay is not None else 0.0)
     collated = masking.collate if masking else collate
     if stage.kept.kl is not None:
@@ -116,6 +107,23 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     if stream.ended and trainer.state.global_step < max_steps:
         ranks.say(_ended_early(trainer.state.global_step, max_steps))
     return facts
+
+
+def _trainer(run: StageRun, model: Any, arguments: TrainingArguments) -> _Trainer:
+    """Returns the trainer of a stage's objective, with its adapter on the model."""
+    stage = run.stage
+    assert isinstance(stage, Pretrain)
+    masked = stage.objective == "masked"
+    model = with_adapter(run, model)
+    if not masked:
+        model.config.use_cache = False  # a cache would let packed documents see each other
+        _require_isolation(model)
+    loss = partial(masked_loss, label_smoothing=arguments.label_smoothing_factor) if masked else None
+    with clear_refusal(stage, "Trainer"):
+        trainer = _Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
+    if not masked:
+        trainer.use_linear_loss()
+    return trainer
 
 
 def _collate_marked(

@@ -166,26 +166,9 @@ def tokens_of(
 
     def make(path: Path) -> dict[str, Any]:
         read, counts = Read(), {"untrained": 0, "long": 0, "tokens": 0, "kept": 0}
-        rows_to_tokens = tokenizer()
         clean = islice(tidy_rows(rows, source, read), at_most)
-
-        def blocks() -> Iterator[Columns]:
-            chunks = iter(lambda: [*islice(clean, BLOCK)], [])
-            tokenized: Any = ((chunk, rows_to_tokens.encode(chunk)) for chunk in chunks)
-            if isinstance(rows_to_tokens, RowTokenizer):
-                tokenized = encoded(rows_to_tokens, chunks)
-            for chunk, made in tokenized:
-                for number, word in made.refused:
-                    name = str(chunk[number].get("id", "without an id"))
-                    read.dirty.add([f"the chat template refuses it ({word})"], name)
-                counts["untrained"] += made.untrained
-                counts["long"] += made.long
-                counts["tokens"] += made.tokens
-                counts["kept"] += len(made)
-                if len(made):
-                    yield made.columns() if isinstance(made, TokenPairs) else columns_of(made)
-
-        write_columns(path, told(blocks(), source.title, len(rows) if isinstance(rows, Dataset) else None))
+        columns = _columns(clean, tokenizer(), read, counts)
+        write_columns(path, told(columns, source.title, len(rows) if isinstance(rows, Dataset) else None))
         refuse_dirt(source, read.dirty, read.rows, stage.max_dirty_share)
         left = read.rows - len(read.dirty)
         if not counts["kept"]:
@@ -199,6 +182,26 @@ def tokens_of(
     ranks.say(f"  {source.title}: {found['kept']:,} rows, {found['tokens']:,} tokens, {how}")
     found = {key: value for key, value in found.items() if key not in ("tokens", "kept")}
     return store, {**found, **removed, "format": opened.taken.format.name}
+
+
+def _columns(
+    rows: Iterator[dict[str, Any]], tokenizer: RowTokenizer | PairTokenizer, read: Read, counts: dict[str, int]
+) -> Iterator[Columns]:
+    """Yields the tokens of rows by block; counts into `read` and `counts` what was left out, cut and kept."""
+    chunks = iter(lambda: [*islice(rows, BLOCK)], [])
+    tokenized: Any = ((chunk, tokenizer.encode(chunk)) for chunk in chunks)
+    if isinstance(tokenizer, RowTokenizer):
+        tokenized = encoded(tokenizer, chunks)
+    for chunk, made in tokenized:
+        for number, word in made.refused:
+            name = str(chunk[number].get("id", "without an id"))
+            read.dirty.add([f"the chat template refuses it ({word})"], name)
+        counts["untrained"] += made.untrained
+        counts["long"] += made.long
+        counts["tokens"] += made.tokens
+        counts["kept"] += len(made)
+        if len(made):
+            yield made.columns() if isinstance(made, TokenPairs) else columns_of(made)
 
 
 def nothing_to_train(stage: Stage, source: Source, rows: int) -> DataError:

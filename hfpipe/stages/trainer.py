@@ -187,19 +187,9 @@ def train(
     checkpoint = _taken_up(run, trainer, loader)
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)
-    keep = run.stage.training.get("save_total_limit", 2)
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
-    minutes = run.stage.training.get("save_minutes")
-    checkpoints = CheckpointCallback(trainer, loader, run.hash, run.trajectory, keep, minutes)
-    trainer.remove_callback(PrinterCallback)  # LogCallback prints
-    guard_trackers(trainer)
     make_saveable(trainer.model)
-    watch = StopWhenNotFinite(trainer, loader, run.tokenizer, run.stage.name, run.folder)
-    for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks):
-        trainer.add_callback(callback)
-    run.cost.tokens_per_step, run.cost.flops_per_token = tokens_per_step, flops_per_token(trainer.model)
-    trainer.add_callback(run.cost)
-    trainer.add_callback(LogCallback(loader, run.folder / "log.jsonl", tokens_per_step))
+    checkpoints = _add_callbacks(run, trainer, loader, tokens_per_step)
     with signals.held():
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoints.stopped_at is not None:
@@ -222,6 +212,23 @@ def train(
         "last_loss": losses[-1] if losses else None,
         "data": loader.source.report(),
     }
+
+
+def _add_callbacks(
+    run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step: float | None
+) -> CheckpointCallback:
+    """Gives a trainer the callbacks of a stage, in the order in which they act, and returns the one that saves."""
+    words = run.stage.training
+    saving = words.get("save_total_limit", 2), words.get("save_minutes")
+    checkpoints = CheckpointCallback(trainer, loader, run.hash, run.trajectory, *saving)
+    trainer.remove_callback(PrinterCallback)  # LogCallback prints
+    guard_trackers(trainer)
+    watch = StopWhenNotFinite(trainer, loader, run.tokenizer, run.stage.name, run.folder)
+    run.cost.tokens_per_step, run.cost.flops_per_token = tokens_per_step, flops_per_token(trainer.model)
+    log = LogCallback(loader, run.folder / "log.jsonl", tokens_per_step)
+    for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks, run.cost, log):
+        trainer.add_callback(callback)
+    return checkpoints
 
 
 def _taken_up(run: StageRun, trainer: Trainer, loader: BatchLoader) -> Path | None:
