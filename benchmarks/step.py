@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from hfpipe.stages.causal_loss import WithLinearLoss
+from hfpipe.stages.causal_loss import WithFastLoss
 
 ROWS, LENGTH, WARM = 8, 256, 2
 SIZES: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ TRAINED = {"pretrain": 1.0, "sft": 0.6, "lora": 0.6}
 SAVES: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
 
 
-class Ours(WithLinearLoss, SFTTrainer):
+class Ours(WithFastLoss, SFTTrainer):
     """SFTTrainer with the loss that hfpipe gives it."""
 
 
@@ -115,7 +115,7 @@ def trained(trainer_class: Callable[..., Any], kind: str, size: str, steps: int)
             callbacks=[clock],
         )
         if isinstance(trainer, Ours):
-            trainer.use_linear_loss()
+            trainer.use_fast_loss()
         trainer.train()
     return clock.seconds / steps
 

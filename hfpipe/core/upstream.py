@@ -135,6 +135,11 @@ def layer_classes(model: Any) -> Collection[str]:
     return model._no_split_modules or ()
 
 
+def takes_flash_attention(model: Any) -> bool:
+    """Returns True if a model's layers hand position ids and masks on to flash kernels; no issue found."""
+    return bool(model._supports_flash_attn)
+
+
 def left_out_of_checkpoints(model: Any) -> Collection[str]:
     """Returns the names of tensors that `save_pretrained` works out again at a load; no issue found."""
     return model._keys_to_ignore_on_save or ()

@@ -27,7 +27,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
-from transformers.utils import is_torch_bf16_gpu_available
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError, UserError
@@ -113,15 +112,20 @@ def has_room(size: int, free: int) -> bool:
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 where the hardware computes in it, else float32."""
-    return torch.bfloat16 if device().type == "cuda" and is_torch_bf16_gpu_available() else torch.float32
+    """bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU.
+
+    T4 and V100 take bfloat16 and emulate it, several times slower than float16.
+    """
+    if device().type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def weights_dtype(options: Model, *, frozen: bool) -> torch.dtype:
-    """Precision of the weights: the recipe's, or bfloat16 on a GPU for weights that are not trained.
+    """Precision of the weights: the recipe's, or that of the GPU for weights that are not trained.
 
-    Weights that are trained stay in float32 (Trainer's autocast computes in bfloat16): updates of a small learning rate
-    vanish in bfloat16.
+    Weights that are trained stay in float32 (Trainer's autocast computes in half precision): updates of a small
+    learning rate vanish in bfloat16.
     """
     if options.dtype != "auto":
         return getattr(torch, options.dtype)

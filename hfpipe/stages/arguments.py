@@ -59,14 +59,15 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
     module, name = stage.ARGUMENTS
     cls = getattr(import_module(module), name)
     on_gpu = torch.cuda.is_available() and not ranks.on_cpu()
-    bf16 = on_gpu and compute_dtype() == torch.bfloat16
+    half = compute_dtype() if on_gpu else None
     training = {key: value for key, value in stage.training.items() if key in cls.__dataclass_fields__}
     defaults = {
         "logging_steps": max(1, min(10, max_steps // 10)),
         "report_to": "none",
         "use_cpu": ranks.on_cpu() or not (on_gpu or torch.backends.mps.is_available()),
-        "bf16": bf16 and not training.get("fp16", False),
-        "gradient_checkpointing": on_gpu,
+        "bf16": half == torch.bfloat16 and not training.get("fp16", False),
+        "fp16": half == torch.float16 and not training.get("bf16", False),
+        **({"tf32": True} if half == torch.bfloat16 else {}),  # for what autocast leaves in float32
         "save_strategy": "steps",
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(max(1, max_steps // 20), max_steps - 1),  # its first step changes nothing
@@ -83,8 +84,6 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         "hub_private_repo": True,  # of a Space of trackio
         "save_total_limit": None,  # CheckpointCallback removes the old ones, once the new one is whole
     }
-    if "activation_checkpointing" in training:
-        defaults.pop("gradient_checkpointing")
     if stage.early_stopping is not None:  # schedules that follow a score ask for it here
         decided["eval_strategy"] = "steps"
     with clear_refusal(stage, cls.__name__):

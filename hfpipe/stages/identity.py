@@ -44,6 +44,8 @@ OWN_DEFAULTS = {
     "average_tokens_across_devices": True,
     "per_device_train_batch_size": 8,
     "bf16": None,
+    "fp16": None,
+    "tf32": None,
     "warmup_steps": None,
     "max_length": None,
 }

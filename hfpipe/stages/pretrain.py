@@ -33,16 +33,24 @@ from hfpipe.recipe import Pretrain, Recipe
 from hfpipe.recipe.faults import listed
 from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.causal_loss import WithLinearLoss
+from hfpipe.stages.causal_loss import WithFastLoss
 from hfpipe.stages.nearness import hold_near, mark_own
 from hfpipe.stages.own_texts import LONGEST, own_texts, unended
-from hfpipe.stages.trainer import StageRun, divide_batch, row_length, train, trainer_arguments, with_adapter
+from hfpipe.stages.trainer import (
+    StageRun,
+    attend_to_packed_rows,
+    divide_batch,
+    row_length,
+    train,
+    trainer_arguments,
+    with_adapter,
+)
 
 DEFAULT_MAX_LENGTH = 1024
 MUCH_PADDING = 0.05  # of the tokens, from which a remedy is named
 
 
-class _Trainer(WithLinearLoss, Trainer):
+class _Trainer(WithFastLoss, Trainer):
     pass
 
 
@@ -114,6 +122,8 @@ def _trainer(run: StageRun, model: Any, arguments: TrainingArguments) -> _Traine
     stage = run.stage
     assert isinstance(stage, Pretrain)
     masked = stage.objective == "masked"
+    if not masked:
+        attend_to_packed_rows(run, model)
     model = with_adapter(run, model)
     if not masked:
         model.config.use_cache = False  # a cache would let packed documents see each other
@@ -122,7 +132,7 @@ def _trainer(run: StageRun, model: Any, arguments: TrainingArguments) -> _Traine
     with clear_refusal(stage, "Trainer"):
         trainer = _Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     if not masked:
-        trainer.use_linear_loss()
+        trainer.use_fast_loss()
     return trainer
 
 

@@ -19,13 +19,14 @@ from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft
 from hfpipe.stages.arguments import clear_refusal
-from hfpipe.stages.causal_loss import WithLinearLoss
+from hfpipe.stages.causal_loss import WithFastLoss
 from hfpipe.stages.nearness import hold_near, mark_own
 from hfpipe.stages.sft_rows import Marked, sft_length, sft_rows
 from hfpipe.stages.sft_stream import is_streamed, sft_stream
 from hfpipe.stages.trainer import (
     Plan,
     StageRun,
+    attend_to_packed_rows,
     plan_of,
     train,
     trained_weights_kept,
@@ -34,7 +35,7 @@ from hfpipe.stages.trainer import (
 )
 
 
-class _Trainer(WithLinearLoss, SFTTrainer):
+class _Trainer(WithFastLoss, SFTTrainer):
     pass
 
 
@@ -57,7 +58,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
             train_dataset=Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}]),  # not read
             processing_class=run.tokenizer,
         )
-    trainer.use_linear_loss()
+    trainer.use_fast_loss()
     hold_near(run, trainer, data.parents_own)
     collated = _collate_marked if stage.kept.kl is not None else collate
     multiple = arguments.pad_to_multiple_of or 1
@@ -110,7 +111,7 @@ def _tables(run: StageRun, model: Any, length: int | None) -> _Data:
 
 def _streamed(run: StageRun, model: Any, length: int | None) -> _Data:
     """Returns rows that are tokenized while the model trains."""
-    packed = bool(run.stage.training.get("packing")) and _keeps_apart(model)
+    packed = bool(run.stage.training.get("packing")) and _keeps_apart(run, model)
     plan = plan_of(run.stage, 0)
     stream = sft_stream(run, length, packed=packed)
     for line in stream.notes():
@@ -127,7 +128,7 @@ def _packed(run: StageRun, model: Any, lengths: np.ndarray, length: int | None) 
     Grouped by length, rows of one step are padded little, and as many examples make a step as the recipe says; that is
     safe on any model, and so what is done by itself.
     """
-    if not run.stage.training.get("packing") or not _keeps_apart(model):
+    if not run.stage.training.get("packing") or not _keeps_apart(run, model):
         return None
     room = length or int(lengths.max())
     packed = PackedRows(lengths, room, run.recipe.seed)
@@ -137,9 +138,10 @@ def _packed(run: StageRun, model: Any, lengths: np.ndarray, length: int | None) 
     return packed
 
 
-def _keeps_apart(model: Any) -> bool:
+def _keeps_apart(run: StageRun, model: Any) -> bool:
     """Says whether a model keeps the examples of a row apart."""
     model.config.use_cache = False  # a cache would let examples of one row see each other
+    attend_to_packed_rows(run, model)
     leak = isolation_leak(model)
     if leak > TOLERANCE.get(model.dtype, 0.25):
         ranks.say(

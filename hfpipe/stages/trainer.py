@@ -33,6 +33,7 @@ from hfpipe.model.adapter import (
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
 from hfpipe.model.tokenizer import train_rows
+from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, LogCallback, newest_whole
@@ -128,6 +129,12 @@ def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulati
     # Where a tracker takes a run of the same name for the same one, it has to be.
     name = run.stage.training.get("run_name", f"{run.recipe.name}-{run.stage.name}-{run.hash[:6]}")
     return stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, run_name=name, **batch, **more)
+
+
+def attend_to_packed_rows(run: StageRun, model: Any) -> None:
+    """Chooses the attention of a model for packed rows, where the recipe does not name one."""
+    if run.recipe.model.attn_implementation is None and use_varlen_attention(model):
+        ranks.say("  attention: torch's variable-length kernel, which takes the packed rows without a mask")
 
 
 def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:

@@ -187,12 +187,19 @@ def test_transformers_has_no_public_name_for_what_it_knows_of_a_model() -> None:
     model = llama(tie_word_embeddings=True)
     assert upstream.attention_of(model) in ("sdpa", "eager")
     assert set(upstream.layer_classes(model)) == {"LlamaDecoderLayer"}
+    assert upstream.takes_flash_attention(model)
     assert isinstance(list(upstream.left_out_of_checkpoints(model)), list)
     assert not hasattr(model.config, "attn_implementation")
-    for name in ("no_split_modules", "keys_to_ignore_on_save", "auto_class", "weight_conversions"):
+    for name in (
+        "no_split_modules",
+        "supports_flash_attn",
+        "keys_to_ignore_on_save",
+        "auto_class",
+        "weight_conversions",
+    ):
         assert not hasattr(PreTrainedModel, name)
         assert not hasattr(PreTrainedConfig, name)
-    for name in ("_no_split_modules", "_keys_to_ignore_on_save", "_auto_class"):
+    for name in ("_no_split_modules", "_supports_flash_attn", "_keys_to_ignore_on_save", "_auto_class"):
         assert hasattr(PreTrainedModel, name)
 
 

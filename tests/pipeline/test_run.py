@@ -73,7 +73,9 @@ def test_the_lines_that_say_how_to_use_a_model_work_as_they_are(
     assert main(["run", str(finished / "tiny.yaml")]) == 0
     told = capsys.readouterr().out.split("use it:\n")[1].split("\nnext:")[0]
     stages = finished / "run/stages"
-    codes = {"the terminal": "\n".join(line.removeprefix("  ") for line in told.splitlines())}
+    commands, code = told.split("  or in Python:\n")
+    assert all(f"hfpipe {command} {finished / 'run'}" in commands for command in ("chat", "generate", "export"))
+    codes = {"the terminal": "\n".join(line.removeprefix("  ") for line in code.splitlines())}
     for place in ("prose/model", "sounds/model", "sounds/merged"):
         card = (stages / place / "README.md").read_text()
         assert "More Information Needed" not in card

@@ -97,24 +97,34 @@ def isolation_leak(model: Any, length: int = 32) -> float:
         return float("inf")
     was_training = model.training
     model.eval()
+    batch = {key: value.to(model.device) for key, value in packed_sample(model, length).items()}
+    begins = [*(batch["position_ids"].flatten() == 0).nonzero().flatten().tolist(), 2 * length]
+    together = model(**batch).logits.flatten(0, 1).float().log_softmax(-1)  # (2 L, V)
+    leak = 0.0
+    for begin, end in pairwise(begins):
+        alone = model(input_ids=batch["input_ids"].flatten()[None, begin:end]).logits[0].float().log_softmax(-1)
+        leak = max(leak, float((together[begin:end] - alone).abs().max()))
+    model.train(was_training)
+    return leak
+
+
+def packed_sample(model: Any, length: int = 32) -> dict[str, torch.Tensor]:
+    """Returns a batch of two packed rows of two documents each, of random tokens, as a trainer gives it to a model.
+
+    Args:
+        model: A causal language model.
+        length: L, tokens of a row.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(0, vocabulary, (2 * length,), generator=torch.Generator().manual_seed(0)).numpy()
     starts = np.zeros(2 * length, dtype=bool)
-    begins = [0, length * 5 // 8, length, length * 5 // 4]
-    starts[begins] = True
+    starts[[0, length * 5 // 8, length, length * 5 // 4]] = True
     packed = pack(tokens, starts, length).rows
     rows = [
         {"input_ids": ids, "position_ids": positions, "labels": labels}
         for ids, positions, labels in zip(packed.input_ids, packed.position_ids, packed.labels, strict=True)
     ]
-    batch = {key: value.to(model.device) for key, value in collate(rows, 0).items() if key != "labels"}
-    together = model(**batch).logits.flatten(0, 1).float().log_softmax(-1)  # (2 L, V)
-    leak = 0.0
-    for begin, end in pairwise([*begins, 2 * length]):
-        alone = model(input_ids=batch["input_ids"].flatten()[None, begin:end]).logits[0].float().log_softmax(-1)
-        leak = max(leak, float((together[begin:end] - alone).abs().max()))
-    model.train(was_training)
-    return leak
+    return {key: value for key, value in collate(rows, 0).items() if key != "labels"}
 
 
 def _takes_position_ids(model: Any) -> bool:

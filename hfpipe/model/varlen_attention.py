@@ -1,0 +1,150 @@
+"""Attention over packed rows (B, L) by the variable-length flash kernel that comes with torch.
+
+With packed rows transformers' default, scaled dot product attention, takes a mask (B, 1, L, L): no flash kernel runs,
+and the products between documents are computed and thrown away. Its own flash attention keeps documents apart in a
+batch of one row only (`_is_packed_sequence` in transformers' modeling_flash_attention_utils.py). torch's kernel
+(`torch.nn.attention.varlen`) takes the ends of documents instead of a mask. It needs no package, and a GPU of compute
+capability 8.0 in half precision.
+
+The kernel is chosen where a model gives the same log-probabilities with it as without, and keeps documents apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+
+from hfpipe.core.upstream import attention_of, takes_flash_attention
+from hfpipe.data.stream.packing import isolation_leak, packed_sample
+from hfpipe.model.load import compute_dtype
+
+NAME = "varlen"
+TOLERANCE = 0.25  # nats, in half precision
+HALF = (torch.bfloat16, torch.float16)
+
+_ends: Any = WeakTensorKeyDictionary()  # of the position ids of a batch, which all layers share
+
+
+def use_varlen_attention(model: Any) -> bool:
+    """Lets a causal model compute attention by torch's variable-length kernel, if its device and its kind allow it.
+
+    Args:
+        model: The model, on its device, before an adapter is put on it.
+
+    Returns:
+        True if the model does so now; False if its attention is as before.
+    """
+    dtype = compute_dtype()
+    if dtype != torch.bfloat16 or attention_of(model) != "sdpa" or not takes_flash_attention(model):
+        return False
+    with torch.autocast(model.device.type, dtype):
+        return switch_attention(model)
+
+
+@torch.no_grad()
+def switch_attention(model: Any) -> bool:
+    """Switches a model over to `varlen_attention`, and back where that changes what it computes.
+
+    Args:
+        model: A causal model; called in the autocast that it will be trained in.
+
+    Returns:
+        True if it computes the same within `TOLERANCE`, and was switched.
+    """
+    was_training = model.training
+    model.eval()
+    batch = {key: value.to(model.device) for key, value in packed_sample(model).items()}
+    before = model(**batch, use_cache=False).logits.float().log_softmax(-1)
+    AttentionInterface.register(NAME, varlen_attention)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    try:
+        model.set_attn_implementation(NAME)
+        after = model(**batch, use_cache=False).logits.float().log_softmax(-1)
+        same = float((before - after).abs().max()) <= TOLERANCE and isolation_leak(model) <= TOLERANCE
+    except (RuntimeError, ValueError):  # of a kernel that does not take this head or this GPU
+        same = False
+    if not same:
+        model.set_attn_implementation("sdpa")
+    model.train(was_training)
+    return same
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Computes causal attention within documents; a function of transformers' `AttentionInterface`.
+
+    Args:
+        module: The attention layer.
+        query: (B, H, L, D).
+        key: (B, K, M, D), H being a multiple of K.
+        value: (B, K, M, D).
+        attention_mask: (B, M) False where a token is padding; None without padding.
+        scaling: Of the products.
+        dropout: Share of the weights that are dropped.
+        position_ids: (B, L) or (1, L), 0 where a document begins.
+        sliding_window: Tokens that a token sees, itself included; None for all before it.
+
+    Returns:
+        (B, L, H, D), and None for the weights.
+    """
+    rows, _heads, length, size = query.shape
+    whole = attention_mask is None and position_ids is not None and key.shape[2] == length > 1
+    lower = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
+    if not whole or dropout or lower not in HALF or value.shape[3] != size:
+        mask = _mask(query, key, attention_mask, position_ids if whole else None, sliding_window)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+    assert position_ids is not None
+    ends = _ends.get(position_ids)
+    if ends is None:
+        ends = _ends[position_ids] = _document_ends(position_ids, rows)
+    flat = [side.transpose(1, 2).flatten(0, 1).to(lower) for side in (query, key, value)]
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out = varlen_attn(
+        *flat, ends, ends, length, length, scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.view(rows, length, *out.shape[1:]), None
+
+
+def _document_ends(position_ids: torch.Tensor, rows: int) -> torch.Tensor:
+    """Returns the places (N + 1,) at which documents end among the tokens of all rows, 0 the first."""
+    begins = (position_ids == 0).expand(rows, -1).clone()
+    begins[:, 0] = True
+    places = begins.flatten().nonzero()[:, 0]
+    return torch.cat([places, places.new_tensor([begins.numel()])]).int()
+
+
+def _mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Returns where a query sees a key, (B, 1, L, M), for what the kernel does not compute."""
+    length, total = query.shape[2], key.shape[2]
+    at = torch.arange(total, device=query.device)
+    distance = at[total - length :, None] - at[None]  # (L, M)
+    seen = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+    seen = seen.expand(query.shape[0], 1, -1, -1)
+    if position_ids is not None:
+        document = (position_ids == 0).cumsum(1)
+        seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, :].bool() | (distance == 0)  # a row of none is NaN
+    return seen
