@@ -141,6 +141,8 @@ def _tell_memory(recipe: Recipe, fit: Fit, note: Note) -> None:
         note.look("memory", line, "to do: nothing, or `fit: auto`, which makes a stage smaller if memory runs out")
     else:
         note.fine("memory", line)
+    if fit.chosen:
+        note.fine("memory", f"{fit.stage.name}: {fit.chosen}")
     for change in fitted(recipe, fit)[1] if recipe.fit == "auto" else ():
         note.fine("fit", f"{fit.stage.name}: {change}")
 

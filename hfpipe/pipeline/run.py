@@ -119,9 +119,10 @@ def _made_to_fit(run: Run, fits: list[Fit]) -> Run:
     """
     if run.recipe.fit != "auto":
         require_memory(run.recipe, fits)
-        return run
     stages = []
     for fit in fits:
+        if fit.chosen:
+            ranks.say(f"{fit.stage.name}: {fit.chosen}")
         stage, told = fitted(run.recipe, fit)
         stages.append(stage)
         for line in told:

@@ -215,6 +215,8 @@ def _causal(setting: Setting) -> Any:
     ids = _ids(setting)
     if setting.has_linear_loss:
         return _linear({"input_ids": ids, "position_ids": ids, "labels": ids})
+    if setting.device == "cuda" and setting.plain_loss:
+        return _tiled(setting, {"input_ids": ids, "position_ids": ids})
     return lambda model: model(input_ids=ids, position_ids=ids, labels=ids, num_items_in_batch=1).loss
 
 
@@ -239,14 +241,17 @@ def _masked(setting: Setting) -> Any:
 
 
 def _sft(setting: Setting) -> Any:
-    """SFTTrainer's loss: hidden states through the tiled head, on a CPU of every position."""
     ids = _ids(setting)
-    if setting.has_linear_loss:
-        return _linear({"input_ids": ids, "attention_mask": ids, "labels": ids})
+    batch = {"input_ids": ids, "attention_mask": ids}
+    return _linear(batch | {"labels": ids}) if setting.has_linear_loss else _tiled(setting, batch)
+
+
+def _tiled(setting: Setting, batch: dict[str, torch.Tensor]) -> Any:
+    """The loss of TRL's fused head: hidden states in tiles, on a CPU of every position."""
 
     def step(model: Any) -> torch.Tensor:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        hidden = inner.base_model(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state[:, :-1]
+        hidden = inner.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
         head = inner.get_output_embeddings().weight
         return TiledHead.apply(hidden.reshape(-1, hidden.shape[-1]), head, setting.device, setting.autocast).sum()
 

@@ -25,6 +25,7 @@ LLAMA = AutoConfig.for_model(
 )
 LORA = {"type": "lora", "r": 8, "target_modules": "all-linear"}
 CAUSAL = Setting("causal", rows=4, tokens=64)
+WHOLE = replace(CAUSAL, device="cuda", plain_loss=False)  # of a loss that needs the logits
 SFT = Setting("sft", rows=4, tokens=64)
 
 
@@ -43,7 +44,7 @@ def test_a_full_training_holds_weights_gradients_and_two_moments() -> None:
 
 
 def test_activations_and_logits_grow_with_the_rows() -> None:
-    one, four = (predict(LLAMA, replace(CAUSAL, rows=rows, tokens=128, device="cuda")) for rows in (8, 32))
+    one, four = (predict(LLAMA, replace(WHOLE, rows=rows, tokens=128)) for rows in (8, 32))
     assert four.logits == 4 * one.logits > 0
     assert four.activations == pytest.approx(4 * one.activations, rel=0.05)
 
@@ -109,11 +110,11 @@ def test_on_a_cpu_logits_are_held_for_a_piece_of_the_tokens() -> None:
     assert few.logits == many.logits == 512 * LLAMA.vocab_size * 4
 
 
-def test_the_tiled_head_of_sft_keeps_no_logits_of_a_batch() -> None:
+def test_the_tiled_head_of_a_gpu_keeps_no_logits_of_a_batch() -> None:
     config = AutoConfig.for_model("llama", hidden_size=128, num_hidden_layers=2, vocab_size=50_000)
-    whole, tiled = (predict(config, replace(one, device="cuda", tokens=512)) for one in (CAUSAL, SFT))
+    whole, *tiled = (predict(config, replace(one, device="cuda", tokens=512)) for one in (WHOLE, CAUSAL, SFT))
     assert whole.logits > 2 * 4 * 512 * 50_000 * 4
-    assert tiled.logits < 4 * 511 * 50_000 * 4
+    assert all(one.logits < 4 * 511 * 50_000 * 4 for one in tiled)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_a_decoder_translates_as_a_chat_and_learns_the_assistants_turns(
 def test_one_of_two_answers_is_preferred(tmp_path: Path) -> None:
     changes = {"stages__numbers__training__max_steps": 150, "stages__german__training__learning_rate": 2e-3}
     found = scores(tmp_path, "preference-quickstart", **changes)
-    assert found["numbers", "german", "exact_match"] < 0.4  # in either language, as it comes
+    assert found["numbers", "german", "exact_match"] < 0.7  # in either language, as it comes
     assert found["german", "preferred", "preference_accuracy"] > 0.9
     gained = found["german", "preferred", "preference_margin"] - found["numbers", "preferred", "preference_margin"]
     assert gained > 0.5  # nats

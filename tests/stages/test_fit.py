@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from transformers import AutoConfig
 
 from hfpipe.cli import main
+from hfpipe.core.files import GIB
+from hfpipe.recipe import Pretrain
+from hfpipe.stages.fit import Fit, with_checkpointing
+from hfpipe.stages.memory import Setting, predict
 
 
 @pytest.fixture
@@ -54,6 +60,19 @@ def test_check_shows_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["check", str(tiny.write(tmp_path, content))]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("✓ memory     prose"))
     assert all(part in line for part in ("at the peak", "4 rows of 64 tokens", "weights", "optimizer", "framework"))
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(1, False), (64, True)])
+def test_a_gpu_recomputes_activations_only_where_they_do_not_fit(rows: int, chosen: bool) -> None:
+    config = AutoConfig.for_model("llama", hidden_size=512, num_hidden_layers=8, vocab_size=1000)
+    setting = Setting("causal", "cuda", rows=rows, tokens=512, autocast=torch.bfloat16)
+    stage = Pretrain(name="prose", data=[{"path": "x"}])
+    fit = with_checkpointing(Fit(stage, config, setting, predict(config, setting), "", 2 * GIB, "GPU"))
+    assert (fit.stage.training == {"activation_checkpointing": True}) is chosen is bool(fit.chosen)
+    assert fit.fits
+    if chosen:
+        assert re.search(r"activation checkpointing: without it \d+\.\d of 2\.0 GiB would be taken", fit.chosen)
+        assert fit.memory.total < predict(config, setting).total
 
 
 OUT_OF_MEMORY = """
