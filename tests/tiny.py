@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -120,6 +121,15 @@ def start(*arguments: str, launch: tuple[str, ...] = (), **environment: str) -> 
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
     )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Waits until a process that runs has made a file."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def scores(run: Path) -> dict:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.errors import MachineError
 from hfpipe.core.upstream import override
 from hfpipe.data.tokenize import IGNORED
-from hfpipe.model.adapter import TOLERANCE
+from hfpipe.model.head import Scale, backbone_of, head_of, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.load import load_model
 from hfpipe.stages.context import StageRun
 from hfpipe.stages.saving import is_sharded
 
-LOGITS = 2**24  # of a chunk, on each of both sides
 OWN = "parents_own"  # (B, L), True where a token is of the parent's own texts
-_PROBE = 16  # tokens on which the head is tried
+_INSTEAD = "Leave `kl` out: the parent's own texts are then replayed by their tokens."
 
 
 def hold_near(run: StageRun, trainer: Trainer, share: float) -> None:
@@ -69,7 +67,7 @@ class NearParent:
         self._trainer, self._parent, self._weight, self._share = trainer, parent, weight, share
         self._loss = trainer.compute_loss
         model = trainer.accelerator.unwrap_model(trainer.model)
-        _require_known_head(model)
+        require_known_head(model, "keep.kl", _INSTEAD)
         if parent is not None:
             parent.requires_grad_(False)
             parent.config.use_cache = False
@@ -90,7 +88,7 @@ class NearParent:
         inner = self._trainer.accelerator.unwrap_model(model)
         rows = wanted.any(dim=1)
         parents = self._parents(inner, inputs, rows) if rows.any() else None
-        with _hidden_of(inner) as seen:
+        with hidden_of(inner) as seen:
             found = self._loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = found if isinstance(found, tuple) else (found, None)
         loss = loss / (1 - self._share)
@@ -114,16 +112,16 @@ class NearParent:
         training = parent.training
         with off, self._trainer.accelerator.autocast():
             parent.eval()
-            hidden = _backbone(parent)(**words, use_cache=False)[0]
+            hidden = backbone_of(parent)(**words, use_cache=False)[0]
             parent.train(training)
         return hidden
 
     def _divergence(self, inner: Any, hidden: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         """Returns the sum over tokens of KL(parent || model), from hidden states (T, H) of both."""
-        head, parents_head = _head(inner), _head(inner if self._parent is None else self._parent)
+        head, parents_head = head_of(inner), head_of(inner if self._parent is None else self._parent)
         if isinstance(parents_head, AuxiliaryTrainingWrapper):
             parents_head = parents_head.original_module
-        scale = _Scale(inner.config)
+        scale = Scale(inner.config)
 
         def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
@@ -131,80 +129,8 @@ class NearParent:
             predicted = scale(head(ours)).float().log_softmax(-1)
             return (expected.exp() * (expected - predicted)).sum()
 
-        size = max(1, LOGITS // inner.config.get_text_config().vocab_size)
-        total = hidden.new_zeros((), dtype=torch.float32)
         with self._trainer.accelerator.autocast():
-            for begin in range(0, len(hidden), size):
-                pair = hidden[begin : begin + size], parents[begin : begin + size]
-                total = total + checkpoint(chunk, *pair, use_reentrant=False)
-        return total
-
-
-class _Scale:
-    """The factor and the soft cap that a model applies to the logits of its head.
-
-    Args:
-        config: Its config.
-    """
-
-    def __init__(self, config: Any) -> None:
-        text = config.get_text_config()
-        factors = [getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
-        self._factor = next((factor for factor in factors if factor is not None), 1.0)
-        divisor = getattr(text, "logits_scaling", None)
-        if divisor is not None:
-            self._factor = divisor if text.model_type == "hyperclovax" else 1 / divisor
-        self._cap = getattr(text, "final_logit_softcapping", None)
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits if self._factor == 1.0 else logits * self._factor
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _backbone(model: Any) -> Any:
-    return _base(model).base_model
-
-
-def _head(model: Any) -> Any:
-    return _base(model).get_output_embeddings()
-
-
-@contextmanager
-def _hidden_of(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Gives the last hidden states (B, L, H) of each forward pass of the block, as the head gets them."""
-    seen: list[torch.Tensor] = []
-    hook = _backbone(model).register_forward_hook(lambda module, given, output: seen.append(output[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-@torch.no_grad()
-def _require_known_head(model: Any) -> None:
-    """Refuses a model whose logits are not those of its head on its last hidden states, scaled as its config says.
-
-    Raises:
-        RecipeError: They are not.
-    """
-    training = model.training
-    model.eval()
-    ids = torch.arange(_PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with _hidden_of(model) as seen:
-        logits = model(input_ids=ids, use_cache=False).logits
-    found = _Scale(model.config)(_head(model)(seen[-1])).to(logits.dtype)
-    model.train(training)
-    difference = float((found.float().log_softmax(-1) - logits.float().log_softmax(-1)).abs().max())
-    if not difference <= TOLERANCE.get(model.dtype, 0.25):
-        raise RecipeError(
-            f"keep.kl: {type(_base(model)).__name__} computes its logits in a way that is not known here (they differ "
-            f"by {difference:.2g} nats from its head on its last hidden states). Leave `kl` out: the parent's own "
-            "texts are then replayed by their tokens."
-        )
+            return sum_in_chunks(chunk, hidden, parents, inner.config.get_text_config().vocab_size)
 
 
 class _DrawnToParent(TrainerCallback):

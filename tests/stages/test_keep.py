@@ -1,38 +1,44 @@
 """A stage keeps its parent by texts of the parent's own, by the divergence there, and by distance of weights."""
 
 import json
+import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hfpipe.cli import main
-from hfpipe.stages import nearness
+from hfpipe.model import head
 from hfpipe.stages.nearness import OWN, NearParent
 
 STAGES = ("prose", "more", "sounds")
 
 
-def recipe(folder: Path, **changes: Any) -> Path:
+# Plain steps downhill: AdamW makes steps of full size of gradients that are nothing but rounding, as those of a
+# divergence from the parent are where the model still is the parent.
+DOWNHILL = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+
+
+def recipe(folder: Path, data: Path | None = None, **changes: Any) -> Path:
     """Prose, more of it in full by all three words, and a LoRA of sounds; some texts of their own for both."""
-    tiny.write_data(folder)
-    content = tiny.recipe(folder, merge=False)
+    if data is None:
+        tiny.write_data(folder)
+    content = tiny.recipe(data or folder, merge=False, output_dir=str(folder / "run"))
     prose, sounds = content["stages"]
-    more = {**prose, "name": "more", "global_batch_size": 8}
-    more["keep"] = {"replay": {"share": "25%", "rows": 150}, "kl": {"weight": 2.0}, "l2": {"weight": 0.01}}
+    more = {**prose, "name": "more", "global_batch_size": 8, "training": {**prose["training"], **DOWNHILL}}
+    more["keep"] = {"replay": {"share": "25%", "rows": 150}, "kl": {"weight": 2.0}, "l2": {"weight": 0.1}}
     sounds["keep"] = {"replay": {"from": "self", "share": 0.3, "temperature": 0.9, "rows": "auto"}, "kl": {}}
+    sounds["training"] |= DOWNHILL
     content["stages"] = [prose, more, sounds]
     for stage in content["stages"]:
-        stage["training"] = {**stage["training"], **changes.get("training", {})}
         stage |= changes.get(stage["name"], {})
     return tiny.write(folder, content)
 
@@ -53,14 +59,16 @@ def texts(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def rms(difference: torch.Tensor) -> float:
+    return float(difference.double().square().mean().sqrt())
+
+
 def assert_same(one: Path, other: Path, tolerance: float) -> None:
-    """Compares weights by the root of their mean square difference: AdamW makes much of gradients of almost 0."""
     for stage in STAGES:
         first, second = weights(one, stage), weights(other, stage)
         assert first.keys() == second.keys()
         for name in first:
-            difference = (first[name] - second[name]).double().square().mean().sqrt()
-            assert difference <= tolerance, f"{stage}: {name}"
+            assert rms(first[name] - second[name]) <= tolerance, f"{stage}: {name}"
     assert all(texts(one, stage) == texts(other, stage) for stage in STAGES[1:])
 
 
@@ -102,21 +110,13 @@ def test_own_texts_of_fine_tuning_are_a_share_of_what_is_learned(tmp_path: Path)
     assert own["token_share"] > made["token_share"]
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 @pytest.mark.slow
 @pytest.mark.long
 def test_killed_while_texts_are_made_and_while_it_trains_it_is_the_same(finished: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path)
     for place in ("more/keep/texts.json", "more/checkpoint-2/manifest.json", "sounds/checkpoint-3/manifest.json"):
         process = tiny.start("run", str(path))
-        wait_for(tmp_path / "run/stages" / place, process)
+        tiny.wait_for(tmp_path / "run/stages" / place, process)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
     assert main(["run", str(path)]) == 0
@@ -125,20 +125,22 @@ def test_killed_while_texts_are_made_and_while_it_trains_it_is_the_same(finished
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_two_ranks_are_one_rank(finished: Path, tmp_path: Path) -> None:
+def test_two_ranks_and_another_division_of_the_batch_are_one_rank(finished: Path, tmp_path: Path) -> None:
+    for name in ("base", "prose"):  # the parent is the same to the last bit
+        shutil.copytree(finished / "run/stages" / name, tmp_path / "run/stages" / name)
+    path = recipe(tmp_path, data=finished)
+    content = yaml.safe_load(path.read_text())
+    for stage in content["stages"][1:]:
+        stage["training"]["per_device_train_batch_size"] = 1
     config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
     launch = ("accelerate.commands.launch", "--config_file", str(config))
-    process = tiny.start("run", str(recipe(tmp_path)), launch=launch)
+    process = tiny.start("run", str(tiny.write(tmp_path, content)), launch=launch)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert_same(finished, tmp_path, 5e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_division_of_a_global_batch_does_not_matter(finished: Path, tmp_path: Path) -> None:
-    assert main(["run", str(recipe(tmp_path, training={"per_device_train_batch_size": 1}))]) == 0
-    assert_same(finished, tmp_path, 5e-5)
+    assert "prose: done before" in output
+    assert_same(finished, tmp_path, 1e-6)
+    start, end = weights(finished, "prose"), weights(finished, "more")
+    assert all(rms(end[name] - start[name]) > 1e-4 for name in start), "each weight moved by far more than that"
 
 
 @pytest.mark.slow
@@ -181,9 +183,10 @@ class Loss:
         self.own = torch.zeros(4, 12, dtype=torch.bool)
         self.own[1] = self.own[3, 6:] = True
 
-    def given(self) -> torch.Tensor:
+    def given(self, rows: slice = slice(None)) -> torch.Tensor:
         inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), "labels": self.labels}
-        return self.near(self.model, {**inputs, OWN: self.own}, num_items_in_batch=torch.tensor(50))
+        batch = {name: values[rows] for name, values in {**inputs, OWN: self.own}.items()}
+        return self.near(self.model, batch, num_items_in_batch=torch.tensor(50))
 
     def plain(self) -> torch.Tensor:
         with torch.no_grad():
@@ -205,13 +208,25 @@ class Loss:
 def test_the_divergence_in_chunks_is_that_of_whole_logits(
     adapter: bool, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nearness, "LOGITS", logits)
+    monkeypatch.setattr(head, "LOGITS", logits)
     loss = Loss(adapter)
     torch.testing.assert_close(loss.given(), loss.plain(), atol=1e-5, rtol=1e-5)
     found, expected = loss.gradients(loss.given()), loss.gradients(loss.plain())
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_loss_of_micro_batches_is_that_of_the_whole(adapter: bool) -> None:
+    """Rows alone: some have no token of the parent's own, and one nothing else."""
+    loss = Loss(adapter)
+    whole = loss.given()
+    expected = loss.gradients(whole)
+    parts = [loss.given(slice(row, row + 1)) for row in range(4)]
+    torch.testing.assert_close(sum(parts), whole, atol=1e-6, rtol=1e-6)
+    for one, other in zip(loss.gradients(sum(parts)), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
