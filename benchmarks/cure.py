@@ -2,8 +2,8 @@
 
     python benchmarks/cure.py --model DIR --learn FILE [--beside FILE] [--seeds 5] [--cures none self ...] [--out FILE]
 
-The model is trained on the text of FILE by `hfpipe run`, once for each cure and seed. Measured by plain transformers,
-in nats per token on rows of LENGTH tokens, before and after:
+The model is trained on the text of FILE by `hfpipe run`, once for each cure and seed; seconds are of the processor.
+Measured by plain transformers, in nats per token on rows of LENGTH tokens, before and after:
 
 - kept: texts that the model made of itself before, by other means than the cure (another seed, sampled here);
 - learned: the end of FILE, which is not trained on;
@@ -20,14 +20,15 @@ stands there already is not trained again.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from peft import AutoPeftModelForCausalLM
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-LENGTH, ROWS, STEPS, RATE = 128, 16, 300, 2e-3
+from hfpipe.cli import main
+
+LENGTH, ROWS, RATE = 128, 16, 2e-3
 PIECE = 3000  # characters of a document that a plain text is cut into
 HELD = 0.1  # of the text
 SAMPLED = 400  # texts of the model itself that are kept apart
@@ -105,10 +108,10 @@ def nats(model: Any, rows: torch.Tensor) -> float:
     return total / rows[:, 1:].numel()
 
 
-def trained(model: Path, text: Path, cure: str, seed: int, folder: Path) -> tuple[Path, float]:
-    """Runs a recipe with a cure; returns the model and the seconds that it took."""
+def trained(model: Path, text: Path, cure: str, seed: int, steps: int, folder: Path) -> tuple[Path, float]:
+    """Runs a recipe with a cure; returns the model and the seconds of processor time that it took."""
     words = dict(CURES[cure])
-    training = {"max_steps": STEPS, "learning_rate": words.pop("rate", RATE), "max_length": LENGTH}
+    training = {"max_steps": steps, "learning_rate": words.pop("rate", RATE), "max_length": LENGTH}
     stage = {
         "name": "learn",
         "kind": "pretrain",
@@ -120,9 +123,12 @@ def trained(model: Path, text: Path, cure: str, seed: int, folder: Path) -> tupl
     recipe = {"name": "cure", "seed": seed, "output_dir": str(folder / "run"), "model": {"id": str(model)}}
     path = folder / "cure.yaml"
     path.write_text(yaml.safe_dump({**recipe, "shift": False, "energy": False, "stages": [stage]}))
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "hfpipe", "run", str(path)], check=True, stdout=subprocess.DEVNULL)
-    return folder / "run/stages/learn/model", time.perf_counter() - begin
+    begin, told = time.process_time(), io.StringIO()
+    with redirect_stdout(told):
+        code = main(["run", str(path)])
+    if code:
+        sys.exit(f"{told.getvalue()}\n{cure}, seed {seed}: hfpipe ended with {code}")
+    return folder / "run/stages/learn/model", time.process_time() - begin
 
 
 def loaded(path: Path) -> Any:
@@ -162,7 +168,7 @@ def table(found: list[dict[str, Any]]) -> str:
     """The table of the results, a line a cure."""
     sets = [name for name in ("kept", "learned", "beside") if name in found[0]]
     base = next(row for row in found if row["cure"] == "base")
-    heads = ["", *sets, "forgetting taken away", "beyond noise", "gain given up", "beyond noise", "seconds"]
+    heads = ["", *sets, "forgetting taken away", "beyond noise", "gain given up", "beyond noise", "CPU s"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     lines.append(f"| base | {' | '.join(f'{base[name]:.3f}' for name in sets)} | | | | | |")
     none = {row["seed"]: row for row in found if row["cure"] == "none"}
@@ -182,15 +188,8 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--learn", type=Path, required=True)
-    parser.add_argument("--beside", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cures", nargs="*", default=list(CURES), choices=list(CURES))
-    parser.add_argument("--out", type=Path, default=Path("cure.jsonl"))
-    given = parser.parse_args()
+def compare(given: argparse.Namespace) -> None:
+    """Trains and measures what is not known yet, and prints the table."""
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     documents = texts_of(given.learn)
@@ -201,28 +200,35 @@ def main() -> None:
     known = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
     if not known:
         known.append({"cure": "base", **{name: nats(base, rows) for name, rows in sets.items()}})
-    for seed in range(given.seeds):
-        for cure in given.cures:
-            if any((row["cure"], row.get("seed")) == (cure, seed) for row in known):
-                continue
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                text = folder / "learn.jsonl"
-                rows = documents[: -len(held)]
-                random.Random(0).shuffle(rows)
-                text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-                path, seconds = trained(given.model, text, cure, seed, folder)
-                model = loaded(path)
-            scores = {name: nats(model, rows) for name, rows in sets.items()}
-            known.append({"cure": cure, "seed": seed, **scores, "seconds": seconds})
-            if cure in HALFWAY:
-                mean = halfway(model, base)
-                known.append({"cure": HALFWAY[cure], "seed": seed, **{name: nats(mean, r) for name, r in sets.items()}})
-            given.out.write_text("".join(json.dumps(row) + "\n" for row in known))
-            print(json.dumps(known[-1]), flush=True)
+    done = {(row["cure"], row.get("seed")) for row in known}
+    wanted = [(seed, cure) for seed in range(given.seeds) for cure in given.cures if (cure, seed) not in done]
+    for seed, cure in wanted:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            text = folder / "learn.jsonl"
+            rows = documents[: -len(held)]
+            random.Random(0).shuffle(rows)
+            text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+            path, seconds = trained(given.model, text, cure, seed, given.steps, folder)
+            model = loaded(path)
+        scores = {name: nats(model, rows) for name, rows in sets.items()}
+        known.append({"cure": cure, "seed": seed, **scores, "seconds": seconds})
+        if cure in HALFWAY:
+            mean = halfway(model, base)
+            known.append({"cure": HALFWAY[cure], "seed": seed, **{key: nats(mean, one) for key, one in sets.items()}})
+        given.out.write_text("".join(json.dumps(row) + "\n" for row in known))
+        print(json.dumps(known[-1]), flush=True)
     print({name: len(rows) for name, rows in sets.items()}, "rows of", LENGTH)
     print(table(known))
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--learn", type=Path, required=True)
+    parser.add_argument("--beside", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--cures", nargs="*", default=list(CURES), choices=list(CURES))
+    parser.add_argument("--out", type=Path, default=Path("cure.jsonl"))
+    compare(parser.parse_args())
