@@ -395,6 +395,7 @@ def test_nothing_is_trained_on_what_a_suite_holds(tmp_path: Path, trained: str, 
     message = faults_of(tmp_path, text)
     assert "recipe.yaml:6: evaluate.general.data: " in message
     assert "stages.a.data.0" in message
+    assert load_recipe(write(tmp_path, text + "overlap: report\n"))
 
 
 def test_checking_a_recipe_imports_no_heavy_library(tmp_path: Path) -> None:

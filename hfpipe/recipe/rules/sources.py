@@ -152,15 +152,20 @@ TRAIN, TEST = "train", "test"  # the split of a source that names none: of a sta
 
 
 def check_overlap(data: dict[str, Any]) -> Iterator[Fault]:
-    """Yields the suites that share rows with what a stage is trained on."""
+    """Yields the suites that share rows with what a stage is trained on, unless the recipe lets them.
+
+    With `overlap: report` the rows are still looked for before training, and the report tells of them.
+    """
+    if data.get("overlap") == "report":
+        return
     sources = [source for stage in stages(data) for source in stage.sources]
     trained = [source for source in sources if source.data.get("decontaminate") is not True]  # looked at row by row
     for suite in suites(data):
         shared = next((source for source in trained if _share_rows(source.data, suite.source.data)), None)
         if shared is not None:
             where = dotted(shared.steps, data)
-            text = f"has rows of {where}, and nothing is trained on what a suite holds. Take another split, or `skip:`."
-            yield Fault(suite.source.steps, text)
+            text = f"has rows of {where}, and nothing is trained on what a suite holds. Take another split, or `skip:`,"
+            yield Fault(suite.source.steps, f"{text} or write `overlap: report` to go on and have it in the report.")
 
 
 def _share_rows(trained: dict[Any, Any], held_out: dict[Any, Any]) -> bool:
