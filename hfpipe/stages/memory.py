@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,7 +194,8 @@ def _model(config: Any, setting: Setting) -> Any:
     task = {"sft": "causal", "preference": "causal", "translation": "seq2seq"}.get(setting.kind, setting.kind)
     options = {"attn_implementation": setting.attention} if setting.attention in ("eager", "sdpa") else {}
     with torch.device("meta"):
-        model = AUTO_CLASSES[task].from_config(config, dtype=setting.dtype, **options)
+        # A copy: embeddings that grow write their size into it.
+        model = AUTO_CLASSES[task].from_config(copy.deepcopy(config), dtype=setting.dtype, **options)
         make_room(model, setting.vocabulary)
         if setting.bits:
             quantize(model, setting.bits, setting.compute, keep=("score", "classifier"))

@@ -43,6 +43,12 @@ def test_a_full_training_holds_weights_gradients_and_two_moments() -> None:
     assert found.optimizer == 2 * weights_of()
 
 
+def test_embeddings_that_grow_are_predicted_too() -> None:
+    grown = predict(LLAMA, replace(CAUSAL, rows=1, tokens=8, vocabulary=1100))
+    rows = 2 * 100 * 128 * 4  # of the embeddings and of the head
+    assert grown.weights == pytest.approx(weights_of() + rows, rel=0.01)
+
+
 def test_activations_and_logits_grow_with_the_rows() -> None:
     one, four = (predict(LLAMA, replace(WHOLE, rows=rows, tokens=128)) for rows in (8, 32))
     assert four.logits == 4 * one.logits > 0
