@@ -34,6 +34,11 @@ def _stage(folder: Path, data: Path, kind: str, **training: object) -> Path:
     [
         ({"gradient_accumulation_steps": 0}, 2, "found 0; allowed is a whole number from 1"),
         ({"per_device_train_batch_size": -1}, 2, "found -1; allowed is a whole number from 1"),
+        ({"max_length": -4}, 2, "found -4; allowed is a whole number from 1"),
+        ({"max_steps": 0}, 2, "found 0; allowed is a whole number from 1, or -1 for epochs"),
+        ({"max_steps": -1, "num_train_epochs": -1}, 2, "found -1; allowed is a number above 0"),
+        ({"weight_decay": float("nan")}, 2, "found nan, which nothing can be set to"),
+        ({"adam_epsilon": float("inf")}, 2, "found inf, which nothing can be set to"),
         ({"save_only_model": True}, 2, "continued exactly"),
         ({"truncation_mode": "keep_end"}, 2, "cut at their end"),
         ({"train_sampling_strategy": "group_by_length"}, 2, "shuffled by the recipe's `seed`"),

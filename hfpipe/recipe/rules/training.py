@@ -43,7 +43,8 @@ _ONLY = {
     "packing_strategy": ("bfd", "whole examples share a row, best fit first, and none is cut that fits."),
     "train_sampling_strategy": ("random", "rows are shuffled by the recipe's `seed`, and grouped by length."),
 }
-_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_target_length")
+_MOST_NOISE = 1000  # neftune_noise_alpha; NEFTune's authors take 5 to 15, and 1e39 is no float32
 _FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -56,12 +57,14 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
             yield Fault(place, f"hfpipe decides this itself. {_DECIDED[key]}")
         if key in _ONLY and value not in (None, _ONLY[key][0]):
             yield Fault(place, f"cannot be {value!r}: {_ONLY[key][1]} Leave it out.")
-        if key == "neftune_noise_alpha" and isinstance(value, int | float) and value <= 0:
-            yield Fault(place, f"found {value}; allowed is a number above 0, or leave it out for no noise.")
+        if key == "neftune_noise_alpha" and isinstance(value, int | float) and not 0 < value <= _MOST_NOISE:
+            text = f"found {value}; allowed is a number above 0 and up to {_MOST_NOISE}, or leave it out for no noise."
+            yield Fault(place, text)
         if key == "save_minutes" and isinstance(value, int | float) and value <= 0:
             yield Fault(place, f"found {value}; allowed is a number of minutes above 0.")
         if key in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
             yield Fault(place, f"found {value}; allowed is a whole number from 1.")
+    yield from _check_length(training)
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
@@ -78,6 +81,17 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
         yield Fault((*training.steps, "label_smoothing_factor"), text)
     yield from check_training_effect(stage)
     yield from _check_scores(training, "early_stopping" in stage.data)
+
+
+def _check_length(training: Block) -> Iterator[Fault]:
+    """Yields a length of the training that is none."""
+    steps, epochs = (training.data.get(key) for key in ("max_steps", "num_train_epochs"))
+    if isinstance(steps, int) and steps < 1 and steps != -1:
+        yield Fault(
+            (*training.steps, "max_steps"), f"found {steps}; allowed is a whole number from 1, or -1 for epochs."
+        )
+    if isinstance(epochs, int | float) and epochs <= 0 and steps in (None, -1):
+        yield Fault((*training.steps, "num_train_epochs"), f"found {epochs}; allowed is a number above 0.")
 
 
 def _check_losses(stage: RawStage, training: Block) -> Iterator[Fault]:

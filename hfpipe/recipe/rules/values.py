@@ -1,7 +1,8 @@
-"""Rules of any value, wherever it stands: what no file name and no text of a run can be."""
+"""Rules of any value, wherever it stands: what no file name, no text and no number of a run can be."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,9 @@ from hfpipe.recipe.faults import Fault, Steps
 
 
 def check_values(value: Any, steps: Steps = ()) -> Iterator[Fault]:
-    """Yields texts and keys with a zero byte or half a character."""
+    """Yields texts and keys with a zero byte or half a character, and numbers that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield Fault(steps, f"found {value}, which nothing can be set to. Write a finite number, or leave it out.")
     if isinstance(value, str):
         if "\0" in value:
             yield Fault(steps, "holds a zero byte, which no text and no file name has. Remove it.")
