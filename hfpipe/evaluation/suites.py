@@ -88,6 +88,12 @@ def _require_metrics_for(suite: Suite, row: dict[str, Any]) -> None:
                 f"the suite on {suite.data.path}: {name} scores {_SCORED[rows or need]}, and its rows hold {holds}. "
                 f"Take {fitting}, or name other columns."
             )
+    needed = {needs_of(metric) for metric in suite_metrics(suite).values()}
+    if suite.generation and not needed & {"generation", "swap"}:
+        raise RecipeError(
+            f"the suite on {suite.data.path}: `generation` has no effect, since none of its metrics "
+            f"({', '.join(suite.metrics)}) looks at a generated answer. Leave it out, or add one, such as exact_match."
+        )
 
 
 _SCORED = {

@@ -11,6 +11,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
 from hfpipe.evaluation.answers import can_score
+from hfpipe.evaluation.generation_settings import require_generation
 from hfpipe.evaluation.suites import Scored, compare_rows, score_suite, suite_metrics, suite_rows
 from hfpipe.model.load import ModelRef, load_model, task_of
 from hfpipe.model.tokenizer import require_room
@@ -117,7 +118,10 @@ def _evaluate(ref: ModelRef, name: str, label: str, suites: Suites, rows: Rows) 
         raise RecipeError(f"no suite asks what {name} can answer: it is a {task_of(ref)} model.")
     tokenizer = tokenizer_named(ref)
     model = load_model(replace(ref, vocabulary=len(tokenizer)))
-    require_room(tokenizer, model.get_input_embeddings().num_embeddings, ref.path)
+    size = model.get_input_embeddings().num_embeddings
+    require_room(tokenizer, size, ref.path)
+    for suite, block in suites.evaluate.items():
+        require_generation(block, suite, size, tokenizer, reads_pairs="source" in rows[suite][0])
     found = {}
     for suite, block in suites.evaluate.items():
         if answered[suite]:

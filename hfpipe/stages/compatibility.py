@@ -23,6 +23,7 @@ from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
 from hfpipe.evaluation.answers import asked_of, tells_apart
 from hfpipe.evaluation.generation import require_window
+from hfpipe.evaluation.generation_settings import require_generation
 from hfpipe.evaluation.metrics.rows import RowMetric
 from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of
@@ -76,6 +77,9 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
     for name, rows in suites.items():
         _require_answerable(recipe, name, rows, task, heads)
         _require_metrics(recipe.evaluate[name], name, rows, heads)
+        reads_pairs, rows_of_ids = "source" in rows[0], model.get_input_embeddings().num_embeddings
+        vocabulary = max(rows_of_ids, len(tokenizer))
+        require_generation(recipe.evaluate[name], name, vocabulary, tokenizer, reads_pairs=reads_pairs)
         if task == "causal" and recipe.evaluate[name].generation:
             require_window(recipe.evaluate[name], model)
         if "source" in rows[0]:

@@ -169,3 +169,37 @@ def test_special_tokens_of_an_answer_count_on_both_sides(tmp_path: Path) -> None
     found = plain.records(tmp_path, model, rows, {"metrics": ["exact_match"]})
     assert [record["values"]["exact_match"] for record in found] == [1, 0]
     assert {record["generation"]["prediction"] for record in found} == {rows[0]["completion"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"num_beams": 0}, "num_beams: found 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens: found -3"),
+        ({"max_new_tokens": 4, "repetition_penalty": 0}, "repetition_penalty: found 0"),
+        ({"max_new_tokens": 4, "do_sample": True, "temperature": 1e-300}, "temperature: found 1e-300"),
+        ({"max_new_tokens": 4, "watermarking_config": {"bias": "x"}}, "watermarking_config: found {'bias': 'x'}"),
+        ({"eos_token_id": [2, 99999]}, "eos_token_id: found 99999; allowed are ids of tokens, 0 to"),
+        ({"max_length": 1}, "max_length: found 1; it counts the prompt's tokens too"),
+    ],
+)
+def test_a_word_of_generation_that_cannot_be_is_named_before_anything_is_asked(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: dict[str, Any], told: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "The cat said", "completion": " mew"}) + "\n")
+    suite = {"data": {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "split": "train"}}
+    suite |= {"metrics": ["exact_match"], "generation": words}
+    (tmp_path / "suites.yaml").write_text(json.dumps({"evaluate": {"asked": suite}}))
+    assert main(["evaluate", str(model), str(tmp_path / "suites.yaml")]) == 2
+    assert f"evaluate.asked.generation.{told}" in capsys.readouterr().err
+
+
+def test_generation_without_a_metric_that_looks_at_it_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "The cat said", "completion": " mew"}) + "\n")
+    suite = {"data": {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "split": "train"}}
+    suite |= {"metrics": ["bits_per_byte"], "generation": {"max_new_tokens": 4}}
+    (tmp_path / "suites.yaml").write_text(json.dumps({"evaluate": {"asked": suite}}))
+    assert main(["evaluate", str(model), str(tmp_path / "suites.yaml")]) == 2
+    assert "`generation` has no effect" in capsys.readouterr().err
