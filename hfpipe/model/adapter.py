@@ -67,7 +67,7 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
         _require_read(adapted)
         PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
         return _with_head_bias(adapted)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, re.error) as error:
         linear = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if type(one) in _LINEAR})
         unknown = re.search(r"(Target modules|`target_modules`).*(not found|no module)", str(error))
         has = f" Its linear layers are named {', '.join(linear)}; `all-linear` is all but the head." if unknown else ""
@@ -133,7 +133,7 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> Non
                 model = AUTO_CLASSES[stage.task].from_config(copy.deepcopy(config), trust_remote_code=trust)
                 add_adapter(model, train_rows(model, block, added), recipe.seed)
         except RecipeError as error:
-            if error.__cause__ is None or isinstance(error.__cause__, ValueError):
+            if error.__cause__ is None or isinstance(error.__cause__, ValueError | re.error):
                 raise RecipeError(f"stages.{stage.name}: {error}") from error
         except Exception:  # shapes alone do not tell
             continue

@@ -139,6 +139,7 @@ CASES: dict[str, tuple[Fault, int]] = {
     "a template that raises": (both(rows("c.jsonl", *[CHAT] * 9), chat_template(TEMPLATE)), 5),
     "a suite's own rows in the training": (both(rows("a.jsonl", *MANY), suite_of(*MANY[:20])), 5),
     "generation beyond the model": (suite(generation={"max_new_tokens": 4000}), 2),
+    "modules that are no pattern": (stage(lora={"r": 4, "target_modules": "(q_proj"}), 2),
     "a damaged run folder": (files(lambda: (Path("run").mkdir(), Path("run/scorecard.json").write_text("3"))), 5),
 }
 
