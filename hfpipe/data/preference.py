@@ -93,7 +93,8 @@ class PairTokenizer:
                 refused.append((number, f"{type(error).__name__}: {error}"))
         if refused and not made:
             raise DataError(
-                f"the chat template takes none of {len(refused)} conversations; of the first it says: {refused[0][1].rstrip('.')}. "
+                f"the chat template takes none of {len(refused)} conversations; of the first it says: "
+                f"{refused[0][1].rstrip('.')}. "
                 "Look at the roles and the order of the turns, or give another template."
             )
         if not made:

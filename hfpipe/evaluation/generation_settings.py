@@ -16,7 +16,7 @@ from hfpipe.recipe import Suite
 
 _IDS = ("suppress_tokens", "begin_suppress_tokens")  # and all words that end in token_id
 TOKENS = 2  # of an answer of the toy
-SMALL = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+SMALL: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 
 def require_generation(suite: Suite, name: str, vocabulary: int, tokenizer: Any, *, reads_pairs: bool = False) -> None:

@@ -113,11 +113,10 @@ def varlen_attention(
     ends = _ends.get(position_ids)
     if ends is None:
         ends = _ends[position_ids] = _document_ends(position_ids, rows)
-    flat = [side.transpose(1, 2).flatten(0, 1).to(lower) for side in (query, key, value)]
+    q, k, v = (side.transpose(1, 2).flatten(0, 1).to(lower) for side in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    out = varlen_attn(
-        *flat, ends, ends, length, length, scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    grouped = query.shape[1] != key.shape[1]
+    out: Any = varlen_attn(q, k, v, ends, ends, length, length, scale=scaling, window_size=window, enable_gqa=grouped)
     return out.view(rows, length, *out.shape[1:]), None
 
 
