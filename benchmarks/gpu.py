@@ -1,4 +1,4 @@
-"""What a GPU makes of hfpipe: a bare PyTorch loop, stock TRL and hfpipe side by side, in one call of under ten minutes.
+"""Measures hfpipe on a GPU: a bare PyTorch loop, stock TRL and hfpipe side by side, in one call of under ten minutes.
 
     python benchmarks/gpu.py [--only 135M 1B 8B] [--ways full lora qlora] [--steps 10] [--json gpu.json]
 

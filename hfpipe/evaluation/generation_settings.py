@@ -82,7 +82,7 @@ def _toy(vocabulary: int, reads_pairs: bool) -> Any:
 
 @torch.no_grad()
 def _refusal(toy: Any, tokenizer: Any, given: dict[str, Any], rows: int) -> Exception | None:
-    """What `generate` raises over these words; None where it answers."""
+    """Returns the error that `generate` raises over these words; None where it answers."""
     words = {
         key: value for key, value in given.items() if key not in ("max_length", "max_new_tokens", "min_new_tokens")
     }

@@ -107,5 +107,5 @@ def test_a_kernel_that_computes_something_else_or_fails_is_not_used(monkeypatch:
 
 def test_without_a_gpu_attention_stays_as_it_is() -> None:
     model = llama()
-    assert not use_varlen_attention(model, in_half())
+    assert not use_varlen_attention(model)
     assert attention_of(model) == "sdpa"
