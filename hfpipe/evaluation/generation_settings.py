@@ -73,7 +73,6 @@ def _toy(vocabulary: int, reads_pairs: bool) -> Any:
     """A model with one small layer and random weights."""
     if reads_pairs:
         config = T5Config(vocab_size=vocabulary, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-        config.decoder_start_token_id = 0
         return T5ForConditionalGeneration(config).eval()
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, tie_word_embeddings=True, **SMALL)
@@ -83,18 +82,12 @@ def _toy(vocabulary: int, reads_pairs: bool) -> Any:
 @torch.no_grad()
 def _refusal(toy: Any, tokenizer: Any, given: dict[str, Any], rows: int) -> Exception | None:
     """Returns the error that `generate` raises over these words; None where it answers."""
-    words = {
-        key: value for key, value in given.items() if key not in ("max_length", "max_new_tokens", "min_new_tokens")
-    }
-    new = given.get("max_new_tokens")
-    if new is not None and new < 1:
-        words["max_new_tokens"] = new
-    else:
-        words["max_new_tokens"] = TOKENS
+    words = {key: value for key, value in given.items() if key not in ("max_length", "min_new_tokens")}
+    words["max_new_tokens"] = min(given.get("max_new_tokens", TOKENS), TOKENS)
     if "stop_strings" in words:
         words["tokenizer"] = tokenizer
     ids = torch.tensor([[1, 2, 3]] * rows) % toy.config.vocab_size
-    toy.generation_config = GenerationConfig()
+    toy.generation_config = GenerationConfig(decoder_start_token_id=0)
     settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None, **words}
     try:
         toy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)

@@ -10,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hfpipe.cli import main
+from hfpipe.core.errors import RecipeError
+from hfpipe.evaluation.generation_settings import require_generation
 from hfpipe.model.create import train_tokenizer
+from hfpipe.recipe import Suite
 
 PROMPTS = ["The cat said", "The owl by the river said", "Question: The hen"]
 MARKS = ["<|im_start|>", "<|im_end|>", "<sep>"]
@@ -203,3 +206,14 @@ def test_generation_without_a_metric_that_looks_at_it_is_refused(
     (tmp_path / "suites.yaml").write_text(json.dumps({"evaluate": {"asked": suite}}))
     assert main(["evaluate", str(model), str(tmp_path / "suites.yaml")]) == 2
     assert "`generation` has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reads_pairs", [False, True])
+def test_words_are_tried_on_a_model_of_the_same_kind(reads_pairs: bool) -> None:
+    tokenizer = train_tokenizer(["the cat said mew"] * 50, 300, 64)
+    data = {"path": "json", "data_files": "rows.jsonl"}
+    suite = Suite(data=data, metrics=["exact_match"], generation={"num_beams": 2, "max_new_tokens": 5})
+    require_generation(suite, "asked", 300, tokenizer, reads_pairs=reads_pairs)
+    suite.generation["num_return_sequences"] = 3
+    with pytest.raises(RecipeError, match="num_return_sequences: found 3"):
+        require_generation(suite, "asked", 300, tokenizer, reads_pairs=reads_pairs)
