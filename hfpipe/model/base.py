@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash, has_file
@@ -31,6 +33,7 @@ from hfpipe.model.load import (
     config_of,
     load_tokenizer,
     pickles_only,
+    require_token_ids,
     task_of,
     task_of_type,
 )
@@ -247,4 +250,9 @@ def shapes_of(ref: ModelRef) -> Any:
     """The model of a `ModelRef` without its weights: on torch's meta device, where nothing takes memory."""
     config = config_of(ref)
     with clear_errors("model", ref.path), torch.device("meta"):
-        return AUTO_CLASSES[task_of(ref)].from_config(config, trust_remote_code=ref.options.trust_remote_code)
+        model = AUTO_CLASSES[task_of(ref)].from_config(config, trust_remote_code=ref.options.trust_remote_code)
+    if model.can_generate():
+        with suppress(OSError):  # many models have no such file
+            model.generation_config = GenerationConfig.from_pretrained(ref.path, revision=ref.revision or "main")
+        require_token_ids(model, ref.path)
+    return model

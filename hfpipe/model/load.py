@@ -274,6 +274,11 @@ def load_tokenizer(
                 "name another folder or Hub id: `model: {tokenizer: {id: ...}}`."
             ) from error
         raise
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise RecipeError(
+            f"tokenizer {path!r}: its tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}, "
+            "which is no number of tokens. Mend it there."
+        )
     give_words(tokenizer, words or {})
     closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]
     if not tokenizer.is_fast and task != "seq2seq":
@@ -387,12 +392,28 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    require_token_ids(model, ref.path)
     make_room(model, ref.vocabulary)
     _leave_packing(model)
     if not ref.quantization:
         torch.nn.Module.to(model, place or device())
     model.eval()
     return (model, _modules_of(info)) if with_new_modules else model
+
+
+def require_token_ids(model: Any, path: str) -> None:
+    """Refuses a generation config whose special tokens are not given by their ids.
+
+    Raises:
+        RecipeError: One is not.
+    """
+    for word in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(getattr(model, "generation_config", None), word, None)
+        if any(type(one) is not int for one in (ids if isinstance(ids, list) else [ids] if ids is not None else [])):
+            raise RecipeError(
+                f"model {path!r}: its generation config (generation_config.json, or config.json) has {word} {ids!r}, "
+                "which is no id of a token. Write the number there."
+            )
 
 
 def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:

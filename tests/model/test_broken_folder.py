@@ -57,6 +57,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tokenizer that is cut": (write("tokenizer.json", b'{"version": '), "tokenizer"),
     "a tokenizer of other types": (edit("tokenizer.json", model=3), "tokenizer"),
     "a token that is a number": (edit("tokenizer_config.json", eos_token=1), "eos_token"),
+    "a longest text of another type": (edit("tokenizer_config.json", model_max_length="x"), "model_max_length"),
+    "a stop token by its name": (edit("generation_config.json", eos_token_id=[2, "</s>"]), "eos_token_id"),
 }
 
 
