@@ -28,7 +28,7 @@ from hfpipe.pipeline.environment import environment
 from hfpipe.pipeline.reuse import Version
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.recipe.row_formats import texts_of
-from hfpipe.scores.scorecard import BASE, Paired, Score, stages_of
+from hfpipe.scores.scorecard import BASE, Paired, Score, score_of, stages_of
 from hfpipe.scores.wording import describe
 from hfpipe.stages.identity import bound_to_length, identity
 from hfpipe.stages.pretrain import require_isolation
@@ -152,7 +152,7 @@ def score_stage(run: Run, name: str) -> list[Score]:
     for suite_name, suite in run.recipe.evaluate.items():
         key = score_key(run.hashes[name], suite=suite)
         if known.get(suite_name, {}).get("hash") == key:
-            scores += [Score(**row) for row in known[suite_name]["scores"]]
+            scores += [score_of(row) for row in known[suite_name]["scores"]]
             continue
         if not can_score(suite, run.rows[suite_name], run.trained(name)):
             ranks.say(f"  {name}: {suite_name} not scored: its answers need another head than this model has")

@@ -32,7 +32,7 @@ from hfpipe.pipeline.context import (
 )
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
-from hfpipe.scores.scorecard import BASE, Change, Paired, Score, judge_budget, of_lineage
+from hfpipe.scores.scorecard import BASE, Change, Paired, Score, judge_budget, of_lineage, score_of
 from hfpipe.scores.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
 from hfpipe.scores.wording import describe, loss_words, share_words, with_interval
 
@@ -85,7 +85,7 @@ def score_handed_on(run: Run, name: str, earlier: list[Score]) -> list[Score]:
     strength = strength_of(run.stage_folder(name))
     if strength is not None:
         points = read_json(run.stage_folder(name) / "dial.json")["points"]
-        return [Score(**row) for one in points if one["strength"] == strength for row in one["scores"]]
+        return [score_of(row) for one in points if one["strength"] == strength for row in one["scores"]]
     return with_paired(run, earlier, run.stage_folder(name) / "predictions", score_stage(run, name))
 
 
@@ -113,7 +113,7 @@ def settle(run: Run, earlier: list[Score], name: str, own: list[Score]) -> list[
     if best is None:
         return own
     ranks.say(f"  {name}: goes on at strength {best:g}")
-    return [Score(**row) for one in found["points"] if one["strength"] == best for row in one["scores"]]
+    return [score_of(row) for one in found["points"] if one["strength"] == best for row in one["scores"]]
 
 
 def exceeded(run: Run, earlier: list[Score], name: str, own: list[Score]) -> list[Change]:
@@ -298,7 +298,7 @@ class _Sweep:
             keys[suite] = score_key(run.hashes[self.name], strength, suite=block)
             ready = self._at_the_ends(strength, suite)
             if not ready and known["keys"].get(suite) == keys[suite]:
-                ready = [Score(**row) for row in known["scores"] if row["suite"] == suite]
+                ready = [score_of(row) for row in known["scores"] if row["suite"] == suite]
             if not ready:
                 model = self.dial().at(strength)
                 found = score_suite(suite, block, run.rows[suite], model, run.base.tokenizer, self.name)

@@ -6,10 +6,10 @@ Numbers are data and pages are views: every report and card reads the scorecard 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from hfpipe.core.files import load_json, write_json
 from hfpipe.recipe.config import Suite
@@ -76,7 +76,11 @@ class Score:
     def __post_init__(self) -> None:
         """Reads `paired` as JSON holds it: mappings, or only the standard errors in older scorecards."""
         plain = {
-            stage: Paired(**one) if isinstance(one, dict) else one if isinstance(one, Paired) else Paired(one)
+            stage: Paired(**_known(Paired, one))
+            if isinstance(one, dict)
+            else one
+            if isinstance(one, Paired)
+            else Paired(one)
             for stage, one in self.paired.items()
         }
         object.__setattr__(self, "paired", plain)
@@ -252,9 +256,18 @@ def change_since(scores: Sequence[Score], since: str, stage: str, key: Key) -> C
     return Change(by_stage[since], by_stage[stage], adjusted_p(scores, stage).get((key, since)))
 
 
+def score_of(row: Mapping[str, Any]) -> Score:
+    """Returns a score from its row in a file; a key that this version does not know is passed over."""
+    return Score(**_known(Score, row))
+
+
+def _known(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key in {one.name for one in fields(kind)}}
+
+
 def read_scorecard(path: Path) -> list[Score]:
     """Reads scorecard.json."""
-    return [Score(**row) for row in load_json(path)]
+    return [score_of(row) for row in load_json(path)]
 
 
 def write_scorecard(scores: Iterable[Score], path: Path) -> None:
