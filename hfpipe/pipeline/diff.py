@@ -27,6 +27,7 @@ from hfpipe.scores.wording import change_words, describe
 APART = ("name", "output_dir")  # keys of a recipe in which two runs differ that train the same
 LONGEST_VALUE, LONGEST_TEXT = 100, 200  # characters that are shown
 UNSET = "(not set)"
+Paired = dict[str, dict[str, Any]]  # of a suite: by metric, the differences as `Score.paired` holds them
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ def diff_runs(first: Path, second: Path, stage: str | None = None) -> str:
     Raises:
         RecipeError: One of them was repeated, or has no scores, or no such stage.
     """
-    sides = [_side(name, folder, stage) for name, folder in (("A", first), ("B", second))]
+    a, b = sides = _side("A", first, stage), _side("B", second, stage)
+    paired = {suite: _paired(suite, a, b) for suite in dict.fromkeys(score.suite for score in b.scores)}
     blocks = [
         "\n".join(f"{side.name}  {side.folder}, {_stage_words(side)}" for side in sides),
         _block("recipe", recipe_lines(*(side.recipe for side in sides)), "no key differs"),
-        _block("scores, from A to B", _score_lines(*sides), "no suite in common"),
-        _block("answers", _sample_lines(*sides)),
+        _block("scores, from A to B", _score_lines(a, b, paired), "no suite in common"),
+        _block("answers", _sample_lines(a, b, paired)),
         _block("cost of the stage", _cost_lines(*sides)),
         _block("machine and versions", _environment_lines(*sides)),
     ]
@@ -143,11 +145,10 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(item, f"{path}.{key}" if path else str(key))
 
 
-def _score_lines(a: Side, b: Side) -> list[str]:
+def _score_lines(a: Side, b: Side, paired: Mapping[str, Paired | None]) -> list[str]:
     """The scores side by side, and those that cannot be held against each other."""
     lines, alone = [], []
     by_key = {score.key: score for score in a.scores}
-    paired = {suite: _paired(suite, a, b) for suite in dict.fromkeys(score.suite for score in b.scores)}
     common = [score for score in b.scores if score.key in by_key and paired[score.suite] is not None]
     after = [replace(score, paired=(paired[score.suite] or {}).get(score.metric, {})) for score in common]
     both = [by_key[score.key] for score in common] + after
@@ -164,8 +165,8 @@ def _score_lines(a: Side, b: Side) -> list[str]:
     return lines + alone
 
 
-def _paired(suite: str, a: Side, b: Side) -> dict[str, dict[str, Any]] | None:
-    """The paired differences by metric, as `Score.paired` holds them; None where the two suites differ."""
+def _paired(suite: str, a: Side, b: Side) -> Paired | None:
+    """The paired differences; empty where the rows were not kept, None where the two suites differ."""
     blocks = [_asking(side.recipe.evaluate.get(suite)) for side in (a, b)]
     if blocks[0] != blocks[1] or blocks[0] is None:
         return None
@@ -194,13 +195,11 @@ def _same_rows(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str,
     return bool(both) and all(one.get(key) == two.get(key) for one, two in both for key in ("id", "asked"))
 
 
-def _sample_lines(a: Side, b: Side) -> list[str]:
+def _sample_lines(a: Side, b: Side, paired: Mapping[str, Paired | None]) -> list[str]:
     """A few rows of every suite with answers: where B is better, where it is worse."""
     better = {score.key: score.higher_is_better for score in b.scores}
     lines = []
-    for suite in dict.fromkeys(score.suite for score in b.scores):
-        if not _paired(suite, a, b):
-            continue
+    for suite in (suite for suite, differences in paired.items() if differences):
         for sample in pick_samples(suite, (a.name, b.name), a.records(suite), b.records(suite), better):
             if sample.sort == "the same":
                 continue
