@@ -68,8 +68,7 @@ def sum_in_chunks(
     other: torch.Tensor,
     vocabulary: int,
 ) -> torch.Tensor:
-    """Returns the sum of a function of tokens, of which a chunk is held at a time; its inside is computed again in the
-    backward pass.
+    """Returns the sum of a function of tokens, a chunk of them at a time, computed again in the backward pass.
 
     Args:
         function: Gives the sum over the tokens of a chunk from two sides' hidden states (C, H).

@@ -67,7 +67,7 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         "use_cpu": ranks.on_cpu() or not (on_gpu or torch.backends.mps.is_available()),
         "bf16": half == torch.bfloat16 and not training.get("fp16", False),
         "fp16": half == torch.float16 and not training.get("bf16", False),
-        **({"tf32": True} if half == torch.bfloat16 else {}),  # for what autocast leaves in float32
+        "tf32": True if on_gpu and torch.cuda.is_tf32_supported() else None,  # for what autocast leaves in float32
         "save_strategy": "steps",
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(max(1, max_steps // 20), max_steps - 1),  # its first step changes nothing

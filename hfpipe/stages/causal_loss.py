@@ -14,6 +14,7 @@ from transformers import Trainer
 from trl.trainer import add_fused_lm_head
 
 from hfpipe.data.tokenize import IGNORED
+from hfpipe.model.head import head_of
 from hfpipe.model.linear_loss import LinearLoss, linear_loss
 from hfpipe.stages.saving import is_sharded
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-FUSED_ON = ("cuda",)
+FUSED_ON = ("cuda",)  # where the head is a Triton kernel
 TOLERANCE = 0.05  # nats per token, between the fused head and the model's own loss in half precision
 
 
@@ -80,16 +81,15 @@ def fuse_head(model: Any) -> bool:
         True if the head is there.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if type(inner.get_output_embeddings()) is not torch.nn.Linear:
+    if type(head_of(model)) is not torch.nn.Linear:
         return False  # an adapter has changed it
     before = vars(inner).get("forward")
     add_fused_lm_head(inner)
     was_training = model.training
     model.eval()
     ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype != torch.float32):
-        expected = model(input_ids=ids, labels=ids, use_cache=False).loss
-        found = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    found = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
     model.train(was_training)
     if abs(float(expected - found)) <= TOLERANCE:
         return True

@@ -15,6 +15,7 @@ from hfpipe.core import ranks
 from hfpipe.core.files import GIB
 from hfpipe.core.upstream import layer_classes
 from hfpipe.model.adapter import add_adapter
+from hfpipe.model.head import backbone_of, head_of
 from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
 from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
@@ -252,9 +253,8 @@ def _tiled(setting: Setting, batch: dict[str, torch.Tensor]) -> Any:
     """The loss of TRL's fused head: hidden states in tiles, on a CPU of every position."""
 
     def step(model: Any) -> torch.Tensor:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        hidden = inner.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
-        head = inner.get_output_embeddings().weight
+        hidden = backbone_of(model)(**batch, use_cache=False).last_hidden_state[:, :-1]
+        head = head_of(model).weight
         return TiledHead.apply(hidden.reshape(-1, hidden.shape[-1]), head, setting.device, setting.autocast).sum()
 
     return step
@@ -276,9 +276,8 @@ def _preference(setting: Setting) -> Any:
     ids = _ids(replace(setting, rows=2 * setting.rows))
 
     def log_probabilities(model: Any) -> torch.Tensor:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        hidden = inner.base_model(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state[:, :-1]
-        head = inner.get_output_embeddings().weight
+        hidden = backbone_of(model)(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state[:, :-1]
+        head = head_of(model).weight
         return TiledHead.apply(hidden.reshape(-1, hidden.shape[-1]), head, setting.device, setting.autocast)
 
     def step(model: Any) -> torch.Tensor:

@@ -103,7 +103,6 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks.say(f"  {line}")
     max_steps = max_steps or _steps_of_epochs(run, {"lanes": stream.lanes}, stream.length, global_batch)
     trainer = _trainer(run, model, trainer_arguments(run, max_steps, per_device, accumulation))
-    hold_near(run, trainer, stage.kept.replay.share if stage.kept.replay is not None else 0.0)
     collated = masking.collate if masking else collate
     if stage.kept.kl is not None:
         collated = partial(_collate_marked, len(parts) - len(texts))
@@ -118,7 +117,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
 
 
 def _trainer(run: StageRun, model: Any, arguments: TrainingArguments) -> _Trainer:
-    """Returns the trainer of a stage's objective, with its adapter on the model."""
+    """Returns the trainer of a stage's objective, with its adapter on the model, held near its parent where asked."""
     stage = run.stage
     assert isinstance(stage, Pretrain)
     masked = stage.objective == "masked"
@@ -133,6 +132,7 @@ def _trainer(run: StageRun, model: Any, arguments: TrainingArguments) -> _Traine
         trainer = _Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     if not masked:
         trainer.use_fast_loss()
+    hold_near(run, trainer, stage.kept.replay.share if stage.kept.replay is not None else 0.0)
     return trainer
 
 

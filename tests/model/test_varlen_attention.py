@@ -61,6 +61,7 @@ def test_packed_rows_and_their_gradients_are_those_of_a_mask(make: Any, monkeypa
     with in_half():
         assert varlen_attention.switch_attention(model)
     assert attention_of(model) == NAME
+    assert NAME not in model.config.to_json_string()  # who loads the model gets their own attention
     model.train()
     batch = packed_sample(model)
     for one in (masked, model):
