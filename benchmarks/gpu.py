@@ -7,7 +7,7 @@ packed into rows. All train on the same documents with AdamW, in bf16 where the 
 useful tokens per second, the share of the GPU's peak (MFU), the peak memory and hfpipe's prediction of it. Then a
 profile of one step of hfpipe's by part, and the losses of 50 steps of the smallest model beside the bare loop's.
 
-`--only tiny` runs on a CPU too, to see that it works. See GPU.md for the first hour on a new card.
+`--only tiny` runs on a CPU too, to see that it works. See benchmarks/GPU.md for the first hour on a new card.
 """
 
 from __future__ import annotations
