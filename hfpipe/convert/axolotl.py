@@ -5,6 +5,7 @@ Source: the schemas of axolotl (`src/axolotl/utils/schemas`) and its examples, r
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hfpipe.convert import preferences, words
@@ -23,6 +24,7 @@ _PREFERENCES = {"dpo": "sigmoid", "ipo": "ipo"}
 _OTHERS = {"kto": "answers that are judged one by one", "orpo": "the loss ORPO", "simpo": "the loss SimPO"}
 _OPTIMIZERS = {"ao_adamw_8bit": "adamw_torch_8bit", "ao_adamw_4bit": "adamw_torch_4bit"}
 _SCHEDULES = ("one_cycle", "rex")
+_ROWS_OF_A_WEIGHT = re.compile(r"\[\d*:\d*\]$")  # as in `^lm_head.weight$[32000:]`
 
 
 def _rl(draft: Draft, value: Any) -> None:
@@ -169,8 +171,15 @@ def _base_config(draft: Draft, value: Any) -> None:
 
 
 def _unfrozen(draft: Draft, value: Any) -> None:
-    if value:
-        words.train_only(draft, "unfrozen_parameters", [str(pattern) for pattern in value])
+    patterns = [str(pattern) for pattern in value or ()]
+    if patterns and draft.config.get("adapter"):
+        draft.note("changed", "unfrozen_parameters", "an adapter trains its own weights, and no others")
+        return
+    for pattern in patterns:
+        if _ROWS_OF_A_WEIGHT.search(pattern):
+            draft.note("lost", "unfrozen_parameters", f"`{pattern}`: a weight is trained whole, not some of its rows")
+    if patterns:
+        words.train_only(draft, [_ROWS_OF_A_WEIGHT.sub("", pattern) for pattern in patterns])
 
 
 def _half(draft: Draft, value: Any) -> None:
@@ -238,10 +247,10 @@ TABLE: Table = {
     "resize_token_embeddings_to_32x": Unneeded("rows of the embeddings without a token are never trained"),
     "mean_resizing_embeddings": Unneeded("new embeddings begin around the mean of the others"),
     "shrink_embeddings": Lost("embeddings keep the rows that the model has"),
-    "overrides_of_model_config": lambda draft, value: words.model_config(draft, "overrides_of_model_config", value),
+    "overrides_of_model_config": lambda draft, value: words.model_config(draft, value),
     "model_config.*": with_another,
-    "model_config": lambda draft, value: words.model_config(draft, "model_config", value),
-    "rope_scaling": if_set(lambda draft, value: words.model_config(draft, "rope_scaling", {"rope_scaling": value})),
+    "model_config": lambda draft, value: words.model_config(draft, value),
+    "rope_scaling": if_set(lambda draft, value: words.model_config(draft, {"rope_scaling": value})),
     "model_quantization_config": Unneeded("a base that comes quantized is read as its files are"),
     "model_quantization_config_kwargs": Unneeded("a base that comes quantized is read as its files are"),
     "reinit_weights": Lost("write `model: {architecture: {...}, tokenizer: {id: ...}}` to start from fresh weights"),
@@ -347,9 +356,11 @@ TABLE: Table = {
     "num_epochs": "stage.training.num_train_epochs",
     "max_steps": words.max_steps,
     "learning_rate": Said("stage.training.learning_rate", float),
-    "embedding_lr": Lost("embeddings have the stage's learning rate"),
-    "embedding_lr_scale": Lost("embeddings have the stage's learning rate"),
-    "lr_groups": if_set(lambda draft, value: words.learning_rates(draft, "lr_groups", _groups(value))),
+    "embedding_lr": if_set(lambda draft, value: _embeddings_rate(draft, float(value))),
+    "embedding_lr_scale": if_set(
+        lambda draft, value: _embeddings_rate(draft, float(value) * float(draft.config["learning_rate"]))
+    ),
+    "lr_groups": if_set(lambda draft, value: draft.put("stage.learning_rates", _groups(value))),
     "optimizer": _optimizer,
     "optim_args": "stage.training.optim_args",
     "optim_target_modules": "stage.training.optim_target_modules",
@@ -364,6 +375,8 @@ TABLE: Table = {
     "max_grad_norm": "stage.training.max_grad_norm",
     "adam_beta1": "stage.training.adam_beta1",
     "adam_beta2": "stage.training.adam_beta2",
+    "adam_eps": Unneeded("axolotl reads `adam_epsilon`, and passes over this"),
+    "eta_min": Unneeded("axolotl reads `cosine_min_lr_ratio`, and passes over this"),
     "adam_epsilon": "stage.training.adam_epsilon",
     "adam_beta3": Unneeded("for the optimizer CAME only"),
     "adam_epsilon2": Unneeded("for the optimizer CAME only"),
@@ -459,6 +472,11 @@ TABLE: Table = {
 }
 
 
+def _embeddings_rate(draft: Draft, rate: float) -> None:
+    """axolotl gives this rate to the weights whose names end so, adapter or not."""
+    draft.put("stage.learning_rates", {r"(embed_tokens|lm_head)[^.]*\.weight$": rate})
+
+
 def _groups(value: list[dict[str, Any]]) -> dict[str, float]:
     return {"|".join(one["modules"]): float(one["lr"]) for one in value}
 
@@ -500,7 +518,7 @@ def _defaults(draft: Draft) -> None:
     if draft.stage["kind"] == "sft":
         rows_too_long(draft, config.get("excess_length_strategy") or "drop")
         inputs = config.get("train_on_inputs")
-        words.train_on(draft, "all" if inputs else _trained(draft), "roles_to_train")
+        words.train_on(draft, "all" if inputs else _trained(draft))
     if not config.get("adapter") and config.get("bf16") not in (False, None):
         draft.default("model.dtype", "bfloat16")
     draft.default("seed", 42)
@@ -512,4 +530,4 @@ def _trained(draft: Draft) -> words.Trained:
 
 def rows_too_long(draft: Draft, what: str) -> None:
     """Converts the word for rows that are longer than `max_length`."""
-    words.too_long(draft, "excess_length_strategy", "cut" if what == "truncate" else "drop")
+    words.too_long(draft, "cut" if what == "truncate" else "drop")

@@ -30,7 +30,7 @@ def follow_template(draft: Draft, value: Any) -> None:
     name = str(value).removeprefix("tokenizer_default_fallback_")
     if name == "chatml":
         draft.put("model.tokenizer.chat_template", words.CHATML)
-    elif name in TEMPLATES and words.named_templates():
+    elif name in TEMPLATES:
         draft.put("model.tokenizer.chat_template", TEMPLATES[name])
     else:
         words.own_template(draft, "chat_template", name)

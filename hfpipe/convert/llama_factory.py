@@ -61,9 +61,7 @@ def _freeze(draft: Draft) -> None:
         "lost",
         "finetuning_type",
         f"freezing all but {abs(count)} layers ({modules}) needs their number; write "
-        "`train_only: [PATTERN]` with their names"
-        if words.can_freeze()
-        else "a stage trains all weights, or an adapter",
+        "`train_only: [PATTERN]` with their names",
     )
 
 
@@ -173,11 +171,11 @@ def _early(draft: Draft, value: Any) -> None:
 
 def _routing(draft: Draft, value: Any) -> None:
     values = {"router_aux_loss_coef": value, "output_router_logits": True}
-    words.model_config(draft, "moe_aux_loss_coef", values if value else None)
+    words.model_config(draft, values if value else None)
 
 
 def _rope(draft: Draft, value: Any) -> None:
-    words.model_config(draft, "rope_scaling", {"rope_scaling": {"rope_type": value}} if value else None)
+    words.model_config(draft, {"rope_scaling": {"rope_type": value}} if value else None)
 
 
 def _loss(draft: Draft, value: Any) -> None:
@@ -381,7 +379,7 @@ def _defaults(draft: Draft) -> None:
     )
     if draft.stage["kind"] == "preference":
         preferences.with_sft(draft, "pref_ftx", config.get("pref_ftx"))
-    words.train_on(draft, who, "mask_history" if who == "last" else "train_on_prompt")
+    words.train_on(draft, who)
     draft.default("seed", 42)
 
 

@@ -93,7 +93,7 @@ def _task(draft: Draft, value: Any) -> None:
 
 
 def _rope(draft: Draft, value: Any) -> None:
-    words.model_config(draft, "rope_scaling", {"rope_scaling": {"rope_type": value}} if value else None)
+    words.model_config(draft, {"rope_scaling": {"rope_type": value}} if value else None)
 
 
 def _packing(draft: Draft, value: Any) -> None:
@@ -103,12 +103,12 @@ def _packing(draft: Draft, value: Any) -> None:
 
 def _trainable(draft: Draft, value: Any) -> None:
     if value:
-        words.train_only(draft, "trainable_parameters", _patterns(value))
+        words.train_only(draft, _patterns(value))
 
 
 def _trainable_by_pattern(draft: Draft, value: Any) -> None:
     if value:
-        words.train_only(draft, "trainable_parameters_regex", [value])
+        words.train_only(draft, [value])
 
 
 def _loss(draft: Draft, value: Any) -> None:
@@ -161,8 +161,8 @@ TABLE: Table = {
     "quant_bits": _bits,
     "quant_method": with_another,
     "bnb_4bit_*": with_another,
-    "freeze_parameters": if_set(lambda draft, value: words.freeze(draft, "freeze_parameters", _patterns(value))),
-    "freeze_parameters_regex": if_set(lambda draft, value: words.freeze(draft, "freeze_parameters_regex", [value])),
+    "freeze_parameters": if_set(lambda draft, value: words.freeze(draft, _patterns(value))),
+    "freeze_parameters_regex": if_set(lambda draft, value: words.freeze(draft, [value])),
     "freeze_parameters_ratio": Lost("write `freeze: [PATTERN]` with the names of the parameters", (None, 0, 0.0)),
     "trainable_parameters": _trainable,
     "trainable_parameters_regex": _trainable_by_pattern,
@@ -319,12 +319,12 @@ def _defaults(draft: Draft) -> None:
     if draft.take("stage.training.max_length") is None:
         draft.note("changed", "max_length", "rows are cut at hfpipe's default length; ms-swift takes the model's own")
     if draft.stage["kind"] == "sft":
-        words.too_long(draft, "truncation_strategy", "cut" if config.get("truncation_strategy") == "right" else "drop")
+        words.too_long(draft, "cut" if config.get("truncation_strategy") == "right" else "drop")
         scale = str(config.get("loss_scale") or "default")
         who: words.Trained = "all" if scale == "all" else "last" if scale.startswith("last_round") else "assistant"
         if scale not in ("default", "all", "last_round"):
             draft.note("lost", "loss_scale", f"every trained token counts alike ('{scale}')")
-        words.train_on(draft, who, "loss_scale")
+        words.train_on(draft, who)
     draft.default("seed", 42)
 
 

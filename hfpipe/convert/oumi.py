@@ -105,6 +105,11 @@ def _template(draft: Draft, value: Any) -> None:
         words.own_template(draft, "model.chat_template", str(value))
 
 
+def _tokenizer(draft: Draft, value: Any) -> None:
+    for name, one in (value or {}).items():
+        words.special_token(draft, f"model.tokenizer_kwargs.{name}", name, one)
+
+
 def _kwargs(draft: Draft, value: Any) -> None:
     for key, one in (value or {}).items():
         if key == "max_length" and draft.stage["kind"] == "preference":
@@ -157,7 +162,7 @@ TABLE: Table = {
     "model.tokenizer_pad_token": lambda draft, value: words.special_token(
         draft, "model.tokenizer_pad_token", "pad_token", value
     ),
-    "model.tokenizer_kwargs*": Lost("the tokenizer's own files say it"),
+    "model.tokenizer_kwargs": _tokenizer,
     "model.processor_kwargs*": Out("for images, and hfpipe trains on text"),
     "model.model_max_length": "stage.training.max_length",
     "model.load_pretrained_weights": _fresh,
@@ -168,14 +173,12 @@ TABLE: Table = {
     "model.chat_template_kwargs": Lost("the template is rendered with its own defaults"),
     "model.attn_implementation": _attention,
     "model.device_map": _LAUNCH,
-    "model.model_kwargs.rope_scaling": lambda draft, value: words.model_config(
-        draft, "model.model_kwargs.rope_scaling", {"rope_scaling": value}
-    ),
+    "model.model_kwargs.rope_scaling": lambda draft, value: words.model_config(draft, {"rope_scaling": value}),
     "model.model_kwargs.quantization_config": Unneeded("a base that comes quantized is read as its files are"),
     "model.model_kwargs.*": Lost("the model is made by its own config"),
     "model.enable_liger_kernel": _SPEED,
     "model.shard_for_eval": _SPEED,
-    "model.freeze_layers": if_set(lambda draft, value: words.freeze(draft, "model.freeze_layers", value)),
+    "model.freeze_layers": if_set(lambda draft, value: words.freeze(draft, value)),
     "model.model_revision": "model.revision",
     # Data
     "data.*": with_another,
@@ -315,9 +318,9 @@ def _defaults(draft: Draft, data: dict[str, Any]) -> None:
     masked = data.get("collator_name") == "text_completions_only_with_padding" or data.get("train_target")
     if masked:
         last = "final" in str(data.get("train_target") or "").lower()
-        words.train_on(draft, "last" if last else "assistant", "data.train.train_target")
-    elif words.knows_train_on():
-        words.train_on(draft, "all", "data.train.collator_name")
+        words.train_on(draft, "last" if last else "assistant")
+    else:
+        words.train_on(draft, "all")
     draft.default("seed", 42)
 
 

@@ -217,7 +217,7 @@ def convert(draft: Draft) -> None:
         draft.note("lost", "train_on_input", "sources of one stage are all trained on alike")
     _held_out(draft)
     _defaults(draft)
-    words.train_on(draft, "all" if True in trained else "assistant", "dataset.train_on_input")
+    words.train_on(draft, "all" if True in trained else "assistant")
 
 
 def _defaults(draft: Draft) -> None:

@@ -183,11 +183,11 @@ def _defaults(draft: Draft) -> None:
     if draft.stage["kind"] == "preference":
         preferences.with_sft(draft, "rpo_alpha", config.get("rpo_alpha"))
     elif config.get("assistant_only_loss"):
-        words.train_on(draft, "assistant", "assistant_only_loss")
+        words.train_on(draft, "assistant")
     elif config.get("completion_only_loss"):
-        words.train_on(draft, "completion", "completion_only_loss")
-    elif words.knows_train_on() and _all_tokens(draft):
-        words.train_on(draft, "all", "assistant_only_loss")
+        words.train_on(draft, "completion")
+    elif _all_tokens(draft):
+        words.train_on(draft, "all")
     draft.default("seed", 42)
 
 

@@ -1,7 +1,4 @@
-"""Parts of a recipe that several tools' configs come to: sources, who is trained on, quantization, held-out rows.
-
-Words that a recipe may gain are asked for here and nowhere else (`knows`).
-"""
+"""Parts of a recipe that several tools' configs come to: sources, who is trained on, quantization, held-out rows."""
 
 from __future__ import annotations
 
@@ -9,10 +6,7 @@ from math import isclose
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
 from hfpipe.convert.draft import Draft
-from hfpipe.recipe import Model, Sft, Tokenizer
 
 Trained = Literal["assistant", "last", "completion", "all"]
 Block = dict[str, Any]
@@ -31,11 +25,6 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-def knows(block: type[BaseModel], word: str) -> bool:
-    """Returns True if a recipe has a word."""
-    return word in block.model_fields
 
 
 def source_of(path: str, **more: Any) -> Block:
@@ -78,48 +67,24 @@ def turns(user: str, assistant: str, system: str | None = None) -> Block:
     return {"messages": [{"role": role, "content": text} for role, text in said if text is not None]}
 
 
-def train_on(draft: Draft, who: Trained, key: str) -> None:
-    """Says whose tokens are trained on.
-
-    Args:
-        draft: The draft.
-        who: The tokens.
-        key: The key of the config that says so, or its default.
-    """
-    if draft.stage["kind"] != "sft":
-        return
-    if knows(Sft, "train_on"):
+def train_on(draft: Draft, who: Trained) -> None:
+    """Says whose tokens are trained on."""
+    if draft.stage["kind"] == "sft":
         draft.put("stage.train_on", who)
-    elif who == "assistant":
-        draft.put("stage.training.assistant_only_loss", True)
-    elif who == "all":
-        draft.put("stage.training.completion_only_loss", False)
-    elif who == "completion":
-        draft.put("stage.training.completion_only_loss", True)
-    else:
-        draft.note("lost", key, "only the last answer of a conversation is trained on, which a recipe cannot say yet")
 
 
 def special_token(draft: Draft, key: str, name: str, value: Any) -> None:
     """An end-of-sequence or padding token of the tokenizer."""
-    if not value:
-        return
-    if knows(Tokenizer, name):
-        draft.put(f"model.tokenizer.{name}", value)
-    elif name == "pad_token":
+    if value and name == "pad_token":
         draft.note("unneeded", key, "padding is masked, whichever token it is")
-    else:
-        draft.note("lost", key, f"a recipe cannot set the tokenizer's `{name}` yet")
+    elif value:
+        draft.put(f"model.tokenizer.{name}", value)
 
 
-def model_config(draft: Draft, key: str, values: Any) -> None:
+def model_config(draft: Draft, values: Any) -> None:
     """Fields of the model's config that differ from those of its files."""
-    if not values:
-        return
-    if knows(Model, "config"):
+    if values:
         draft.put("model.config", {**(draft.take("model.config") or {}), **values})
-    else:
-        draft.note("lost", key, "a recipe cannot change the config of a model that is loaded yet")
 
 
 def quantize(draft: Draft, bits: int, **more: Any) -> None:
@@ -199,67 +164,38 @@ def checkpointing(draft: Draft, value: Any) -> None:
     draft.put("stage.training.activation_checkpointing", bool(value))
 
 
-def named_templates() -> bool:
-    """Returns True if a recipe takes TRL's chat templates by name."""
-    description = Tokenizer.model_fields["chat_template"].description or ""
-    return "name" in description
-
-
 def own_template(draft: Draft, key: str, name: str) -> None:
     """The config names a template of its tool: the model's own takes its place."""
     why = f"the model's own chat template is taken, not the tool's '{name}'; a base without one needs "
     draft.note("changed", key, why + "`model.tokenizer.chat_template`")
 
 
-def train_only(draft: Draft, key: str, patterns: list[str]) -> None:
-    """Trains the parameters whose names match, and freezes the others."""
-    if knows(Sft, "train_only"):
-        draft.put("stage.train_only", patterns)
-    else:
-        draft.note("lost", key, "a stage trains all weights, or an adapter")
+def train_only(draft: Draft, patterns: list[str]) -> None:
+    """Trains the weights whose names match, and freezes the others."""
+    draft.put("stage.train_only", patterns)
 
 
-def freeze(draft: Draft, key: str, patterns: list[str]) -> None:
-    """Freezes the parameters whose names match."""
-    if knows(Sft, "freeze"):
-        draft.put("stage.freeze", patterns)
-    else:
-        draft.note("lost", key, "a stage trains all weights, or an adapter")
-
-
-def learning_rates(draft: Draft, key: str, rates: dict[str, float]) -> None:
-    """Learning rates of parameters by patterns of their names."""
-    if knows(Sft, "learning_rates"):
-        draft.put("stage.learning_rates", rates)
-    else:
-        draft.note("lost", key, "all parameters of a stage have one learning rate")
+def freeze(draft: Draft, patterns: list[str]) -> None:
+    """Freezes the weights whose names match."""
+    draft.put("stage.freeze", patterns)
 
 
 def lora_plus(draft: Draft, key: str, ratio: float) -> None:
-    """LoRA+: the second matrix of an adapter learns at a multiple of the first one's rate."""
-    if knows(Sft, "learning_rates"):
-        rate = draft.config.get("learning_rate")
-        draft.put("stage.learning_rates", {"lora_B": float(rate) * float(ratio)} if rate else {})
+    """LoRA+: the second matrix of an adapter learns at a multiple of the first one's rate.
+
+    Source: Hayou et al. 2024, https://arxiv.org/abs/2402.12354.
+    """
+    rate = draft.config.get("learning_rate")
+    if rate:
+        draft.put("stage.learning_rates", {"lora_B": float(rate) * float(ratio)})
     else:
-        draft.note("lost", key, "all parameters of a stage have one learning rate")
+        draft.note("lost", key, "it is a multiple of `learning_rate`, which the config does not say")
 
 
-def too_long(draft: Draft, key: str, what: Literal["cut", "drop"]) -> None:
-    """Converts the word for rows that are longer than `max_length`: hfpipe cuts them at their end."""
-    if knows(Sft, "too_long"):
+def too_long(draft: Draft, what: Literal["cut", "drop"]) -> None:
+    """Converts the word for rows that are longer than `max_length`."""
+    if draft.stage["kind"] == "sft":
         draft.put("stage.too_long", what)
-    elif what == "drop":
-        draft.note("changed", key, "rows that are longer than `max_length` are cut at their end, not dropped")
-
-
-def can_freeze() -> bool:
-    """Returns True if a stage trains a part of the weights."""
-    return knows(Sft, "train_only")
-
-
-def knows_train_on() -> bool:
-    """Returns True if a stage says by a word whose tokens are trained on."""
-    return knows(Sft, "train_on")
 
 
 def is_file(path: str) -> bool:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import AUTO_CLASSES, clear_errors, task_of_type
+from hfpipe.model.parameters import train_part
 from hfpipe.model.positions import within_positions
 from hfpipe.model.seq2seq import decoder_input
 from hfpipe.model.tokenizer import train_rows
@@ -109,7 +110,7 @@ def _require_read(model: PeftModel) -> None:
 
 
 def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> None:
-    """Refuses an adapter that does not fit the base, before anything is scored or trained.
+    """Refuses an adapter, or a pattern of weights, that does not fit the base, before anything is scored or trained.
 
     Tried on a model of the base's shapes, without weights; what only the weights can tell is told by the stage.
 
@@ -119,11 +120,13 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> Non
         added: Ids of the tokens that the adapters have to train, see `added_ids`.
 
     Raises:
-        RecipeError: PEFT refuses the values of a stage, or they name modules that the model does not have, or the
-            adapter cannot train the added tokens.
+        RecipeError: PEFT refuses the values of a stage, or they name modules or weights that the model does not have,
+            or the adapter cannot train the added tokens.
     """
-    trained = [stage for stage in recipe.stages if stage.adapter is not None and stage.parent_adapter != "continue"]
-    for stage in trained:
+    for stage in recipe.stages:
+        chosen = stage.adapter or stage.train_only or stage.freeze or stage.learning_rates
+        if not chosen or stage.parent_adapter == "continue":
+            continue
         block = {key: value for key, value in (stage.adapter or {}).items() if key != "init_lora_weights"}
         if task := {"classification": "SEQ_CLS", "translation": "SEQ_2_SEQ_LM"}.get(stage.kind):
             block["task_type"] = task
@@ -131,7 +134,9 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> Non
             with torch.device("meta"):
                 trust = recipe.model.trust_remote_code
                 model = AUTO_CLASSES[stage.task].from_config(copy.deepcopy(config), trust_remote_code=trust)
-                add_adapter(model, train_rows(model, block, added), recipe.seed)
+                if stage.adapter is not None:
+                    model = add_adapter(model, train_rows(model, block, added), recipe.seed)
+            train_part(model, stage)
         except RecipeError as error:
             if error.__cause__ is None or isinstance(error.__cause__, ValueError | re.error):
                 raise RecipeError(f"stages.{stage.name}: {error}") from error

@@ -77,6 +77,8 @@ def _auto(value: Any) -> Any:
     return None if value == "auto" else value
 
 
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 AutoCount = Annotated[
     int | None,
     BeforeValidator(_auto),
@@ -341,6 +343,17 @@ class StageBase(Words):
         Annotated[Literal["nf4", "int8", "none"], Tag(WORD)] | Annotated[Quantization, Tag(BLOCK)],
         Discriminator(word_or_block),
     ] = Field("none", description="how the frozen base of an adapter is stored while it trains")
+    train_only: list[str] | None = Field(
+        None, min_length=1, description="patterns (regular expressions) of the names of the weights that are trained"
+    )
+    freeze: list[str] | None = Field(
+        None, min_length=1, description="patterns of the names of weights that stay as they are"
+    )
+    learning_rates: dict[str, Rate] | None = Field(
+        None,
+        min_length=1,
+        description="learning rates by patterns of weights' names, e.g. {embed_tokens: 1e-5}",
+    )
 
     @property
     def adapter(self) -> dict[str, Any] | None:

@@ -47,9 +47,9 @@ def run_classification(run: StageRun) -> dict[str, Any]:
         with_new_modules=True,
     )
     source = plan.serve(run, LabelledTokens(tokens, labels, names), lengths, grouped=False)
-    if stage.adapter is not None:  # the new modules of the head are trained in full beside it
-        saved = outermost([*new, *(stage.adapter.get("modules_to_save") or [])])
-        model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
+    # The new modules of the head are trained in full beside an adapter.
+    saved = outermost([*new, *((stage.adapter or {}).get("modules_to_save") or [])])
+    model = with_adapter(run, model, task_type="SEQ_CLS", modules_to_save=saved)
     loss = _Loss(problem, weights, arguments.label_smoothing_factor)
     with clear_refusal(stage, "Trainer"):
         trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)

@@ -19,6 +19,7 @@ from hfpipe.model.head import backbone_of, head_of
 from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
 from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
+from hfpipe.model.parameters import freeze
 from hfpipe.model.tokenizer import make_room
 from hfpipe.recipe import Recipe, Stage
 from hfpipe.stages.arguments import stage_arguments
@@ -50,7 +51,9 @@ class Setting:
         optim: Trainer's name of the optimizer.
         checkpointing: Arguments of activation checkpointing; None without.
         attention: transformers' name of the attention implementation; None for its default.
-        adapter: PEFT's `type` and fields; None where all weights are trained.
+        adapter: PEFT's `type` and fields; None where the weights themselves are trained.
+        train_only: Patterns of the weights that are trained; None for all.
+        freeze: Patterns of the weights that are not.
         bits: 4 or 8 of a quantized base; None.
         compute: Dtype in which quantized layers compute.
         ranks: Processes that train.
@@ -73,6 +76,8 @@ class Setting:
     checkpointing: dict[str, Any] | None = None
     attention: str | None = None
     adapter: dict[str, Any] | None = None
+    train_only: list[str] | None = None
+    freeze: list[str] | None = None
     bits: int | None = None
     compute: torch.dtype | None = None
     ranks: int = 1
@@ -121,6 +126,8 @@ def setting_of(
         else None,
         attention=recipe.model.attn_implementation,
         adapter=stage.adapter,
+        train_only=stage.train_only,
+        freeze=stage.freeze,
         bits=None if block is None else 8 if block.type == "int8" else 4,
         compute=None if block is None else getattr(torch, given) if given else compute_dtype(),
         ranks=ranks.ranks(),
@@ -204,6 +211,7 @@ def _model(config: Any, setting: Setting) -> Any:
             word = {"classification": "SEQ_CLS", "translation": "SEQ_2_SEQ_LM"}.get(setting.kind)
             fields = {key: value for key, value in setting.adapter.items() if key != "init_lora_weights"}
             model = add_adapter(model, fields | ({"task_type": word} if word else {}), 0)
+    freeze(model, setting.train_only, setting.freeze)
     model.train()
     if setting.kind in ("causal", "sft", "preference"):
         model.config.use_cache = False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hfpipe.model.adapter import (
     continue_adapter,
     original_state,
 )
+from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
 from hfpipe.model.tokenizer import train_rows
@@ -140,17 +142,20 @@ def attend_to_packed_rows(run: StageRun, model: Any) -> None:
 def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
     """The model with the adapter that the stage trains: a new one, the parent's, or none where all weights are trained.
 
+    Weights that the stage does not train are frozen.
+
     Args:
         run: The stage.
         model: Its parent, loaded.
         fields: Fields of a new adapter's config, over those of the recipe.
     """
     if run.continued is not None:
-        return continue_adapter(model, run.continued.path)
-    if run.stage.adapter is None:
-        return model
-    block = train_rows(model, run.stage.adapter | fields, run.added_tokens)
-    return add_adapter(model, block, run.recipe.seed)
+        model = continue_adapter(model, run.continued.path)
+    elif run.stage.adapter is not None:
+        block = train_rows(model, run.stage.adapter | fields, run.added_tokens)
+        model = add_adapter(model, block, run.recipe.seed)
+    train_part(model, run.stage)
+    return model
 
 
 @contextmanager
@@ -194,6 +199,8 @@ def train(
     checkpoint = _taken_up(run, trainer, loader)
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)
+    if run.stage.learning_rates:
+        override(trainer, create_optimizer=partial(_create_optimizer, trainer, trainer.create_optimizer, run.stage))
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     make_saveable(trainer.model)
     checkpoints = _add_callbacks(run, trainer, loader, tokens_per_step)
@@ -249,6 +256,13 @@ def _taken_up(run: StageRun, trainer: Trainer, loader: BatchLoader) -> Path | No
         loader.source.load_state_dict(load_json(checkpoint / DATA_STATE))
         ranks.say(f"  continuing from {checkpoint.name}")
     return checkpoint
+
+
+def _create_optimizer(trainer: Trainer, create: Callable[..., Any], stage: Stage, model: Any = None) -> Any:
+    """Makes the trainer's own optimizer, once, with the learning rates of the stage."""
+    if trainer.optimizer is None:
+        set_learning_rates(create(model), trainer.model if model is None else model, stage.learning_rates or {})
+    return trainer.optimizer
 
 
 class _Rehearsal(TrainerCallback):

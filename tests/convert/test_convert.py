@@ -399,6 +399,22 @@ def test_what_changes_the_weights_and_cannot_be_said_is_told(
         assert key in text
 
 
+def test_parts_of_the_weights_and_their_rates_are_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = AXOLOTL.replace('{pad_token: "<pad>"}', '{eos_token: "<end>"}') + "loraplus_lr_ratio: 16\n"
+    recipe, _, said = converted(config, capsys)
+    assert recipe["model"]["tokenizer"]["eos_token"] == "<end>"
+    assert recipe["stages"][0]["learning_rates"] == {"lora_B": pytest.approx(16 * 2e-4)}
+    assert "LOST" not in said
+    full = AXOLOTL_PRETRAIN + "unfrozen_parameters: ['^lm_head.weight$', 'layers.1[0-9]']\nembedding_lr: 1e-5\n"
+    recipe, _, said = converted(full, capsys)
+    stage = recipe["stages"][0]
+    assert stage["train_only"] == ["^lm_head.weight$", "layers.1[0-9]"]
+    assert list(stage["learning_rates"].values()) == [1e-5]
+    assert "LOST" not in said
+    _, _, said = converted(full.replace("weight$'", "weight$[32000:]'"), capsys)
+    assert "some of its rows" in said
+
+
 def test_every_key_of_a_config_is_in_the_recipe_or_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A key without an effect on the weights is told above the recipe, which has a line for each reason."""
     _, written, said = converted(AXOLOTL, capsys)

@@ -43,6 +43,14 @@ def test_a_full_training_holds_weights_gradients_and_two_moments() -> None:
     assert found.optimizer == 2 * weights_of()
 
 
+def test_frozen_weights_have_no_gradients_and_no_moments() -> None:
+    small = replace(CAUSAL, rows=1, tokens=8, accumulation=2)
+    found = predict(LLAMA, replace(small, train_only=["embed_tokens", "lm_head"], freeze=["lm_head"]))
+    assert found.weights == predict(LLAMA, small).weights
+    assert found.gradients == 1000 * 128 * 4
+    assert found.optimizer == 2 * found.gradients
+
+
 def test_embeddings_that_grow_are_predicted_too() -> None:
     grown = predict(LLAMA, replace(CAUSAL, rows=1, tokens=8, vocabulary=1100))
     rows = 2 * 100 * 128 * 4  # of the embeddings and of the head

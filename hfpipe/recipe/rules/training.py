@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
-from hfpipe.recipe.raw import Block, RawStage
+from hfpipe.recipe.raw import Block, RawStage, mapping, sequence
 from hfpipe.recipe.rules.without_effect import check_training_effect
 from hfpipe.recipe.signatures import preference_losses
 
@@ -80,7 +81,26 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
         text = f"found {smoothing}; allowed is a share from 0 to below 1, as in torch's cross_entropy."
         yield Fault((*training.steps, "label_smoothing_factor"), text)
     yield from check_training_effect(stage)
+    yield from _check_parts(stage, training)
     yield from _check_scores(training, "early_stopping" in stage.data)
+
+
+def _check_parts(stage: RawStage, training: Block) -> Iterator[Fault]:
+    """Yields what a stage says wrongly of the weights that it trains, and of their learning rates."""
+    adapter = next((key for key in ("lora", "peft") if key in stage.data), None)
+    for word in ("train_only", "freeze", "learning_rates"):
+        for pattern in [*mapping(stage.data.get(word)), *sequence(stage.data.get(word))]:
+            try:
+                re.compile(str(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                yield Fault((*stage.steps, word), f"'{pattern}' is no regular expression: {error}.")
+        if adapter and word != "learning_rates" and stage.data.get(word) is not None:
+            text = f"an adapter trains its own weights, and all others stay as they are. Remove it, or `{adapter}`."
+            yield Fault((*stage.steps, word), text)
+    optimizer = str(training.data.get("optim", ""))
+    if stage.data.get("learning_rates") and ("optim_target_modules" in training.data or "lomo" in optimizer):
+        text = f"`optim: {optimizer}` divides the weights itself, with one learning rate. Take another, or remove this."
+        yield Fault((*stage.steps, "learning_rates"), text)
 
 
 def _check_length(training: Block) -> Iterator[Fault]:
