@@ -74,7 +74,7 @@ _CHOICE: dict[str, Any] = {
 _ALPACA: dict[str, Any] = {
     "columns": ("instruction", "output"),
     "beside": ("input", "system", "history"),
-    "aliases": {"output": ("response",), "input": ("context",)},
+    "aliases": {"instruction": ("query",), "output": ("response",), "input": ("context",)},
 }
 
 _FORMATS = (
@@ -199,7 +199,14 @@ _FORMATS = (
         rank=1,
         becomes="messages",
     ),
-    RowFormat("question_answer", ("question", "answer"), unless=("choices",), rank=4, becomes="prompt_completion"),
+    RowFormat(
+        "question_answer",
+        ("question", "answer"),
+        aliases={"question": ("input",), "answer": ("output",)},
+        unless=("choices",),
+        rank=4,
+        becomes="prompt_completion",
+    ),
     RowFormat("text_label", ("text", "label"), becomes="classification"),
     RowFormat("hh_rlhf", ("chosen", "rejected"), rank=-1, becomes="preference"),
     RowFormat(

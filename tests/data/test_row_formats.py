@@ -111,6 +111,11 @@ def test_questions_labels_and_pairs_are_recognized(read: Any, streaming: bool) -
     assert row == {"prompt": "Question: Two plus two?\nAnswer:", "completion": " Four."}
     [row] = read({"prompt": "Hi.", "response": "Hello."}, streaming=streaming)
     assert row == {"prompt": "Hi.", "completion": "Hello."}
+    [row] = read({"input": "Two plus two?", "output": "Four."}, streaming=streaming)
+    assert row == {"prompt": "Question: Two plus two?\nAnswer:", "completion": " Four."}
+    [row] = read({"query": "q", "response": "a", "history": [["first", "then"]]}, streaming=streaming)
+    assert row["completion"] == "a"
+    assert row["prompt"].index("first") < row["prompt"].index("then") < row["prompt"].index("q\n")
     [row] = read({"text": "Fine.", "label": 1}, kinds=("classification",), streaming=streaming)
     assert row == {"sentence": "Fine.", "label": 1}
     [row] = read({"text": "Fine.", "label": 1}, kinds=("text",), streaming=streaming)
