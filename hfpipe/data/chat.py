@@ -114,6 +114,35 @@ def is_trained(message: dict[str, Any], row: dict[str, Any]) -> bool:
     return True
 
 
+_PARTS = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # of a turn, which some templates know nothing of
+
+
+def left_out(tokenizer: Any, row: dict[str, Any]) -> list[str]:
+    """Names the parts of a conversation without which the chat template renders the same text.
+
+    Args:
+        tokenizer: Has a chat template.
+        row: A row; one without `messages` has no such part.
+
+    Returns:
+        `tools`, and keys of the turns such as `tool_calls`.
+    """
+    if "messages" not in row:
+        return []
+    turns, options = conversation(row)
+    parts = [part for part in _PARTS if any(turn.get(part) for turn in turns)] + ["tools"] * bool(options.get("tools"))
+    text = chat_text(tokenizer, turns, **options) if parts else ""
+
+    def is_left_out(part: str) -> bool:
+        less = [{key: value for key, value in turn.items() if key != part} for turn in turns]
+        try:
+            return chat_text(tokenizer, less, **{key: one for key, one in options.items() if key != part}) == text
+        except Exception:  # a template that needs the part may raise anything
+            return False
+
+    return [part for part in parts if is_left_out(part)]
+
+
 class Chats:
     """Renders conversations and finds their turns in the text.
 

@@ -18,7 +18,6 @@ from hfpipe.core.files import GIB
 from hfpipe.core.output import has_colours, painted
 from hfpipe.data.cleaning.contamination import overlap_lines
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
-from hfpipe.data.dataloader import SIDES
 from hfpipe.data.dedup import cleaning_of
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.mixture import mixture
@@ -31,6 +30,7 @@ from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.pipeline.context import quiet_libraries
+from hfpipe.pipeline.first_rows import FEW, facts_of, flaws_of
 from hfpipe.pipeline.note import Note
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.recipe import Classification, Recipe, Source, Stage
@@ -40,11 +40,7 @@ from hfpipe.stages.memory import copies_of
 from hfpipe.stages.own_texts import MOST_TEXTS, opening_of
 from hfpipe.stages.trainer import divide_batch
 
-LONG_ROWS = {"cut": "lose their end", "split": "go on in another row", "drop": "are left out"}
-
-
 FEW_ROWS = 50  # of a suite: fewer tell only large changes from noise
-FEW = 0.02  # of the rows: fewer with a flaw are told, and nothing has to be done
 TIGHT = 0.9  # of the room: a prediction above it may be short
 
 
@@ -192,7 +188,7 @@ def _tell_stage(
     rows_known = 0
     for place, source in enumerate(stage.data):
         sample = samples[stage.name, place]
-        facts = _facts_of(sample.rows, stage, tokenizer, max_length, source)
+        facts = facts_of(sample.rows, stage, tokenizer, max_length, source)
         rows_known += sample.count or 0
         tokens_known += (sample.count or 0) * facts["tokens"]
         trained_known += (sample.count or 0) * facts["tokens"] * facts["trained"]
@@ -226,13 +222,11 @@ def _tell_source(
     trained = f", {facts['trained']:.0%} of them trained on" if stage.kind == "sft" else ""
     cleaned = [f"cleaned first, in one pass over it: {cleaning_of(source)}"] if source.cleaned else []
     note.fine("data", f"{title}: {known}; {facts['tokens']:.0f} tokens a row{trained}", str(sample.taken), *cleaned)
-    marks = _marks(sample.rows, stage, tokenizer, max_length, source) if stage.kind == "sft" and sample.rows else []
-    look_at_them = "look at them with `hfpipe preview`; a larger max_length may reach an answer"
-    for share, what, remedy in ((facts["untrained"], "have no token to train on", look_at_them), *marks):
-        if share >= FEW:
-            note.look("data", f"{title}: {share:.0%} of the sampled rows {what}", f"to do: {remedy}")
-        elif share:
-            note.fine("data", f"{title}: {share:.1%} of the sampled rows {what}")
+    for flaw in flaws_of(sample.rows, stage, tokenizer, max_length, source):
+        if flaw.share >= FEW:
+            note.look("data", f"{title}: {flaw.share:.0%} of the sampled rows {flaw.what}", f"to do: {flaw.remedy}")
+        elif flaw.share:
+            note.fine("data", f"{title}: {flaw.share:.1%} of the sampled rows {flaw.what}")
 
 
 def _tell_kept(recipe: Recipe, stage: Stage, tokenizer: Any, tokens: float, note: Note) -> None:
@@ -261,52 +255,6 @@ def _tell_near(recipe: Recipe, stage: Stage, parameters: int, note: Note) -> Non
         takes = f"{many} of the parent, {size / GIB:.2f} GiB (counted in memory below)"
     held = " and ".join(word for word in ("kl", "l2") if getattr(stage.kept, word) is not None)
     note.fine("keep", f"{stage.name}: {held}: {takes}")
-
-
-def _facts_of(
-    sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source
-) -> dict[str, float]:
-    """Returns of the first rows of a source the tokens a row, the share that is trained, and of rows without one."""
-    if not sample:
-        return {"tokens": 0.0, "trained": 0.0, "untrained": 0.0}
-    encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
-    tokens = sum(len(row[side]) for row in encoded for side in SIDES if side in row)
-    trained = sum(label != IGNORED for row in encoded for label in row["labels"])
-    rows = max(len(encoded), 1)
-    share = {"trained": trained / max(tokens, 1), "untrained": max(0.0, 1 - len(encoded) / len(sample))}
-    return {"tokens": tokens / rows, **share}
-
-
-def _marks(
-    sample: list[dict[str, Any]], stage: Stage, tokenizer: Any, max_length: int, source: Source
-) -> list[tuple[float, str, str]]:
-    """Lists the faults of the beginnings and ends of a source's first rows: their share, the fault, its remedy."""
-    encoded = encode_rows(sample, stage, tokenizer, None, 0, source)
-    ids = [row["input_ids"] for row in encoded]
-    trained = [[token for token in row["labels"][-3:] if token != IGNORED] for row in encoded]  # a line feed may follow
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    long = LONG_ROWS[getattr(stage, "too_long", "cut")]
-    found = [
-        (
-            sum(row[:2] == [bos, bos] for row in ids),
-            f"begin with two BOS tokens ({tokenizer.bos_token}): the data or the chat template has one, and the "
-            "tokenizer adds another",
-            f"take {tokenizer.bos_token} out of the data or of the chat template",
-        ),
-        (
-            sum(eos not in row for row in trained),
-            f"do not end with the EOS token ({tokenizer.eos_token}) as something to learn, so the model does not learn "
-            "to stop there",
-            "a chat template ends its turns otherwise, or has EOS outside of its generation marks: set "
-            "model.tokenizer.eos_token to what ends a turn",
-        ),
-        (
-            sum(len(row) > max_length for row in ids),
-            f"are longer than max_length ({max_length}) and {long}",
-            "raise training.max_length, or choose `too_long: cut | split | drop`",
-        ),
-    ]
-    return [(count / len(ids), what, remedy) for count, what, remedy in found]
 
 
 def _check_disk(recipe: Recipe, parameters: int, note: Note) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hfpipe.pipeline.context import (
     with_paired,
 )
 from hfpipe.pipeline.dial import settle
+from hfpipe.pipeline.first_rows import FEW, flaws_of
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.pipeline.reuse import forget_checkpoints, take_up
 from hfpipe.recipe import Recipe, Stage
@@ -37,6 +39,7 @@ from hfpipe.report.price import next_cure
 from hfpipe.scores.scorecard import BASE, Score, judge_budget, of_lineage, write_scorecard
 from hfpipe.scores.wording import change_words
 from hfpipe.stages import STAGES, StageRun
+from hfpipe.stages.compatibility import Sample
 from hfpipe.stages.cost import CostMeter
 from hfpipe.stages.fit import Fit, fitted, require_memory, smaller
 from hfpipe.stages.memory import out_of_memory, predicted, setting_of
@@ -108,7 +111,19 @@ def _checked(run: Run) -> Run:
     answers = require_training(loaded, run.folder)
     for line in answers.hub:
         ranks.say(f"push: {line}")
+    if ranks.is_main():
+        _warn(run.recipe, answers.samples, base.tokenizer)
     return _made_to_fit(run, answers.fits)
+
+
+def _warn(recipe: Recipe, samples: Mapping[tuple[str, int], Sample], tokenizer: Any) -> None:
+    """Tells of flaws that many of the first rows of a source have; `hfpipe check` tells of all."""
+    for stage in recipe.stages:
+        length = stage.training.get("max_length") or 1024
+        for place, source in enumerate(stage.data):
+            for flaw in flaws_of(samples[stage.name, place].rows, stage, tokenizer, length, source):
+                if flaw.share >= FEW:
+                    ranks.say(f"{stage.name}: {source.title}: {flaw.share:.0%} of the first rows {flaw.what}")
 
 
 def _made_to_fit(run: Run, fits: list[Fit]) -> Run:
