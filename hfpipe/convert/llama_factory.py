@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpipe.convert import preferences, words
+from hfpipe.convert import llama_factory_v1, preferences, words
 from hfpipe.convert.draft import Draft, Lost, OutOfScope, Said, Table, Unneeded, if_set, with_another
 from hfpipe.convert.trainer_keys import trainer_table
 
@@ -338,6 +338,9 @@ def convert(draft: Draft) -> None:
         OutOfScope: The config is for preferences, rewards, images, or for no training.
     """
     config = draft.config
+    if "train_dataset" in config or "model" in config:
+        llama_factory_v1.convert(draft)
+        return
     stage = str(config.get("stage", "sft"))
     if stage in _STAGES:
         raise OutOfScope(

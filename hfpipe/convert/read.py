@@ -106,6 +106,8 @@ def recognize(config: dict[str, Any], path: Path) -> str:
         return "oumi"
     if "model_name_or_path" in keys and keys & {"stage", "finetuning_type", "template", "cutoff_len"}:
         return "llama-factory"
+    if isinstance(model, str) and keys & {"train_dataset", "peft_config", "dist_config"}:
+        return "llama-factory"
     if "model_name_or_path" in keys:
         return "trl"
     if isinstance(model, str) and keys & {"dataset", "tuner_type", "train_type", "lora_rank", "cached_dataset"}:

@@ -50,6 +50,19 @@ micro_batch_size: 1
 max_steps: 100
 learning_rate: 0.0003
 """
+LLAMA_FACTORY_V1 = """
+model: team/chat-4b
+model_class: llm
+peft_config: {name: lora, r: 32, target_modules: all}
+quant_config: {name: bnb, quantization_bit: 4}
+dist_config: {name: fsdp2}
+train_dataset: sets.yaml
+micro_batch_size: 2
+global_batch_size: 16
+cutoff_len: 1024
+learning_rate: 1e-4
+batching_strategy: padding_free
+"""
 LLAMA_FACTORY = """
 model_name_or_path: team/chat-4b
 stage: sft
@@ -397,6 +410,25 @@ def test_what_changes_the_weights_and_cannot_be_said_is_told(
     for text in (said, written.split("\nname:")[0]):
         assert "LOST" in text
         assert key in text
+
+
+def test_the_second_form_of_llama_factory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = {"ours": {"path": "data/ours.json", "source": "local", "converter": "alpaca", "size": 50}}
+    sets["theirs"] = {"path": "team/chats", "converter": "sharegpt", "weight": 2.0}
+    (here / "sets.yaml").write_text(yaml.safe_dump(sets))
+    recipe, written, said = converted(LLAMA_FACTORY_V1, capsys)
+    stage = recipe["stages"][0]
+    assert stage["data"] == [
+        {"path": "json", "data_files": "data/ours.json", "take": 50, "format": "alpaca_chat"},
+        {"path": "team/chats", "weight": 2.0, "format": "sharegpt"},
+    ]
+    assert stage["lora"] == {"target_modules": "all-linear", "r": 32, "lora_alpha": 16, "lora_dropout": 0.05}
+    assert (stage["quantization"], stage["global_batch_size"], stage["train_on"]) == ("nf4", 16, "assistant")
+    assert (stage["training"]["packing"], stage["training"]["lr_scheduler_type"]) == (True, "constant")
+    assert "dist_config" in written
+    assert "LOST" not in said
+    _, _, said = converted(LLAMA_FACTORY_V1 + "optim_config: {name: muon}\n", capsys)
+    assert "no optimizer 'muon'" in said
 
 
 def test_parts_of_the_weights_and_their_rates_are_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
