@@ -27,6 +27,7 @@ from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.compatibility import Sample, require_fitting, require_rows
 from hfpipe.stages.fit import Fit, fit_of
 from hfpipe.stages.preference import require_losses
+from hfpipe.stages.pretrain import require_isolation
 from hfpipe.stages.sharding import require_combinations
 from hfpipe.stages.trainer import divide_batch
 
@@ -107,6 +108,7 @@ def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
     for stage in recipe.stages:
         divide_batch(stage)
     require_adapters(recipe, model.config, loaded.added)
+    require_isolation(recipe, model)
     hub = ranks.on_main(partial(check_access, recipe))
     samples = ranks.on_main(partial(require_rows, recipe, tokenizer))
     ranks.on_main(partial(require_fitting, recipe, tokenizer, loaded.suites, model, loaded.task))

@@ -29,6 +29,7 @@ from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import context_of
+from hfpipe.model.toy import small_copy
 from hfpipe.recipe import Pretrain, Recipe
 from hfpipe.recipe.faults import listed
 from hfpipe.scores.scorecard import BASE
@@ -190,11 +191,17 @@ def masked_loss(
 def require_isolation(recipe: Recipe, model: Any) -> None:
     """Refuses a base on which a stage would pack documents that see each other: it would be worse, without a sign.
 
+    Args:
+        recipe: The recipe.
+        model: The base; of one that is shapes alone a small copy is measured, where one can be made.
+
     Raises:
         RecipeError: They do.
     """
     packing = [stage for stage in recipe.stages if isinstance(stage, Pretrain) and stage.objective == "causal"]
     if any(recipe.parent_of(stage.name) == BASE for stage in packing):
+        if model.device.type == "meta" and (model := small_copy(model)) is None:
+            return
         cached, model.config.use_cache = getattr(model.config, "use_cache", None), False  # as the stage does
         _require_isolation(model)
         model.config.use_cache = cached

@@ -89,17 +89,27 @@ def test_the_isolation_test_feeds_the_model_as_the_training_does(tmp_path: Path,
         assert ((call["position_ids"] == 0).sum(dim=1) > 1).any(), "rows of more than one document"
 
 
+SEES_PAST_POSITIONS: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "num_attention_heads": 2},
+    "bloom": {"num_attention_heads": 2},
+    "mamba": {"state_size": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", SEES_PAST_POSITIONS)
 def test_a_model_that_cannot_keep_packed_documents_apart_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """`check` knows no weights of the base, and says so all the same."""
     path = recipe(tmp_path, {"max_steps": 2})
-    architecture = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2}
-    architecture |= {"num_attention_heads": 2, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+    architecture = {"model_type": model_type, "hidden_size": 32, "num_hidden_layers": 2}
     content = tiny.recipe(tmp_path, evaluate={}, merge=False)
-    content["model"]["architecture"] = architecture
+    content["model"]["architecture"] = architecture | SEES_PAST_POSITIONS[model_type]
     content["stages"] = content["stages"][:1]
     path = tiny.write(tmp_path, content)
-    assert main(["run", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert "packed documents are not kept apart" in error
-    assert "Traceback" not in error
+    told = []
+    for command in ("check", "run"):
+        assert main([command, str(path)]) == 2
+        told += [line for line in capsys.readouterr().err.splitlines() if line.startswith("hfpipe: ")]
+    assert "packed documents are not kept apart" in told[0]
+    assert told[0] == told[1]
