@@ -61,6 +61,7 @@ def recipe_of(draft: Draft, path: Path) -> dict[str, Any]:
     if not draft.stage["data"]:
         raise RecipeError(f"{path} names no data to train on, so it is no config of a training.")
     words.streams_need_steps(draft)
+    words.warmup_of_constant(draft)
     recipe = {"name": name_of(path), **draft.recipe, "stages": [draft.stage]}
     if draft.suites:
         recipe["evaluate"] = draft.suites

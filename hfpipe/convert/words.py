@@ -159,6 +159,13 @@ def warmup(draft: Draft, key: str, value: Any) -> None:
         draft.train(key, "training.warmup_steps", value)
 
 
+def warmup_of_constant(draft: Draft) -> None:
+    """Leaves a warm-up out that the constant schedule of transformers takes no notice of."""
+    if draft.take("stage.training.lr_scheduler_type") == "constant" and draft.take("stage.training.warmup_steps"):
+        draft.stage["training"].pop("warmup_steps")
+        draft.note("unneeded", "warmup", "transformers' constant schedule has none (constant_with_warmup has)")
+
+
 def checkpointing(draft: Draft, value: Any) -> None:
     """Activations are computed again in the backward pass (to save memory), or kept."""
     draft.put("stage.training.activation_checkpointing", bool(value))

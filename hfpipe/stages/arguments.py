@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +26,7 @@ from hfpipe.recipe import Pretrain, Recipe, Stage
 from hfpipe.stages.trackers import require_login
 
 SHARDING_WORDS = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config")
+_OF_THE_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules")
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def clear_refusal(stage: Stage, who: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, ArithmeticError) as error:
         text = f"stages.{stage.name}.training: {who} refuses it: {' '.join(str(error).split()).rstrip('.')}."
         lacking = isinstance(error, ImportError) or "install" in text  # some say so by a ValueError
         if isinstance(error, RuntimeError) and not (lacking or isinstance(error, NotImplementedError)):
@@ -119,11 +121,11 @@ def require_arguments(recipe: Recipe, tokenizer: Any) -> None:
             if getattr(arguments, "activation_offloading", False) and not torch.accelerator.is_available():
                 raise ValueError("activation_offloading moves what lies on a GPU, and there is none")
         ranks.on_main(partial(require_login, stage.name, arguments.report_to))
-        with clear_refusal(stage, f"optim {arguments.optim}"):
+        with clear_refusal(stage, f"optim {_word(arguments.optim)}"):
             optimizer = _optimizer(arguments)
         with clear_refusal(stage, "lr_scheduler_type or its kwargs"):
-            options = arguments.lr_scheduler_kwargs
-            get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
+            _rates(arguments, optimizer, arguments.lr_scheduler_kwargs)
+            _require_effect(stage, arguments, optimizer)
         if isinstance(stage, Pretrain) and stage.objective == "masked":
             frame_of(tokenizer, words=Masking(tokenizer, stage.masking or {}, recipe.seed).collator.whole_word_mask)
 
@@ -151,11 +153,73 @@ def _require_deepspeed(stage: Stage) -> None:
 
 def _optimizer(arguments: TrainingArguments) -> torch.optim.Optimizer:
     """The optimizer of one parameter; plain SGD stands for those that are made for a model."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
+    kind, options = _chosen(arguments) or (torch.optim.SGD, {"lr": arguments.learning_rate})
+    return kind([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def _chosen(arguments: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
+    """Returns the class of the optimizer and its words; None for those that are made for a model."""
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return Trainer.get_optimizer_cls_and_kwargs(arguments)
     except ValueError as error:
         if "model" not in str(error):
             raise
-        kind, options = torch.optim.SGD, {"lr": arguments.learning_rate}
-    return kind([parameter], **options)
+        return None
+
+
+def _rates(
+    arguments: TrainingArguments, optimizer: torch.optim.Optimizer, kwargs: dict[str, Any] | None, warmup: int = 5
+) -> list[float]:
+    """Returns the learning rates of ten steps, of which `warmup` are the warmup's."""
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": arguments.learning_rate}
+    schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, 10, scheduler_specific_kwargs=kwargs)
+    rates = []
+    for _ in range(10):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        if hasattr(schedule, "lr_lambdas"):  # the others follow a score
+            optimizer.step()
+            schedule.step()
+    return rates
+
+
+def _require_effect(stage: Stage, arguments: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses words of the optimizer and the schedule that these take no notice of.
+
+    Raises:
+        RecipeError: There is one.
+    """
+    chosen, fields = _chosen(arguments), type(arguments).__dataclass_fields__
+    others = {key: fields[key].default for key in _OF_THE_OPTIMIZER if stage.training.get(key) is not None}
+    tried = [(key, value) for key, value in others.items() if stage.training[key] != value]
+    words = str(stage.training.get("optim_args") or "").split(",")
+    tried += [("optim_args", ",".join(words[:at] + words[at + 1 :])) for at in range(len(words)) if len(words) > 1]
+    for key, value in tried if chosen else ():
+        if _chosen(_with(arguments, key, value)) == chosen:
+            raise _without_effect(stage, key, f"optim {_word(arguments.optim)}")
+    schedule = f"lr_scheduler_type {_word(arguments.lr_scheduler_type)}"
+    if stage.training.get("lr_scheduler_kwargs"):
+        with suppress(TypeError):  # a schedule that reads its words refuses this one
+            _rates(arguments, optimizer, {"no word of a schedule": 0})
+            raise _without_effect(stage, "lr_scheduler_kwargs", schedule)
+    if stage.training.get("warmup_steps"):
+        warm, cold = (_rates(arguments, optimizer, arguments.lr_scheduler_kwargs, steps) for steps in (5, 0))
+        if warm == cold and any(warm):
+            raise _without_effect(stage, "warmup_steps", schedule)
+
+
+def _with(arguments: TrainingArguments, key: str, value: Any) -> TrainingArguments:
+    other = copy.copy(arguments)
+    setattr(other, key, value)
+    return other
+
+
+def _word(value: Any) -> str:
+    """Returns what a recipe calls a member of an enum."""
+    return str(getattr(value, "value", value))
+
+
+def _without_effect(stage: Stage, key: str, owner: str) -> RecipeError:
+    return RecipeError(
+        f"stages.{stage.name}.training.{key}: found {stage.training[key]}, and {owner} takes no notice of it, or of a "
+        "part of it. Leave that out."
+    )

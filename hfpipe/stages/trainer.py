@@ -127,6 +127,8 @@ def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulati
         ranks.say(
             f"  {per_device} rows at once on a rank, not {wanted}: global_batch_size is {run.stage.global_batch_size}"
         )
+    if (warmup := run.stage.training.get("warmup_steps") or 0) > max_steps:
+        ranks.say(f"  warmup_steps is {warmup} and the stage has {max_steps} steps: learning_rate is not reached")
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     # Where a tracker takes a run of the same name for the same one, it has to be.
     name = run.stage.training.get("run_name", f"{run.recipe.name}-{run.stage.name}-{run.hash[:6]}")

@@ -378,6 +378,12 @@ def test_what_a_tool_does_in_silence_is_said(here: Path, capsys: pytest.CaptureF
     assert "checkpointer.checkpoint_dir" in written
 
 
+def test_a_warm_up_of_a_constant_schedule_is_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, written, _ = converted(LLAMA_FACTORY.replace("cosine", "constant"), capsys)
+    assert recipe["stages"][0]["training"].keys() & {"lr_scheduler_type", "warmup_steps"} == {"lr_scheduler_type"}
+    assert "constant schedule has none" in written
+
+
 def test_a_model_that_a_comment_names_is_taken_from_the_hub(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, _, _ = converted(TORCHTUNE, capsys)
     assert recipe["model"]["id"] == "team/Base-1B"

@@ -11,6 +11,10 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hfpipe.cli import main
+from hfpipe.recipe.passthrough import stage_fields
+from hfpipe.recipe.raw import RawStage
+from hfpipe.recipe.rules.ranges import check_ranges
+from hfpipe.recipe.stage_config import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,24 @@ def _stage(folder: Path, data: Path, kind: str, **training: object) -> Path:
         ({"model_init_kwargs": {"dtype": "float32"}}, 2, "words of `model:`"),
         ({"eval_on_start": True}, 2, "early_stopping"),
         ({"save_strategy": "best"}, 2, "early_stopping"),
-        ({"learning_rate": -1}, 2, "Invalid learning rate"),
+        ({"learning_rate": -1}, 2, "found -1; allowed is a number from 0"),
+        ({"learning_rate": 1e300}, 2, "found 1e+300; allowed is a number from 0 up to 3.4e+38"),
+        ({"weight_decay": 1e300}, 2, "found 1e+300; allowed is a number from 0 up to 3.4e+38"),
+        ({"save_total_limit": -2}, 2, "found -2; allowed is a whole number from 1"),
+        ({"logging_steps": -3}, 2, "found -3; allowed is a number above 0"),
+        ({"logging_steps": 10**30}, 2, "up to"),
+        ({"warmup_steps": 3}, 2, "the stage has 2 steps"),
+        ({"optim_args": "lr=abc"}, 2, "optim_args: found lr=abc, and optim adamw_torch"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,nesterow=true"}, 2, "optim sgd takes no notice"),
+        ({"optim": "sgd", "adam_beta2": 0.5}, 2, "adam_beta2: found 0.5, and optim sgd takes no notice"),
+        ({"optim_target_modules": "all-linear"}, 2, "takes no notice"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -2}},
+            2,
+            "lr_scheduler_type or its kwargs",
+        ),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 1}, 2, "lr_scheduler_type constant takes no notice"),
+        ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 2}}, 2, "takes no notice"),
         ({"adam_beta1": 2.0}, 2, "Invalid beta"),
         ({"report_to": "nonsense"}, 2, "nonsense is not supported"),
         ({"report_to": "dvclive"}, 4, "install"),
@@ -65,6 +86,34 @@ def test_what_a_trainer_would_refuse_is_refused_first(
     assert told in said
     assert "Traceback" not in said
     assert {path.name for path in (tmp_path / "run").glob("stages/*")} <= {"base"}
+
+
+@pytest.mark.parametrize("lora", [{"lora_dropout": -1}, {"lora_dropout": 1.5}, {"lora_alpha": 0}, {"r": -8}])
+def test_a_number_that_an_adapter_cannot_take_is_refused(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], lora: dict
+) -> None:
+    content = recipe(data)
+    content["stages"][1]["lora"] |= lora
+    assert main(["check", "--fast", str(write(tmp_path, content))]) == 2
+    assert "; allowed is a" in capsys.readouterr().err
+
+
+def test_every_number_that_is_passed_through_has_a_range() -> None:
+    """Of the installed classes: a default may stand, and no option takes -3 or 1e300."""
+    every = [(kind, name, field) for kind in KINDS for name, field in (stage_fields(kind) or {}).items()]
+    for kind, name, field in every:
+        if not {"int", "float"} & {one.word for one in field.kinds}:
+            continue
+        for value, refused in ((-3, True), (1e300, True), (field.default, False)):
+            stage = RawStage(("stages", 0), {"training": {name: value}}, "s", kind)
+            found = [fault for fault in check_ranges(stage) if fault.steps[-1] == name]
+            assert bool(found) is refused, (kind, name, value)
+
+
+def test_the_plain_schedules_and_optimizers_read_their_words(tmp_path: Path, data: Path) -> None:
+    words = {"optim": "sgd", "optim_args": "momentum=0.9", "lr_scheduler_type": "cosine_with_min_lr"}
+    words |= {"lr_scheduler_kwargs": {"min_lr": 1e-5}, "warmup_steps": 1}
+    assert main(["check", str(_stage(tmp_path, data, "sft", **words))]) == 0
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])

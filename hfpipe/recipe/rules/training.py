@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.raw import Block, RawStage, mapping, sequence
+from hfpipe.recipe.rules.ranges import check_ranges
 from hfpipe.recipe.rules.without_effect import check_training_effect
 from hfpipe.recipe.signatures import preference_losses
 
@@ -44,8 +45,6 @@ _ONLY = {
     "packing_strategy": ("bfd", "whole examples share a row, best fit first, and none is cut that fits."),
     "train_sampling_strategy": ("random", "rows are shuffled by the recipe's `seed`, and grouped by length."),
 }
-_AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_target_length")
-_MOST_NOISE = 1000  # neftune_noise_alpha; NEFTune's authors take 5 to 15, and 1e39 is no float32
 _FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -58,14 +57,8 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
             yield Fault(place, f"hfpipe decides this itself. {_DECIDED[key]}")
         if key in _ONLY and value not in (None, _ONLY[key][0]):
             yield Fault(place, f"cannot be {value!r}: {_ONLY[key][1]} Leave it out.")
-        if key == "neftune_noise_alpha" and isinstance(value, int | float) and not 0 < value <= _MOST_NOISE:
-            text = f"found {value}; allowed is a number above 0 and up to {_MOST_NOISE}, or leave it out for no noise."
-            yield Fault(place, text)
-        if key == "save_minutes" and isinstance(value, int | float) and value <= 0:
-            yield Fault(place, f"found {value}; allowed is a number of minutes above 0.")
-        if key in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
-            yield Fault(place, f"found {value}; allowed is a whole number from 1.")
-    yield from _check_length(training)
+    yield from check_ranges(stage)
+    yield from _check_warmup(training)
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
@@ -76,10 +69,6 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
             if training.data.get(key) is not None:
                 text = "says the same as `train_on` of the stage, which is set too. Keep one of the two."
                 yield Fault((*training.steps, key), text)
-    smoothing = training.data.get("label_smoothing_factor")
-    if isinstance(smoothing, int | float) and not 0 <= smoothing < 1:
-        text = f"found {smoothing}; allowed is a share from 0 to below 1, as in torch's cross_entropy."
-        yield Fault((*training.steps, "label_smoothing_factor"), text)
     yield from check_training_effect(stage)
     yield from _check_parts(stage, training)
     yield from _check_scores(training, "early_stopping" in stage.data)
@@ -103,15 +92,12 @@ def _check_parts(stage: RawStage, training: Block) -> Iterator[Fault]:
         yield Fault((*stage.steps, "learning_rates"), text)
 
 
-def _check_length(training: Block) -> Iterator[Fault]:
-    """Yields a length of the training that is none."""
-    steps, epochs = (training.data.get(key) for key in ("max_steps", "num_train_epochs"))
-    if isinstance(steps, int) and steps < 1 and steps != -1:
-        yield Fault(
-            (*training.steps, "max_steps"), f"found {steps}; allowed is a whole number from 1, or -1 for epochs."
-        )
-    if isinstance(epochs, int | float) and epochs <= 0 and steps in (None, -1):
-        yield Fault((*training.steps, "num_train_epochs"), f"found {epochs}; allowed is a number above 0.")
+def _check_warmup(training: Block) -> Iterator[Fault]:
+    """Yields a warmup that does not end before the training does: the learning rate would never be what is written."""
+    steps, warmup = (training.data.get(key) for key in ("max_steps", "warmup_steps"))
+    if isinstance(steps, int) and isinstance(warmup, int | float) and warmup > steps > 0:
+        text = f"found {warmup}, and the stage has {steps} steps, so the learning rate would never be reached. Write at"
+        yield Fault((*training.steps, "warmup_steps"), f"{text} most {steps}, or a share below 1 of all steps.")
 
 
 def _check_losses(stage: RawStage, training: Block) -> Iterator[Fault]:
