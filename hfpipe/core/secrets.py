@@ -7,13 +7,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-# Tokens of Hugging Face, what calls itself one (hf_my_token_1, not hf_tokenizer), and keys of GitHub, AWS, OpenAI,
-# Anthropic, W&B and Slack.
-TOKEN = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|\bhf_(?=\w{10})\w*(?:[Tt]oken|TOKEN|[Ss]ecret|SECRET)(?![A-Za-z])\w*"
-    r"|\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}|\bA[KS]IA[0-9A-Z]{16}\b"
-    r"|\bsk-(?=[\w-]*\d)[A-Za-z0-9_-]{20,}|\bwandb_v\d_\w{20,}|\bxox[abprs]-[A-Za-z0-9-]{10,}"
+# Each by the beginning that its service gives it.
+_KEYS = (
+    r"hf_[A-Za-z0-9]{16,}",
+    r"\bhf_(?=\w{10})\w*(?:[Tt]oken|TOKEN|[Ss]ecret|SECRET)(?![A-Za-z])\w*",  # hf_my_token_1, and not hf_tokenizer
+    r"\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_\w{22,}|\bglpat-[\w-]{20,}",
+    r"\bA[KS]IA[0-9A-Z]{16}\b|\bAccountKey=[A-Za-z0-9+/]{20,}=*",
+    r"\bAIza[\w-]{35}|\bya29\.[\w-]{20,}",  # Google
+    r"\bsk-(?=[\w-]*\d)[A-Za-z0-9_-]{20,}|\b[sr]k_(?:live|test)_\w{16,}",  # OpenAI, Anthropic; Stripe
+    r"\bgsk_\w{20,}|\br8_\w{30,}|\bxai-\w{20,}|\bnvapi-[\w-]{20,}",  # other servers of models
+    r"\bwandb_v\d_\w{20,}|\bxox[abprs]-[A-Za-z0-9-]{10,}",  # W&B, Slack
+    r"\bnpm_[A-Za-z0-9]{36}|\bpypi-[\w-]{30,}|\bdckr_pat_[\w-]{20,}|\bdapi[0-9a-f]{32}",
+    r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*|\bBearer\s+(?=\S*\d)[\w.~+/=-]{16,}",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----)?",
 )
+TOKEN = re.compile("|".join(_KEYS), re.DOTALL)
 PASSWORD_IN_URL = re.compile(r"(://[^/\s:@]+:)[^/\s:@]+(?=@)")
 NAME_IN_URL = re.compile(r"(://)(?!hf_\*)[^/\s:@]{8,}(?=@)")  # https://TOKEN@host, as git takes it
 # In the query of a URL: signatures of storage, tokens, keys.

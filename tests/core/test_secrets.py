@@ -48,6 +48,39 @@ def test_a_recipe_with_a_secret_is_refused_without_showing_it(
     assert not (tmp_path / "run").exists()
 
 
+BODY = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8s9T0"
+KEYS = [
+    f"ghp_{BODY[:36]}",
+    f"glpat-{BODY[:20]}",
+    f"AIza{BODY[:35]}",
+    f"sk-ant-{BODY}",
+    f"sk_live_{BODY[:24]}",
+    f"gsk_{BODY}",
+    f"npm_{BODY[:36]}",
+    f"eyJ{BODY}.eyJ{BODY}.{BODY}",
+    f"Bearer {BODY}",
+    f"DefaultEndpointsProtocol=https;AccountKey={BODY}==",
+    f"-----BEGIN RSA PRIVATE KEY-----\n{BODY}\n-----END RSA PRIVATE KEY-----",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_of_other_services_are_seen_anywhere(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny.recipe(tmp_path)
+    recipe["model"]["tokenizer"]["chat_template"] = f"{{{{ messages }}}} {key}"
+    assert main(["check", "--fast", str(tiny.write(tmp_path, recipe))]) == 2
+    said = capsys.readouterr().err
+    assert "chat_template" in said
+    assert BODY[:20] not in said
+
+
+def test_words_that_look_a_little_like_keys_may_stand(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    words = "the bearer of good news, Bearer certificates, hf_tokenizer, sk-learn, npm_package, eyJ, AIza"
+    recipe["model"]["tokenizer"]["chat_template"] = f"{{{{ messages }}}} {words}"
+    assert main(["check", "--fast", str(tiny.write(tmp_path, recipe))]) == 0
+
+
 def test_a_secret_in_an_override_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.write(tmp_path, tiny.recipe(tmp_path))
     assert main(["check", "--fast", str(path), "--set", f"model.revision={TOKEN}", "--set", f"sed={TOKEN}"]) == 2

@@ -123,7 +123,9 @@ def check_country(data: dict[str, Any]) -> Iterator[Fault]:
 _SECRET_KEY = re.compile(
     r"(^|_|-)(token|secret|password|passwd|key|authorization|cookies?|sas|connection_string)$", re.IGNORECASE
 )
-_SECRET_ANYWHERE = re.compile(r"(api_?key|access_?token|auth_?token|password|client_?secret)$", re.IGNORECASE)
+_SECRET_ANYWHERE = re.compile(
+    r"((api|access|secret|private)_?key|(access|auth)_?token|password|client_?secret)$", re.IGNORECASE
+)
 _WAYS = ("anon", "browser", "cache", "cloud", "google_default")
 _TEXT = (
     "holds a token, a password or a signed address, and a recipe is copied into the run folder, the report and the "
