@@ -6,8 +6,12 @@ import sys
 
 # `-m` puts the working directory first: a file html.py that lies there would run in place of the library's, with the
 # token of this machine at hand. Only the folder of hfpipe itself stays, last: spawned processes look for it.
+try:
+    _here = os.getcwd()
+except OSError:  # it was removed
+    _here = ""
 _package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:] = [*(path for path in sys.path if path not in ("", os.getcwd(), _package)), _package]
+sys.path[:] = [*(path for path in sys.path if path not in ("", _here, _package)), _package]
 
 
 def start() -> int:
@@ -18,7 +22,7 @@ def start() -> int:
 
     signals.install()
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, both)
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    several = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
     if several and os.environ.get("RANK", "0") != "0":  # the main process alone talks; faults go to the error output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     from hfpipe.cli import main

@@ -38,6 +38,16 @@ def test_what_should_be_instant_is(folder: Path, arguments: list[str], limit: fl
     assert min(seconds) < limit
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_behind_the_output_is_told_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hfpipe", "recipes"]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 4
+    assert found.stderr.startswith("hfpipe: the disk is full")
+    assert found.stderr.count("\n") == 1
+
+
 def test_five_mistakes_are_told_at_once_and_nothing_is_begun(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tiny.recipe(folder, output_dir=str(folder / "never"))
     content["stages"][0]["training"]["learing_rate"] = 1e-3

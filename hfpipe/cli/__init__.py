@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from hfpipe.cli.parser import build_parser
 from hfpipe.core import ending, peers, signals
 from hfpipe.core.errors import UserError
+from hfpipe.core.launch import require_ranks
 from hfpipe.core.machine import machine_error
 from hfpipe.core.output import forgive_closed_pipes
 from hfpipe.core.secrets import without_secrets
@@ -28,8 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_command(arguments: Sequence[str] | None) -> int:
     try:
         options = build_parser().parse_args(arguments)
+        require_ranks()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can spare
         options.command(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # or a full disk would be told behind the last line of Python
         _part()
     except KeyboardInterrupt:
         return _interrupted()

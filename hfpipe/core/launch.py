@@ -7,9 +7,30 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from hfpipe.core.errors import MachineError, RecipeError
+
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")  # that a launcher writes
+
+
+def require_ranks() -> None:
+    """Refuses numbers of ranks in the environment that no launcher writes: a left-over would fail or wait for others.
+
+    Raises:
+        MachineError: One is no number, or they do not go together.
+    """
+    given = {name: os.environ[name] for name in _NUMBERS if os.environ.get(name)}
+    wrong = [name for name, value in given.items() if not (value.isascii() and value.isdigit())]
+    if not wrong and int(given.get("WORLD_SIZE", "1")) > 1 and "RANK" not in given:
+        wrong = ["WORLD_SIZE"]
+    if not wrong and int(given.get("RANK", "0")) >= int(given.get("WORLD_SIZE", "0")) > 0:
+        wrong = ["RANK"]
+    if wrong:
+        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        os.environ.pop("RANK", None)  # which would keep all but the main process silent
+        raise MachineError(
+            f"the environment has {told}, which no launcher writes so: {wrong[0]} does not fit. Start several "
+            "processes by `accelerate launch` or `torchrun`, and one without these variables (unset them)."
+        )
 
 
 def require_launch() -> None:
@@ -55,6 +76,8 @@ def _asked_of_accelerate() -> int:
         return 1
     if not any("accelerate" in word for word in words[:3]):
         return 1
+    import yaml
+
     given: dict[str, str] = {}
     for number, word in enumerate(words[:-1]):
         name, _, value = word.partition("=")

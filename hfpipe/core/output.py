@@ -7,17 +7,21 @@ import os
 import sys
 from typing import Any, TextIO
 
+STDERR = 2  # where there is no place left to tell of it
+
 
 class _Forgiving(io.FileIO):
-    """Writes to a file descriptor; once its reader is gone, to nowhere."""
+    """Writes to a file descriptor, and to nowhere once its reader is gone or its disk full, which is an error once."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if not isinstance(error, BrokenPipeError) and self.fileno() != STDERR:
+                raise
             return len(data)
 
 

@@ -41,6 +41,41 @@ def test_machines_that_cannot_reach_each_other_are_told_at_once(
     assert (said or "GLOO_SOCKET_IFNAME=eth0") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE does not fit"),
+        ({"RANK": "-1"}, "RANK does not fit"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE does not fit"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK does not fit"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK does not fit"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT does not fit"),
+    ],
+)
+def test_variables_that_no_launcher_writes_are_refused(
+    tmp_path: Path, variables: dict[str, str], said: str, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    path = recipe(tmp_path)
+    for command in (["check", "--fast", path], ["run", path]):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert main(command) == 4
+        assert said in capsys.readouterr().err
+
+
+def test_a_module_starts_with_odd_variables_and_in_a_removed_folder(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    for environment, code in (({"WORLD_SIZE": "two"}, 4), ({}, 0)):
+        gone.mkdir()
+        command = f"import os, runpy, sys; os.rmdir({str(gone)!r}); sys.argv[1:] = ['recipes']; "
+        command += "runpy.run_module('hfpipe', run_name='__main__')"
+        given = {"PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path)), **environment}
+        found = subprocess.run([sys.executable, "-c", command], env=given, cwd=gone, capture_output=True, text=True)
+        assert found.returncode == code, found.stderr
+        assert "Traceback" not in found.stderr
+
+
 def test_an_error_before_the_ranks_meet_is_said_once(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     for rank, lines in (("0", 1), ("1", 0)):
