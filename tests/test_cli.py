@@ -38,6 +38,16 @@ def test_what_should_be_instant_is(folder: Path, arguments: list[str], limit: fl
     assert min(seconds) < limit
 
 
+def test_letters_that_the_terminal_has_not_are_written_out(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    recipe = tiny.write(tmp_path, tiny.recipe(tmp_path), "größe.yaml")
+    command = [sys.executable, "-m", "hfpipe", "check", "--fast", str(recipe)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert rb"gr\xf6\xdfe.yaml: no fault found" in found.stdout
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_disk_behind_the_output_is_told_in_a_line() -> None:
     with open("/dev/full", "w") as full:

@@ -36,7 +36,7 @@ def forgive_closed_pipes() -> None:
         text = io.TextIOWrapper(
             io.BufferedWriter(raw),
             encoding=stream.encoding,
-            errors=stream.errors,
+            errors="backslashreplace" if stream.errors == "strict" else stream.errors,  # what it has no letter for
             line_buffering=stream.line_buffering,
         )
         setattr(sys, name, text)
