@@ -167,9 +167,7 @@ def _chosen(arguments: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
         return None
 
 
-def _rates(
-    arguments: TrainingArguments, optimizer: torch.optim.Optimizer, kwargs: dict[str, Any] | None, warmup: int = 5
-) -> list[float]:
+def _rates(arguments: TrainingArguments, optimizer: torch.optim.Optimizer, kwargs: Any, warmup: int = 5) -> list[float]:
     """Returns the learning rates of ten steps, of which `warmup` are the warmup's."""
     optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": arguments.learning_rate}
     schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, 10, scheduler_specific_kwargs=kwargs)
