@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from hfpipe.core.machine import machine_error
 from hfpipe.core.upstream import attention_of
@@ -21,24 +22,25 @@ def small_copy(model: Any) -> Any:
     """Returns a model of the same architecture, whose attention is as wide and whose layers are few.
 
     Args:
-        model: A model of transformers; its shapes are enough.
+        model: A causal model of transformers; its shapes are enough.
 
     Returns:
         The copy, on the CPU in float32; None where the architecture cannot be cut so, the copy would be large, or its
         attention runs on a GPU alone.
     """
     config = copy.deepcopy(model.config)
+    words: dict[str, Any] = {"attn_implementation": attention_of(model), "dtype": torch.float32}
     try:
         if attention_of(model) not in ("eager", "sdpa"):
             return None
         _cut(config.get_text_config())
         with torch.device("meta"):
-            shapes = type(model)._from_config(config)
+            shapes = AutoModelForCausalLM.from_config(config, **words)
         if shapes.num_parameters() > MOST_WEIGHTS:
             return None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            toy = type(model)._from_config(config, dtype=torch.float32).eval()
+            toy = AutoModelForCausalLM.from_config(config, **words).eval()
             toy(input_ids=torch.zeros(1, 2, dtype=torch.long))
             return toy
     except Exception as error:  # whatever a class of transformers raises over its fields
