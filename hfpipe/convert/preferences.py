@@ -6,7 +6,7 @@ from typing import Any
 
 from hfpipe.convert.draft import Draft, OutOfScope
 from hfpipe.convert.words import Block
-from hfpipe.recipe.signatures import preference_losses
+from hfpipe.recipe.rules.training import preference_losses
 
 
 def begin(draft: Draft) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hfpipe.convert import words
+from hfpipe.convert import preferences, words
 from hfpipe.convert.draft import Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, with_another
 
 _SPEED = Unneeded("speed and memory only")
@@ -30,6 +30,7 @@ _OPTIMIZERS = {
     "torchao.prototype.low_bit_optim.CPUOffloadOptimizer": "adamw_torch",
 }
 _LOSSES = ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss")
+_OF_PAIRS = {"DPOLoss": "sigmoid", "RSOLoss": "hinge"}  # TRL's names of the same
 _MODULES = {"output_proj": "o_proj"}
 _MLP = ("gate_proj", "up_proj", "down_proj")
 # Builders of data sets: the Hub data set each stands for, and how its rows are built.
@@ -61,8 +62,13 @@ def _schedule(draft: Draft, value: Any) -> None:
 
 
 def _loss(draft: Draft, value: Any) -> None:
-    if value and str(value).rsplit(".", 1)[-1] not in _LOSSES:
-        raise OutOfScope(f"this torchtune config is for another loss than next tokens (`loss: {value}`).")
+    name = str(value).rsplit(".", 1)[-1]
+    if name in _OF_PAIRS and draft.stage["kind"] == "preference":
+        draft.put("stage.loss", _OF_PAIRS[name])
+    elif value and name not in _LOSSES:
+        raise OutOfScope(
+            f"this torchtune config is for another loss than next tokens or pairs of answers (`loss: {value}`)."
+        )
 
 
 def _checkpoint(draft: Draft, value: Any) -> None:
@@ -166,6 +172,11 @@ TABLE: Table = {
     "lr_scheduler.num_warmup_steps": "stage.training.warmup_steps",
     "lr_scheduler.num_cycles": Lost("the cosine is half a wave", (None, 0.5)),
     "loss._component_": _loss,
+    "loss.beta": "stage.training.beta",
+    "loss.gamma": "stage.training.beta",  # of RSOLoss
+    "loss.label_smoothing": Lost("TRL's sigmoid and hinge know no smoothing; `loss: robust` does", (None, 0, 0.0)),
+    "ref_checkpointer.*": Unneeded("the reference is the stage's parent"),
+    "ref_model.*": Unneeded("the reference is the stage's parent"),
     "loss.*": _SPEED,
     "epochs": "stage.training.num_train_epochs",
     "max_steps_per_epoch": _steps,
@@ -217,6 +228,9 @@ def convert(draft: Draft) -> None:
         draft.note("lost", "train_on_input", "sources of one stage are all trained on alike")
     _held_out(draft)
     _defaults(draft)
+    if draft.stage["kind"] == "preference":
+        preferences.finish(draft)
+        return
     words.train_on(draft, "all" if True in trained else "assistant")
 
 
@@ -228,7 +242,7 @@ def _defaults(draft: Draft) -> None:
     draft.default("stage.training.warmup_steps", 0)
     if config.get("clip_grad_norm") is None:
         draft.put("stage.training.max_grad_norm", 0.0)
-    if (config.get("tokenizer") or {}).get("max_seq_len") is None and draft.stage["kind"] == "sft":
+    if (config.get("tokenizer") or {}).get("max_seq_len") is None and draft.stage["kind"] != "pretrain":
         draft.put("stage.training.max_length", None)  # no row is cut
     if isinstance(config.get("dataset"), dict) and config["dataset"].get("packed") and draft.stage["kind"] == "sft":
         draft.put("stage.training.packing", True)
@@ -244,11 +258,6 @@ def _source(draft: Draft, block: dict[str, Any]) -> list[bool]:
         )
     if ".grpo." in str(block.get("_component_")):
         raise OutOfScope(f"this torchtune config is for reinforcement learning (`dataset: {name}`).")
-    if any(word in name for word in ("preference", "paired", "hh_rlhf")):
-        raise OutOfScope(
-            f"this torchtune config is for preferences (`dataset: {name}`), which is not converted. Write "
-            "a stage of `kind: preference`; `hfpipe recipes --copy preference` has one."
-        )
     taken: tuple[str, ...] = (
         "_component_",
         "source",
@@ -270,6 +279,18 @@ def _source(draft: Draft, block: dict[str, Any]) -> list[bool]:
 
 def _rows(draft: Draft, block: dict[str, Any], name: str, more: dict[str, Any]) -> list[dict[str, Any]]:
     columns = block.get("column_map") or {}
+    if name in ("preference_dataset", "hh_rlhf_helpful_dataset"):  # whole conversations, which begin alike
+        preferences.begin(draft)
+        source = words.source_of(block.get("source") or "RLHFlow/HH-RLHF-Helpful-standard", **more)
+        return [
+            preferences.renamed(source, "preference", **{side: columns.get(side) for side in ("chosen", "rejected")})
+        ]
+    if name == "stack_exchange_paired_dataset":
+        preferences.begin(draft)
+        named = {"prompt": "question", "chosen": "response_j", "rejected": "response_k", **columns}
+        asked, *sides = (f"{{{named[one]}}}" for one in ("prompt", "chosen", "rejected"))
+        source = words.source_of(block.get("source") or "lvwerra/stack-exchange-paired", data_dir="data/rl", **more)
+        return [{**source, "template": preferences.in_turns(f"Question: {asked}\n\nAnswer: ", *sides)}]
     if name in _SETS:
         source = words.source_of(block.get("source") or _SETS[name], **more)
         pair = [words.turns(text, "{output}") for text in (words.ALPACA_PROMPT, words.ALPACA_PROMPT_WITH_INPUT)]

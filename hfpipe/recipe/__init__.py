@@ -15,19 +15,16 @@ from hfpipe.recipe.config import (
 )
 from hfpipe.recipe.dump import dump_recipe, hash_of, shared_recipe
 from hfpipe.recipe.schema import json_schema
+from hfpipe.recipe.source_config import Augment, Fold, Source
 from hfpipe.recipe.stage_config import (
-    Augment,
     Classification,
     EarlyStopping,
-    Fold,
     Keep,
-    Preference,
     Pretrain,
     Quantization,
     Replay,
     SelfReplay,
     Sft,
-    Source,
     Stage,
     StageBase,
     Translation,
@@ -44,7 +41,6 @@ __all__ = [
     "Keep",
     "Merge",
     "Model",
-    "Preference",
     "Pretrain",
     "Push",
     "Quantization",

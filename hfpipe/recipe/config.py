@@ -15,8 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, mode
 
 from hfpipe.recipe.chat_templates import template_text
 from hfpipe.recipe.metric_table import parts_of
-from hfpipe.recipe.source_files import is_local_name
-from hfpipe.recipe.stage_config import (
+from hfpipe.recipe.source_config import (
     BASE,
     BLOCK,
     LIST,
@@ -24,12 +23,13 @@ from hfpipe.recipe.stage_config import (
     Name,
     Share,
     Source,
-    Stage,
     Token,
     Words,
     list_or_block,
     word_or_block,
 )
+from hfpipe.recipe.source_files import is_local_name
+from hfpipe.recipe.stage_config import Stage
 
 # https://git-scm.com/docs/git-check-ref-format
 _NO_REF = re.compile(r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|//|/\.|@\{|^[-/.]|[/.]$|\.lock(/|$)|^@?$")
@@ -274,6 +274,14 @@ class CrossValidation(Words):
     folds: int = Field(5, ge=2, description="number of folds, and of runs")
 
 
+class Cures(Words):
+    """The comparison of a stage's cures for forgetting, at the end of a run; `hfpipe cure` makes the same."""
+
+    stage: Name | None = Field(None, description="which stage; the last one that trains on next tokens when absent")
+    steps: int | None = Field(None, gt=0, description="steps of the stage, each time; the stage's own when absent")
+    dial: bool = Field(True, description="score each of them at a quarter, half and three quarters of its strength too")
+
+
 class Recipe(Words):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
@@ -305,6 +313,10 @@ class Recipe(Words):
     fit: Literal["refuse", "auto"] = Field(
         "refuse", description="what happens where a stage needs more memory than there is: auto makes it smaller"
     )
+    cures: Annotated[
+        Annotated[bool, Tag(WORD)] | Annotated[Cures, Tag(BLOCK)],
+        Discriminator(word_or_block),
+    ] = Field(False, description="at the end, train a stage with several cures for forgetting, and compare them")
     lost_rank_seconds: float = Field(
         60.0,
         ge=5,
@@ -316,6 +328,11 @@ class Recipe(Words):
     cross_validation: CrossValidation | None = Field(
         None, description="the whole run is repeated on every fold of a stage's data; mean and spread are reported"
     )
+
+    @property
+    def compared(self) -> Cures | None:
+        """The comparison of cures as a block; None without one."""
+        return Cures.model_validate({}) if self.cures is True else self.cures or None
 
     @property
     def run_folder(self) -> Path:

@@ -27,7 +27,8 @@ from hfpipe.recipe.signatures import (
     tokenizer_fields,
     training_fields,
 )
-from hfpipe.recipe.stage_config import KINDS, Source
+from hfpipe.recipe.source_config import Source
+from hfpipe.recipe.stage_config import KINDS
 
 
 def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:

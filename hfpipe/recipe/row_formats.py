@@ -235,13 +235,18 @@ NUMBERS = (("number",), "mse, mae, pearsonr or spearmanr", "numbers")  # needs, 
 
 # The columns that a recipe may name: of sources that are trained on, and of suites alone.
 TRAINED_COLUMNS = tuple(one.all_columns for one in ENDS.values() if one.trained_by)
-PAIR_COLUMNS = (ROW_FORMATS["preference"].all_columns,)  # of a preference stage
 SUITE_COLUMNS = tuple(one.all_columns for one in ENDS.values() if not one.trained_by and one.name != "answer")
 
 
 def formats_of_stage(kind: str) -> tuple[str, ...]:
     """The formats of rows that a kind of stage is trained on."""
     return tuple(name for name, one in ENDS.items() if kind in one.trained_by)
+
+
+def columns_of_stage(kind: str | None) -> tuple[tuple[str, ...], ...]:
+    """The columns that a recipe may name of a source: those of pairs alone for a stage that trains on pairs."""
+    pairs = ROW_FORMATS["preference"]
+    return (pairs.all_columns,) if kind in pairs.trained_by else TRAINED_COLUMNS
 
 
 def format_of(columns: Iterable[str]) -> RowFormat:

@@ -78,10 +78,9 @@ def training_fields(kind: str) -> Fields | None:
 
 
 @cache
-def preference_losses() -> tuple[str, ...]:
-    """Returns the losses of TRL's DPOTrainer, read from where it asks for each; empty where they cannot be read."""
-    source = source_of("trl.trainer.dpo_trainer")
-    return tuple(dict.fromkeys(re.findall(r'if loss_type == "(\w+)"', source)))
+def compared_with(module: str, name: str) -> tuple[str, ...]:
+    """Returns the words that a module compares a variable with; empty where its source cannot be read."""
+    return tuple(dict.fromkeys(re.findall(rf'if {name} == "(\w+)"', source_of(module))))
 
 
 @cache

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from hfpipe.core.errors import RecipeError
 from hfpipe.recipe.config import (
     CrossValidation,
+    Cures,
     Energy,
     Merge,
     Model,
@@ -37,23 +38,17 @@ from hfpipe.recipe.rules.adapters import is_repeated, take_over
 from hfpipe.recipe.rules.recipe import check_rules, check_suites_file
 from hfpipe.recipe.rules.values import check_values
 from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
+from hfpipe.recipe.source_config import BLOCK, LIST, TURNS, WORD, Augment, Deduplicate, Fold, Turn
 from hfpipe.recipe.stage_config import (
-    BLOCK,
     KINDS,
-    LIST,
-    TURNS,
-    WORD,
-    Augment,
-    Deduplicate,
+    Counterfactual,
     EarlyStopping,
-    Fold,
     Keep,
     KeepKl,
     KeepL2,
     Quantization,
     Replay,
     SelfReplay,
-    Turn,
 )
 
 _BLOCKS: dict[str, type[BaseModel]] = {
@@ -64,10 +59,12 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "replay": Replay,
     "deduplicate": Deduplicate,
     "augment": Augment,
+    "counterfactual": Counterfactual,
     "push": Push,
     "energy": Energy,
     "merge": Merge,
     "shift": Shift,
+    "cures": Cures,
     "fold": Fold,
     "early_stopping": EarlyStopping,
     "keep": Keep,

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from hfpipe.core.files import load_json, write_json
 from hfpipe.recipe.config import Suite
-from hfpipe.recipe.stage_config import BASE as BASE
+from hfpipe.recipe.source_config import BASE as BASE
 
 Z = 1.96  # standard errors to each side of a value, between which 95 % of a normal distribution lie
 FEWEST_ROWS = 6  # with five rows that all change one way, an exact test still gives p = 0.06

@@ -265,7 +265,30 @@ swift rlhf \\
     --learning_rate 1e-5 \\
     --max_length 2048
 """
+TORCHTUNE_DPO = """
+# tune download team/Base-8B --output-dir /tmp/Base-8B
+model:
+  _component_: torchtune.models.llama3_1.lora_llama3_1_8b
+  lora_attn_modules: [q_proj, v_proj, output_proj]
+  apply_lora_to_mlp: true
+  lora_rank: 16
+  lora_alpha: 32
+  lora_dropout: 0.0
+tokenizer: {_component_: torchtune.models.llama3.llama3_tokenizer, path: /tmp/t.model, max_seq_len: 1024}
+checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: /tmp/Base-8B}
+dataset: {_component_: torchtune.datasets.stack_exchange_paired_dataset}
+loss: {_component_: torchtune.rlhf.loss.DPOLoss, beta: 0.2, label_smoothing: 0}
+optimizer: {_component_: torch.optim.AdamW, fused: true, weight_decay: 0.05, lr: 5e-4}
+lr_scheduler: {_component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup, num_warmup_steps: 100}
+batch_size: 4
+epochs: 1
+max_steps_per_epoch: 1000
+gradient_accumulation_steps: 8
+seed: null
+shuffle: true
+"""
 PREFERENCES = {
+    "torchtune-dpo.yaml": (TORCHTUNE_DPO, "sigmoid", {"beta": 0.2, "max_length": 1024, "learning_rate": 5e-4}),
     "axolotl-dpo.yaml": (AXOLOTL_DPO, "sigmoid", {"beta": 0.2, "learning_rate": 5e-6}),
     "llama-factory-dpo.yaml": (LLAMA_FACTORY_DPO, ["ipo", "sft"], {"beta": 0.3, "loss_weights": [1.0, 0.5]}),
     "trl-dpo.yaml": (TRL_DPO, ["sigmoid", "sft"], {"beta": 0.05, "loss_weights": [1.0, 0.2], "max_length": 512}),
@@ -343,6 +366,8 @@ def test_the_rows_of_pairs_are_read_as_their_tool_reads_them(here: Path, capsys:
     assert second["format"] == "ranking_chat"
     assert second["columns"] == {"conversations": "turns", "chosen": "good", "rejected": "bad"}
     assert third["template"]["prompt"] == [{"role": "user", "content": "{input}"}]
+    [paired] = converted(TORCHTUNE_DPO, capsys)[0]["stages"][0]["data"]
+    assert paired["template"]["chosen"] == [{"role": "assistant", "content": "{response_j}"}]
     demo, ranked = converted(LLAMA_FACTORY_DPO, capsys)[0]["stages"][0]["data"]
     assert (demo["format"], ranked["format"]) == ("ranking_chat", "ranking")
     assert ranked["columns"] == {"instruction": "asked", "chosen": "good"}

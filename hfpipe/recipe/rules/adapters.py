@@ -176,7 +176,7 @@ def check_dial(data: dict[str, Any]) -> Iterator[Fault]:
 
 
 _OF_AN_ADAPTER = ("lora", "peft", "quantization")
-_LANGUAGE = {"pretrain", "sft", "preference"}  # kinds that train the same model, of the next token
+_OTHER_MODELS = {"classification", "translation"}  # the other kinds train the same model, of the next token
 
 
 def parent_of(stage: RawStage, earlier: Sequence[RawStage]) -> RawStage | None:
@@ -232,7 +232,7 @@ def check_continued(stage: RawStage, earlier: Sequence[RawStage]) -> Iterator[Fa
         return
     merge = "or write `parent_adapter: merge` to train another one on top of it"
     kinds = {str(stage.kind), str(parent.kind)}
-    if len(kinds) > 1 and not kinds <= _LANGUAGE:
+    if len(kinds) > 1 and kinds & _OTHER_MODELS:
         yield Fault(steps, f"the adapter of a {parent.kind} stage is not trained further by a {stage.kind} stage.")
     kind = text_of(mapping(parent.data.get("peft")).get("type"))
     if kind is not None and is_prompt_learning(kind):

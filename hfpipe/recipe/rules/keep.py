@@ -8,7 +8,10 @@ from typing import Any
 from hfpipe.recipe.faults import Fault
 from hfpipe.recipe.raw import Block, RawStage
 from hfpipe.recipe.rules.adapters import adapter_of
-from hfpipe.recipe.stage_config import BASE, SelfReplay
+from hfpipe.recipe.source_config import BASE
+from hfpipe.recipe.stage_config import KEEPING, SelfReplay
+
+MOVES_THE_BASE = ("pissa", "olora", "mica")  # values of init_lora_weights whose adapter is a part of the parent
 
 
 def check_keep(stage: RawStage, first: bool, model: Block) -> Iterator[Fault]:
@@ -20,7 +23,7 @@ def check_keep(stage: RawStage, first: bool, model: Block) -> Iterator[Fault]:
         model: The recipe's model.
     """
     given = stage.data.get("keep")
-    if given is None or stage.kind not in ("pretrain", "sft"):
+    if given is None or stage.kind not in KEEPING:
         return
     keep = stage.at("keep")
     if isinstance(given, dict) and all(value is None for value in given.values()):
@@ -35,6 +38,10 @@ def check_keep(stage: RawStage, first: bool, model: Block) -> Iterator[Fault]:
         if stage.data.get("parent_adapter") == "continue":
             text = "compares with the model without its adapter, and the parent has that adapter. Write"
             yield Fault((*keep.steps, "kl"), f"{text} `parent_adapter: merge`, or leave it out.")
+        init = stage.at("lora").data.get("init_lora_weights")
+        if isinstance(init, str) and init.startswith(MOVES_THE_BASE):
+            text = f"compares with the model without its adapter, and `init_lora_weights: {init}` moves a part of the"
+            yield Fault((*keep.steps, "kl"), f"{text} parent into it. Leave one of the two out.")
     if keep.data.get("l2") is not None and adapter_of(stage) is not None:
         text = "has no effect on an adapter, which is its parent where it is 0. Write `training: {weight_decay: 0.1}`."
         yield Fault((*keep.steps, "l2"), text)
@@ -46,6 +53,20 @@ def check_keep(stage: RawStage, first: bool, model: Block) -> Iterator[Fault]:
     if sum(shares) >= 1:
         text = f"`replay` and `keep` together take {sum(shares):.0%} of the stage, and nothing is left of its own data."
         yield Fault(keep.steps, f"{text} Lower their shares.")
+
+
+def check_counterfactual(stage: RawStage) -> Iterator[Fault]:
+    """Yields what of a stage's `counterfactual:` cannot be."""
+    block = stage.at("counterfactual")
+    if stage.data.get("counterfactual") is None:
+        return
+    if stage.data.get("objective") == "masked":
+        text = "compares predictions of next tokens or of classes, and this stage trains on masked ones. Remove it, or"
+        yield Fault(block.steps, f"{text} write `augment: {{swap: gender}}` at the source.")
+    swap = block.data.get("swap")
+    if isinstance(swap, list) and any(isinstance(words, list) and len(set(words)) < 2 for words in swap):
+        text = "each list needs two words or more, which take each other's place: [[Christian, Muslim]]."
+        yield Fault((*block.steps, "swap"), text)
 
 
 def _self_share(keep: Any) -> float:

@@ -16,6 +16,7 @@ from hfpipe.recipe.metric_table import OUR_METRICS, WITH_IDEAL, is_elsewhere, pa
 from hfpipe.recipe.push_plan import NEEDS_AN_ADAPTER, ONLY_OF
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
 from hfpipe.recipe.rules.adapters import adapter_of
+from hfpipe.recipe.stage_config import KEEPING
 
 
 def check_repeats(data: dict[str, Any]) -> Iterator[Fault]:
@@ -38,6 +39,32 @@ def check_repeats(data: dict[str, Any]) -> Iterator[Fault]:
     if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
         yield Fault(("seeds",), f"{listed(map(str, twice))} stands there twice, and would give the same run twice.")
     yield from _check_cross_validation(data)
+
+
+def check_cures(data: dict[str, Any]) -> Iterator[Fault]:
+    """Yields what `cures:` gets wrong: a stage that cannot be cured, nothing to compare by, several models."""
+    if data.get("cures") in (None, False):
+        return
+    able = [stage.name for stage in stages(data) if stage.name and is_curable(stage)]
+    name = text_of(Block((), data).at("cures").data.get("stage"))
+    if name is not None and name not in able:
+        text = (
+            f"'{name}' is not a stage that can be cured; allowed: {listed(able) or 'none'}.{did_you_mean(name, able)}"
+        )
+        yield Fault(("cures", "stage"), text)
+    elif not able:
+        text = f"no stage trains on next tokens ({listed(KEEPING)}), so none can be cured."
+        yield Fault(("cures",), text)
+    if not data.get("evaluate"):
+        yield Fault(("cures",), "there is no suite to compare by. Add `evaluate:`, or remove it.")
+    repeated = next((key for key in ("seeds", "cross_validation") if data.get(key) is not None), None)
+    if repeated is not None:
+        yield Fault(("cures",), f"`{repeated}` makes several models, and this compares those of one stage. Remove it.")
+
+
+def is_curable(stage: RawStage) -> bool:
+    """Returns True if a stage trains on next tokens, and so can keep its parent by texts of its own."""
+    return stage.kind in KEEPING and stage.data.get("objective") != "masked"
 
 
 def _check_early_stopping(stage: RawStage, by_name: dict[str, RawSuite]) -> Iterator[Fault]:

@@ -9,7 +9,7 @@ from hfpipe.recipe.config import Model
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
-from hfpipe.recipe.row_formats import PAIR_COLUMNS, SUITE_COLUMNS, TRAINED_COLUMNS
+from hfpipe.recipe.row_formats import SUITE_COLUMNS, TRAINED_COLUMNS, columns_of_stage
 from hfpipe.recipe.rules.adapters import (
     adapter_of,
     check_adapter,
@@ -18,12 +18,13 @@ from hfpipe.recipe.rules.adapters import (
     check_dial,
     check_merges,
 )
-from hfpipe.recipe.rules.keep import check_keep
-from hfpipe.recipe.rules.outcome import check_country, check_push, check_repeats, check_secrets
+from hfpipe.recipe.rules.keep import check_counterfactual, check_keep
+from hfpipe.recipe.rules.outcome import check_country, check_cures, check_push, check_repeats, check_secrets
 from hfpipe.recipe.rules.sources import check_cleaning, check_overlap, check_pairs, check_source
 from hfpipe.recipe.rules.training import check_training
 from hfpipe.recipe.rules.without_effect import check_generation_effect
 from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
+from hfpipe.recipe.stage_config import KINDS
 
 BASE = "base"
 
@@ -38,8 +39,9 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from check_continued(stage, stages(data)[:position])
         yield from _check_weights(stage)
         yield from check_keep(stage, position == 0, Block((), data).at("model"))
+        yield from check_counterfactual(stage)
         for source in stage.sources:
-            yield from check_source(source, PAIR_COLUMNS if stage.kind == "preference" else TRAINED_COLUMNS)
+            yield from check_source(source, columns_of_stage(stage.kind))
     yield from _check_architecture(data)
     yield from _check_suites(data)
     yield from _check_outcome(data)
@@ -49,6 +51,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
     yield from check_cleaning(data)
     yield from check_country(data)
     yield from check_repeats(data)
+    yield from check_cures(data)
     yield from check_secrets(data)
 
 
@@ -211,12 +214,7 @@ def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault
         yield Fault((*replayed.steps, "stage"), text)
 
 
-_TRAINED_FOR = (
-    "pretrain",
-    "sft",
-    "preference",
-    "translation",
-)  # a task that the model has; a classifier's head fits any
+_TRAINED_FOR = KINDS.keys() - {"classification"}  # a task that the model has; a classifier's head fits any
 _LEFT = {
     "classification": "a classifier, which says no text",
     "masked": "an encoder, which fills masked tokens",

@@ -9,7 +9,7 @@ from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.raw import Block, RawStage, mapping, sequence
 from hfpipe.recipe.rules.ranges import check_ranges
 from hfpipe.recipe.rules.without_effect import check_training_effect
-from hfpipe.recipe.signatures import preference_losses
+from hfpipe.recipe.signatures import compared_with
 
 # Keys of the trainer's arguments that hfpipe decides itself, and what to write instead.
 _DECIDED = {
@@ -45,6 +45,11 @@ _ONLY = {
     "packing_strategy": ("bfd", "whole examples share a row, best fit first, and none is cut that fits."),
     "train_sampling_strategy": ("random", "rows are shuffled by the recipe's `seed`, and grouped by length."),
 }
+# Losses without a reference that TRL has in `trl.experimental` alone, in trainers of their own.
+_OF_EXPERIMENTS = {
+    loss: f" TRL has {loss} in a trainer of its own, which it calls experimental; hfpipe does not."
+    for loss in ("simpo", "alphapo", "cpo", "orpo", "kto", "tpo")
+}
 _FOLLOW_A_SCORE = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -63,7 +68,7 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
     if stage.kind == "preference":
-        yield from _check_losses(stage, training)
+        yield from _check_preference(stage, training)
     if stage.data.get("train_on") is not None:
         for key in ("assistant_only_loss", "completion_only_loss"):
             if training.data.get(key) is not None:
@@ -100,8 +105,13 @@ def _check_warmup(training: Block) -> Iterator[Fault]:
         yield Fault((*training.steps, "warmup_steps"), f"{text} most {steps}, or a share below 1 of all steps.")
 
 
-def _check_losses(stage: RawStage, training: Block) -> Iterator[Fault]:
-    """Yields what a preference stage says wrongly of its losses."""
+def preference_losses() -> tuple[str, ...]:
+    """Returns the losses of TRL's DPOTrainer, read from where it asks for each; empty where they cannot be read."""
+    return compared_with("trl.trainer.dpo_trainer", "loss_type")
+
+
+def _check_preference(stage: RawStage, training: Block) -> Iterator[Fault]:
+    """Yields what a preference stage says wrongly of its losses, and of a dropout that is turned off."""
     if "loss_type" in training.data:
         text = "is the `loss` of a preference stage. Write `loss: ...` beside `training`, and leave this out."
         yield Fault((*training.steps, "loss_type"), text)
@@ -110,7 +120,7 @@ def _check_losses(stage: RawStage, training: Block) -> Iterator[Fault]:
     for loss in losses:
         if isinstance(loss, str) and known and loss not in known:
             text = f"found '{loss}'; the losses of TRL's DPOTrainer are {listed(known)}.{did_you_mean(loss, known)}"
-            yield Fault((*stage.steps, "loss"), text)
+            yield Fault((*stage.steps, "loss"), text + _OF_EXPERIMENTS.get(loss, ""))
     weights = training.data.get("loss_weights")
     if isinstance(weights, list) and len(weights) != len(losses):
         text = f"found {len(weights)} weights for {len(losses)} losses; each of `loss` has one."
@@ -118,6 +128,10 @@ def _check_losses(stage: RawStage, training: Block) -> Iterator[Fault]:
     if training.data.get("label_smoothing") and not {"robust", "exo_pair", "aot", "aot_unpaired"} & {*map(str, losses)}:
         text = "belongs to the losses robust, exo_pair, aot and aot_unpaired, and this is none of them. Leave it out."
         yield Fault((*training.steps, "label_smoothing"), text)
+    lora = stage.at("lora")
+    if lora.data.get("lora_dropout") and training.data.get("disable_dropout") is not False:
+        text = "has no effect: DPOTrainer turns every dropout off. Write `training: {disable_dropout: false}` to keep"
+        yield Fault((*lora.steps, "lora_dropout"), f"{text} it, or leave this out.")
 
 
 def _check_scores(training: Block, scored: bool) -> Iterator[Fault]:

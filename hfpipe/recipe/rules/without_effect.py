@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from hfpipe.recipe.faults import Fault
 from hfpipe.recipe.raw import Block, RawStage, RawSuite
 from hfpipe.recipe.signatures import Fields, generation_fields, lora_fields, training_fields
+from hfpipe.recipe.stage_config import KINDS
 
 _SUITES = "a stage is scored by the recipe's suites, whose `batch_size`, `max_length` and `generation` say how"
 _LOADER = "hfpipe's own loader makes the batches, in a thread beside the training"
@@ -49,14 +50,6 @@ TRAINING: dict[str, str] = {
     "enable_jit_checkpoint": "a signal saves a checkpoint in any case",
     "restore_callback_states_from_checkpoint": "a run continues with the state of every callback of hfpipe",
     "save_on_each_node": "all nodes share the run folder",
-}
-# Of `kind: preference` alone.
-PREFERENCE: dict[str, str] = {
-    "label_smoothing_factor": "DPOTrainer computes no cross-entropy; `label_smoothing` is for its losses robust and "
-    "exo_pair",
-    **dict.fromkeys(
-        ("ref_model_mixup_alpha", "ref_model_sync_steps"), "the reference is the stage's parent, and stays it"
-    ),
 }
 # With early stopping a stage is scored while it trains.
 SCORED_WHILE_TRAINED = ("eval_steps", "eval_delay")
@@ -100,8 +93,8 @@ def check_training_effect(stage: RawStage) -> Iterator[Fault]:
     """Yields the words of a stage's `training:` and `lora:` that have no effect."""
     training = stage.at("training")
     fields = training_fields(stage.kind) if stage.kind else None
-    is_preference = stage.kind == "preference"
-    yield from _without_effect(training, TRAINING | (PREFERENCE if is_preference else {}), fields)
+    of_kind = KINDS[stage.kind].WITHOUT_EFFECT if stage.kind in KINDS else {}
+    yield from _without_effect(training, TRAINING | of_kind, fields)
     for key in SCORED_WHILE_TRAINED if "early_stopping" not in stage.data else ():
         if training.data.get(key) is not None and not (fields and key in fields and _is_default(training, key, fields)):
             text = "has no effect: a stage is scored while it trains by `early_stopping: {suite: ...}` alone."
@@ -110,9 +103,6 @@ def check_training_effect(stage: RawStage) -> Iterator[Fault]:
     yield from _without_effect(inner, dict.fromkeys(_ACCELERATOR, _LOADER), None)
     lora = stage.at("lora")
     yield from _without_effect(lora, LORA, lora_fields() if lora.data else None)
-    if is_preference and lora.data.get("lora_dropout") and training.data.get("disable_dropout") is not False:
-        text = "has no effect: DPOTrainer turns every dropout off. Write `training: {disable_dropout: false}` to keep"
-        yield Fault((*lora.steps, "lora_dropout"), f"{text} it, or leave this out.")
     task = _TASKS.get(str(stage.kind), "CAUSAL_LM")
     if lora.data.get("task_type") not in (None, task):
         yield Fault((*lora.steps, "task_type"), f"has no effect: it follows from the kind of the stage, {task} here.")
