@@ -201,6 +201,31 @@ def test_an_addition_touches_the_files_that_are_named_and_no_more(what: str) -> 
         assert f"{Path(path).parent}/" in named
 
 
+# Files in which `kind: preference` lies, and those of its formats, its metrics and other tools' words for it.
+PREFERENCE = (
+    *("recipe/stage_config.py", "recipe/row_formats.py", "recipe/rules/training.py"),
+    *("data/preference.py", "stages/preference.py", "stages/__init__.py"),
+)
+BESIDE = (
+    *("data/sources/formats.py", "data/sources/convert.py"),
+    *("recipe/metric_table.py", "evaluation/metrics/preference.py", "evaluation/answers.py"),
+    *("recipe/foreign_words.py", "convert/"),
+)
+
+
+def test_the_kind_of_preferences_lies_in_six_files() -> None:
+    named = re.compile(r"\bpreference\b|\bPreference\w*|\w+_preference|preference_\w+|PairTokenizer", re.IGNORECASE)
+    found = {
+        str(path.relative_to(ROOT / "hfpipe"))
+        for path in (ROOT / "hfpipe").rglob("*.py")
+        if named.search(path.read_text())
+    }
+    found -= {"scores/scorecard.py", "evaluation/multiple_choice.py", "evaluation/metrics/bias.py"}  # other preferences
+    assert {path for path in found if not path.startswith(BESIDE)} == {*PREFERENCE}
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert all(f"`{path}`" in page for path in PREFERENCE)
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_one_of_each_works_together_by_the_command_line(copy: Path, tmp_path: Path) -> None:

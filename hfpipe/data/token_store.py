@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -123,6 +123,28 @@ def write_columns(path: Path, blocks: Iterable[Columns]) -> None:
             writer.write_batch(batch)
         if writer is not None:
             writer.close()
+
+
+class Tokenized(Protocol):
+    """Tokens of many rows, in whatever columns: beside `TokenRows`, those of a kind of stage that has its own."""
+
+    @property
+    def untrained(self) -> int: ...
+    @property
+    def long(self) -> int: ...
+    @property
+    def refused(self) -> tuple[tuple[int, str], ...]: ...
+    @property
+    def tokens(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def columns(self) -> Columns: ...
+
+
+class Tokenizes(Protocol):
+    """Makes tokens of rows."""
+
+    def encode(self, rows: list[dict[str, Any]]) -> Tokenized: ...
 
 
 def columns_of(made: TokenRows) -> Columns:

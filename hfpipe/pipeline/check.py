@@ -199,12 +199,14 @@ def _tell_stage(
         note.fine("replay", f"{stage.name}: {part.share:.1%} of the {unit} from {part.source.title}")
     global_batch = per_device * accumulation
     kept = stage.kept.replay
-    left = 1 - sum(part.share for part in replayed) - (kept.share if kept is not None else 0)
+    own = 0.0 if kept is None else kept.share
+    left = 1 - sum(part.share for part in replayed) - own
     steps = stage.training.get("max_steps", -1)
     if steps <= 0:
         epochs = stage.training.get("num_train_epochs", 1)
         size = rows_known if stage.kind != "pretrain" else tokens_known / max_length
-        steps = math.ceil(size * epochs / left / global_batch)
+        beside = own if stage.PAIRS else 0.0  # own texts come with pairs, and make no rows of their own
+        steps = math.ceil(size * epochs / (left + beside) / global_batch)
     if kept is not None:
         whole = steps * global_batch * max_length if stage.kind == "pretrain" else trained_known / left
         _tell_kept(recipe, stage, tokenizer, whole * kept.share, note)

@@ -38,6 +38,8 @@ def facts_of(sample: Rows, stage: Stage, tokenizer: Any, max_length: int, source
     encoded = encode_rows(sample, stage, tokenizer, None if stage.kind == "pretrain" else max_length, 0, source)
     tokens = sum(len(row[side]) for row in encoded for side in SIDES if side in row)
     trained = sum(label != IGNORED for row in encoded for label in row["labels"])
+    for row in (row for row in encoded if "rejected_ids" in row):  # both sides begin alike
+        trained += len(row["rejected_ids"]) - row["labels"].count(IGNORED)
     rows = max(len(encoded), 1)
     share = {"trained": trained / max(tokens, 1), "untrained": max(0.0, 1 - len(encoded) / len(sample))}
     return {"tokens": tokens / rows, **share}
@@ -52,7 +54,7 @@ def flaws_of(sample: Rows, stage: Stage, tokenizer: Any, max_length: int, source
     found = [Flaw(untrained, "have no token to train on", advice)]
     if stage.kind == "sft":
         found += _marks(sample, stage, tokenizer, max_length, source)
-    if stage.kind in ("sft", "preference"):
+    if stage.task == "causal" and stage.kind != "pretrain":
         found += _left_out(sample, tokenizer)
     return found
 

@@ -8,15 +8,10 @@ from hfpipe.model.load import task_of
 from hfpipe.pipeline.context import open_ranks, open_run, quiet_libraries
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
 from hfpipe.pipeline.reuse import take_up
-from hfpipe.recipe import Classification, Preference, Pretrain, Recipe, Sft
-from hfpipe.stages import StageRun
-from hfpipe.stages.classification import labelled_length
+from hfpipe.recipe import Recipe, Sft
+from hfpipe.stages import ROWS, StageRun
 from hfpipe.stages.cost import CostMeter
-from hfpipe.stages.labels import labelled_tokens
-from hfpipe.stages.preference import pair_length, pair_rows
-from hfpipe.stages.sft_rows import sft_length, sft_rows
 from hfpipe.stages.sft_stream import is_streamed
-from hfpipe.stages.translation import pair_lengths, paired_tokens
 
 
 def prepare_recipe(recipe: Recipe) -> None:
@@ -35,8 +30,8 @@ def prepare_recipe(recipe: Recipe) -> None:
     model = shapes_of(base.ref)
     require_training(Loaded(recipe, base.tokenizer, base.added, model, task_of(base.ref), run.rows), folder)
     for stage in recipe.stages:
-        if isinstance(stage, Pretrain) or (isinstance(stage, Sft) and is_streamed(stage)):
-            streamed = "" if isinstance(stage, Pretrain) else " with a streamed source and max_steps"
+        if stage.kind not in ROWS or (isinstance(stage, Sft) and is_streamed(stage)):
+            streamed = "" if stage.kind not in ROWS else " with a streamed source and max_steps"
             ranks.say(f"{stage.name}: a {stage.kind} stage{streamed} is read and tokenized while it trains")
             continue
         place, version = run.stage_folder(stage.name), run.versions[stage.name]
@@ -57,11 +52,4 @@ def prepare_recipe(recipe: Recipe) -> None:
             rows=run.rows,
             cost=CostMeter(place, run.hashes[stage.name], recipe.energy),
         )
-        if isinstance(stage, Sft):
-            sft_rows(prepared, sft_length(prepared, model))
-        elif isinstance(stage, Classification):
-            labelled_tokens(prepared, labelled_length(prepared, model))
-        elif isinstance(stage, Preference):
-            pair_rows(prepared, pair_length(prepared, model))
-        else:
-            paired_tokens(prepared, pair_lengths(prepared, model))
+        ROWS[stage.kind](prepared, model)

@@ -23,10 +23,10 @@ from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import require_loadable, require_task
 from hfpipe.model.tokenizer import require_room
 from hfpipe.recipe import Recipe
+from hfpipe.stages import REQUIREMENTS
 from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.compatibility import Sample, require_fitting, require_rows
 from hfpipe.stages.fit import Fit, fit_of
-from hfpipe.stages.preference import require_losses
 from hfpipe.stages.pretrain import require_isolation
 from hfpipe.stages.sharding import require_combinations
 from hfpipe.stages.trainer import divide_batch
@@ -104,8 +104,9 @@ def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
     require_task(recipe, loaded.task)
     require_room(tokenizer, model.get_input_embeddings().num_embeddings, recipe.model.id or "the model")
     require_arguments(recipe, tokenizer)
-    require_losses(recipe, tokenizer)
     for stage in recipe.stages:
+        if stage.kind in REQUIREMENTS:
+            REQUIREMENTS[stage.kind](recipe, stage, tokenizer)
         divide_batch(stage)
     require_adapters(recipe, model.config, loaded.added)
     require_isolation(recipe, model)

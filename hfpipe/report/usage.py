@@ -186,7 +186,7 @@ def _asking(stage: Stage, chat: bool) -> list[str]:
             "print(tokenizer.decode(output[0], skip_special_tokens=True))",
         ]
     named = {**(source.template or {}), **(source.columns if isinstance(source.columns, dict) else {})}
-    if chat and stage.kind in ("sft", "preference") and not isinstance(named.get("prompt"), str):
+    if chat and stage.kind != "pretrain" and not isinstance(named.get("prompt"), str):
         inputs = [
             'turns = [{"role": "user", "content": "..."}]',
             "inputs = tokenizer.apply_chat_template("

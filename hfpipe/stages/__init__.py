@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from hfpipe.stages.classification import run_classification
-from hfpipe.stages.preference import run_preference
+from collections.abc import Callable
+from typing import Any
+
+from hfpipe.data.preference import PairTokenizer
+from hfpipe.data.token_store import Tokenizes
+from hfpipe.recipe import Recipe, Stage
+from hfpipe.stages.classification import labelled_length, run_classification
+from hfpipe.stages.labels import labelled_tokens
+from hfpipe.stages.preference import pair_length, pair_rows, require_losses, run_preference
 from hfpipe.stages.pretrain import run_pretrain
 from hfpipe.stages.sft import run_sft
+from hfpipe.stages.sft_rows import sft_length, sft_rows
 from hfpipe.stages.trainer import StageRun
-from hfpipe.stages.translation import run_translation
+from hfpipe.stages.translation import pair_lengths, paired_tokens, run_translation
 
 STAGES = {
     "pretrain": run_pretrain,
@@ -17,4 +25,18 @@ STAGES = {
     "preference": run_preference,
 }
 
-__all__ = ["STAGES", "StageRun"]
+# Of a kind whose rows are tokenized before it is trained: makes them, for `hfpipe prepare`.
+ROWS: dict[str, Callable[[StageRun, Any], object]] = {
+    "sft": lambda run, model: sft_rows(run, sft_length(run, model)),
+    "classification": lambda run, model: labelled_tokens(run, labelled_length(run, model)),
+    "translation": lambda run, model: paired_tokens(run, pair_lengths(run, model)),
+    "preference": lambda run, model: pair_rows(run, pair_length(run, model)),
+}
+
+# Makes tokens of the rows of a kind that are no texts, of the run's tokenizer and the longest length.
+TOKENIZERS: dict[str, Callable[[Any, int | None], Tokenizes]] = {"preference": PairTokenizer}
+
+# Refuses what the trainer of a kind would refuse when the stage begins.
+REQUIREMENTS: dict[str, Callable[[Recipe, Stage, Any], None]] = {"preference": require_losses}
+
+__all__ = ["REQUIREMENTS", "ROWS", "STAGES", "TOKENIZERS", "StageRun"]

@@ -17,7 +17,6 @@ from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import LOOK, Read, refuse_dirt, tidy_rows
 from hfpipe.data.labels import Problem, known_names
 from hfpipe.data.masking import Masking, frame_of, tokens_of
-from hfpipe.data.preference import PairTokenizer
 from hfpipe.data.sources.formats import Taken, kinds_of
 from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
@@ -30,6 +29,7 @@ from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Sft, Source, Stage, Suite
 from hfpipe.scores.scorecard import BASE
+from hfpipe.stages import TOKENIZERS
 from hfpipe.stages.labels import Head, first_labels, head_of, require_fitting_suites
 from hfpipe.stages.sft_rows import BLOCK, nothing_to_train
 from hfpipe.stages.trainer import require_positions
@@ -130,9 +130,7 @@ def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) ->
     if first and stage.kind not in ("pretrain", "classification"):  # texts of any length, of which nothing is asked
         length = stage.training.get("max_length") or 1024
         encoded = encode_rows(first, stage, tokenizer, length, recipe.seed, source)
-        if (
-            stage.kind in ("sft", "preference") and not encoded and count is not None
-        ):  # the rest of a table may have some
+        if stage.task == "causal" and not encoded and count is not None:  # the rest of a table may have some
             read = Read()
             every = tidy_rows(rows, source, read)
             while chunk := list(islice(every, BLOCK)):
@@ -275,8 +273,8 @@ def encode_rows(
         size = None if max_length is None else max_length - frame.size
         masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
         return [{key: value.tolist() for key, value in row.items()} for row in masked]
-    if stage.kind == "preference":
-        return list(PairTokenizer(tokenizer, max_length).encode(rows))
+    if stage.kind in TOKENIZERS:
+        return list(TOKENIZERS[stage.kind](tokenizer, max_length).encode(rows))
     if isinstance(stage, Sft):
         return list(sft_tokenizer(stage, tokenizer, max_length, source).encode(rows))
     return list(RowTokenizer(tokenizer, max_length, train_on="all").encode(rows))

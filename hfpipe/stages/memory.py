@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ class Setting:
     """All that the peak memory of a training depends on, beside the model's config.
 
     Args:
-        kind: "causal", "masked", "sft", "preference", "classification" or "translation".
+        kind: "causal", "masked", "sft", "classification" or "translation".
         device: "cpu" or "cuda".
         rows: Rows of a micro-batch on one rank.
         accumulation: Micro-batches of a step.
@@ -62,6 +63,9 @@ class Setting:
         packed: Whether several examples of `sft` share a row, which takes a mask.
         plain_loss: Whether a causal model's loss is plain cross-entropy, without label smoothing or `loss_type`.
         copies: Dtypes of the copies of the parent's weights that a full stage is held near by.
+        forms: Forms of a row: 2 where each may have a swapped one beside it.
+        pairs: Whether a row is a pair of texts, whose probabilities are compared with those of the parent.
+        beside: Of a stage of pairs, the parent's own texts for each side of one.
     """
 
     kind: str
@@ -86,6 +90,9 @@ class Setting:
     packed: bool = False
     plain_loss: bool = True
     copies: tuple[torch.dtype, ...] = ()
+    forms: int = 1
+    pairs: bool = False
+    beside: float = 0.0
 
     @property
     def has_linear_loss(self) -> bool:
@@ -136,6 +143,9 @@ def setting_of(
         packed=kind == "sft" and bool(stage.training.get("packing")),
         plain_loss=not arguments.label_smoothing_factor and getattr(arguments, "loss_type", "nll") == "nll",
         copies=copies_of(recipe, stage),
+        forms=2 if getattr(stage, "counterfactual", None) else 1,
+        pairs=stage.PAIRS,
+        beside=stage.kept.replay.share / (1 - stage.kept.replay.share) if stage.PAIRS and stage.kept.replay else 0.0,
     )
 
 
@@ -160,12 +170,13 @@ def predict(config: Any, setting: Setting) -> Memory:
     model = _model(config, setting)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    masked = setting.kind == "causal" or setting.packed  # packed rows have a mask, however many there are
-    padded = masked or (setting.kind != "masked" and setting.rows > 1)
+    # Packed rows have a mask, however many there are.
+    masked = setting.packed or (setting.kind == "causal" and not setting.pairs)
+    padded = masked or setting.pairs or (setting.kind != "masked" and setting.rows > 1)
     device = Device(setting.device, setting.autocast, padded)
     if setting.adapter is not None and setting.checkpointing is not None:
         model.enable_input_require_grads()
-    step = _STEPS[setting.kind](setting)
+    step = (_pairs if setting.pairs else _STEPS[setting.kind])(setting)
     found = trace(
         model,
         step,
@@ -199,7 +210,7 @@ def predicted(config: Any, setting: Setting) -> tuple[Memory | None, str]:
 
 def _model(config: Any, setting: Setting) -> Any:
     """The model as it is trained, on the meta device."""
-    task = {"sft": "causal", "preference": "causal", "translation": "seq2seq"}.get(setting.kind, setting.kind)
+    task = {"sft": "causal", "translation": "seq2seq"}.get(setting.kind, setting.kind)
     options = {"attn_implementation": setting.attention} if setting.attention in ("eager", "sdpa") else {}
     with torch.device("meta"):
         # A copy: embeddings that grow write their size into it.
@@ -213,13 +224,13 @@ def _model(config: Any, setting: Setting) -> Any:
             model = add_adapter(model, fields | ({"task_type": word} if word else {}), 0)
     freeze(model, setting.train_only, setting.freeze)
     model.train()
-    if setting.kind in ("causal", "sft", "preference"):
+    if setting.kind in ("causal", "sft"):
         model.config.use_cache = False
     return model
 
 
 def _ids(setting: Setting, tokens: int | None = None) -> torch.Tensor:
-    return torch.zeros(setting.rows, tokens or setting.tokens, dtype=torch.long, device="meta")
+    return torch.zeros(setting.rows * setting.forms, tokens or setting.tokens, dtype=torch.long, device="meta")
 
 
 def _causal(setting: Setting) -> Any:
@@ -279,9 +290,9 @@ def _translation(setting: Setting) -> Any:
     return lambda model: loss(model(input_ids=ids, attention_mask=ids, decoder_input_ids=said), said, 1)
 
 
-def _preference(setting: Setting) -> Any:
+def _pairs(setting: Setting) -> Any:
     """DPOTrainer's loss: twice the rows through the tiled head, and once more with the adapter off."""
-    ids = _ids(replace(setting, rows=2 * setting.rows))
+    ids = _ids(replace(setting, rows=math.ceil(2 * setting.rows * (1 + setting.beside))))
 
     def log_probabilities(model: Any) -> torch.Tensor:
         hidden = backbone_of(model)(input_ids=ids, attention_mask=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -302,7 +313,6 @@ _STEPS = {
     "causal": _causal,
     "masked": _masked,
     "sft": _sft,
-    "preference": _preference,
     "classification": _classification,
     "translation": _translation,
 }

@@ -31,6 +31,17 @@ def hold_near(run: StageRun, trainer: Trainer, share: float) -> None:
         share: Of the trained tokens, those of the parent's own texts.
 
     Raises:
+        UserError: As `near_parent`.
+    """
+    near = near_parent(run, trainer, share)
+    if near is not None:
+        override(trainer, compute_loss=near)
+
+
+def near_parent(run: StageRun, trainer: Trainer, share: float) -> NearParent | None:
+    """Draws a trainer's weights to those of the parent where the recipe says so, and returns what `kl` asks for.
+
+    Raises:
         MachineError: The model is spread over the ranks.
         RecipeError: The model computes its logits in another way than is known here.
     """
@@ -41,11 +52,12 @@ def hold_near(run: StageRun, trainer: Trainer, share: float) -> None:
                 f"stages.{run.stage.name}.keep.{word} needs the whole model on each rank, and here FSDP or DeepSpeed "
                 "spreads it. Leave it out (`keep: self` alone works there), or train an adapter without them."
             )
-    if keep.kl is not None:
-        parent = None if run.stage.adapter is not None else load_model(run.parent, frozen=True)
-        override(trainer, compute_loss=NearParent(trainer, parent, keep.kl.weight, share))
     if keep.l2 is not None:
         trainer.add_callback(_DrawnToParent(trainer.model, keep.l2.weight))
+    if keep.kl is None:
+        return None
+    parent = None if run.stage.adapter is not None else load_model(run.parent, frozen=True)
+    return NearParent(trainer, parent, keep.kl.weight, share)
 
 
 class NearParent:
@@ -87,7 +99,7 @@ class NearParent:
         inputs["labels"] = labels.masked_fill(own, IGNORED)
         inner = self._trainer.accelerator.unwrap_model(model)
         rows = wanted.any(dim=1)
-        parents = self._parents(inner, inputs, rows) if rows.any() else None
+        parents = self.parents(inner, inputs, rows) if rows.any() else None
         with hidden_of(inner) as seen:
             found = self._loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = found if isinstance(found, tuple) else (found, None)
@@ -95,7 +107,7 @@ class NearParent:
         if parents is not None:
             places = wanted[rows][:, 1:]
             pair = seen[-1][rows][:, :-1][places], parents[:, :-1][places]
-            total = self._divergence(inner, *pair)
+            total = self.divergence(inner, *pair)
             count: Any = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
             across = self._trainer.args.average_tokens_across_devices and num_items_in_batch is not None
             ranks = self._trainer.accelerator.num_processes if across else 1
@@ -103,7 +115,7 @@ class NearParent:
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _parents(self, inner: Any, inputs: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    def parents(self, inner: Any, inputs: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         """Returns the parent's hidden states (R, L, H) on some rows, without its logits."""
         words = {key: inputs[key][rows] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
         parent, off = self._parent, nullcontext()
@@ -116,7 +128,7 @@ class NearParent:
             parent.train(training)
         return hidden
 
-    def _divergence(self, inner: Any, hidden: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+    def divergence(self, inner: Any, hidden: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         """Returns the sum over tokens of KL(parent || model), from hidden states (T, H) of both."""
         head, parents_head = head_of(inner), head_of(inner if self._parent is None else self._parent)
         if isinstance(parents_head, AuxiliaryTrainingWrapper):

@@ -6,8 +6,8 @@ parent's log-probabilities of all pairs are computed before the first step and k
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,27 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import DPOTrainer
+from trl.models import prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import read_json, write_json
-from hfpipe.data.dataloader import SIDES, BatchLoader
+from hfpipe.core.upstream import override
+from hfpipe.data.dataloader import SIDES, BatchLoader, collate
 from hfpipe.data.preference import PairTokenizer, pair_collator
 from hfpipe.data.token_store import Concatenated, TokenStore
+from hfpipe.model.head import backbone_of
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
-from hfpipe.recipe import Preference, Recipe, Source, hash_of
+from hfpipe.recipe import Recipe, Sft, Source, Stage, hash_of
 from hfpipe.recipe.row_formats import formats_of_stage
+from hfpipe.recipe.rules.keep import MOVES_THE_BASE
+from hfpipe.recipe.stage_config import Preference
 from hfpipe.stages.arguments import SHARDING_WORDS, clear_refusal, stage_arguments
-from hfpipe.stages.sft_rows import tokens_of
+from hfpipe.stages.nearness import OWN, NearParent, near_parent
+from hfpipe.stages.sft_rows import own_rows, tokens_of
+from hfpipe.stages.sharding import plan_of_launch
 from hfpipe.stages.trainer import (
     StageRun,
     plan_of,
@@ -44,7 +52,6 @@ from hfpipe.stages.trainer import (
 )
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's
-MOVES_THE_BASE = ("pissa", "olora", "mica")  # values of init_lora_weights whose adapter is a part of the parent
 
 
 def run_preference(run: StageRun) -> dict[str, Any]:
@@ -52,28 +59,33 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     stage = run.stage
     assert isinstance(stage, Preference)
     model = load_model(run.parent, frozen=stage.adapter is not None)
-    tokens, sources = pair_rows(run, pair_length(run, model))
+    length = pair_length(run, model)
+    tokens, sources = pair_rows(run, length)
+    own, own_sources = _own_rows(run, model, length, tokens)
     plan = plan_of(stage, len(tokens))
     # The loss is a mean over pairs: the last step is filled with pairs of the next epoch, so that all count alike.
     plan = replace(plan, total=plan.max_steps * plan.global_batch)
-    rows = ReferencedPairs(tokens)
+    rows = ReferencedPairs(tokens, own)
     source = plan.serve(run, rows, tokens.lengths)
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **_decided(stage))
     adapted = with_adapter(run, model)
     with trained_weights_kept(adapted):
         trainer = _trainer(stage, adapted, arguments, run.tokenizer)
     collated = pair_collator(run.tokenizer.pad_token_id, arguments.pad_to_multiple_of)
-    loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, collated=collated)
+    loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, collated=_beside(collated))
     init = str(getattr(adapted.peft_config["default"], "init_lora_weights", "")) if stage.adapter is not None else ""
     as_it_is = stage.adapter is None or run.continued is not None or init.startswith(MOVES_THE_BASE)
     if as_it_is or stage.training.get("precompute_ref_log_probs"):
         Reference(run, trainer, rows, source.examples(), collated, as_it_is).fill()
     trainer.ref_model = None
+    _keep_parent(run, trainer, own, plan.per_device / len(tokens))
     longest = max(map(tokens.longest, SIDES))
     per_step = plan.tokens_per_step(tokens.lengths)
+    if own is not None:
+        per_step += plan.global_batch * float(own.lengths.sum()) / len(tokens)
     facts = train(run, trainer, loader, tokens_per_step=per_step, longest=(longest, 0))
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}
-    facts["data"]["sources"] = {name: {**found, **epochs} for name, found in sources.items()}
+    facts["data"]["sources"] = {name: {**found, **epochs} for name, found in (sources | own_sources).items()}
     return facts
 
 
@@ -98,7 +110,7 @@ def _trainer(stage: Preference, model: Any, arguments: Any, tokenizer: Any) -> D
         )
 
 
-def require_losses(recipe: Recipe, tokenizer: Any) -> None:
+def require_losses(recipe: Recipe, stage: Stage, tokenizer: Any) -> None:
     """Refuses what DPOTrainer would refuse when a preference stage begins, such as two words that do not go together.
 
     It is tried on a model of one small layer. Every rank has to call this.
@@ -106,33 +118,35 @@ def require_losses(recipe: Recipe, tokenizer: Any) -> None:
     Raises:
         RecipeError: It refuses a value, or the weights would be spread over ranks in a way that it was not tried with.
     """
-    for stage in recipe.stages:
-        if not isinstance(stage, Preference):
-            continue
-        _require_ranks(stage)
-        plain = {key: value for key, value in stage.training.items() if key not in SHARDING_WORDS}
-        alone = stage.model_copy(update={"training": plain})
-        arguments = stage_arguments(alone, Path("."), recipe.seed, 1, **_decided(stage))
-        small: dict[str, Any] = {
-            "hidden_size": 8,
-            "intermediate_size": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-        }
-        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **small))
-        _trainer(stage, model, arguments, tokenizer)
+    assert isinstance(stage, Preference)
+    _require_ranks(stage)
+    plain = {key: value for key, value in stage.training.items() if key not in SHARDING_WORDS}
+    alone = stage.model_copy(update={"training": plain})
+    arguments = stage_arguments(alone, Path("."), recipe.seed, 1, **_decided(stage))
+    small: dict[str, Any] = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+    small |= dict.fromkeys(("hidden_size", "intermediate_size"), 8)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **small))
+    _trainer(stage, model, arguments, tokenizer)
 
 
 def _require_ranks(stage: Preference) -> None:
-    """Refuses weights that are spread over ranks: the log-probabilities of the parent are asked of a whole model."""
-    launched = [
-        name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
-    ]
-    named = [word for word in ("fsdp", "deepspeed") if stage.training.get(word)]
-    if launched or named:
+    """Refuses DeepSpeed, and under FSDP a reference that is no model of its own."""
+    plan = plan_of_launch(stage)
+    if plan.startswith("zero") or stage.training.get("deepspeed"):
         raise RecipeError(
-            f"stages.{stage.name}: a preference stage is not trained with {(launched + named)[0].upper()}: each rank "
-            "needs the whole model. Start plain ranks, with `lora:` or `quantization: nf4` where the model is large."
+            f"stages.{stage.name}: a preference stage is not trained with DeepSpeed: it was never tried. Start plain "
+            "ranks or FSDP2, with `lora:` or `quantization: nf4` where the model is large."
+        )
+    init = str((stage.adapter or {}).get("init_lora_weights", ""))
+    before = {
+        "parent_adapter: continue": stage.parent_adapter == "continue",
+        f"init_lora_weights: {init}": init.startswith(MOVES_THE_BASE),
+        "precompute_ref_log_probs": stage.adapter is not None and stage.training.get("precompute_ref_log_probs"),
+    }
+    if plan == "fsdp" and (words := next((word for word, is_said in before.items() if is_said), None)):
+        raise RecipeError(
+            f"stages.{stage.name}: `{words}` is not trained with FSDP by a preference stage: its reference is asked "
+            "before the weights are spread over the ranks. Start plain ranks, or leave it out."
         )
 
 
@@ -168,15 +182,109 @@ def _pairs_of(run: StageRun, source: Source, length: int | None) -> tuple[TokenS
     return store, found
 
 
+def _own_rows(
+    run: StageRun, model: Any, length: int | None, tokens: Concatenated
+) -> tuple[Concatenated | None, dict[str, dict[str, Any]]]:
+    """Returns the texts that the stage's parent makes of itself, and what is told of them; None without `keep:`.
+
+    They are tokenized as an sft stage would. Of the trained tokens they are the share that the recipe says: of the
+    answers on both sides and these texts.
+    """
+    stage = run.stage
+    if stage.kept.replay is None:
+        return None, {}
+    share = stage.kept.replay.share
+    answers = sum(
+        len(row["rejected_ids"]) + len(row["labels"]) - 2 * int((row["labels"] < 0).sum()) for row in _each(tokens)
+    )
+    words = {"name": stage.name, "kind": "sft", "data": stage.data, "keep": stage.kept}
+    texts = replace(run, stage=Sft.model_validate(words))
+    made = own_rows(texts, model, length, share / (1 - share) * answers)
+    own = Concatenated([part for part, _, _ in made])
+    whole = answers + own.trained
+    told = {source.title: {**found, "token_share": round(part.trained / whole, 4)} for part, found, source in made}
+    return own, {f"{len(stage.data) + number}: {title}": told[title] for number, title in enumerate(told)}
+
+
+def _each(rows: Concatenated) -> Iterator[dict[str, np.ndarray]]:
+    return (rows[number] for number in range(len(rows)))
+
+
+def _beside(collated: Any) -> Any:
+    """Returns what makes a batch of pairs and of the parent's own texts that come with them, the latter under `OWN`."""
+
+    def collate_both(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int) -> dict[str, Any]:
+        own = [text for row in rows for text in row.get(OWN, ())]
+        return collated(rows) | ({OWN: collate(own, pad_token_id, multiple)} if own else {})
+
+    return collate_both
+
+
+def _keep_parent(run: StageRun, trainer: DPOTrainer, own: Concatenated | None, share: float) -> None:
+    """Makes a trainer hold its model near the stage's parent, as the recipe's `keep:` says.
+
+    Args:
+        run: The stage.
+        trainer: Its trainer.
+        own: The parent's own texts.
+        share: Of all pairs, those of a micro-batch.
+    """
+    near, replay = near_parent(run, trainer, 0.0), run.stage.kept.replay
+    if own is None or replay is None:
+        return
+    weight = run.stage.kept.kl.weight if run.stage.kept.kl is not None else replay.share / (1 - replay.share)
+    tokens = sum(int((row["labels"][1:] >= 0).sum()) for row in _each(own))
+    override(trainer, compute_loss=PairsAndOwn(trainer, near, weight / (tokens * share)))
+
+
+class PairsAndOwn:
+    """The loss of pairs, with that of the parent's own texts beside it: of their tokens, or the divergence from it.
+
+    What is added is `weight` times a sum over the tokens of a micro-batch, so that a step is the same however its batch
+    is divided.
+
+    Args:
+        trainer: The trainer.
+        near: Tells the divergence from the parent; None for the loss of the tokens.
+        weight: Of a token.
+    """
+
+    def __init__(self, trainer: DPOTrainer, near: NearParent | None, weight: float) -> None:
+        self._trainer, self._near, self._weight = trainer, near, weight
+        self._loss = trainer.compute_loss
+
+    def __call__(self, model: Any, inputs: dict[str, Any], *more: Any, **words: Any) -> Any:
+        """Returns the loss of a micro-batch, in the place of `Trainer.compute_loss`."""
+        own = inputs.get(OWN)
+        found = self._loss(model, {key: value for key, value in inputs.items() if key != OWN}, *more, **words)
+        if own is None:
+            return found
+        loss, *outputs = found if isinstance(found, tuple) else (found,)
+        loss = loss + self._weight * self._of_own(self._trainer.accelerator.unwrap_model(model), own)
+        return (loss, *outputs) if outputs else loss
+
+    def _of_own(self, inner: Any, own: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self._near is None:
+            with self._trainer.accelerator.autocast():
+                return -inner(**own, fused_lm_head=True).log_probs.sum()
+        words, wanted = {**own}, own["labels"][:, 1:] >= 0
+        del words["labels"]
+        parents = self._near.parents(inner, own, torch.ones_like(wanted[:, 0]))
+        with self._trainer.accelerator.autocast():
+            hidden = backbone_of(inner)(**words, use_cache=False)[0]
+        return self._near.divergence(inner, hidden[:, :-1][wanted], parents[:, :-1][wanted])
+
+
 class ReferencedPairs:
     """Pairs as tokens, each with the log-probabilities of its answers under the reference once they are known.
 
     Args:
         tokens: The pairs.
+        own: The parent's own texts, which come with the pairs, each with its part of them; None without.
     """
 
-    def __init__(self, tokens: Concatenated) -> None:
-        self._tokens, self.lengths = tokens, tokens.lengths
+    def __init__(self, tokens: Concatenated, own: Concatenated | None = None) -> None:
+        self._tokens, self._own, self.lengths = tokens, own, tokens.lengths
         self.reference: np.ndarray | None = None  # (N, 2)
 
     def __len__(self) -> int:
@@ -184,6 +292,9 @@ class ReferencedPairs:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         row: dict[str, Any] = self._tokens[number]
+        if self._own is not None:
+            first, last = (len(self._own) * place // len(self) for place in (number, number + 1))
+            row = {**row, OWN: [self._own[place] for place in range(first, last)]}
         return row if self.reference is None else {**row, "reference": self.reference[number].tolist()}
 
 
@@ -249,9 +360,19 @@ class Reference:
             return None
         return kept["log_probabilities"] if kept.get("key") == self._key() else None
 
+    def _asked(self, model: Any) -> Any:
+        """Returns the model that is asked; under FSDP a copy of the parent, spread over the ranks as TRL spreads it."""
+        if not self.trainer.is_fsdp_enabled or self.run.stage.adapter is not None:
+            return model
+        parent = load_model(self.run.parent, frozen=True)
+        add_fused_lm_head(parent)
+        return prepare_fsdp(parent, self.trainer.accelerator)
+
     def _computed(self, model: Any) -> list[list[float]]:
         """Asks the model for each pair, every rank for a part of them in as many batches as the others."""
-        begin, count, training = time.monotonic(), ranks.ranks(), model.training
+        begin, count = time.monotonic(), ranks.ranks()
+        model = self._asked(model)
+        training = model.training
         arguments: Any = self.trainer.args
         size = arguments.precompute_ref_batch_size or arguments.per_device_train_batch_size
         order = self.wanted[np.argsort(-self.rows.lengths[self.wanted], kind="stable")]

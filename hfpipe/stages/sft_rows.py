@@ -16,11 +16,20 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import DataError
 from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.mixture import mixture
-from hfpipe.data.preference import PairTokenizer, TokenPairs
 from hfpipe.data.sources.formats import Kind
 from hfpipe.data.sources.load import open_source
+from hfpipe.data.text_tokens import TokenRows
 from hfpipe.data.token_pool import encoded
-from hfpipe.data.token_store import Columns, Concatenated, TokenStore, columns_of, made_once, told, write_columns
+from hfpipe.data.token_store import (
+    Columns,
+    Concatenated,
+    Tokenizes,
+    TokenStore,
+    columns_of,
+    made_once,
+    told,
+    write_columns,
+)
 from hfpipe.data.tokenize import RowTokenizer, sft_tokenizer
 from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source, Stage
@@ -71,18 +80,35 @@ def sft_rows(run: StageRun, length: int | None, model: Any = None) -> tuple[Conc
     if stage.kept.replay is not None and model is not None:
         share = stage.kept.replay.share
         room = share / (1 - share) * sum(part.trained for part in parts)  # tokens
-        texts = own_texts(run, model, length, room)
-        goes_on = unended(texts)
-        for source in texts:
-            part, found = _tokens_of(run, source, length, unended=goes_on)
-            parts.append(_repeated(part, room / len(texts)))
-            facts.append({**found, "replayed": True, "parents_own": True})
+        for own_part, found, source in own_rows(run, model, length, room):
+            parts.append(own_part)
+            facts.append(found)
             sources.append(source)
     tokens = [int(part.lengths.sum()) for part in parts]
     for found, given in zip(facts, tokens, strict=True):
         found["token_share"] = round(given / sum(tokens), 4)
     names = [f"{number}: {source.title}" for number, source in enumerate(sources)]
     return Concatenated(parts), dict(zip(names, facts, strict=True))
+
+
+def own_rows(
+    run: StageRun, model: Any, length: int | None, room: float
+) -> list[tuple[Concatenated, dict[str, Any], Source]]:
+    """Returns the texts that a stage's parent makes of itself, each series with its facts and its source.
+
+    Args:
+        run: The stage, of kind sft.
+        model: Its parent.
+        length: Tokens of a row.
+        room: Trained tokens that they are to make.
+    """
+    texts = own_texts(run, model, length, room)
+    goes_on = unended(texts)
+    made: list[tuple[Concatenated, dict[str, Any], Source]] = []
+    for source in texts:
+        part, found = _tokens_of(run, source, length, unended=goes_on)
+        made.append((_repeated(part, room / len(texts)), {**found, "replayed": True, "parents_own": True}, source))
+    return made
 
 
 class Marked:
@@ -140,7 +166,7 @@ def tokens_of(
     run: StageRun,
     source: Source,
     kinds: tuple[Kind, ...],
-    tokenizer: Callable[[], RowTokenizer | PairTokenizer],
+    tokenizer: Callable[[], RowTokenizer | Tokenizes],
     words: list[Any],
     at_most: int | None = None,
 ) -> tuple[TokenStore, dict[str, Any]]:
@@ -185,7 +211,7 @@ def tokens_of(
 
 
 def _columns(
-    rows: Iterator[dict[str, Any]], tokenizer: RowTokenizer | PairTokenizer, read: Read, counts: dict[str, int]
+    rows: Iterator[dict[str, Any]], tokenizer: RowTokenizer | Tokenizes, read: Read, counts: dict[str, int]
 ) -> Iterator[Columns]:
     """Yields the tokens of rows by block; counts into `read` and `counts` what was left out, cut and kept."""
     chunks = iter(lambda: [*islice(rows, BLOCK)], [])
@@ -201,7 +227,7 @@ def _columns(
         counts["tokens"] += made.tokens
         counts["kept"] += len(made)
         if len(made):
-            yield made.columns() if isinstance(made, TokenPairs) else columns_of(made)
+            yield columns_of(made) if isinstance(made, TokenRows) else made.columns()
 
 
 def nothing_to_train(stage: Stage, source: Source, rows: int) -> DataError:

@@ -136,7 +136,7 @@ def test_the_tiled_head_of_a_gpu_keeps_no_logits_of_a_batch() -> None:
     [
         ("gpt2", "causal"),
         ("qwen3", "sft"),
-        ("qwen3", "preference"),
+        ("qwen3", "pairs"),
         ("gemma3_text", "causal"),
         ("mixtral", "causal"),
         ("bert", "masked"),
@@ -149,12 +149,14 @@ def test_the_tiled_head_of_a_gpu_keeps_no_logits_of_a_batch() -> None:
 def test_any_architecture_is_predicted(model: str, kind: str) -> None:
     layers = {"num_hidden_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "n_layer": 2}
     config = AutoConfig.for_model(model, **layers)
-    found = predict(config, Setting(kind, rows=2, tokens=32, targets=16))
+    pairs = kind == "pairs"
+    found = predict(config, Setting("causal" if pairs else kind, rows=2, tokens=32, targets=16, pairs=pairs))
     assert all(getattr(found, part) > 0 for part in ("weights", "optimizer", "framework"))
 
 
 def test_a_pair_is_two_rows_and_its_reference_keeps_nothing_for_the_backward_pass() -> None:
-    pairs, adapter = Setting("preference", rows=4, tokens=64), {"type": "lora", "r": 4, "target_modules": "all-linear"}
+    pairs = Setting("causal", rows=4, tokens=64, pairs=True)
+    adapter = {"type": "lora", "r": 4, "target_modules": "all-linear"}
     rows = replace(SFT, rows=8, plain_loss=False)  # through the head that DPOTrainer has too
     assert predict(LLAMA, pairs).activations == predict(LLAMA, rows).activations
     one, other = (predict(LLAMA, replace(setting, adapter=adapter)) for setting in (pairs, rows))

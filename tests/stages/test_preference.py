@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from hfpipe.data.preference import PairTokenizer
 from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.recipe import Source, load_recipe
-from hfpipe.recipe.signatures import preference_losses
+from hfpipe.recipe.rules.training import preference_losses
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +156,7 @@ def log_of(folder: Path, output: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / output / "stages/dpo/log.jsonl").read_text().splitlines()]
 
 
+# Of every loss of DPOTrainer, what is said beside it.
 LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
     "ipo": {"beta": 0.5},
@@ -166,7 +166,17 @@ LOSSES: dict[str, dict[str, Any]] = {
     "apo_zero": {"f_divergence_type": "reverse_kl", "use_weighting": True},
     "sigmoid_norm": {"ld_alpha": 0.5},
     "nca_pair": {},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "aot": {},
+    "aot_unpaired": {"label_smoothing": 0.1},
+    "apo_down": {},
+    "discopop": {"discopop_tau": 0.1},
+    "sft": {},
+    "sigmoid, sft": {"loss_weights": [1.0, 0.2]},
 }
+# Of these the result depends on how a batch is divided, in TRL too.
+OF_A_WHOLE_BATCH = {"aot", "aot_unpaired", "sft", "sigmoid, sft"}
 
 
 @pytest.mark.slow
@@ -178,11 +188,12 @@ def test_losses_are_those_of_dpo_trainer_over_accumulation(loss: str, method: st
         pytest.skip("the reference does not depend on the loss")
     rows, own = [pair(number) for number in range(8)], LOSSES[loss]
     same = {"max_steps": 4, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_length": 64, **own}
-    words: dict[str, Any] = {"loss": loss, "global_batch_size": 8}
+    names = loss.split(", ")
+    words: dict[str, Any] = {"loss": names if len(names) > 1 else loss, "global_batch_size": 8}
     if method != "full":
         words["lora"] = {"r": 4}
     more = {"precompute_ref_log_probs": True} if "precomputed" in method else {}
-    divided = {"per_device_train_batch_size": 2}
+    divided = {"per_device_train_batch_size": 8 if loss in OF_A_WHOLE_BATCH else 2}
     assert main(["run", str(write(tmp_path, base, rows, "ours", training=same | divided | more, **words))]) == 0
     ours = log_of(tmp_path, "ours")
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if method != "full" else None
@@ -192,7 +203,7 @@ def test_losses_are_those_of_dpo_trainer_over_accumulation(loss: str, method: st
         tmp_path,
         peft,
         **same,
-        loss_type=[loss],
+        loss_type=names,
         learning_rate=2e-3,
         logging_steps=1,
         seed=0,
@@ -207,6 +218,10 @@ def test_losses_are_those_of_dpo_trainer_over_accumulation(loss: str, method: st
     assert ours[-1]["loss"] != pytest.approx(ours[0]["loss"], abs=1e-4)
 
 
+def losses_of(folder: Path, output: str) -> dict[float, float]:
+    return {row["step"]: row["loss"] for row in log_of(folder, output) if "loss" in row}
+
+
 def weights(folder: Path, output: str) -> dict[str, torch.Tensor]:
     (file,) = (folder / output / "stages/dpo/model").glob("*model.safetensors")
     return load_file(file)
@@ -214,10 +229,14 @@ def weights(folder: Path, output: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["full", "LoRA"])
-def test_a_stage_is_the_same_interrupted_divided_and_on_two_ranks(method: str, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "LoRA", "full kept", "LoRA kept"])
+def test_a_stage_is_the_same_killed_divided_and_on_two_ranks(method: str, base: Path, tmp_path: Path) -> None:
     rows = [pair(number) for number in range(37)]
-    words: dict[str, Any] = {"global_batch_size": 8} | ({"lora": {"r": 4}} if method == "LoRA" else {})
+    words: dict[str, Any] = {"global_batch_size": 8} | ({"lora": {"r": 4}} if "LoRA" in method else {})
+    if "kept" in method:
+        words["keep"] = {"replay": {"share": 0.3, "rows": 24}} | (
+            {"kl": {}} if "LoRA" in method else {"l2": {"weight": 0.1}}
+        )
 
     def recipe(output: str, **training: Any) -> str:
         return str(write(tmp_path, base, rows, output, training={"num_train_epochs": 3, **training}, **words))
@@ -227,12 +246,17 @@ def test_a_stage_is_the_same_interrupted_divided_and_on_two_ranks(method: str, b
     assert (done["steps"], done["data"]["rows"]) == (14, 112)  # 3 x 37 pairs, and one more that fills the last step
     assert main(["run", recipe("divided", per_device_train_batch_size=1)]) == 0
     stopped = tiny.start("run", recipe("stopped"))
-    while stopped.poll() is None and not list((tmp_path / "stopped/stages/dpo").glob("checkpoint-*/manifest.json")):
-        time.sleep(0.02)
-    stopped.send_signal(signal.SIGTERM)
+    outputs: list[str] = []
+    for step, how in ((2, signal.SIGKILL), (6, signal.SIGTERM)):
+        tiny.wait_for(tmp_path / f"stopped/stages/dpo/checkpoint-{step}/manifest.json", stopped)
+        stopped.send_signal(how)
+        said = stopped.communicate()[0]
+        assert stopped.returncode in (0, 75, -signal.SIGKILL), said
+        outputs.append(said)
+        stopped = tiny.start("run", str(tmp_path / "stopped.yaml"))
     said = stopped.communicate()[0]
-    assert stopped.returncode in (0, 75), said
-    assert main(["run", str(tmp_path / "stopped.yaml")]) == 0
+    assert stopped.returncode == 0, said
+    assert "continuing from checkpoint-" in outputs[1]
     launch = ("accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml")
     both = tiny.start("run", recipe("ranks"), launch=launch)
     said = both.communicate(timeout=300)[0]
@@ -240,6 +264,7 @@ def test_a_stage_is_the_same_interrupted_divided_and_on_two_ranks(method: str, b
     whole = weights(tmp_path, "whole")
     for other in ("divided", "stopped", "ranks"):
         found, exact = weights(tmp_path, other), other == "stopped"
+        assert losses_of(tmp_path, other) == pytest.approx(losses_of(tmp_path, "whole"), abs=1e-5)
         for name, weight in whole.items():
             torch.testing.assert_close(found[name], weight, atol=0 if exact else 2e-5, rtol=0 if exact else 1e-4)
 
@@ -257,6 +282,7 @@ def test_every_loss_of_dpo_trainer_is_known_and_others_are_refused(base: Path, t
     )
     with pytest.raises(RecipeError) as told:
         load_recipe(path)
+    assert {*preference_losses()} == {name for loss in LOSSES for name in loss.split(", ")}
     for words in (
         "Did you mean sigmoid?",
         "loss_type: is the `loss`",
@@ -266,6 +292,27 @@ def test_every_loss_of_dpo_trainer_is_known_and_others_are_refused(base: Path, t
         "lora_dropout: has no effect: DPOTrainer turns every dropout off",
     ):
         assert words in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"loss": "simpo"}, "TRL has simpo in a trainer of its own, which it calls experimental; hfpipe does not."),
+        ({"training": {"padding_free": True}}, "padding_free: cannot be True"),
+        (
+            {"lora": {"init_lora_weights": "pissa"}, "keep": {"replay": {}, "kl": {}}},
+            "keep.kl: compares with the model without its adapter, and `init_lora_weights: pissa` moves a part of",
+        ),
+        ({"lora": {}, "keep": {"l2": {"weight": 1.0}}}, "keep.l2: has no effect on an adapter"),
+        ({"data": [{"path": "x", "columns": {"text": "chosen"}}]}, "data.0.columns"),
+    ],
+)
+def test_words_that_do_not_go_with_preferences_are_refused(
+    words: dict[str, Any], told: str, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, base, [pair(0)], "bad", **{"training": {}, **words}))
+    assert told in str(error.value)
 
 
 @pytest.mark.slow
