@@ -22,6 +22,7 @@ from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, 
 from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
 from hfpipe.stages.arguments import clear_refusal
+from hfpipe.stages.counterfactual import hold_together
 from hfpipe.stages.labels import Head, head_of, labelled_tokens, require_fitting_suites
 from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_arguments, with_adapter
 
@@ -54,13 +55,9 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     with clear_refusal(stage, "Trainer"):
         trainer = Trainer(model=model, args=arguments, processing_class=run.tokenizer, compute_loss_func=loss)
     ranks.say(f"  {len(tokens):,} rows, {', '.join(names[:8]) + (', ...' if len(names) > 8 else '') or 'a number'}")
-    loader = BatchLoader(
-        source,
-        plan.per_device,
-        run.tokenizer.pad_token_id,
-        stage.training.get("pad_to_multiple_of", 1),
-        collate_labelled,
-    )
+    collated = hold_together(run, trainer, collate_labelled, problem)
+    multiple = stage.training.get("pad_to_multiple_of", 1)
+    loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, multiple, collated)
     facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(int(lengths.max()), 0))
     facts["data"]["sources"] = found.sources
     return facts

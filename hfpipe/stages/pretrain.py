@@ -19,6 +19,7 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import read_json, write_json
 from hfpipe.core.upstream import attention_of
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.counterfactual import Collated
 from hfpipe.data.dataloader import BatchLoader, collate
 from hfpipe.data.masking import Masking, frame_of
 from hfpipe.data.mixture import documents_of, mixture
@@ -35,6 +36,7 @@ from hfpipe.recipe.faults import listed
 from hfpipe.scores.scorecard import BASE
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithFastLoss
+from hfpipe.stages.counterfactual import hold_together
 from hfpipe.stages.nearness import hold_near, mark_own
 from hfpipe.stages.own_texts import LONGEST, own_texts, unended
 from hfpipe.stages.trainer import (
@@ -104,9 +106,10 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks.say(f"  {line}")
     max_steps = max_steps or _steps_of_epochs(run, {"lanes": stream.lanes}, stream.length, global_batch)
     trainer = _trainer(run, model, trainer_arguments(run, max_steps, per_device, accumulation))
-    collated = masking.collate if masking else collate
+    collated: Collated = masking.collate if masking else collate
     if stage.kept.kl is not None:
         collated = partial(_collate_marked, len(parts) - len(texts))
+    collated = hold_together(run, trainer, collated)
     loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id, collated=collated)
     facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length, longest=(max_length, 0))
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 
 from hfpipe.core import ranks
 from hfpipe.core.upstream import attention_of
+from hfpipe.data.counterfactual import Collated
 from hfpipe.data.dataloader import BatchLoader, RowSource, collate
 from hfpipe.data.row_order import PackedRows
 from hfpipe.data.stream.packing import isolation_leak
@@ -20,6 +21,7 @@ from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithFastLoss
+from hfpipe.stages.counterfactual import hold_together
 from hfpipe.stages.nearness import hold_near, mark_own
 from hfpipe.stages.sft_rows import Marked, sft_length, sft_rows
 from hfpipe.stages.sft_stream import is_streamed, sft_stream
@@ -60,7 +62,8 @@ def run_sft(run: StageRun) -> dict[str, Any]:
         )
     trainer.use_fast_loss()
     hold_near(run, trainer, data.parents_own)
-    collated = _collate_marked if stage.kept.kl is not None else collate
+    collated: Collated = _collate_marked if stage.kept.kl is not None else collate
+    collated = hold_together(run, trainer, collated)
     multiple = arguments.pad_to_multiple_of or 1
     loader = BatchLoader(data.source, plan.per_device, run.tokenizer.pad_token_id, multiple, collated)
     facts = train(run, trainer, loader, tokens_per_step=data.tokens_per_step, longest=(data.longest, 0))
