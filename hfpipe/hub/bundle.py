@@ -68,7 +68,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         write_text(folder / "recipe.yaml", without_secrets(dump_recipe(shared)))
         if scorecard.is_file():
             write_text(folder / scorecard.name, without_secrets(scorecard.read_text()))
-        card = model_card(usage, shared, scores, environment, stage_costs(run_dir, recipe), list(plots))
+        card = model_card(usage, shared, scores, environment, stage_costs(run_dir, recipe), list(plots), run_dir)
         write_text(folder / "README.md", without_secrets(card))
     return target
 

@@ -35,7 +35,7 @@ from hfpipe.recipe import Recipe, Stage
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report import write_reports
 from hfpipe.report.content import closing_lines
-from hfpipe.report.price import next_cure
+from hfpipe.report.cures import next_cure
 from hfpipe.scores.scorecard import BASE, Score, judge_budget, of_lineage, write_scorecard
 from hfpipe.scores.wording import change_words
 from hfpipe.stages import STAGES, StageRun
@@ -87,8 +87,8 @@ def run_recipe(recipe: Recipe) -> Path:
     if lost:
         raise BudgetExceeded(
             f"{'; '.join(lost.values())}. Nothing was merged or pushed; what was trained stays in the run folder. "
-            f"{' '.join(next_cure(stage) for stage in recipe.stages if stage.name in lost)} Or train fewer steps, or "
-            "raise the budget, and run again."
+            f"{' '.join(next_cure(folder, recipe, scores, stage) for stage in recipe.stages if stage.name in lost)} Or "
+            "train fewer steps, or raise the budget, and run again."
         )
     for name in _to_merge(recipe):
         merged(run, name)

@@ -20,12 +20,13 @@ from hfpipe.core.run_layout import DIAL, MODEL
 from hfpipe.recipe import Recipe, Source, Stage, load_recipe
 from hfpipe.recipe.config import BUILDERS, hub_id, is_on_hub
 from hfpipe.report.content import environment_section, how_trained, score_section
+from hfpipe.report.cures import cured_sentence
 from hfpipe.report.details import cost_section, limits_section, stage_costs
 from hfpipe.report.layout import Told, render
 from hfpipe.report.usage import TASKS, Usage, code, lineage, needs_access, usage_in_run, vllm_command
 from hfpipe.scores.scorecard import Score, forgetting, of_lineage, read_scorecard, stages_of
-from hfpipe.scores.tradeoff import from_baseline, is_first
-from hfpipe.scores.wording import change_words
+from hfpipe.scores.tradeoff import from_baseline, is_first, kept_keys, kept_suites, point, scales_of
+from hfpipe.scores.wording import change_words, loss_words, with_interval
 
 TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is of a summary
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes
@@ -38,6 +39,7 @@ def model_card(
     environment: Mapping[str, Any],
     costs: Mapping[str, dict[str, Any]] | None = None,
     images: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> str:
     """The README.md beside a trained model.
 
@@ -48,10 +50,12 @@ def model_card(
         environment: environment.json; every key is optional.
         costs: What each stage cost, see `stage_costs`.
         images: Files beside the card with the plots of its dial.
+        folder: The run folder, where a comparison of cures may lie; None for nowhere.
 
     Returns:
         A metadata block and Markdown.
     """
+    cured = cured_sentence(folder, recipe, scores, usage.stage) if folder is not None and scores else None
     scores = of_lineage(scores, recipe.lineage(usage.stage))  # what other stages did is not about this model
     costs = costs or {}
     stages = lineage(recipe, usage.stage)
@@ -69,6 +73,8 @@ def model_card(
         scores=score_section(recipe, scores),
         scored=usage.stage in stages_of(scores),
         changes=_changes(scores, usage.stage),
+        forgotten=_forgotten(recipe, scores, usage.stage),
+        cured=cured,
         images=images,
         trained=[_trained(stage) for stage in stages],
         files=_local_names(recipe),
@@ -96,7 +102,7 @@ def write_cards(run: Path) -> list[Path]:
                 usage = usage_in_run(run, recipe, stage.name, folder)
                 # A dialled stage is scored at the strength it is handed on at, which `model` is not.
                 own = scores if folder.name != MODEL or not (place / DIAL).is_dir() else []
-                write_text(folder / "README.md", model_card(usage, recipe, own, environment, costs))
+                write_text(folder / "README.md", model_card(usage, recipe, own, environment, costs, folder=run))
                 written.append(folder / "README.md")
     return written
 
@@ -200,6 +206,18 @@ def _changes(scores: Sequence[Score], stage: str) -> list[Told]:
             kind = {"better": "gained", "worse": "forgotten"}.get(words.mark, "no difference beyond the noise")
             told.append(Told(kind, [str(words)]))
     return told
+
+
+def _forgotten(recipe: Recipe, scores: Sequence[Score], stage: str) -> str | None:
+    """Returns how much a stage forgot of the suites with a budget, on average; None where nothing says it."""
+    kept = [name for name in kept_suites(recipe.evaluate) if any(score.suite == name for score in scores)]
+    end = [score for score in scores if score.stage == stage]
+    line = [score for score in scores if score.stage != stage]
+    if not kept or not end or not line:
+        return None
+    where = point(recipe.evaluate, line, line, end, scales_of(scores), kept_keys(recipe.evaluate, line, [end]))
+    lost = with_interval(*loss_words(where.forgetting))
+    return f"Forgetting, the mean loss on {', '.join(kept)} against the best score before: {lost}." if lost else None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from hfpipe.core.command import our_command
 from hfpipe.core.files import read_json, read_jsonl
 from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
+from hfpipe.report.cures import how_kept, next_cure
 from hfpipe.report.details import detail_sections
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told
 from hfpipe.report.plots import loss_curve, score_by_stage
-from hfpipe.report.price import next_cure, price_sections, price_sentences
+from hfpipe.report.price import price_sections, price_sentences
 from hfpipe.report.samples import sample_section
 from hfpipe.report.usage import lines_to_use
 from hfpipe.scores.scorecard import BASE, Score, judge_budget, last_change, of_lineage, read_scorecard, stages_of
@@ -41,7 +42,10 @@ def run_page(folder: Path) -> Page:
         environment_section(read_json(folder / "environment.json"), recipe),
         Section("Recipe", code=((folder / "recipe.yaml").read_text(), "yaml")),
     ]
-    verdict = [*_verdict(recipe, scores), *(Told("", [line]) for line in price_sentences(folder, recipe, scores))]
+    verdict = [
+        *_verdict(folder, recipe, scores),
+        *(Told("", [line]) for line in price_sentences(folder, recipe, scores)),
+    ]
     return Page(recipe.name, _about(recipe), verdict, [section for section in sections if section])
 
 
@@ -60,15 +64,13 @@ def how_trained(stage: Any) -> str:
 
 
 def _kept(stage: Any) -> str:
-    """Returns how a stage was kept near its parent, in words."""
-    keep = stage.kept
-    near = [] if keep.replay is None else [f"{percent(keep.replay.share)} of it on its parent's own texts"]
-    near += [f"KL to the parent there by {keep.kl.weight:g}"] if keep.kl is not None else []
-    near += [f"L2 to its weights by {keep.l2.weight:g}"] if keep.l2 is not None else []
-    return "".join(f", {how}" for how in near)
+    """Returns how a stage was kept near its parent, and its rows near their swapped forms, in words."""
+    block = getattr(stage, "counterfactual", None)
+    both = [f"KL between both forms of swapped rows by {block.weight:g}"] if block is not None else []
+    return "".join(f", {how}" for how in (*how_kept(stage), *both))
 
 
-def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
+def _verdict(folder: Path, recipe: Recipe, scores: list[Score]) -> list[Told]:
     """The gains of the whole run, the losses of its last stage, and every budget that a stage exceeds."""
     if not scores:
         return [Told("", ["The recipe has no suites, so nothing was measured."])]
@@ -90,7 +92,7 @@ def _verdict(recipe: Recipe, scores: list[Score]) -> list[Told]:
         own = of_lineage(scores, recipe.lineage(stage))
         judged = {name: judge_budget(own, stage, name, recipe.evaluate[name]) for name in limits}
         if exceeded := [f"{percent(limits[name])} on {name}" for name, budget in judged.items() if budget.over]:
-            advice = next_cure(next(one for one in recipe.stages if one.name == stage))
+            advice = next_cure(folder, recipe, scores, next(one for one in recipe.stages if one.name == stage))
             over.append(f"{stage} exceeds the budget of {', '.join(exceeded)}. {advice}")
         undecided = [change for budget in judged.values() for change in budget.undecided]
         unsure += [f"{stage}: {change_words(change)}, which is above the budget" for change in undecided]

@@ -9,12 +9,13 @@ from typing import Any
 
 from hfpipe.core.files import read_json
 from hfpipe.core.run_layout import strength_of
-from hfpipe.recipe import Recipe, Stage
+from hfpipe.recipe import Recipe
+from hfpipe.report.cures import cured_sentence
 from hfpipe.report.layout import Cell, Number, Section, Table
 from hfpipe.report.plots import Placed, dial_plots, tradeoff_plots
 from hfpipe.scores.scorecard import Score, of_lineage, stages_of
 from hfpipe.scores.tradeoff import Comparison, Estimate, Key, compare, kept_keys, kept_suites, point, scales_of
-from hfpipe.scores.wording import loss_words, number, percent, share_words, with_interval
+from hfpipe.scores.wording import loss_words, number, share_words, with_interval
 
 
 def price_sections(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[Section]:
@@ -23,34 +24,17 @@ def price_sections(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> lis
     return [*([tradeoff] if tradeoff else []), *(dial_section(dial) for dial in dials_of(folder, recipe))]
 
 
-def next_cure(stage: Stage) -> str:
-    """Returns what is likely to make a stage forget less, by what it does for that already; see docs/cure.md."""
-    keep = stage.kept
-    if stage.kind not in ("pretrain", "sft") or stage.task == "masked":
-        return "A lower learning_rate or fewer steps forget less."
-    if keep.replay is None:
-        return (
-            f"`keep: self` in {stage.name} is likely to help: a part of what it trains on is then made by its parent, "
-            "so nobody's data is needed. So do an earlier stage's data (`replay:`) and a lower learning_rate."
-        )
-    share = f"a share above {percent(keep.replay.share)}"
-    if keep.kl is None:
-        return f"`kl: {{weight: 1}}` beside `replay` in the `keep` of {stage.name}, or {share}, keeps more."
-    return (
-        f"A `kl` weight above {keep.kl.weight:g} or {share} in the `keep` of {stage.name} keeps more and learns less; "
-        "so does a lower learning_rate."
-    )
-
-
 def price_sentences(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[str]:
-    """Sentences for the verdict: stages that were dialled down, and comparisons of stages from one parent."""
+    """Sentences for the verdict: stages dialled down, losses of cured ones, comparisons of stages from one parent."""
     strengths = {stage.name: strength_of(folder / "stages" / stage.name) for stage in recipe.stages}
     told = [
         f"Stage {stage} was over its budget and was dialled down to {strength:g} of its strength, the best inside it."
         for stage, strength in strengths.items()
         if strength is not None
     ]
-    return [*told, *_comparisons(recipe, scores, strengths)]
+    scored = stages_of(scores)
+    kept = (cured_sentence(folder, recipe, scores, stage.name) for stage in recipe.stages if stage.name in scored)
+    return [*told, *(line for line in kept if line), *_comparisons(recipe, scores, strengths)]
 
 
 def _family(
