@@ -56,12 +56,15 @@ def check(options: argparse.Namespace) -> None:
 
 def cure(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
+    from hfpipe.recipe.config import Cures
 
     recipe = load_recipe(options.recipe, options.set)
     with alone(recipe.run_folder):
         from hfpipe.pipeline.cure import cure_recipe
 
-        cure_recipe(recipe, options.stage, options.steps)
+        said = recipe.compared or Cures.model_validate({})
+        steps = said.steps if options.steps is None else options.steps
+        cure_recipe(recipe, options.stage or said.stage, steps, dial=said.dial and not options.no_dial)
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -58,6 +58,7 @@ def _training_commands(command: AddCommand) -> None:
     cure = command("cure", text, "RECIPE")
     cure.add_argument("--stage", help="which stage; the last one that trains on next tokens when absent")
     cure.add_argument("--steps", type=int, metavar="N", help="steps of the stage, each time; the recipe's when absent")
+    cure.add_argument("--no-dial", action="store_true", help="score none of them between its parent and itself")
     command("prepare", "read, clean and tokenize the data, on a machine without a GPU", "RECIPE")
     preview = command("preview", "show the first rows as the model sees them, trained tokens coloured", "RECIPE")
     preview.add_argument("--rows", type=int, default=2, help="number of rows of each stage (default: 2)")

@@ -203,9 +203,9 @@ def run(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Run:
             from hfpipe.pipeline.repeats import run_repeats
 
             return Run(run_repeats(loaded))
-        from hfpipe.pipeline.run import run_recipe
+        from hfpipe.pipeline.cure import run_with_cures
 
-        return Run(run_recipe(loaded))
+        return Run(run_with_cures(loaded))
 
 
 def open_run(folder: str | Path) -> Run:

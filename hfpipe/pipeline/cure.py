@@ -1,7 +1,8 @@
 """`hfpipe cure`: one stage trained with several cures for forgetting, side by side, and the best inside the budgets.
 
 Each cure is a stage of one run, from the same parent, so that budgets, intervals, costs and the report are those of any
-run. What the recipe's own run has trained of it already is taken from there.
+run; the dial scores each of them between the parent and itself. What the recipe's own run has trained of it already is
+taken from there. `cures:` in a recipe makes the same at the end of a run.
 """
 
 from __future__ import annotations
@@ -16,25 +17,56 @@ from typing import Any
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded, RecipeError
 from hfpipe.core.files import read_json, write_text
+from hfpipe.pipeline.dial import dial_run
 from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Keep, Recipe, Stage, dump_recipe
 from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.rules.adapters import DIALLED
 from hfpipe.recipe.signatures import training_fields
-from hfpipe.scores.scorecard import Score, of_lineage, read_scorecard
+from hfpipe.recipe.stage_config import KEEPING
+from hfpipe.report import write_reports
+from hfpipe.report.cures import CURE
+from hfpipe.scores.scorecard import Score, of_lineage, read_scorecard, score_of
 from hfpipe.scores.tradeoff import Point, kept_keys, kept_suites, point, scales_of
 from hfpipe.scores.wording import loss_words, share_words, with_interval
 
 LOWER = 4  # times the learning rate
-SLOWER = "lower rate"
+SLOWER, NARROWER = "lower rate", "lower rank"
+STRENGTHS = (0.25, 0.5, 0.75)  # at which the dial scores each cure, beside 1
+Place = tuple[str, float]  # a cure and its strength
 
 
-def cure_recipe(recipe: Recipe, name: str | None, steps: int | None) -> Path:
+def run_with_cures(recipe: Recipe) -> Path:
+    """Runs a recipe, and compares the cures of a stage where it says `cures:`, also where one is over its budget.
+
+    Raises:
+        UserError: As `run_recipe`.
+    """
+    said = recipe.compared
+    if said is None:
+        return run_recipe(recipe)
+    over: BudgetExceeded | None = None
+    try:
+        run_recipe(recipe)
+    except BudgetExceeded as error:
+        over = error
+    cure_recipe(recipe, said.stage, said.steps, dial=said.dial)
+    if ranks.is_main():
+        write_reports(recipe.run_folder)  # whose advice is what was measured
+    ranks.wait()
+    if over is not None:
+        raise over
+    return recipe.run_folder
+
+
+def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bool = True) -> Path:
     """Trains a stage of a recipe with each cure, or what is left of it, and compares them.
 
     Args:
         recipe: The recipe.
         name: The stage; the last one that can be cured when absent.
         steps: Steps of the stage, of each cure; those of the recipe when absent.
+        dial: Whether each is scored at some strengths too.
 
     Returns:
         The run folder of the comparison, `cure` in that of the recipe.
@@ -47,16 +79,21 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None) -> Path:
         raise RecipeError(f"--steps is {steps}; allowed is a whole number from 1.")
     stage = _stage(recipe, name)
     cures = cures_of(recipe, stage, steps)
-    folder = recipe.run_folder / "cure"
+    folder = recipe.run_folder / CURE
     before = recipe.stages[: [one.name for one in recipe.stages].index(stage.name)]
     changes: dict[str, Any] = {"stages": [*before, *cures.values()], "output_dir": str(folder)}
-    compared = recipe.model_copy(update={**changes, "push": None, "merge": False})
+    compared = recipe.model_copy(update={**changes, "push": None, "merge": False, "cures": False})
     if ranks.is_main():
         _take_over(recipe, folder, [*(one.name for one in before), stage.name])
     ranks.wait()
     with suppress(BudgetExceeded):  # which is what the comparison is about
         run_recipe(compared)
     ranks.wait()
+    for one in cures.values() if dial and recipe.evaluate else ():
+        if (one.adapter or {"type": "lora"})["type"] in DIALLED and (
+            folder / "stages" / one.name / "done.json"
+        ).exists():
+            dial_run(folder, one.name, STRENGTHS)
     if ranks.is_main():
         scores = read_scorecard(folder / "scorecard.json")
         for line in _lines(recipe, compared, stage, cures, scores, folder):
@@ -65,7 +102,7 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None) -> Path:
 
 
 def cures_of(recipe: Recipe, stage: Stage, steps: int | None = None) -> dict[str, Stage]:
-    """Returns the stage with each cure, by its name: none, the parent's own texts, these with KL, a lower rate."""
+    """Returns the stage with each cure, by its name: none, the parent's own texts, with KL, a lower rate or rank."""
     training = {**stage.training, **({} if steps is None else {"max_steps": steps})}
     parent = recipe.parent_of(stage.name)
     none = stage.model_copy(update={"training": training, "keep": None})
@@ -84,18 +121,30 @@ def cures_of(recipe: Recipe, stage: Stage, steps: int | None = None) -> dict[str
         found["as the recipe has it"] = plain.model_copy(update=own)
     slower = {"name": f"{stage.name}-slower", "training": {**training, "learning_rate": rate}}
     found[SLOWER] = plain.model_copy(update=slower)
+    if (adapter := _narrower(stage)) is not None:
+        found[NARROWER] = plain.model_copy(update={"name": f"{stage.name}-narrower", "lora": adapter})
     return found
 
 
+def _narrower(stage: Stage) -> dict[str, Any] | None:
+    """Returns a stage's LoRA with a quarter of its rank at the same scale; None where that is nothing else."""
+    if stage.lora is None or stage.parent_adapter == "continue":
+        return None
+    rank, alpha = stage.lora.get("r", 8), stage.lora.get("lora_alpha", 8)
+    if not isinstance(rank, int) or rank < LOWER or stage.lora.get("use_rslora"):
+        return None
+    return {**stage.lora, "r": rank // LOWER, "lora_alpha": max(1, alpha * (rank // LOWER) // rank)}
+
+
 def _stage(recipe: Recipe, name: str | None) -> Any:
-    names = [one.name for one in recipe.stages if one.kind in ("pretrain", "sft") and one.task == "causal"]
+    names = [one.name for one in recipe.stages if one.kind in KEEPING and one.task == "causal"]
     if name is None and names:
         name = names[-1]
     if name not in names:
         found = f"'{name}' is not a stage that can be cured" if name else "no stage can be cured"
         raise RecipeError(
-            f"{found}: that takes one of next tokens (pretrain or sft). In this recipe: {listed(names) or 'none'}."
-            f"{did_you_mean(name, names) if name else ''}"
+            f"{found}: that takes one of next tokens ({listed(KEEPING)}). In this recipe: "
+            f"{listed(names) or 'none'}.{did_you_mean(name, names) if name else ''}"
         )
     if recipe.model.architecture is not None and recipe.parent_of(name) == "base":
         raise RecipeError(f"stages.{name} starts from a model made from nothing, so there is nothing to keep.")
@@ -120,25 +169,46 @@ def _lines(
     every = [*start, *(score for end in ends.values() for score in end)]
     scales, kept = scales_of(every), kept_keys(recipe.evaluate, start, list(ends.values()))
     line = of_lineage(scores, compared.lineage(parent))
-    points = {how: point(recipe.evaluate, line, start, end, scales, kept) for how, end in ends.items() if end}
+    at: dict[Place, list[Score]] = {(how, 1.0): end for how, end in ends.items() if end}
+    at |= {(how, strength): end for how, one in cures.items() for strength, end in _dialled(folder, one.name)}
+    points = {place: point(recipe.evaluate, line, start, end, scales, kept) for place, end in at.items()}
     told = [f"cures of {stage.name}, against {parent}:"]
-    for how, where in points.items():
-        told.append(f"  {how}: {_where(where)}; {_cost(folder / 'stages' / cures[how].name)}")
+    for how, one in cures.items():
+        for strength in sorted((s for name, s in points if name == how), reverse=True):
+            named = how if strength == 1 else f"  at strength {strength:g}"
+            cost = f"; {_cost(folder / 'stages' / one.name)}" if strength == 1 else ""
+            told.append(f"  {named}: {_where(points[how, strength])}{cost}")
     if not kept_suites(recipe.evaluate):
         return [*told, "No suite has a budget, so nothing says which is best: give those that are to be kept one."]
-    inside = {how: where for how, where in points.items() if not where.over}
+    inside = {place: where for place, where in points.items() if not where.over}
     if not inside:
         return [*told, "None is inside the budgets: see the report for what each exceeds, and docs/cure.md."]
-    best = max(inside, key=lambda how: inside[how].gain.value if inside[how].gain else 0.0)  # type: ignore[union-attr]
-    training = dict(stage.training)
-    if best == SLOWER:
-        training["learning_rate"] = cures[best].training["learning_rate"]
-    chosen = {"name": stage.name, "parent": stage.parent, "training": training}
-    cured = cures[best].model_copy(update=chosen)
-    stages = [cured if one.name == stage.name else one for one in recipe.stages]
+    best = max(inside, key=lambda place: (inside[place].gain.value if inside[place].gain else 0.0, place[1]))  # type: ignore[union-attr]
     path = folder / "cured.yaml"
-    write_text(path, dump_recipe(recipe.model_copy(update={"stages": stages})))
-    return [*told, f"The most is learned inside the budgets by: {best}. Its recipe: {path}"]
+    write_text(path, dump_recipe(_cured(recipe, stage, cures[best[0]], best)))
+    named = best[0] if best[1] == 1 else f"{best[0]} at strength {best[1]:g}"
+    return [*told, f"The most is learned inside the budgets by: {named}. Its recipe: {path}"]
+
+
+def _dialled(folder: Path, name: str) -> list[tuple[float, list[Score]]]:
+    """Returns the scores of a cure at the strengths between its parent and itself that the dial has scored."""
+    points = read_json(folder / "stages" / name / "dial.json").get("points", [])
+    found = [(one["strength"], [score_of(row) for row in one["scores"]]) for one in points]
+    return [(strength, scores) for strength, scores in found if 0 < strength < 1]
+
+
+def _cured(recipe: Recipe, stage: Stage, cure: Stage, best: Place) -> Recipe:
+    """Returns the recipe with the best cure of a stage; one that is best below its full strength is dialled down."""
+    training = dict(stage.training)
+    if best[0] == SLOWER:
+        training["learning_rate"] = cure.training["learning_rate"]
+    cured = cure.model_copy(update={"name": stage.name, "parent": stage.parent, "training": training})
+    changes: dict[str, Any] = {"stages": [cured if one.name == stage.name else one for one in recipe.stages]}
+    if best[1] < 1:
+        kept = kept_suites(recipe.evaluate)
+        dialled = {name: recipe.evaluate[name].model_copy(update={"budget_action": "dial"}) for name in kept}
+        changes["evaluate"] = {**recipe.evaluate, **dialled}
+    return recipe.model_copy(update={**changes, "cures": False})
 
 
 def _where(where: Point) -> str:

@@ -32,6 +32,7 @@ SIZES = {
     "t5-summarization": {"evaluate.news.generation.max_new_tokens": 8},
     "t5-translation": {"evaluate.opus.generation.max_new_tokens": 8},
     "keep-chat": {"stages.maths.keep": "{replay: {rows: 8}}"},
+    "keep-8b": {"stages.maths.keep.replay.rows": 8},
     "chat-translation": {f"evaluate.{suite}.generation": "{max_new_tokens: 8}" for suite in ("chinese", "german")},
 }
 Command = Callable[..., tuple[int, str]]
