@@ -1,4 +1,5 @@
-"""Writes the two references in this folder from the code: every key of a recipe, and every command with its options.
+"""Writes the references in this folder from the code: every key of a recipe, every command with its options, and on the
+page on scaling the table of what cannot be combined.
 
 `make docs` runs it. `tests/test_documented.py` fails when a committed page is not what the code makes, so run it after
 every change of a recipe's words, of a metric or of a command. Meanings are the descriptions of the fields in
@@ -21,8 +22,11 @@ from hfpipe.recipe.metric_table import FAMILIES, HUB_METRICS, OUR_METRICS
 from hfpipe.recipe.passthrough import SAVING, length_fields
 from hfpipe.recipe.row_formats import ROW_FORMATS
 from hfpipe.recipe.stage_config import KINDS
+from hfpipe.stages.sharding import REFUSALS
 
 FOLDER = Path(__file__).parent
+TABLE_BEGINS = "<!-- Made by `make docs` from hfpipe/stages/sharding.py. -->"
+TABLE_ENDS = "<!-- Up to here. -->"
 MADE = "<!-- Made by `make docs` from the code: change the code, not this page. -->\n"
 
 # The blocks whose keys are a library's own, and where that library documents them.
@@ -274,7 +278,16 @@ def _option_help(command: str, action: argparse.Action) -> str:
     return action.help
 
 
-PAGES = {"recipe-reference.md": recipe_reference, "commands.md": command_reference}
+def scaling() -> str:
+    """Returns the page on scaling as it is, with the table of what cannot be combined made anew."""
+    before, rest = (FOLDER / "scaling.md").read_text().split(TABLE_BEGINS)
+    _, after = rest.split(TABLE_ENDS)
+    rows = [f"| {refusal.name} | {refusal.reason} |" for refusal in REFUSALS]
+    table = "\n".join(["| what | why, and what to do |", "| --- | --- |", *rows])
+    return f"{before}{TABLE_BEGINS}\n{table}\n{TABLE_ENDS}{after}"
+
+
+PAGES = {"recipe-reference.md": recipe_reference, "commands.md": command_reference, "scaling.md": scaling}
 
 
 def main() -> None:

@@ -135,6 +135,22 @@ def layer_classes(model: Any) -> Collection[str]:
     return model._no_split_modules or ()
 
 
+def draw_weights(model: Any, module: Any) -> None:
+    """Draws the first weights of one module of a model; `initialize_weights` does so of all that no file held."""
+    model._init_weights(module)
+
+
+def leave_training_to_accelerate(model: Any) -> None:
+    """Takes the marks from a model that was loaded in parts by which the libraries treat it as such. No issue found.
+
+    By the first Trainer leaves accelerate's FSDP2 aside and refuses to save an optimizer, and so to continue a
+    training. By the second `generate` waits for the same call on every rank, which has as many of its own. By the
+    third, which says that tensors are not divided among one rank, PEFT gathers the whole base to save an adapter.
+    """
+    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = False
+    model._tp_size = None
+
+
 def takes_flash_attention(model: Any) -> bool:
     """Returns True if a model's layers hand position ids and masks on to flash kernels; no issue found."""
     return bool(model._supports_flash_attn)
@@ -189,6 +205,15 @@ def set_loss_sums(trainer: Any, sums: dict[str, Any]) -> None:
     trainer._tr_loss += sums["sum"]
     trainer._globalstep_last_logged, trainer._total_loss_scalar = sums["since"], sums["before"]
     trainer._initial_global_step = 0
+
+
+def read_checkpoint_by(trainer: Any, weights: Callable[[], None], rest: Callable[[], None]) -> None:
+    """Replaces how a trainer reads weights, and optimizer and schedule, of a checkpoint.
+
+    It reads what the same plan has saved alone; no public function stands between. No issue found.
+    """
+    override(trainer, _load_from_checkpoint=lambda *_, **__: weights())
+    override(trainer, _load_optimizer_and_scheduler=lambda checkpoint: rest() if checkpoint else None)
 
 
 def part_shared_embeddings(model: Any) -> None:

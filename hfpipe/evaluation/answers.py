@@ -45,6 +45,7 @@ from hfpipe.evaluation.windows import encode_texts, windows, words_of
 from hfpipe.model.classifier import Label
 from hfpipe.model.load import ModelRef, config_of, is_masked, task_of
 from hfpipe.model.positions import context_of, window_of, within_positions
+from hfpipe.model.spread import in_step
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_table import MASKED_METRICS
@@ -379,7 +380,9 @@ def answers_of(need: str, suite: Suite, rows: Rows, model: Any, tokenizer: Any) 
         answer = {**ANSWERS, "likelihood": pair_likelihood, "generation": pair_generation}[need]
     mine = rows[ranks.rank() :: ranks.ranks()]
     answers: Answers = [None] * len(rows)
-    for rank, share in enumerate(ranks.gather(answer(suite, mine, rows, model, tokenizer))):
+    with in_step(model):
+        given = answer(suite, mine, rows, model, tokenizer)
+    for rank, share in enumerate(ranks.gather(given)):
         answers[rank :: ranks.ranks()] = share
     return answers
 

@@ -12,6 +12,7 @@ from typing import Any
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.evaluation.metrics.rows import wilson
+from hfpipe.model.spread import in_step
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import did_you_mean
 from hfpipe.scores.scorecard import Score, Z
@@ -53,7 +54,9 @@ def score_harness(name: str, suite: Suite, model: Any, tokenizer: Any, stage: st
         The task's metrics under lm-eval's names, on every rank; of a group without scores of its own, those of its
         tasks as `task/metric`.
     """
-    return ranks.on_main(lambda: list(_scores(name, suite, _evaluated(suite, model, tokenizer), stage)))
+    with in_step(model):
+        result = _evaluated(suite, model, tokenizer) if ranks.is_main() else None
+    return ranks.on_main(lambda: list(_scores(name, suite, result or {}, stage)))
 
 
 def _evaluated(suite: Suite, model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import encode
 from hfpipe.evaluation.likelihood import bits_of
 from hfpipe.evaluation.metrics import load_metric
-from hfpipe.model.load import ModelRef, load_model, task_of
+from hfpipe.model.load import ModelRef, load_to_score, task_of
 from hfpipe.model.positions import within_positions
+from hfpipe.model.spread import in_step, launched
 from hfpipe.recipe import Recipe, Shift, Source, Stage, hash_of
 from hfpipe.recipe.row_formats import text_of
 
@@ -35,7 +36,9 @@ TOLD_APART, FAR = 0.7, 0.9  # of the classifier's AUC
 def measure_shift(
     recipe: Recipe, folder: Path, suites: Mapping[str, list[dict[str, Any]]], base: ModelRef, tokenizer: Any, key: str
 ) -> None:
-    """Writes shift.json of a run folder, unless it is there for the same base and data; `wait` behind it.
+    """Writes shift.json of a run folder, unless it is there for the same base and data.
+
+    Every rank has to call this, and to wait behind it.
 
     Args:
         recipe: The recipe; `shift` says how many rows are looked at.
@@ -46,22 +49,41 @@ def measure_shift(
         key: Hash of the base.
     """
     path = folder / "shift.json"
-    if recipe.shift is False or not recipe.evaluate or not ranks.is_main():
+    if recipe.shift is False or not recipe.evaluate:
         return
     count = (recipe.shift if isinstance(recipe.shift, Shift) else Shift.model_validate({})).rows
     data = [(stage.name, stage.kind, stage.data, getattr(stage, "replay", None)) for stage in recipe.stages]
     digest = hash_of([key, recipe.seed, count, data, {name: suite.data for name, suite in recipe.evaluate.items()}])
-    if path.exists() and load_json(path)["hash"] == digest:
+    if ranks.from_main(ranks.is_main() and path.exists() and load_json(path)["hash"] == digest):
         return
+    samples = _samples(recipe, suites, count) if ranks.is_main() else {}
+    ranks.wait()
+    bits: dict[str, dict[str, float]] = {}
+    if task_of(base) == "causal" and (ranks.is_main() or launched()):  # no other kind of model has a likelihood of text
+        model = load_to_score(base)
+        with in_step(model):
+            bits = {name: _bits_per_byte(texts, model, tokenizer) for name, texts in samples.items()}
+    if ranks.is_main():
+        write_json(path, {"hash": digest, "pairs": _pairs(recipe, suites, samples, bits, tokenizer)})
+
+
+def _samples(recipe: Recipe, suites: Mapping[str, list[dict[str, Any]]], count: int) -> dict[str, list[str]]:
+    """Returns texts of every stage's data and of every suite, by `stage NAME` and `suite NAME`."""
     samples = {f"stage {stage.name}": stage_sample(recipe, stage, count) for stage in recipe.stages}
     for name, rows in suites.items():
         drawn = random.Random(recipe.seed).sample(rows, min(count, len(rows)))
         samples[f"suite {name}"] = [text for row in drawn if (text := text_of(row)[:CHARACTERS]).strip()]
-    samples = {name: texts for name, texts in samples.items() if texts}
-    bits: dict[str, dict[str, float]] = {}
-    if task_of(base) == "causal":  # no other kind of model has a likelihood of text
-        model = load_model(base)
-        bits = {name: _bits_per_byte(texts, model, tokenizer) for name, texts in samples.items()}
+    return {name: texts for name, texts in samples.items() if texts}
+
+
+def _pairs(
+    recipe: Recipe,
+    suites: Mapping[str, list[dict[str, Any]]],
+    samples: Mapping[str, list[str]],
+    bits: Mapping[str, dict[str, float]],
+    tokenizer: Any,
+) -> list[dict[str, Any]]:
+    """Compares the data of every stage with every suite that is about it."""
     pairs = []
     for stage in recipe.stages:
         for name in recipe.evaluate:
@@ -77,7 +99,7 @@ def measure_shift(
                 "rows": [len(samples[one]), len(samples[other])],
             }
             pairs.append({**pair, "reading": reading(pair)})
-    write_json(path, {"hash": digest, "pairs": pairs})
+    return pairs
 
 
 def stage_sample(recipe: Recipe, stage: Stage, count: int) -> list[str]:

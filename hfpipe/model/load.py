@@ -35,6 +35,7 @@ from hfpipe.core.hub_errors import not_readable, status_of
 from hfpipe.core.machine import machine_error
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
+from hfpipe.model.spread import draw_fresh, each_rank_reads, launched, plan_for, settle
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Quantization
 from hfpipe.recipe.passthrough import check_config
@@ -348,6 +349,7 @@ def load_model(
     head: dict[str, Any] | None = None,
     with_new_modules: bool = False,
     place: torch.device | None = None,
+    spread: bool = False,
 ) -> Any:
     """Loads the model a `ModelRef` names; an adapter comes on its own base.
 
@@ -357,12 +359,13 @@ def load_model(
         head: Fields of the config that make a classification head; None for the model as it is.
         with_new_modules: Whether to return the names of the modules with fresh weights too.
         place: Where it goes instead of this rank's device; not with `quantization`.
+        spread: Whether each rank reads its own part, where the launch spreads weights; every rank has to call this.
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
     """
     if ref.is_adapter:
-        return put_adapter(load_model(ref.base, head=head_of(ref), place=place), ref)
+        return put_adapter(load_model(ref.base, head=head_of(ref), place=place, spread=spread), ref)
     task = "classification" if head is not None else task_of(ref)
     options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
     if ref.options.config:
@@ -378,11 +381,18 @@ def load_model(
         dtype = "auto"  # transformers leaves their weights in the precision of the files; and so the biases
     if ref.options.attn_implementation:
         options["attn_implementation"] = ref.options.attn_implementation
+    spread = spread and _can_be_spread(ref)
+    if spread:
+        with clear_errors("model", ref.path), torch.device("meta"):
+            trust = ref.options.trust_remote_code
+            shapes = AUTO_CLASSES[task].from_config(options.get("config") or config_of(ref), trust_remote_code=trust)
+        options["distributed_config"] = plan_for(shapes, frozen=frozen)
     # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
     fixed = torch.random.fork_rng() if task == "masked" else nullcontext()
-    with clear_errors("model", ref.path), fixed:
+    with clear_errors("model", ref.path), fixed, each_rank_reads() if spread else nullcontext():
         if task == "masked":
             torch.manual_seed(0)
+        state = torch.get_rng_state()
         model, info = AUTO_CLASSES[task].from_pretrained(
             ref.path,
             revision=ref.revision or "main",
@@ -393,12 +403,34 @@ def load_model(
             **options,
         )
     require_token_ids(model, ref.path)
+    new = _modules_of(info)
+    if spread:
+        new = sorted({name for names in ranks.gather(new) for name in names})
+        draw_fresh(model, [name for name, _ in model.named_modules() if name in new], state)
+        settle(model)
     make_room(model, ref.vocabulary)
     _leave_packing(model)
-    if not ref.quantization:
+    if not ref.quantization and not spread:
         torch.nn.Module.to(model, place or device())
     model.eval()
-    return (model, _modules_of(info)) if with_new_modules else model
+    return (model, new) if with_new_modules else model
+
+
+def load_to_score(ref: ModelRef) -> Any:
+    """Loads a model to ask it rows, spread over the ranks where the launch does that; every rank has to call this.
+
+    An encoder-decoder model is whole on each rank: it generates by its two parts, and passes through one of them would
+    leave a rank that is done with its rows behind.
+    """
+    return load_model(ref, spread=task_of(ref) != "seq2seq")
+
+
+def _can_be_spread(ref: ModelRef) -> bool:
+    """Returns True if each rank of this launch can read its own part of a model: as it is, without rounding it."""
+    if not launched() or ref.quantization is not None:
+        return False
+    config = config_of(ref)
+    return not is_quantized(config) and (ref.vocabulary or 0) <= config.get_text_config().vocab_size
 
 
 def require_token_ids(model: Any, path: str) -> None:

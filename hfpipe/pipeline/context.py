@@ -22,8 +22,9 @@ from hfpipe.evaluation.suites import compare_rows, score_suite, suite_metrics, s
 from hfpipe.hub.pins import pin_recipe
 from hfpipe.model.adapter import ProbeText
 from hfpipe.model.base import PreparedBase, prepare_base
-from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_model, weights_dtype
+from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_to_score, weights_dtype
 from hfpipe.model.merge import merge_adapter
+from hfpipe.model.spread import launched
 from hfpipe.pipeline.environment import environment
 from hfpipe.pipeline.reuse import Version
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
@@ -158,7 +159,7 @@ def score_stage(run: Run, name: str) -> list[Score]:
             ranks.say(f"  {name}: {suite_name} not scored: its answers need another head than this model has")
             continue
         if model is None:
-            model = load_model(run.trained(name))
+            model = load_to_score(run.trained(name))
             if name == BASE:
                 require_isolation(run.recipe, model)
         found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
@@ -246,8 +247,8 @@ def _loaded_if_it_fits(merged: ModelRef) -> Any:
     """A merged model to be scored; None where it is larger than the 4-bit model that was trained, and finds no room."""
     weights = get_local_safetensors_metadata(merged.path)
     size = sum(weights.parameter_count.values()) * weights_dtype(merged.options, frozen=True).itemsize
-    if all(ranks.gather(has_room(size, free_memory(device())))):
-        return load_model(merged)
+    if all(ranks.gather(has_room(size // (ranks.ranks() if launched() else 1), free_memory(device())))):
+        return load_to_score(merged)
     ranks.say(
         f"  not scored: the merged model takes {size / GIB:.1f} GiB, which are not free in the memory of the "
         f"{'GPU' if device().type == 'cuda' else 'machine'}. On a larger one: hfpipe evaluate {merged.path} RECIPE"

@@ -13,7 +13,7 @@ from hfpipe.core.files import write_json
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.generation_settings import require_generation
 from hfpipe.evaluation.suites import Scored, compare_rows, score_suite, suite_metrics, suite_rows
-from hfpipe.model.load import ModelRef, load_model, task_of
+from hfpipe.model.load import ModelRef, load_to_score, task_of
 from hfpipe.model.tokenizer import require_room
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.trained import model_named, tokenizer_named
@@ -117,7 +117,7 @@ def _evaluate(ref: ModelRef, name: str, label: str, suites: Suites, rows: Rows) 
     if not any(answered.values()):
         raise RecipeError(f"no suite asks what {name} can answer: it is a {task_of(ref)} model.")
     tokenizer = tokenizer_named(ref)
-    model = load_model(replace(ref, vocabulary=len(tokenizer)))
+    model = load_to_score(replace(ref, vocabulary=len(tokenizer)))
     size = model.get_input_embeddings().num_embeddings
     require_room(tokenizer, size, ref.path)
     for suite, block in suites.evaluate.items():

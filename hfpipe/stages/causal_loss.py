@@ -16,6 +16,7 @@ from trl.trainer import add_fused_lm_head
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.head import head_of
 from hfpipe.model.linear_loss import LinearLoss, linear_loss
+from hfpipe.model.spread import is_spread
 from hfpipe.stages.saving import is_sharded
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class WithFastLoss(Base):
             return
         if not is_sharded(self):  # the head's weight is whole within the model's own forward pass alone
             self.linear = linear_loss(model)
-        self.fused = self.linear is None and model.device.type in FUSED_ON and fuse_head(model)
+        whole = self.linear is None and not is_spread(model)
+        self.fused = whole and model.device.type in FUSED_ON and fuse_head(model)
 
     def compute_loss(
         self,

@@ -19,12 +19,11 @@ from hfpipe.data.labels import LabelledTokens, balanced_weights, collate_labelle
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.base import shapes_of
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, read_head
-from hfpipe.model.load import load_model
 from hfpipe.recipe import Classification
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.counterfactual import hold_together
 from hfpipe.stages.labels import Head, head_of, labelled_tokens, require_fitting_suites
-from hfpipe.stages.trainer import StageRun, plan_of, row_length, train, trainer_arguments, with_adapter
+from hfpipe.stages.trainer import StageRun, load_parent, plan_of, row_length, train, trainer_arguments, with_adapter
 
 
 def run_classification(run: StageRun) -> dict[str, Any]:
@@ -41,9 +40,8 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     plan = plan_of(stage, len(tokens))
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, label_names=["labels"])
     set_seed(run.recipe.seed)  # the head is new, and the same on every rank and at every start
-    model, new = load_model(
-        run.parent,
-        frozen=stage.adapter is not None,
+    model, new = load_parent(
+        run,
         head=head_config(problem, names, run.tokenizer.pad_token_id),
         with_new_modules=True,
     )

@@ -15,7 +15,9 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.core.upstream import override
 from hfpipe.evaluation.metrics import higher_is_better
 from hfpipe.evaluation.suites import score_suite, suite_metrics
+from hfpipe.model.spread import is_spread
 from hfpipe.stages.context import StageRun
+from hfpipe.stages.saving import is_sharded
 
 EVALUATIONS = 10  # of a stage whose recipe has no `eval_steps`
 
@@ -30,15 +32,16 @@ class Selection(TrainerCallback):
         trainer: Its trainer.
 
     Raises:
-        RecipeError: The weights are spread over ranks, which then cannot score rows of their own.
+        RecipeError: The weights are spread in a way in which they cannot be asked.
     """
 
     def __init__(self, run: StageRun, trainer: Trainer) -> None:
         assert run.stage.early_stopping is not None
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if is_sharded(trainer) and not is_spread(trainer.model):
             raise RecipeError(
-                f"stages.{run.stage.name}.early_stopping: with FSDP or DeepSpeed a rank does not have the whole model "
-                "to score. Start the run on one process or with plain data parallelism, or remove early_stopping."
+                f"stages.{run.stage.name}.early_stopping: the embeddings grow for added tokens, and such a model is "
+                "read whole by every rank under FSDP and cannot be scored while it trains. Start plain ranks, or leave "
+                "it out."
             )
         self.run, self.trainer, self.patience = run, trainer, run.stage.early_stopping.patience
         every = run.stage.training.get("eval_steps") or max(1, trainer.args.max_steps // EVALUATIONS)

@@ -10,13 +10,11 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe.core.errors import MachineError
 from hfpipe.core.upstream import override
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.head import Scale, backbone_of, head_of, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.load import load_model
 from hfpipe.stages.context import StageRun
-from hfpipe.stages.saving import is_sharded
 
 OWN = "parents_own"  # (B, L), True where a token is of the parent's own texts
 _INSTEAD = "Leave `kl` out: the parent's own texts are then replayed by their tokens."
@@ -42,16 +40,9 @@ def near_parent(run: StageRun, trainer: Trainer, share: float) -> NearParent | N
     """Draws a trainer's weights to those of the parent where the recipe says so, and returns what `kl` asks for.
 
     Raises:
-        MachineError: The model is spread over the ranks.
         RecipeError: The model computes its logits in another way than is known here.
     """
     keep = run.stage.kept
-    for word in ("kl", "l2"):
-        if getattr(keep, word) is not None and is_sharded(trainer):
-            raise MachineError(
-                f"stages.{run.stage.name}.keep.{word} needs the whole model on each rank, and here FSDP or DeepSpeed "
-                "spreads it. Leave it out (`keep: self` alone works there), or train an adapter without them."
-            )
     if keep.l2 is not None:
         trainer.add_callback(_DrawnToParent(trainer.model, keep.l2.weight))
     if keep.kl is None:

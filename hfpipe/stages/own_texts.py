@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import DataError, MachineError
+from hfpipe.core.errors import DataError
 from hfpipe.core.files import read_json, read_jsonl, write_json, write_jsonl
 from hfpipe.data.chat import chat_text
 from hfpipe.data.mixture import OwnTexts
@@ -52,16 +51,10 @@ def own_texts(run: StageRun, model: Any, length: int | None, tokens: float | Non
 
     Raises:
         DataError: The parent says nothing.
-        MachineError: The model is spread over the ranks by ZeRO-3.
     """
     block = run.stage.kept.replay
     if block is None:
         return []
-    if is_deepspeed_zero3_enabled():
-        raise MachineError(
-            f"stages.{run.stage.name}.keep: with ZeRO-3 no rank has the whole model, which has to speak before it is "
-            "trained. Use ZeRO-2 or FSDP, or replay an earlier stage (`replay:`)."
-        )
     folder = run.folder / "keep"
     series = ["texts", "chats"] if opening_of(run.recipe, run.stage, run.tokenizer) else ["texts"]
     found = ranks.from_main({name: read_json(folder / f"{name}.json") for name in series})

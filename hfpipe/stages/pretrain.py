@@ -28,7 +28,6 @@ from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.data.stream.packing import isolation_leak
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.adapter import TOLERANCE
-from hfpipe.model.load import load_model
 from hfpipe.model.positions import context_of
 from hfpipe.model.toy import small_copy
 from hfpipe.recipe import Pretrain, Recipe
@@ -43,6 +42,7 @@ from hfpipe.stages.trainer import (
     StageRun,
     attend_to_packed_rows,
     divide_batch,
+    load_parent,
     row_length,
     train,
     trainer_arguments,
@@ -64,7 +64,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     masked = stage.objective == "masked"
     masking = Masking(run.tokenizer, stage.masking or {}, run.recipe.seed) if masked else None
     frame = frame_of(run.tokenizer, words=masking.collator.whole_word_mask) if masking else None
-    model, new = load_model(run.parent, frozen=stage.adapter is not None, with_new_modules=True)
+    model, new = load_parent(run, with_new_modules=True)
     if new:
         ranks.say(f"  the base has no weights for {listed(new)}, which begin fresh")
     max_length = row_length(run, model, min(context_of(model) or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.adapter import TOLERANCE, adapter_state, probe, require_equal, save_adapter, verify_tensors
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
+from hfpipe.model.parts import verify_parts, write_parts
+from hfpipe.model.spread import is_spread
 from hfpipe.stages.context import StageRun
 
 SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
@@ -102,6 +105,9 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
     Raises:
         RuntimeError: What is on disk is not what was trained.
     """
+    if is_spread(trainer.model):
+        _save_spread(run, trainer, original)
+        return
     target = run.folder / "model"
     sharded = is_sharded(trainer)
     with torch.no_grad():
@@ -131,6 +137,24 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
             saved = replace(run.parent, path=str(beside), revision=None)
             again = load_model(saved, frozen=run.stage.adapter is not None)
             require_equal(trained, probe(again, run.tokenizer, run.probe_texts), coarsest, f"stage {run.stage.name}")
+    ranks.wait()
+
+
+def _save_spread(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> None:
+    """Writes a model whose weights are spread over the ranks, and compares the files with it, tensor by tensor."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    with whole_folder(run.folder / "model") if ranks.is_main() else nullcontext(run.folder) as beside:
+        if run.stage.adapter is None:
+            write_parts(model, beside)
+            verify_parts(model, beside)
+        elif ranks.is_main():
+            save_adapter(model, beside, original)
+            verify_tensors(beside, adapter_state(model, original))
+            _record_base(beside, run)
+            if is_classifier(model):
+                model.config.save_pretrained(beside)
+        if ranks.is_main():
+            run.tokenizer.save_pretrained(beside)
     ranks.wait()
 
 

@@ -17,7 +17,6 @@ from hfpipe.data.dataloader import BatchLoader, RowSource, collate
 from hfpipe.data.row_order import PackedRows
 from hfpipe.data.stream.packing import isolation_leak
 from hfpipe.model.adapter import TOLERANCE
-from hfpipe.model.load import load_model
 from hfpipe.recipe import Sft
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithFastLoss
@@ -29,6 +28,7 @@ from hfpipe.stages.trainer import (
     Plan,
     StageRun,
     attend_to_packed_rows,
+    load_parent,
     plan_of,
     train,
     trained_weights_kept,
@@ -45,7 +45,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     """Trains an sft stage and saves its model; see `stages.trainer.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Sft)
-    model = load_model(run.parent, frozen=stage.adapter is not None)
+    model = load_parent(run)
     length = sft_length(run, model)
     data = _streamed(run, model, length) if is_streamed(stage) else _tables(run, model, length)
     plan = data.plan

@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-from transformers import Trainer
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.errors import RecipeError
 from hfpipe.model.adapter import CHANGE_THE_BASE
 from hfpipe.recipe import Recipe, Stage
 
@@ -63,6 +60,12 @@ def _initial(stage: Stage) -> str:
     return str((stage.adapter or {}).get("init_lora_weights", ""))
 
 
+def reads_whole(stage: Stage) -> bool:
+    """Returns True if every rank reads all weights of the stage's model under FSDP, or asks it part by part."""
+    takes_part = stage.parent_adapter != "continue" and _initial(stage).startswith(CHANGE_THE_BASE)
+    return bool(stage.quantized or takes_part or stage.kept.replay is not None or stage.task == "seq2seq")
+
+
 def _stores_bytes(stage: Stage) -> bool:
     block = stage.quantized
     return block is not None and block.type == "nf4" and (block.bnb_4bit_quant_storage or "uint8") == "uint8"
@@ -99,6 +102,29 @@ REFUSALS = (
         "the adapter could not be turned back into one for the base as it came. Use FSDP2, or leave it out.",
     ),
     Refusal(
+        "`kl` or `l2` of `keep:` with FSDP or DeepSpeed",
+        lambda stage, plan: plan != "none" and (stage.kept.kl is not None or stage.kept.l2 is not None),
+        "they compare weights, or what the head says, outside of a pass through the model. Leave them out: "
+        "`keep: {replay: {}}` alone works with FSDP.",
+    ),
+    Refusal(
+        "own texts of the parent (`keep:`) with ZeRO-3",
+        lambda stage, plan: plan == "zero3" and stage.kept.replay is not None,
+        "no rank has the whole model, which has to speak before it is trained. Use ZeRO-2 or FSDP, or replay an "
+        "earlier stage (`replay:`).",
+    ),
+    Refusal(
+        "`early_stopping` with DeepSpeed",
+        lambda stage, plan: plan.startswith("zero") and stage.early_stopping is not None,
+        "a rank does not have the whole model to score. Use FSDP, or leave it out.",
+    ),
+    Refusal(
+        "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole",
+        lambda stage, plan: plan == "fsdp" and stage.early_stopping is not None and reads_whole(stage),
+        "a rank does not have the whole model to score (quantized weights, PiSSA, OLoRA and the parent's own texts are "
+        "read whole and divided later). Start plain ranks, or leave it out.",
+    ),
+    Refusal(
         "FSDP on CPUs",
         lambda stage, plan: plan == "fsdp" and ranks.state().distributed_type.value in _without_accelerator(),
         "accelerate shards on accelerators only, and turns FSDP off without a word where it finds none. Start it on "
@@ -118,18 +144,3 @@ def require_combinations(recipe: Recipe) -> None:
         for refusal in REFUSALS:
             if refusal.holds(stage, plan):
                 raise RecipeError(f"stages.{stage.name}: {refusal.name} cannot be: {refusal.reason}")
-
-
-def require_plan(trainer: Trainer, checkpoint: Path, stage: str) -> None:
-    """Refuses a checkpoint that was saved under another plan, which Trainer cannot read.
-
-    Raises:
-        MachineError: It was saved under FSDP and the launch has none, or the other way round.
-    """
-    under, now = any(checkpoint.glob("pytorch_model_fsdp*")), bool(trainer.is_fsdp_enabled)
-    if under != now:
-        was, is_now = ("under", "without") if under else ("without", "under")
-        raise MachineError(
-            f"stages.{stage}: {checkpoint.name} was saved {was} FSDP, and this launch is {is_now} it. Start the run as "
-            f"before, on any number of ranks. Or move {checkpoint} away, and what is before it is taken."
-        )

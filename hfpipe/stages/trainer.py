@@ -26,14 +26,12 @@ from hfpipe.core.files import load_json
 from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler
 from hfpipe.data.row_order import PackedRows, ShuffledRows, count_rows
-from hfpipe.model.adapter import (
-    add_adapter,
-    continue_adapter,
-    original_state,
-)
+from hfpipe.model.adapter import CHANGE_THE_BASE, add_adapter, continue_adapter, original_state
+from hfpipe.model.load import load_model
 from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
+from hfpipe.model.spread import average_gradients, is_spread, make_trained_whole
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
@@ -43,8 +41,8 @@ from hfpipe.stages.context import StageRun
 from hfpipe.stages.cost import flops_per_token
 from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.early_stopping import Selection
+from hfpipe.stages.other_plan import read_across
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
-from hfpipe.stages.sharding import require_plan
 from hfpipe.stages.trackers import guard_trackers
 
 DEFAULT_PER_DEVICE = 8
@@ -141,6 +139,20 @@ def attend_to_packed_rows(run: StageRun, model: Any) -> None:
         ranks.say("  attention: torch's variable-length kernel, which takes the packed rows without a mask")
 
 
+def load_parent(run: StageRun, **options: Any) -> Any:
+    """Loads the model that a stage starts from, spread over the ranks where the launch does that.
+
+    Args:
+        run: The stage.
+        options: As of `load_model`.
+    """
+    initial = str((run.stage.adapter or {}).get("init_lora_weights", ""))
+    # An adapter that takes its part out of the base's weights needs them whole, and so does who speaks.
+    takes_part = run.continued is None and initial.startswith(CHANGE_THE_BASE)
+    spread = not takes_part and run.stage.kept.replay is None
+    return load_model(run.parent, frozen=run.stage.adapter is not None, spread=spread, **options)
+
+
 def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
     """The model with the adapter that the stage trains: a new one, the parent's, or none where all weights are trained.
 
@@ -151,13 +163,17 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
         model: Its parent, loaded.
         fields: Fields of a new adapter's config, over those of the recipe.
     """
+    adapted = model
     if run.continued is not None:
-        model = continue_adapter(model, run.continued.path)
+        adapted = continue_adapter(model, run.continued.path)
     elif run.stage.adapter is not None:
         block = train_rows(model, run.stage.adapter | fields, run.added_tokens)
-        model = add_adapter(model, block, run.recipe.seed)
-    train_part(model, run.stage)
-    return model
+        adapted = add_adapter(model, block, run.recipe.seed)
+    if adapted is not model and is_spread(model):
+        make_trained_whole(adapted)
+        average_gradients(adapted)
+    train_part(adapted, run.stage)
+    return adapted
 
 
 @contextmanager
@@ -169,7 +185,7 @@ def trained_weights_kept(model: Any) -> Iterator[None]:
     exact = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     yield
     for name, weight in model.named_parameters():
-        if name in exact:
+        if name in exact and weight.dtype != exact[name].dtype:
             weight.data = exact[name]
 
 
@@ -203,6 +219,8 @@ def train(
     override(trainer, get_train_dataloader=lambda: loader)
     if run.stage.learning_rates:
         override(trainer, create_optimizer=partial(_create_optimizer, trainer, trainer.create_optimizer, run.stage))
+    if trainer.is_fsdp_enabled:
+        _hold_to_plan(trainer)
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     make_saveable(trainer.model)
     checkpoints = _add_callbacks(run, trainer, loader, tokens_per_step)
@@ -230,6 +248,26 @@ def train(
     }
 
 
+def _hold_to_plan(trainer: Trainer) -> None:
+    """Keeps accelerate from dividing a model again that was loaded in parts, and tells it how checkpoints are saved.
+
+    Each rank saves its own part. What accelerate divides itself is saved whole, which Trainer needs for the last save.
+    """
+    accelerator, spread = trainer.accelerator, is_spread(trainer.model)
+    plugin = accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the type that the launch asks for
+    plugin.set_state_dict_type("SHARDED_STATE_DICT" if spread else "FULL_STATE_DICT")
+
+    def prepare(model: Any, optimizer: Any) -> tuple[Any, Any]:
+        prepared = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return prepared, accelerator.prepare_optimizer(optimizer, device_placement=False)
+
+    if spread:
+        override(accelerator, prepare=prepare)
+        if plugin.activation_checkpointing:
+            trainer.args.activation_checkpointing = True  # accelerate's is a part of its `prepare`
+
+
 def _add_callbacks(
     run: StageRun, trainer: Trainer, loader: BatchLoader, tokens_per_step: float | None
 ) -> CheckpointCallback:
@@ -254,7 +292,7 @@ def _taken_up(run: StageRun, trainer: Trainer, loader: BatchLoader) -> Path | No
     for line in passed_over:
         ranks.say(f"  {line}")
     if checkpoint:
-        require_plan(trainer, checkpoint, run.stage.name)
+        read_across(run, trainer, checkpoint)
         loader.source.load_state_dict(load_json(checkpoint / DATA_STATE))
         ranks.say(f"  continuing from {checkpoint.name}")
     return checkpoint

@@ -20,12 +20,12 @@ from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.token_store import Columns, Concatenated, TokenStore, made_once, told, write_columns
 from hfpipe.data.tokenize import IGNORED
-from hfpipe.model.load import load_model
 from hfpipe.model.seq2seq import decoder_input, encode_pairs, end_token, most_tokens, set_languages
 from hfpipe.recipe import Source, Translation
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.trainer import (
     StageRun,
+    load_parent,
     plan_of,
     require_positions,
     shares_of_rows,
@@ -42,7 +42,7 @@ def run_translation(run: StageRun) -> dict[str, Any]:
     """Trains a translation stage and saves its model; see `stages.trainer.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Translation)
-    model = load_model(run.parent, frozen=stage.adapter is not None)
+    model = load_parent(run)
     rows, sources = paired_tokens(run, pair_lengths(run, model))
     lengths = rows.lengths
     plan = plan_of(stage, len(rows))

@@ -23,6 +23,13 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         ZERO3,
         {"lora": LORA | {"init_lora_weights": "pissa"}},
     ),
+    "`kl` or `l2` of `keep:` with FSDP or DeepSpeed": (FSDP, {"keep": {"l2": {"weight": 0.1}}}),
+    "own texts of the parent (`keep:`) with ZeRO-3": (ZERO3, {"keep": {"replay": {}}}),
+    "`early_stopping` with DeepSpeed": (ZERO3, {"early_stopping": {"suite": "sounds"}}),
+    "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole": (
+        FSDP,
+        {"early_stopping": {"suite": "sounds"}, "keep": {"replay": {}}},
+    ),
 }
 
 
@@ -36,8 +43,10 @@ def test_a_combination_is_refused_before_anything_is_loaded_and_the_docs_say_why
 ) -> None:
     environment, words = CASES[refusal.name]
     content = tiny.recipe(tmp_path, merge=False)  # its data is not written: nobody may look for it
+    content["model"] = {"id": "team/base"}
     content["stages"] = content["stages"][1:]
     content["stages"][0].pop("lora")
+    content["stages"][0]["training"].pop("save_steps")
     content["stages"][0] |= words
     path = tiny.write(tmp_path, content)
     for name, value in environment.items():

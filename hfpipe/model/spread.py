@@ -1,0 +1,173 @@
+"""Weights that are spread over the ranks before they are read, for models that are larger than a device.
+
+transformers builds the model without memory (`distributed_config`), has PyTorch's FSDP2 divide every tensor by its
+rows, and then reads of each file the rows of this rank alone. So no rank ever holds more than its part and the layer
+that it computes. What comes on top of such a model, an adapter, lies whole on every rank; see `average_gradients`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading, parse_flag_from_env
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.distributed import DistributedConfig
+
+from hfpipe.core import ranks
+from hfpipe.core.upstream import draw_weights, layer_classes, leave_training_to_accelerate
+
+RELOADED = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's way: the first rank reads all, and the others nothing
+
+
+def launched() -> bool:
+    """Returns True if this launch has several ranks and asks for FSDP2."""
+    asked = parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "2"
+    return asked and ranks.ranks() > 1
+
+
+def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
+    """Returns the division of a model over all ranks of this launch.
+
+    Each layer is gathered alone. What remains (embeddings, the last norm, the head) is gathered together and stays so
+    for a pass, but embeddings that the input alone reads go where all weights are trained: an adapter reads theirs.
+
+    Args:
+        shapes: The model; its shapes are enough.
+        frozen: Whether its weights stay as they are.
+    """
+    names = {module: name for name, module in shapes.named_modules()}
+    classes = set(layer_classes(shapes))
+    layers = [name for module, name in names.items() if type(module).__name__ in classes]
+    if not layers:
+        lists = [module for module in names if isinstance(module, torch.nn.ModuleList)]
+        layers = [names[layer] for one in lists for layer in one]
+    embeddings, head = shapes.get_input_embeddings(), shapes.get_output_embeddings()
+    tied = getattr(shapes.config.get_text_config(), "tie_word_embeddings", False)
+    if not (frozen or tied or head is None or shapes.config.is_encoder_decoder):
+        layers.append(names[embeddings])
+    count = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1)  # copies of the whole: hybrid sharding
+    return DistributedConfig(
+        fsdp_size=ranks.ranks() // count,
+        dp_replicate_size=count,
+        fsdp_plan=dict.fromkeys((re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in layers), "free_full_weight"),
+        fsdp_cpu_offload=parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
+    )
+
+
+@contextmanager
+def each_rank_reads() -> Iterator[None]:
+    """Lets every rank read its own part while a model is loaded, whatever the launch says of reading on the first."""
+    given = parse_flag_from_env(RELOADED)
+    disable_fsdp_ram_efficient_loading()
+    try:
+        yield
+    finally:
+        if given:
+            enable_fsdp_ram_efficient_loading()
+
+
+@torch.no_grad()
+def draw_fresh(model: Any, modules: Collection[str], state: torch.Tensor) -> None:
+    """Gives modules whose weights no file holds the first weights that they have on one rank.
+
+    transformers draws the part of each rank by itself, which makes other weights of them.
+
+    Args:
+        model: A spread model.
+        modules: Names of modules, in the order of the model.
+        state: Of torch's generator on the CPU, before the model was loaded.
+    """
+    torch.set_rng_state(state)
+    for name in modules:
+        module = model.get_submodule(name)
+        parts = {key: part for key, part in module.named_parameters(recurse=False) if isinstance(part, DTensor)}
+        for key, part in parts.items():
+            whole = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+            module.register_parameter(key, torch.nn.Parameter(whole))
+        draw_weights(model, module)
+        for key, part in parts.items():
+            whole = module.get_parameter(key).data
+            own = distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None)
+            part.to_local().copy_(own.to_local())
+            module.register_parameter(key, part)
+
+
+def is_spread(model: Any) -> bool:
+    """Returns True if weights of a model are spread over the ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def settle(model: Any) -> None:
+    """Makes a model that was just read in parts ready for a pass, or for accelerate to train.
+
+    All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts.
+    """
+    model.set_reshard_after_forward(True)
+    leave_training_to_accelerate(model)
+
+
+@contextmanager
+def in_step(model: Any) -> Iterator[None]:
+    """Lets each rank make as many passes through a model as it has to, inside the block; every rank has to call this.
+
+    All ranks take part in a pass through a spread model. So a rank says before each of its passes that it makes one,
+    and one that is done makes passes of one token until no rank says so.
+
+    Args:
+        model: A model, spread or not; an encoder-decoder model whose parts are called one by one may not be spread.
+    """
+    root: Any = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+    if root is None:
+        yield
+        return
+    vars(root).pop("generate", None)  # Trainer's, which gathers the model before the first pass, where no rank says so
+    goes_on = torch.zeros(1, device=model.device)
+
+    def says(makes_one: bool) -> bool:
+        goes_on.fill_(makes_one)
+        torch.distributed.all_reduce(goes_on)
+        return bool(goes_on)
+
+    hook = root.register_forward_pre_hook(lambda *_: says(True) and None, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        while says(False):
+            root(input_ids=token)
+
+
+def make_trained_whole(model: Any) -> None:
+    """Makes the modules that an adapter trains in full (PEFT's `modules_to_save`) whole on every rank."""
+    for name, copies in model.named_modules():
+        if name.endswith(".modules_to_save"):
+            for module in copies.modules():
+                for key, part in list(module.named_parameters(recurse=False)):
+                    if isinstance(part, DTensor):
+                        whole = torch.nn.Parameter(part.full_tensor(), requires_grad=part.requires_grad)
+                        module.register_parameter(key, whole)
+
+
+def average_gradients(model: Any) -> None:
+    """Gives the weights that were added to a spread model, and lie whole on every rank, the mean of all gradients.
+
+    FSDP2 averages the gradients of what it has divided alone.
+    """
+    count = ranks.ranks()
+
+    def average(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        # A sum, since gloo has no mean. Once averaged, what is added to it later is averaged by the next call.
+        torch.distributed.all_reduce(parameter.grad.div_(count))
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.register_post_accumulate_grad_hook(average)

@@ -1,0 +1,86 @@
+"""Weights spread over ranks from the first byte: the same losses, scores and weights as on one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from fsdp_on_cpu import FSDP
+from safetensors.torch import load_file
+
+from hfpipe.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+LAUNCHER = Path(__file__).parents[1] / "fsdp_on_cpu.py"
+QUIET: dict[str, Any] = {"energy": False, "shift": False}
+
+
+def spread(path: Path, ranks: int, *more: str, code: int = 0, **environment: str) -> str:
+    """Runs a recipe under FSDP2 on CPU ranks; what they said."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    ended = subprocess.run(
+        [*line, str(LAUNCHER), "run", str(path), *more],
+        env=os.environ | FSDP | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert (ended.returncode == 0) == (code == 0), ended.stdout
+    return ended.stdout
+
+
+def losses(run: Path, stage: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "stages" / stage / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(run: Path, one: Path, stages: list[str]) -> None:
+    for stage in stages:
+        assert losses(run, stage) == pytest.approx(losses(one, stage), abs=1e-4)
+        folder, other = (each / "stages" / stage / "model" for each in (run, one))
+        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
+        for file in folder.glob("*.safetensors"):
+            found, expected = load_file(file), load_file(other / file.name)
+            assert found.keys() == expected.keys()
+            for name, tensor in found.items():
+                torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-3, msg=f"{stage} {name}")
+    assert tiny.scores(run) == pytest.approx(tiny.scores(one), abs=2e-3)
+
+
+def test_a_causal_chain_is_that_of_one_rank(tmp_path: Path) -> None:
+    for place, ranks in (("one", 1), ("two", 2)):
+        folder = tmp_path / place
+        folder.mkdir()
+        tiny.write_data(folder)
+        path = tiny.write(folder, tiny.recipe(folder, energy=False))
+        if ranks == 1:
+            assert main(["run", str(path)]) == 0
+        else:
+            spread(path, ranks)
+    assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", ["prose", "sounds"])
+
+
+def steps(folder: Path, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    tiny.write_data(folder)
+    content = tiny.recipe(folder, merge=False, evaluate={}, **QUIET)
+    content["stages"] = content["stages"][:1]
+    content["stages"][0]["training"] |= {"max_steps": count, "lr_scheduler_type": "constant", "logging_steps": 1}
+    return tiny.write(folder, content)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (2, 1), (1, 2)])
+def test_a_checkpoint_is_continued_on_other_ranks_and_without_fsdp(tmp_path: Path, first: int, second: int) -> None:
+    assert main(["run", str(steps(tmp_path / "one", 6))]) == 0
+    for ranks, count in ((first, 4), (second, 6)):
+        path = steps(tmp_path / "other", count)
+        if ranks == 1:
+            assert main(["run", str(path)]) == 0
+        else:
+            spread(path, ranks)
+    assert_same(tmp_path / "other" / "run", tmp_path / "one" / "run", ["prose"])
