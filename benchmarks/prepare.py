@@ -12,6 +12,8 @@ Printed are, with what is wanted:
 - memory: the peak of a process that makes and reads so many chats, for each count. The last at most 1.2 times the
   first.
 - padding: the share of padding of 8 rows a step in a random order, grouped by length, and packed.
+- wait: what making a batch takes (rows read, joined, stacked) of the time that the batch lasts at 50,000 tokens a
+  second, for micro-batches of one row and of eight; at most 1 %.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from datasets import load_dataset
 from hfpipe.builtin.corpus import builtin
 from hfpipe.data.chat import chat_text
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.dataloader import BatchLoader, ResumableSampler
 from hfpipe.data.row_order import GroupedRows, PackedRows
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.token_pool import encoded
@@ -146,6 +149,25 @@ def speed(tokenizer: Any, rows: int, folder: Path) -> None:
         room = max(2048, int(store.lengths.max()))
         packed = PackedRows(store.lengths, room, 0).epoch(0)
         print(f"padding  {kind}: {1 - tokens / (room * packed.rows):.1%} packed into {room}")
+        wait(store, kind)
+
+
+def wait(store: TokenStore, kind: str) -> None:
+    for packed in (False, True):
+        order = PackedRows(store.lengths, 2048, 0) if packed else None
+        total = (order.epoch(0).rows if order else len(store.lengths)) // 8 * 8
+        for rows in (1, 8):
+            sampler = ResumableSampler(
+                store, store.lengths, total=total, per_device=rows, accumulation=1, seed=0, order=order, packed=packed
+            )
+            sizes: list[int] = []
+            took = seconds(lambda sizes=sizes, sampler=sampler, rows=rows: sizes.extend(  # type: ignore[misc]
+                batch["input_ids"].numel() for batch in BatchLoader(sampler, rows, 0)
+            ))  # fmt: skip
+            name = "packed" if packed else "grouped"
+            print(
+                f"wait     {kind}: {50_000 * took / sum(sizes):.2%} of 50,000 tokens/s, {rows} rows {name} (wanted 1%)"
+            )
 
 
 def peak(tokenizer: Any, rows: int, folder: Path) -> None:
