@@ -307,6 +307,6 @@ def release_mapped() -> None:
     except OSError:
         return
     for line in lines:
-        if line.endswith(".arrow") and " r--s " in line:
+        if line.endswith(".arrow") and line.split(" ", 2)[1] in ("r--s", "r--p"):  # pyarrow's maps, shared or private
             begin, end = (int(place, 16) for place in line.split(" ", 1)[0].split("-"))
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED

@@ -1,0 +1,34 @@
+"""Tokens of fine-tuning rows in a mapped file."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hfpipe.data.token_store import TokenStore
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system tells nothing of its maps")
+def test_tokens_that_were_read_leave_the_memory(tmp_path: Path) -> None:
+    """A process that reads 160 MB of tokens once holds at most 64 MB of them."""
+    tokens = np.zeros(400, np.int32)
+
+    def mapped() -> int:
+        (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("RssFile"))
+        return int(line.split()[1]) // 1024
+
+    lists = pa.ListArray.from_arrays(
+        np.arange(0, 401 * 100_000, 400, dtype=np.int32)[:100_001], np.tile(tokens, 100_000)
+    )
+    runs = pa.ListArray.from_arrays(np.arange(0, 2 * 100_001, 2, dtype=np.int32), np.tile(np.int32([0, 400]), 100_000))
+    table = pa.table({"input_ids": lists, "trained": runs})
+    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    del table, lists, runs
+    store, before, most = TokenStore(tmp_path / "t.arrow"), mapped(), 0
+    for number in range(len(store)):
+        store[number]
+        if number % 5_000 == 0:
+            most = max(most, mapped())
+    assert most - before < 64
