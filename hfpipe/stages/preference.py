@@ -38,6 +38,7 @@ from hfpipe.recipe.rules.keep import MOVES_THE_BASE
 from hfpipe.recipe.stage_config import Preference
 from hfpipe.stages.arguments import SHARDING_WORDS, clear_refusal, stage_arguments
 from hfpipe.stages.nearness import OWN, NearParent, near_parent
+from hfpipe.stages.saving import is_sharded
 from hfpipe.stages.sft_rows import own_rows, tokens_of
 from hfpipe.stages.sharding import plan_of_launch
 from hfpipe.stages.trainer import (
@@ -255,12 +256,15 @@ class PairsAndOwn:
 
     def __call__(self, model: Any, inputs: dict[str, Any], *more: Any, **words: Any) -> Any:
         """Returns the loss of a micro-batch, in the place of `Trainer.compute_loss`."""
-        own = inputs.get(OWN)
+        own, weight = inputs.get(OWN), self._weight
         found = self._loss(model, {key: value for key, value in inputs.items() if key != OWN}, *more, **words)
-        if own is None:
+        if own is None and not is_sharded(self._trainer):
             return found
+        if own is None:  # another rank may have some, and then gathers the weights of all ranks
+            begin = {key: inputs[key][:1, :2] for key in ("input_ids", "attention_mask")}
+            own, weight = {**begin, "labels": begin["input_ids"]}, 0.0
         loss, *outputs = found if isinstance(found, tuple) else (found,)
-        loss = loss + self._weight * self._of_own(self._trainer.accelerator.unwrap_model(model), own)
+        loss = loss + weight * self._of_own(self._trainer.accelerator.unwrap_model(model), own)
         return (loss, *outputs) if outputs else loss
 
     def _of_own(self, inner: Any, own: dict[str, torch.Tensor]) -> torch.Tensor:
