@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from hfpipe.cli.parser import build_parser
-from hfpipe.core import ending, peers, signals
+from hfpipe.core import display, ending, peers, signals
 from hfpipe.core.errors import UserError
 from hfpipe.core.launch import require_ranks
 from hfpipe.core.machine import machine_error
@@ -21,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code (see `hfpipe.core.errors`)."""
     with signals.watched():
         forgive_closed_pipes()
-        code = signals.finish(_run_command(arguments))
+        try:
+            code = signals.finish(_run_command(arguments))
+            display.event("end", exit_code=code)
+        finally:
+            display.close()
         ending.record(code)
         return code
 
@@ -31,7 +35,9 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         options = build_parser().parse_args(arguments)
         require_ranks()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can spare
+        display.start(options.voice)
         options.command(options)
+        display.clear()
         if sys.stdout is not None:
             sys.stdout.flush()  # or a full disk would be told behind the last line of Python
         _part()
@@ -46,6 +52,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 
 def _interrupted() -> int:
+    display.clear()
     if found := peers.is_lost():  # the launcher ends all ranks once one is gone
         with signals.held():
             return _tell(found)
@@ -58,6 +65,7 @@ def _tell(error: Exception) -> int:
     """Says what went wrong, with the rank where it is not the main one, and returns the exit code."""
     known = error if isinstance(error, UserError) else machine_error(error) or _lost_rank(error)
     text = without_secrets(str(known or error))
+    display.clear()
     code = 1 if known is None else known.exit_code
     if not peers.fail(known or error, text, code) and known is not None:
         return code
@@ -66,6 +74,7 @@ def _tell(error: Exception) -> int:
     if known is None:
         print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
         text = "this is a fault of hfpipe, not of your recipe; please report it with the lines above"
+    display.event("error", text=text, exit_code=code)
     print(f"{who}: {text}", file=sys.stderr, flush=True)
     return code
 

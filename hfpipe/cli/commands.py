@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core import ending
+from hfpipe.core import display, ending
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.launch import require_launch
 from hfpipe.core.run_lock import alone
@@ -98,7 +98,7 @@ def merge(options: argparse.Namespace) -> None:
     with alone(folder):
         from hfpipe.pipeline.merge import merge_run
 
-        print(merge_run(folder, options.stage))
+        display.say(str(merge_run(folder, options.stage)), "result")
 
 
 def dial(options: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ from hfpipe.core.version import __version__
 LAUNCHERS = ("torchrun", "slurm", "k8s", "sky")  # see `hfpipe/pipeline/launch_files.py`
 CONVERTED_TOOLS = ("axolotl", "llama-factory", "trl", "torchtune", "oumi", "ms-swift")  # see `hfpipe/convert`
 
+LONG_WORK = ("run", "cure", "prepare", "evaluate", "dial", "merge", "generate", "push")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of every command."""
@@ -21,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in exit_codes().items()),
     )
     parser.add_argument("--version", action="version", version=f"hfpipe {__version__}")
-    parser.set_defaults(parser=parser)  # for `completion`
+    parser.set_defaults(parser=parser, voice=None)  # for `completion`; of commands that are soon done
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, text: str, takes: str = "") -> argparse.ArgumentParser:
@@ -32,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
         if takes == "RECIPE":
             sub.add_argument("recipe", metavar="RECIPE", help="a recipe file")
             _set_option(sub, "override a key, e.g. stages.chat.lora.r=8")
+        if name in LONG_WORK:
+            _voice_options(sub)
         return sub
 
     for add in (_training_commands, _scoring_commands, _using_commands, _keeping_commands, _writing_commands):
@@ -153,6 +157,17 @@ def _writing_commands(command: AddCommand) -> None:
         "--from", dest="tool", choices=CONVERTED_TOOLS, help="whose config it is; told by its keys when absent"
     )
     convert.add_argument("-o", "--output", metavar="RECIPE", help="a file to write; standard output when absent")
+
+
+def _voice_options(parser: argparse.ArgumentParser) -> None:
+    """How a command that works for a while speaks, see `display.start`."""
+    group = parser.add_mutually_exclusive_group()
+    for mode, text in (
+        ("quiet", "say warnings, results and errors alone"),
+        ("verbose", "say every line on a terminal too, with what the libraries say"),
+        ("json", "one JSON object a line on standard output (docs/display.md)"),
+    ):
+        group.add_argument(f"--{mode}", dest="voice", action="store_const", const=mode, default="auto", help=text)
 
 
 def _set_option(parser: argparse.ArgumentParser, text: str) -> None:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core import ending
+from hfpipe.core import display, ending
 from hfpipe.core.errors import LostRank, UserError
 from hfpipe.core.secrets import without_secrets
 
@@ -307,6 +307,7 @@ def _end(error: LostRank) -> None:
     if _state.over.wait(2 * _state.beat):
         return
     _state.over.set()
+    display.leave()
     if _is_first_here():
         print(f"hfpipe: {without_secrets(str(error))}", file=sys.stderr, flush=True)
     ending.record(error.exit_code)

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
-from hfpipe.core import peers
+from hfpipe.core import display, peers
 from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.upstream import default_store
 
@@ -155,7 +155,7 @@ def each(work: Callable[[], Found]) -> list[Found]:
     return gather(work())
 
 
-def say(text: str = "") -> None:
-    """Prints a line, once however many ranks there are."""
+def say(text: str = "", kind: str = "line") -> None:
+    """Says a line, once however many ranks there are; see `display.say`."""
     if is_main():
-        print(text, flush=True)
+        display.say(text, kind)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from hfpipe.core import ending
+from hfpipe.core import display, ending
 
 BOUND = 8.0  # seconds from a signal to the end of the process
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
@@ -174,6 +174,7 @@ def _watch(reading: int) -> None:
 def leave(number: int) -> None:
     """Ends the process at once, with the line and the exit code of a signal, unless it is ending with another code."""
     code = EXIT_CODES[signal.Signals(number)] if _state.code is None else _state.code
+    display.leave()
     if _state.code is None:
         tell(number)
     ending.record(code)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.errors import MachineError
 from hfpipe.data.cleaning.contamination import SuiteIndex
 from hfpipe.data.cleaning.minhash import Row, counts_of, judge, remove_sketch, write_sketch
@@ -197,8 +197,9 @@ class Cleaner:
             seconds = time.perf_counter() - begin
             ranks.say(f"  {source.title}: {len(reasons):,} rows cleaned in {seconds:.0f} s, removed: {found}")
 
-        ranks.each(write_all)
-        ranks.each(judge_all)
+        with display.doing(f"cleaning {source.title}"):
+            ranks.each(write_all)
+            ranks.each(judge_all)
 
 
 def _rows_of(rows: Dataset | IterableDataset, source: Source) -> Rows:

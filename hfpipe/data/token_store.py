@@ -23,7 +23,7 @@ import pyarrow as pa
 import xxhash
 from datasets import Dataset, IterableDataset
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.files import load_json, write_json
 from hfpipe.core.version import __version__
 from hfpipe.data.text_tokens import IGNORED, TokenRows, untrimmed
@@ -176,17 +176,20 @@ def told(blocks: Iterator[Columns], title: str, total: int | None) -> Iterator[C
     """Yields blocks, and says in a line now and then how far they have come."""
     begin = last = time.monotonic()
     rows = tokens = 0
-    for number, block in enumerate(blocks):
-        yield block
-        rows += len(block["input_ids"])
-        tokens += len(block["input_ids"].values)
-        now = time.monotonic()
-        if now - last > _TOLD_EVERY:
-            of = "" if total is None else f" of {total:,}"
-            ranks.say(f"  {title}: {rows:,}{of} rows tokenized ({tokens / (now - begin):,.0f} tokens/s)")
-            last = now
-        if number % _RELEASED_AFTER == 0:
-            release_mapped()
+    with display.doing(f"tokenizing {title}"):
+        for number, block in enumerate(blocks):
+            yield block
+            rows += len(block["input_ids"])
+            tokens += len(block["input_ids"].values)
+            display.count(rows, total)
+            now = time.monotonic()
+            if now - last > _TOLD_EVERY:
+                of = "" if total is None else f" of {total:,}"
+                speed = f"{tokens / (now - begin):,.0f} tokens/s"
+                ranks.say(f"  {title}: {rows:,}{of} rows tokenized ({speed})", "progress")
+                last = now
+            if number % _RELEASED_AFTER == 0:
+                release_mapped()
 
 
 class TokenStore:

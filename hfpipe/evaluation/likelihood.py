@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hfpipe.core import display
 from hfpipe.core.errors import RecipeError
 from hfpipe.data.tokenize import Encoded
 
@@ -18,7 +19,7 @@ LOGIT_ROWS = 1024  # rows of logits that are float32 at once
 
 
 def by_length(lengths: Sequence[int], batch_size: int, most_tokens: int | None = None) -> Iterator[list[int]]:
-    """Batches of indices, the longest first, so that rows of like length share a batch.
+    """Batches of indices, the longest first, so that rows of like length share a batch; tells how far they are.
 
     Args:
         lengths: Tokens of each row.
@@ -31,6 +32,7 @@ def by_length(lengths: Sequence[int], batch_size: int, most_tokens: int | None =
         size = batch_size
         if most_tokens is not None:
             size = max(1, min(batch_size, most_tokens // max(1, lengths[order[start]])))
+        display.count(start, len(order))
         yield order[start : start + size]
         start += size
 

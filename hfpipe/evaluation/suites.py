@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from hfpipe.core import display
 from hfpipe.core.errors import DataError, MachineError, RecipeError
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.sources.batches import rows_of
@@ -148,8 +149,14 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
     Returns:
         The scores and records, on every rank; each row was scored on one of them, once.
     """
-    if suite.lm_eval is not None:
-        return Scored(score_harness(name, suite, model, tokenizer, stage), [])
+    with display.doing(f"scoring {name} of {stage}"):
+        if suite.lm_eval is not None:
+            return Scored(score_harness(name, suite, model, tokenizer, stage), [])
+        return _score_rows(name, suite, rows, model, tokenizer, stage)
+
+
+def _score_rows(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any, tokenizer: Any, stage: str) -> Scored:
+    """Scores a suite whose rows are ours to ask; see `score_suite`."""
     metrics = suite_metrics(suite)
     records: list[dict[str, Any]] = [
         {"row": number, **({"id": str(row["id"])} if "id" in row else {}), **_asked(row), "values": {}}

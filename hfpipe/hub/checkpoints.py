@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hfpipe.core import display
 from hfpipe.core.command import python_command
 from hfpipe.core.files import link_or_copy, load_json, whole_folder, write_json, write_text
 from hfpipe.core.run_layout import ADAPTER_CONFIG
@@ -69,7 +70,7 @@ class PushCheckpoints(TrainerCallback):
         try:
             self._start(self._bundle(checkpoint))
         except OSError as error:  # such as a full disk
-            print(f"  the checkpoint of step {self.step} was not pushed, training goes on: {error}", flush=True)
+            display.say(f"  the checkpoint of step {self.step} was not pushed, training goes on: {error}", "warning")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.process is None:
@@ -129,8 +130,8 @@ class PushCheckpoints(TrainerCallback):
         lines = self.log.read_text(encoding="utf-8").strip().splitlines()
         answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
         if self.process.returncode == 0:
-            print(f"  the checkpoint of step {self.step} is at {answer['url']}", flush=True)
+            display.say(f"  the checkpoint of step {self.step} is at {answer['url']}")
         else:
             reason = answer.get("error") or "the Hub was not done in time."
-            print(f"  the checkpoint of step {self.step} was not pushed, training goes on: {reason}", flush=True)
+            display.say(f"  the checkpoint of step {self.step} was not pushed, training goes on: {reason}", "warning")
         self.process = None

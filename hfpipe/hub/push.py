@@ -20,6 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from hfpipe.core import display
 from hfpipe.core.command import our_command, python_command
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of
@@ -116,7 +117,7 @@ def _upload(folder: Path, push: Push, run: str, again: str) -> dict[str, Any]:
             f"Finish with: {again}"
         ) from error
     state = "has it now" if done["new"] else "had it already, nothing was sent"
-    print(f"{without_secrets(done['url'])} {state} (commit {done['commit'][:8]}).", flush=True)
+    display.say(f"{without_secrets(done['url'])} {state} (commit {done['commit'][:8]}).", "result")
     return done
 
 

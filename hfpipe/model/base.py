@@ -96,7 +96,7 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
     )
     tokenizer = _tokenizer(recipe, ref)
     if warning := template_warning(tokenizer, options.tokenizer):
-        ranks.say(f"warning: {warning}")
+        ranks.say(f"warning: {warning}", "warning")
     added = added_ids(tokenizer, options.tokenizer, rows_of_embeddings(ref))
     pinned = {"revision": commit} if commit else {}
     return PreparedBase(replace(ref, vocabulary=len(tokenizer)), tokenizer, added, hash_of([key, commit]), pinned)

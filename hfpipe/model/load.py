@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.errors import MachineError, RecipeError, UserError
 from hfpipe.core.files import load_json
 from hfpipe.core.hub_errors import not_readable, status_of
@@ -389,7 +389,8 @@ def load_model(
         options["distributed_config"] = plan_for(shapes, frozen=frozen)
     # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
     fixed = torch.random.fork_rng() if task == "masked" else nullcontext()
-    with clear_errors("model", ref.path), fixed, each_rank_reads() if spread else nullcontext():
+    shown = display.doing(f"loading {ref.path}")
+    with clear_errors("model", ref.path), fixed, each_rank_reads() if spread else nullcontext(), shown:
         if task == "masked":
             torch.manual_seed(0)
         state = torch.get_rng_state()

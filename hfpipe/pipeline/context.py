@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import get_local_safetensors_metadata
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.files import GIB, hashes_of, read_json, write_json, write_jsonl, write_text
 from hfpipe.core.http import limit_waiting
 from hfpipe.core.run_layout import MODEL, damage_of, model_of, predictions_of, strength_of
@@ -29,8 +29,8 @@ from hfpipe.pipeline.environment import environment
 from hfpipe.pipeline.reuse import Version
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.recipe.row_formats import texts_of
-from hfpipe.scores.scorecard import BASE, Paired, Score, score_of, stages_of
-from hfpipe.scores.wording import describe
+from hfpipe.scores.scorecard import BASE, Paired, Score, last_change, score_of, stages_of
+from hfpipe.scores.wording import change_words, describe, interval, number, with_interval
 from hfpipe.stages.identity import bound_to_length, identity
 from hfpipe.stages.pretrain import require_isolation
 
@@ -43,13 +43,15 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    limit_waiting()
+    if display.is_verbose():
+        return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     for name in ("bitsandbytes", "peft", "accelerate", "torch.distributed", "huggingface_hub", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    limit_waiting()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
 
@@ -164,13 +166,35 @@ def score_stage(run: Run, name: str) -> list[Score]:
                 require_isolation(run.recipe, model)
         found = score_suite(suite_name, suite, run.rows[suite_name], model, run.base.tokenizer, name)
         for score in found.scores:
-            ranks.say(f"  {name}: {suite_name} {describe(score)}")
+            if ranks.is_main():
+                display.scored(f"  {name}: {suite_name} {describe(score)}", dataclasses.asdict(score))
         scores += found.scores
         known[suite_name] = {"hash": key, "scores": [dataclasses.asdict(score) for score in found.scores]}
         if ranks.is_main():
             write_jsonl(run.stage_folder(name) / "predictions" / f"{suite_name}.jsonl", found.records)
             write_json(path, known)
     return scores
+
+
+def show_scores(scores: list[Score], stage: str) -> None:
+    """Shows what a stage did to each score, where there is a terminal.
+
+    Args:
+        scores: Those of the stage's lineage (`of_lineage`).
+        stage: The stage.
+    """
+    rows, marks = [], []
+    for score in (score for score in scores if score.stage == stage):
+        change = last_change(scores, stage, score.key)
+        told = None if change is None else change_words(change)
+        arrow = "" if change is None else "▲ " if change.difference > 0 else "▼ " if change.difference < 0 else ""
+        size = "" if told is None else told.note or with_interval(told.size, told.interval)
+        before = "" if change is None else number(change.before.value, score.metric)
+        now = with_interval(number(score.value, score.metric), interval(score))
+        rows.append((score.suite, f"{score.metric} {score.arrow}", before, now, arrow + size))
+        marks.append("" if told is None else told.mark)
+    if ranks.is_main():
+        display.table(stage, ("suite", "metric", "before", "now", "change"), rows, marks)
 
 
 def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], **others: Path) -> list[Score]:
@@ -204,9 +228,10 @@ def merged(run: Run, name: str) -> ModelRef:
     if not ranks.on_main(lambda: folder.exists() and told.exists() and damage_of(folder) is None):
         if ranks.is_main():
             block = run.recipe.merge if isinstance(run.recipe.merge, Merge) else Merge.model_validate({})
-            found = merge_adapter(
-                run.handed_on(name), run.base.tokenizer, folder, probe_texts(run, PROBE_TEXTS * 8), block.max_loss
-            )
+            with display.doing(f"merging {name}, and verifying the merge"):
+                found = merge_adapter(
+                    run.handed_on(name), run.base.tokenizer, folder, probe_texts(run, PROBE_TEXTS * 8), block.max_loss
+                )
             write_json(told, dataclasses.asdict(found) | {"files": hashes_of(folder)})
             ranks.say(f"{name}: merged and verified (largest difference {found.difference:.1e} nats)")
             for base, cost in found.costs.items():

@@ -97,7 +97,7 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bo
     if ranks.is_main():
         scores = read_scorecard(folder / "scorecard.json")
         for line in _lines(recipe, compared, stage, cures, scores, folder):
-            print(line, flush=True)
+            ranks.say(line, "result")
     return folder
 
 

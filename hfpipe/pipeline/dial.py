@@ -72,7 +72,7 @@ def dial_run(folder: Path, stage: str | None, strengths: Sequence[float]) -> Non
         _hand_on(run, name, found["best"], exceeded(run, earlier, name, own))
     if ranks.is_main():
         for line in lines_of(found):
-            ranks.say(line)
+            ranks.say(line, "result")
         if found["best"] is not None:
             ranks.say(f"written to {run.stage_folder(name) / DIAL}")
         if (folder / "scorecard.json").exists():  # not in a run that stopped in its first stage

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
 from hfpipe.evaluation.answers import can_score
@@ -102,7 +102,7 @@ def evaluate_model(
             scores.append(score)
             if compared:
                 change = Change(other[suite_name].scores[number_of], score)
-                ranks.say(f"difference {change_words(change)}")
+                ranks.say(f"difference {change_words(change)}", "result")
     if output and ranks.is_main():
         write_json(Path(output), [asdict(score) for score in scores])
     return scores
@@ -127,5 +127,7 @@ def _evaluate(ref: ModelRef, name: str, label: str, suites: Suites, rows: Rows) 
         if answered[suite]:
             found[suite] = score_suite(suite, block, rows[suite], model, tokenizer, label)
             for score in found[suite].scores:
-                ranks.say(f"{label:{first}}  {suite:{second}}  {describe(score)}")
+                ranks.say(f"{label:{first}}  {suite:{second}}  {describe(score)}", "result")
+                if ranks.is_main():
+                    display.event("score", **asdict(score))
     return found

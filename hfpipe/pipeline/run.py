@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core import peers, ranks, signals
+from hfpipe.core import display, peers, ranks, signals
 from hfpipe.core.errors import BudgetExceeded, MachineError, UserError
 from hfpipe.core.files import hashes_of, write_json
 from hfpipe.core.run_layout import MODEL
@@ -25,6 +25,7 @@ from hfpipe.pipeline.context import (
     probe_texts,
     quiet_libraries,
     score_stage,
+    show_scores,
     with_paired,
 )
 from hfpipe.pipeline.dial import settle
@@ -68,6 +69,7 @@ def run_recipe(recipe: Recipe) -> Path:
         run = _checked(run)
         recipe = run.recipe
     scores = score_stage(run, BASE)
+    show_scores(scores, BASE)
     measure_shift(recipe, folder, run.rows, run.base.ref, run.base.tokenizer, run.base.hash)
     ranks.wait()
     dialling = any(suite.budget_action == "dial" for suite in recipe.evaluate.values())
@@ -79,6 +81,7 @@ def run_recipe(recipe: Recipe) -> Path:
         _train(run, stage.name, recipe.parent_of(stage.name))
         own = with_paired(run, scores, run.stage_folder(stage.name) / "predictions", score_stage(run, stage.name))
         scores += settle(run, scores, stage.name, own) if dialling else own
+        show_scores(of_lineage(scores, recipe.lineage(stage.name)), stage.name)
         if ranks.is_main():
             write_scorecard(scores, folder / "scorecard.json")
             write_reports(folder)
@@ -95,7 +98,7 @@ def run_recipe(recipe: Recipe) -> Path:
     if ranks.is_main():
         write_reports(folder)
         for line in closing_lines(folder):
-            ranks.say(line)
+            ranks.say(line, "result")
     if recipe.push is not None and ranks.is_main():  # the others do not wait: an upload may take longer than they can
         try:
             push(folder)
@@ -108,7 +111,8 @@ def _checked(run: Run) -> Run:
     """Returns the run with stages that fit into this machine, once all that can be known before training holds."""
     base = run.base
     loaded = Loaded(run.recipe, base.tokenizer, base.added, shapes_of(base.ref), task_of(base.ref), run.rows)
-    answers = require_training(loaded, run.folder)
+    with display.doing("trying the rows, and what fits into this machine"):
+        answers = require_training(loaded, run.folder)
     for line in answers.hub:
         ranks.say(f"push: {line}")
     if ranks.is_main():
@@ -174,6 +178,8 @@ def _train(run: Run, name: str, parent: str) -> None:
     if start.is_adapter:
         start = start.base if continued is not None else merged(run, parent)
     how = f"{stage.quantized.type} {stage.method}" if stage.quantized else stage.method
+    if ranks.is_main():
+        display.event("stage", name=name, kind=stage.kind, method=how, parent=parent)
     ranks.say(f"{name}: {stage.kind} ({how}) from {parent}{', its adapter trained further' if continued else ''}")
     while True:
         try:

@@ -181,7 +181,7 @@ def generate_file(
         )
     if ranks.is_main():
         write_jsonl(target, lines)
-        ranks.say(f"written to {target}")
+        ranks.say(f"written to {target}", "result")
     ranks.wait()
     return target
 

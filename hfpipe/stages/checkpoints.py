@@ -6,7 +6,6 @@ hash of every file, last: a folder without a matching manifest was cut short and
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Collection
@@ -18,7 +17,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core import peers, ranks, signals
-from hfpipe.core.files import fault_in, hashes_of, load_json, write_json, write_text
+from hfpipe.core.files import fault_in, hashes_of, load_json, write_json
 from hfpipe.core.run_layout import EDITABLE
 from hfpipe.core.upstream import loss_sums, set_loss_sums
 from hfpipe.data.dataloader import BatchLoader
@@ -167,52 +166,3 @@ class CheckpointCallback(TrainerCallback):
         ranks.wait()
         peers.keep()
         self.saved_at = time.monotonic()
-
-
-class LogCallback(TrainerCallback):
-    """Writes log.jsonl and prints a line now and then: step, loss, speed, the time that is left."""
-
-    def __init__(self, loader: BatchLoader, path: Path, tokens_per_step: float | None) -> None:
-        self.loader, self.path, self.tokens_per_step = loader, path, tokens_per_step
-        self._mark = (0, 0.0, 0.0)  # step, clock, seconds waited for data
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._mark = (state.global_step, time.perf_counter(), self.loader.waited_seconds)
-        if args.should_save and self.path.exists():  # drop what was logged after the checkpoint that is continued from
-            lines = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
-            write_text(self.path, "".join(f"{line}\n" for line in lines))
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or "loss" not in logs or not args.should_save:
-            return
-        step, clock, waited = self._mark
-        seconds = max(time.perf_counter() - clock, 1e-9)
-        steps = max(state.global_step - step, 1)
-        row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"}}
-        row["seconds_per_step"] = round(seconds / steps, 4)
-        row["data_wait"] = round((self.loader.waited_seconds - waited) / seconds, 4)
-        if self.tokens_per_step:
-            row["tokens_per_second"] = round(self.tokens_per_step * steps / seconds)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        left = (state.max_steps - state.global_step) * seconds / steps
-        speed = f"  {row['tokens_per_second']:,} tokens/s" if "tokens_per_second" in row else ""
-        print(
-            f"  step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  loss {row['loss']:.4f}"
-            f"  {row['seconds_per_step']:.2f} s/step{speed}  {_clock(left)} left",
-            flush=True,
-        )
-        self._mark = (state.global_step, time.perf_counter(), self.loader.waited_seconds)
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut short by a kill
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -22,7 +22,7 @@ from trl import DPOTrainer
 from trl.models import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import read_json, write_json
 from hfpipe.core.upstream import override
@@ -347,7 +347,8 @@ class Reference:
         """Gives the pairs what is kept, or what the model says now. Every rank has to call this."""
         found = ranks.on_main(self._kept)
         if found is None:
-            found = self._computed(self.trainer.model)
+            with display.doing("log-probabilities of the parent"):
+                found = self._computed(self.trainer.model)
             if ranks.is_main():
                 write_json(self.path, {"key": self._key(), "log_probabilities": found})
             ranks.wait()
@@ -386,7 +387,8 @@ class Reference:
             self.trainer.ref_model = None  # then it switches the adapter off
         model.eval()
         found: dict[int, list[float]] = {}
-        for numbers in mine.tolist():
+        for place, numbers in enumerate(mine.tolist()):
+            display.count(place, steps)
             batch = send_to_device(self.collated([self.rows[number] for number in numbers]), arguments.device)
             sides = self.trainer.compute_ref_log_probs(model, batch)
             said = torch.stack(sides, dim=1).double().cpu().tolist()

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hfpipe.core import display
 from hfpipe.core.errors import MachineError
 from hfpipe.core.hub_errors import one_line
 
@@ -65,10 +66,10 @@ class _Guarded:
                 wandb.finish()
         except Exception as error:  # a dozen libraries with types of their own
             self.failed = True
-            print(
+            display.say(
                 f"  {self.name} failed and gets nothing more of this stage; the training goes on: "
                 f"{one_line(str(error)) or type(error).__name__}",
-                flush=True,
+                "warning",
             )
             return None
         return done

@@ -36,12 +36,13 @@ from hfpipe.model.tokenizer import train_rows
 from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
-from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, LogCallback, newest_whole
+from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, newest_whole
 from hfpipe.stages.context import StageRun
 from hfpipe.stages.cost import flops_per_token
 from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.early_stopping import Selection
 from hfpipe.stages.other_plan import read_across
+from hfpipe.stages.progress import LogCallback
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
 from hfpipe.stages.trackers import guard_trackers
 
@@ -279,7 +280,9 @@ def _add_callbacks(
     guard_trackers(trainer)
     watch = StopWhenNotFinite(trainer, loader, run.tokenizer, run.stage.name, run.folder)
     run.cost.tokens_per_step, run.cost.flops_per_token = tokens_per_step, flops_per_token(trainer.model)
-    log = LogCallback(loader, run.folder / "log.jsonl", tokens_per_step)
+    place = [stage.name for stage in run.recipe.stages].index(run.stage.name) + 1
+    title = f"{run.stage.name} ({run.stage.kind}, stage {place} of {len(run.recipe.stages)})"
+    log = LogCallback(title, loader, run.folder / "log.jsonl", tokens_per_step, run.cost)
     for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks, run.cost, log):
         trainer.add_callback(callback)
     return checkpoints

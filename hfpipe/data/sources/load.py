@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenat
 from datasets.exceptions import DatasetGenerationError
 
 from hfpipe.builtin.corpus import builtin
+from hfpipe.core import display
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.upstream import builder_names
 from hfpipe.data.sources.builders import load_dataset
@@ -65,7 +66,7 @@ def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Ki
         MachineError: The Hub cannot be reached or refuses.
         DataError: The data cannot be read, or lacks the columns.
     """
-    with friendly(source, opening=True):
+    with friendly(source, opening=True), display.doing(f"opening {source.title}"):
         parts = _open(source, default_split)
     with friendly(source):
         files = ", ".join(str(group) for _, group in parts if group is not None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 
+from hfpipe.core import display
 from hfpipe.core.errors import MachineError, Unreachable
 from hfpipe.core.upstream import end_streams_at_the_first_fault
 from hfpipe.recipe import Source
@@ -53,10 +54,10 @@ class Outage:
                 "same command continues from it once the network and HF_ENDPOINT answer."
             ) from error
         wait = min(self._wait, left)
-        print(
+        display.say(
             f"  {self._name}: no connection at {place} ({error.why}); trying again in {wait:.0f} s, for {left:.0f} s "
             "more at most",
-            flush=True,
+            "warning",
         )
         time.sleep(wait)
         self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS)
@@ -65,5 +66,5 @@ class Outage:
         """An answer came."""
         if self._since is not None:
             seconds = time.monotonic() - self._since
-            print(f"  {self._name}: goes on where it stood, {place}, after {seconds:.0f} s", flush=True)
+            display.say(f"  {self._name}: goes on where it stood, {place}, after {seconds:.0f} s")
             self._since = None
