@@ -5,6 +5,7 @@ An example is a recipe, or a part of one that is filled up here.
 
 import importlib.util
 import re
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 import yaml
 
 from hfpipe.cli import main
+from hfpipe.cli.parser import build_parser
 from hfpipe.core import errors
 from hfpipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BESIDE = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "AGENTS.md", "llms.txt")
+PAGES = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = {
     f"{page.name}:{page.read_text()[: found.start()].count(chr(10)) + 1}": textwrap.dedent(found[1])
@@ -57,6 +60,40 @@ def test_an_example_has_no_fault(example: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_most_examples_are_whole() -> None:
     assert len(WHOLE) > 0.7 * len(EXAMPLES)
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of hfpipe in the code of a page, whole ones, as a shell would see them."""
+    text = page.read_text()
+    code = "\n".join(found[1] for found in re.finditer(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    code += "\n" + "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    code += "\n" + "\n".join(re.findall(r"`(hfpipe [a-z][^`]*)`", text))
+    code = re.sub(r"\\\n\s*", " ", code)
+    found = []
+    for line in code.splitlines():
+        line = re.sub(
+            r"^(\w+=\S+ )*(\$ )?|^echo .*\| |^accelerate launch .*-m (?=hfpipe)|\.venv/bin/", "", line.strip()
+        )
+        words = re.split(r"\s#\s|\s[|&>]", line)[0].replace("...", "").split()
+        if line.startswith("hfpipe ") and words[1].isalpha() and not re.search(r"[\[(]|hfpipe \w+ \w+ prints", line):
+            found.append(" ".join(words))
+    return found
+
+
+WRITTEN = [page for page in PAGES if page.name not in ("commands.md", "recipe-reference.md")]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_commands_have_the_options_that_there_are(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = []
+    for line in commands(page):
+        try:
+            build_parser().parse_args(shlex.split(line)[1:])
+        except SystemExit:
+            said = capsys.readouterr().err.splitlines()[-1]
+            if "arguments are required" not in said:  # the name of a command in a sentence
+                wrong.append(f"{line}: {said}")
+    assert wrong == []
 
 
 def make_references() -> Any:

@@ -139,7 +139,7 @@ def _keeping_commands(command: AddCommand) -> None:
     launch.add_argument("--on", choices=LAUNCHERS, default="torchrun", help="launcher (default: torchrun)")
     command("env", "print what a bug report needs: versions and hardware, without any secret")
     completion = command("completion", 'print the completion script of a shell: eval "$(hfpipe completion bash)"')
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="which shell")
+    completion.add_argument("shell", metavar="SHELL", choices=["bash", "zsh", "tcsh"], help="bash, zsh or tcsh")
     command("schema", "print the JSON schema of a recipe, for editors")
 
 
