@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hfpipe-installed
 
-.PHONY: install quickstart test-fast test test-all test-oldest faults lint docs clean
+.PHONY: install quickstart test-fast test test-all test-oldest faults lint docs site clean
 
 install: $(STAMP)
 
@@ -42,6 +42,15 @@ test-oldest:
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) $(FAST)
+
+# The pages lie in the site as they do here, so that links between them hold. A page or anchor that is not there fails.
+site: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	rm -rf build/docs && mkdir -p build/docs/docs build/docs/recipes
+	cp README.md README.zh-CN.md CONTRIBUTING.md AGENTS.md LICENSE accelerate_config.yaml build/docs
+	cp docs/*.md docs/notebook.ipynb build/docs/docs
+	cp -r recipes/. build/docs/recipes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 faults: install
 	$(BIN)/python tests/faults.py  # 12,000 spoilt inputs, an hour or two of one core; a share of them is in `make test`

@@ -116,6 +116,13 @@ def test_the_index_has_every_page() -> None:
     assert missing == ["README.md"]
 
 
+def test_the_site_has_every_page() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    shown = set(re.findall(r"'([^']+\.md)'", str(config["nav"])))
+    written = {str(page.relative_to(ROOT)) for page in PAGES if page.suffix == ".md"}
+    assert shown == written
+
+
 def test_the_page_on_faults_has_every_exit_code() -> None:
     told = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)}
     raised = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
