@@ -50,7 +50,7 @@ site: install
 	cp README.md README.zh-CN.md CONTRIBUTING.md AGENTS.md LICENSE accelerate_config.yaml build/docs
 	cp docs/*.md docs/notebook.ipynb build/docs/docs
 	cp -r recipes/. build/docs/recipes
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 faults: install
 	$(BIN)/python tests/faults.py  # 12,000 spoilt inputs, an hour or two of one core; a share of them is in `make test`
