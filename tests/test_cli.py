@@ -1,11 +1,14 @@
 """Commands beside `run`: help, check, preview, evaluate, merge, report, schema; the exit codes of mistakes."""
 
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 import tiny
 
@@ -94,6 +97,37 @@ def test_preview_shows_what_is_trained_on(folder: Path, capsys: pytest.CaptureFi
     assert main(["preview", str(tiny.write(folder, tiny.recipe(folder))), "--rows", "1"]) == 0
     page = capsys.readouterr().out
     assert "number 0: what does the cat say?[[ mew" in page
+
+
+def test_preview_writes_a_page_token_by_token(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = tiny.recipe(folder)
+    row = {"animal": "<img src=x onerror=alert(1)>", "sound": "<b>mew</b>", "note": "number 0"}
+    (folder / "hostile.jsonl").write_text(json.dumps(row) + "\n")
+    content["stages"][1]["data"][0]["data_files"] = str(folder / "hostile.jsonl")
+    page = folder / "preview.html"
+    recipe = str(tiny.write(folder, content, "hostile.yaml"))
+    assert main(["preview", recipe, "--rows", "1", "--html", str(page)]) == 0
+    assert "preview.html" in capsys.readouterr().out
+    shown = pages.read(page)
+    assert {tag for tag, _ in shown.elements} <= {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "body",
+        "header",
+        "h1",
+        "p",
+        "span",
+    } | {
+        "main",
+        "section",
+        "h2",
+    }
+    spans = re.findall(r'<span class="(trained|read)" title="\d+">(.*?)</span>', page.read_text(), re.DOTALL)
+    trained = "".join(html.unescape(text) for kind, text in spans if kind == "trained")
+    assert "<b>mew</b>" in trained
+    assert "what does the" not in "".join(text for kind, text in spans[-30:] if kind == "trained")
 
 
 def test_preview_shows_the_label_of_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,10 +77,12 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def preview(options: argparse.Namespace) -> None:
-    from hfpipe.pipeline.check import preview
     from hfpipe.recipe import load_recipe
 
-    preview(load_recipe(options.recipe, options.set), options.rows)
+    recipe = load_recipe(options.recipe, options.set)
+    from hfpipe.pipeline.preview import preview
+
+    preview(recipe, options.rows, options.html)
 
 
 def evaluate(options: argparse.Namespace) -> None:

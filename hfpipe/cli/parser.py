@@ -66,6 +66,7 @@ def _training_commands(command: AddCommand) -> None:
     command("prepare", "read, clean and tokenize the data, on a machine without a GPU", "RECIPE")
     preview = command("preview", "show the first rows as the model sees them, trained tokens coloured", "RECIPE")
     preview.add_argument("--rows", type=int, default=2, help="number of rows of each stage (default: 2)")
+    preview.add_argument("--html", metavar="FILE", help="write a page of HTML, token by token, in place of printing")
 
 
 def _scoring_commands(command: AddCommand) -> None:

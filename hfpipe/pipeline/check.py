@@ -1,13 +1,11 @@
-"""`hfpipe check` and `hfpipe preview`: what can be known before training, and the rows as the model will see them."""
+"""`hfpipe check`: what can be known before training."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,15 +13,10 @@ import torch
 from hfpipe.core.command import our_command
 from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.files import GIB
-from hfpipe.core.output import has_colours, painted
 from hfpipe.data.cleaning.contamination import overlap_lines
-from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.dedup import cleaning_of
-from hfpipe.data.labels import plain_labels
 from hfpipe.data.mixture import mixture
-from hfpipe.data.sources.formats import kinds_of
-from hfpipe.data.sources.load import load_rows, open_source
-from hfpipe.data.tokenize import IGNORED
+from hfpipe.data.sources.load import open_source
 from hfpipe.evaluation.suites import suite_rows
 from hfpipe.model.base import shapes_of, texts_for_tokenizer
 from hfpipe.model.create import create_model, train_tokenizer
@@ -33,8 +26,8 @@ from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.first_rows import FEW, facts_of, flaws_of
 from hfpipe.pipeline.note import Note
 from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
-from hfpipe.recipe import Classification, Recipe, Source, Stage
-from hfpipe.stages.compatibility import Sample, encode_rows, long_rows
+from hfpipe.recipe import Recipe, Source, Stage
+from hfpipe.stages.compatibility import Sample, long_rows
 from hfpipe.stages.fit import Fit, fitted, require_memory
 from hfpipe.stages.memory import copies_of
 from hfpipe.stages.own_texts import MOST_TEXTS, opening_of
@@ -273,46 +266,3 @@ def _check_disk(recipe: Recipe, parameters: int, note: Note) -> None:
             f"the run needs about {need / GIB:.1f} GiB of disk and {place} has {free / GIB:.1f} GiB. Set output_dir to "
             "a larger disk, or training.save_total_limit: 1."
         )
-
-
-def preview(recipe: Recipe, count: int) -> None:
-    """Prints the first rows of each stage token by token; tokens that are trained on are green (or in brackets)."""
-    quiet_libraries()
-    tokenizer = run_tokenizer(recipe)
-    coloured = has_colours(sys.stdout)
-    for stage in recipe.stages:
-        for source in stage.data:
-            opened = load_rows(source, kinds=kinds_of(stage))
-            if isinstance(stage, Classification):
-                opened, _ = plain_labels(opened, source.path, stage.labels)
-            rows = list(islice(tidy_rows(opened, source, Read()), count))
-            limit = stage.training.get("max_length") or 1024
-            for number, row in enumerate(encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)):
-                trained = sum(label != IGNORED for label in row["labels"])
-                shown, learned = _painted(row, tokenizer, coloured), f"{trained} trained"
-                if stage.kind == "classification":  # the text is read, and its label is learned
-                    shown, learned = tokenizer.decode(row["input_ids"]), f"label {rows[number]['label']!r}"
-                print(f"{stage.name}, {source.title}, row {number}: {len(row['input_ids'])} tokens, {learned}")
-                print(shown)
-                if "rejected_ids" in row:
-                    begin = sum(label == IGNORED for label in row["labels"])
-                    ids = row["rejected_ids"]
-                    labels = [IGNORED] * begin + ids[begin:]
-                    print("rejected:")
-                    print(_painted({"input_ids": ids, "labels": labels}, tokenizer, coloured))
-                print()
-
-
-def _painted(row: dict[str, Any], tokenizer: Any, coloured: bool) -> str:
-    """The tokens of a row in runs of trained and untrained ones."""
-    parts = []
-    start = 0
-    flags = [label != IGNORED for label in row["labels"]]
-    for end in range(1, len(flags) + 1):
-        if end == len(flags) or flags[end] != flags[start]:
-            text = tokenizer.decode(row["input_ids"][start:end])
-            if flags[start]:
-                text = painted(text, "green") if coloured else f"[[{text}]]"
-            parts.append(text)
-            start = end
-    return "".join(parts)
