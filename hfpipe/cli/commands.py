@@ -193,6 +193,12 @@ def diff(options: argparse.Namespace) -> None:
     print(diff_runs(*folders, options.stage))
 
 
+def board(options: argparse.Namespace) -> None:
+    from hfpipe.report.board import serve_board
+
+    serve_board(Path(options.runs), options.port)
+
+
 def clean(options: argparse.Namespace) -> None:
     from hfpipe.pipeline.clean import clean_run
 

@@ -127,6 +127,11 @@ def _keeping_commands(command: AddCommand) -> None:
     diff.add_argument("a", metavar="A", help="a run folder")
     diff.add_argument("b", metavar="B", help="another one")
     diff.add_argument("--stage", help="which stage of both; the last scored one of each when absent")
+    board = command("board", "show runs on read-only pages on this machine: how far they are, curves, scores, samples")
+    board.add_argument(
+        "runs", nargs="?", default="runs", metavar="RUNS", help="a folder of runs, or one; runs when absent"
+    )
+    board.add_argument("--port", type=int, default=8765, metavar="N", help="the port on 127.0.0.1 (default: 8765)")
     clean = command(
         "clean", "show, or remove, what a run keeps beside its results: earlier versions of stages, checkpoints", "RUN"
     )

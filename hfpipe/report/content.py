@@ -46,10 +46,10 @@ def run_page(folder: Path) -> Page:
         *_verdict(folder, recipe, scores),
         *(Told("", [line]) for line in price_sentences(folder, recipe, scores)),
     ]
-    return Page(recipe.name, _about(recipe), verdict, [section for section in sections if section])
+    return Page(recipe.name, about(recipe), verdict, [section for section in sections if section])
 
 
-def _about(recipe: Recipe) -> str:
+def about(recipe: Recipe) -> str:
     """The base and the stages, in a line."""
     fresh = (recipe.model.architecture or {}).get("model_type", "model")
     base = recipe.model.id or f"a {fresh} with fresh weights"
