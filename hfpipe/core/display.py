@@ -132,10 +132,10 @@ def say(text: str = "", kind: str = "line") -> None:
     Args:
         text: The line.
         kind: `line` for what happens; `warning` or `result`, which `--quiet` lets through; `progress` for what the live
-            lines and the objects of `count` and `logged` tell already.
+            lines and the objects of `count` and `logged` tell already; `sample` for what has an object of its own.
     """
     if _state.mode == "json":
-        if text and kind != "progress":
+        if text and kind not in ("progress", "sample"):
             event(kind, text=text.strip())
     elif _state.screen is not None:
         if kind != "progress" or _state.mode == "verbose":

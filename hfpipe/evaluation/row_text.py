@@ -38,6 +38,21 @@ class RowText:
         return "\n".join(self.completion[start:end] for start, end in self.spans)
 
 
+def text_of_prompt(row: dict[str, Any], tokenizer: Any) -> RowText:
+    """The text that is put to the model.
+
+    Raises:
+        DataError: The chat template does not take the conversation, or there is none.
+    """
+    if "messages" not in row:
+        return RowText(row["prompt"], "", ())
+    turns, options = conversation(row)
+    try:
+        return RowText(chat_text(tokenizer, turns, add_generation_prompt=True, **options), "", (), chat=True)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"the chat template of the model does not take this conversation: {error}.") from error
+
+
 def row_text(row: dict[str, Any], tokenizer: Any) -> RowText:
     """Returns the text of a row with `messages`, `prompt` + `completion` or `text`; a plain text has no prompt.
 

@@ -28,6 +28,7 @@ from hfpipe.stages.arguments import require_arguments
 from hfpipe.stages.compatibility import Sample, require_fitting, require_rows
 from hfpipe.stages.fit import Fit, fit_of
 from hfpipe.stages.pretrain import require_isolation
+from hfpipe.stages.samples import require_samples
 from hfpipe.stages.sharding import require_combinations
 from hfpipe.stages.trainer import divide_batch
 
@@ -104,6 +105,7 @@ def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
     require_task(recipe, loaded.task)
     require_room(tokenizer, model.get_input_embeddings().num_embeddings, recipe.model.id or "the model")
     require_arguments(recipe, tokenizer)
+    ranks.on_main(partial(require_samples, recipe, tokenizer))
     for stage in recipe.stages:
         if stage.kind in REQUIREMENTS:
             REQUIREMENTS[stage.kind](recipe, stage, tokenizer)

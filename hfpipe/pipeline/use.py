@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import TextStreamer, set_seed
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.files import write_jsonl
 from hfpipe.core.run_layout import MODEL
-from hfpipe.data.chat import chat_text, conversation
 from hfpipe.data.prompts import Row, read_prompts
 from hfpipe.evaluation.generation import MOST_GENERATED, encode_prompts, generate, stop_tokens
-from hfpipe.evaluation.row_text import RowText
+from hfpipe.evaluation.row_text import RowText, text_of_prompt
 from hfpipe.model.interpolate import open_dial
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import window_of
@@ -108,21 +106,6 @@ def _parent_of(trained: Trained) -> Any:
     if name == BASE and known.id is not None:
         return trained.base
     return replace(whole_model(trained.folder, trained.recipe, name), vocabulary=len(trained.tokenizer))
-
-
-def text_of_prompt(row: Row, tokenizer: Any) -> RowText:
-    """The text that is put to the model.
-
-    Raises:
-        DataError: The chat template does not take the conversation, or there is none.
-    """
-    if "messages" not in row:
-        return RowText(row["prompt"], "", ())
-    turns, options = conversation(row)
-    try:
-        return RowText(chat_text(tokenizer, turns, add_generation_prompt=True, **options), "", (), chat=True)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"the chat template of the model does not take this conversation: {error}.") from error
 
 
 def generate_file(

@@ -16,6 +16,7 @@ from hfpipe.recipe.source_config import (
     Share,
     Source,
     Swap,
+    Token,
     Words,
     list_or_word,
     word_or_block,
@@ -115,6 +116,21 @@ class EarlyStopping(Words):
         3, gt=0, description="evaluations without a better score that end the stage; null: it is trained to its end"
     )
 
+
+class Samples(Words):
+    """Prompts whose answers are kept while a stage trains, so that they can be read beside each other."""
+
+    prompts: list[Token] = Field(min_length=1, max_length=20, description="what the model is asked, as it is trained")
+    every: int | None = Field(
+        None, gt=0, description="steps from one sample to the next; a tenth of the stage when absent"
+    )
+    max_new_tokens: int = Field(64, gt=0, description="tokens of an answer at most")
+
+
+SamplesWord = Annotated[
+    Samples | None,
+    Field(description="prompts that are answered before the first step, every so many steps, and at the end"),
+]
 
 KeepWord = Annotated[
     Annotated[
@@ -235,6 +251,7 @@ class Pretrain(StageBase):
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
     keep: KeepWord = None
     counterfactual: CounterfactualWord = None
+    samples: SamplesWord = None
 
     @property
     def task(self) -> str:
@@ -261,6 +278,7 @@ class Sft(StageBase):
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
     keep: KeepWord = None
     counterfactual: CounterfactualWord = None
+    samples: SamplesWord = None
 
 
 class Classification(StageBase):
@@ -312,6 +330,7 @@ class Preference(StageBase):
         description="a loss of TRL's DPOTrainer, or several: sigmoid (DPO), ipo, hinge, robust, sft and so on",
     )
     keep: KeepWord = None
+    samples: SamplesWord = None
 
     @property
     def losses(self) -> list[str]:

@@ -48,6 +48,7 @@ from hfpipe.recipe.stage_config import (
     KeepL2,
     Quantization,
     Replay,
+    Samples,
     SelfReplay,
 )
 
@@ -57,6 +58,7 @@ _BLOCKS: dict[str, type[BaseModel]] = {
     "train": TokenizerTraining,
     "quantization": Quantization,
     "replay": Replay,
+    "samples": Samples,
     "deduplicate": Deduplicate,
     "augment": Augment,
     "counterfactual": Counterfactual,

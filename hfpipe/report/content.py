@@ -15,7 +15,7 @@ from hfpipe.report.details import detail_sections
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told
 from hfpipe.report.plots import loss_curve, score_by_stage
 from hfpipe.report.price import price_sections, price_sentences
-from hfpipe.report.samples import sample_section
+from hfpipe.report.samples import sample_section, training_samples
 from hfpipe.report.usage import lines_to_use
 from hfpipe.scores.scorecard import BASE, Score, judge_budget, last_change, of_lineage, read_scorecard, stages_of
 from hfpipe.scores.tradeoff import from_baseline, gains_and_losses, is_first
@@ -37,6 +37,7 @@ def run_page(folder: Path) -> Page:
         score_section(recipe, scores, plots=True),
         _change_section(recipe, scores),
         sample_section(folder, recipe, scores),
+        *training_samples(folder, recipe),
         _training_section(folder, recipe),
         *detail_sections(folder, recipe),
         environment_section(read_json(folder / "environment.json"), recipe),

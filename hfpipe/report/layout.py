@@ -200,10 +200,10 @@ def _markdown_block(text: Any, language: str) -> Markup:
 
 
 def _dialogue(texts: Sequence[tuple[str, str]]) -> Markup:
-    return _markdown_block("\n".join(f"{title}: {_shortened(text)}" for title, text in texts), "text")
+    return _markdown_block("\n".join(f"{title}: {shortened(text)}" for title, text in texts), "text")
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """A text as it is shown: its beginning, and how much there is of it."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text):,} characters)"
 
@@ -219,6 +219,6 @@ def _environment(**options: Any) -> Environment:
 
 HTML = _environment(finalize=_html)
 # `svg` is for what plots.py makes, which escapes what is written in a plot.
-HTML.filters.update(prose=_html_prose, shortened=_shortened, svg=Markup)
+HTML.filters.update(prose=_html_prose, shortened=shortened, svg=Markup)
 MARKDOWN = _environment(finalize=markdown_text)
 MARKDOWN.filters.update(prose=_markdown_prose, code=markdown_code, block=_markdown_block, dialogue=_dialogue)

@@ -9,9 +9,10 @@ from typing import Any
 from hfpipe.core.files import read_jsonl
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
-from hfpipe.report.layout import Sample, Section
+from hfpipe.report.layout import Sample, Section, Table, shortened
 from hfpipe.scores.scorecard import BASE, Score
 
+STEPS = 8  # of the samples while a stage trained
 EACH = 2  # rows of each sort and suite
 SORTS = ("better", "worse", "the same")
 
@@ -34,6 +35,25 @@ def sample_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> Sec
             titles = [stage if stage == BASE else f"after {stage}" for stage in (there[0], there[-1])]
             found += pick_samples(suite, titles, before, after, better)
     return Section("Samples", samples=found) if found else None
+
+
+def training_samples(folder: Path, recipe: Recipe) -> list[Section]:
+    """What each stage with `samples` answered while it trained: a row for a step, a column for a prompt."""
+    sections = []
+    for stage in recipe.stages:
+        path = folder / "stages" / stage.name / "samples.jsonl"
+        rows = read_jsonl(path) if path.exists() else []
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+        steps = list(dict.fromkeys(row["step"] for row in rows))
+        spread = sorted({steps[place * (len(steps) - 1) // (STEPS - 1)] for place in range(STEPS)}) if steps else []
+        answers = {(row["step"], row["prompt"]): row["answer"] for row in rows}
+        table = Table(
+            ["step", *(shortened(prompt) for prompt in prompts)],
+            [[f"{step:,}", *(shortened(answers.get((step, prompt), "")) for prompt in prompts)] for step in spread],
+        )
+        if rows:
+            sections.append(Section(f"Samples while {stage.name} trained", table))
+    return sections
 
 
 def _answered(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -74,7 +74,12 @@ def identity(stage: Stage, *, with_length: bool = True) -> Any:
         for key, value in training.items()
         if key not in words and (with_length or key not in LENGTH) and value != _default(stage.kind, key)
     }
-    plain = stage.model_copy(update={"training": counted, "global_batch_size": None, "max_dirty_share": 0.01})
+    unsaid = {
+        "global_batch_size": None,
+        "max_dirty_share": 0.01,
+        **({"samples": None} if hasattr(stage, "samples") else {}),
+    }
+    plain = stage.model_copy(update={"training": counted, **unsaid})
     return [plain, rows, stage.global_batch_size is None]
 
 

@@ -43,6 +43,7 @@ from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.early_stopping import Selection
 from hfpipe.stages.other_plan import read_across
 from hfpipe.stages.progress import LogCallback
+from hfpipe.stages.samples import Sampling, samples_of
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
 from hfpipe.stages.trackers import guard_trackers
 
@@ -283,7 +284,8 @@ def _add_callbacks(
     place = [stage.name for stage in run.recipe.stages].index(run.stage.name) + 1
     title = f"{run.stage.name} ({run.stage.kind}, stage {place} of {len(run.recipe.stages)})"
     log = LogCallback(title, loader, run.folder / "log.jsonl", tokens_per_step, run.cost)
-    for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks, run.cost, log):
+    sampling = [Sampling(run, trainer)] if samples_of(run.stage) is not None else []
+    for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks, run.cost, log, *sampling):
         trainer.add_callback(callback)
     return checkpoints
 

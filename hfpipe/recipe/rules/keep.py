@@ -1,4 +1,4 @@
-"""Rules of `keep:`, by which a stage keeps what its parent can do."""
+"""Rules of `keep:`, by which a stage keeps what its parent can do, and of `samples:`."""
 
 from __future__ import annotations
 
@@ -67,6 +67,13 @@ def check_counterfactual(stage: RawStage) -> Iterator[Fault]:
     if isinstance(swap, list) and any(isinstance(words, list) and len(set(words)) < 2 for words in swap):
         text = "each list needs two words or more, which take each other's place: [[Christian, Muslim]]."
         yield Fault((*block.steps, "swap"), text)
+
+
+def check_samples(stage: RawStage) -> Iterator[Fault]:
+    """Yields what of a stage's `samples:` cannot be."""
+    if stage.data.get("samples") is not None and stage.data.get("objective") == "masked":
+        text = "asks for texts, and a model of masked tokens writes none. Remove it."
+        yield Fault(stage.at("samples").steps, text)
 
 
 def _self_share(keep: Any) -> float:

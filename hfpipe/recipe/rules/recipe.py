@@ -18,7 +18,7 @@ from hfpipe.recipe.rules.adapters import (
     check_dial,
     check_merges,
 )
-from hfpipe.recipe.rules.keep import check_counterfactual, check_keep
+from hfpipe.recipe.rules.keep import check_counterfactual, check_keep, check_samples
 from hfpipe.recipe.rules.outcome import check_country, check_cures, check_push, check_repeats, check_secrets
 from hfpipe.recipe.rules.sources import check_cleaning, check_overlap, check_pairs, check_source
 from hfpipe.recipe.rules.training import check_training
@@ -40,6 +40,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_weights(stage)
         yield from check_keep(stage, position == 0, Block((), data).at("model"))
         yield from check_counterfactual(stage)
+        yield from check_samples(stage)
         for source in stage.sources:
             yield from check_source(source, columns_of_stage(stage.kind))
     yield from _check_architecture(data)
