@@ -60,8 +60,9 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """The same without it."""
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", self.raw)
+        """The same without it: a line for each line that was drawn, once for each time that it was."""
+        moved = re.sub(r"(?:\x1b\[[0-9;]*[A-HJKf]|\r|\n)+", "\n", self.raw)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", moved)
 
     def end(self, seconds: float = 120) -> int:
         """Waits for the end, and returns the exit code."""

@@ -352,7 +352,7 @@ def _work_line(work: Work, width: int, now: float) -> Any:
         return _row(label, Text(f"{many}  {clock(passed)}", style="dim"))
     left = passed * (work.total - work.done) / work.done if work.done else None
     told = f"{work.done:,}/{work.total:,}  " + (f"{clock(left)} left" if left is not None else clock(passed))
-    label.truncate(max(16, width // 2), overflow="ellipsis")
+    label.truncate(max(4, width - len(told) - 12), overflow="ellipsis")
     return _row(label, _bar(work.done / work.total, max(8, width - label.cell_len - len(told) - 4)), told)
 
 
@@ -364,7 +364,7 @@ def _training_lines(shown: Training, width: int) -> list[Any]:
     if shown.left is not None:
         told += f"  {clock(shown.left)} left"
     title = Text(f"  {shown.title}", style="bold")
-    title.truncate(max(16, width // 2), overflow="ellipsis")
+    title.truncate(max(4, width - len(told) - 12), overflow="ellipsis")
     lines = [_row(title, _bar(share, max(8, width - title.cell_len - len(told) - 4)), told)]
     facts = []
     if "tokens_per_second" in row:

@@ -1,6 +1,7 @@
 """The live display on a terminal, plain lines elsewhere, JSON: a command of a second that does nothing but tell."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -77,9 +78,9 @@ def test_a_terminal_has_live_lines_that_fit(tmp_path: Path, columns: int) -> Non
     terminal = Terminal(command(tmp_path, "auto", 0.1), columns)
     assert terminal.end() == 0
     text = terminal.text
-    assert "tokenizing [bold]rows" in text if columns > 40 else "tokenizing" in text
-    assert "190/200" in text
-    assert "prose (pretrain" in text
+    assert ("tokenizing [bold]rows" if columns > 40 else "token") in text
+    assert re.search(r"1[5-9]0/200", text)
+    assert ("prose (pretrain" if columns > 40 else "pros") in text
     assert "12,448 tokens/s" in text
     assert "▁" in text
     assert "step 1/20" not in text  # the live lines have it
