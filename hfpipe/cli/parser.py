@@ -166,7 +166,7 @@ def _writing_commands(command: AddCommand) -> None:
 
 
 def _voice_options(parser: argparse.ArgumentParser) -> None:
-    """How a command that works for a while speaks, see `display.start`."""
+    """Adds the ways in which a command that works for a while speaks, see `display.start`."""
     group = parser.add_mutually_exclusive_group()
     for mode, text in (
         ("quiet", "say warnings, results and errors alone"),

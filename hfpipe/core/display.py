@@ -72,7 +72,7 @@ class Training:
 
 
 class _State:
-    """What is open: written by the main thread, read by the one that draws."""
+    """All that is open: written by the main thread, read by the one that draws."""
 
     def __init__(self) -> None:
         self.mode = "plain"
@@ -144,7 +144,7 @@ def say(text: str = "", kind: str = "line") -> None:
         print(text, flush=True)
 
 
-def event(name: str, **fields: Any) -> None:
+def event(name: str, /, **fields: Any) -> None:
     """Writes an object of `--json`; nothing in any other mode."""
     if _state.out is not None:
         row = {"event": name, "time": round(time.time(), 3), **fields}

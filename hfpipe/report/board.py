@@ -118,7 +118,7 @@ class Board(ThreadingHTTPServer):
         return None if found is None else self._made(path, found, lambda: _run_html(found))
 
     def _made(self, key: str, folder: Path, make: Any, signature: Any = None) -> Any:
-        """What was made of a run before, or anew where its files have changed."""
+        """Returns what was made of a run before, or makes it anew where its files have changed."""
         signature = _signature(folder) if signature is None else signature
         with self._drawing:
             if self._known.get(key, (None,))[0] != signature:
@@ -198,7 +198,7 @@ def _run_html(folder: Path) -> str:
 
 
 def _progress(folder: Path, recipe: Recipe) -> Table:
-    """How far each stage is."""
+    """The place that each stage has reached."""
     rows: list[list[str | Cell]] = []
     for stage in recipe.stages:
         place = folder / "stages" / stage.name

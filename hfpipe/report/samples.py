@@ -38,7 +38,7 @@ def sample_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> Sec
 
 
 def training_samples(folder: Path, recipe: Recipe) -> list[Section]:
-    """What each stage with `samples` answered while it trained: a row for a step, a column for a prompt."""
+    """The answers of each stage with `samples` while it trained: a row for a step, a column for a prompt."""
     sections = []
     for stage in recipe.stages:
         path = folder / "stages" / stage.name / "samples.jsonl"

@@ -1,4 +1,4 @@
-"""What a stage says while it trains: its log, the live display, and a word in time about what goes wrong."""
+"""The words of a stage that trains: its log, the live display, and a warning in time about what goes wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import median, quantiles, stdev
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,8 +19,8 @@ from hfpipe.stages.cost import CostMeter
 
 WAITING = 0.1  # share of the time that a step may wait for data
 WAITED_SECONDS = 20.0  # of training, before that is judged
-RECENT = 5  # logged losses whose mean is compared with the best such mean
-RISEN = 1.2  # times the best mean
+RECENT = 5  # logged losses whose median is compared with the best such median
+RISEN = 1.2  # times the best median
 LONG = 40  # logged losses before a plateau is looked for
 
 
@@ -104,6 +104,7 @@ class Watch:
         self._steps: list[int] = []
         self._waits: list[tuple[float, float]] = []  # seconds, and the share of them that waited
         self._best = math.inf
+        self._flat = 0  # rows in a row that look like a plateau
         self._told: set[str] = set()
 
     def look(self, row: dict[str, Any], seconds: float) -> list[str]:
@@ -117,7 +118,9 @@ class Watch:
         self._losses.append(row["loss"])
         self._rates.append(row.get("learning_rate", 0.0))
         self._waits.append((seconds, row["data_wait"]))
-        found = {"wait": self._waiting(), "rise": self._risen(), "plateau": self._plateau()}
+        found = {"wait": self._waiting(), "rise": self._risen()}
+        if "rise" not in self._told and found["rise"] is None:
+            found["plateau"] = self._plateau()
         new = {name: text for name, text in found.items() if text and name not in self._told}
         self._told |= new.keys()
         return list(new.values())
@@ -136,14 +139,14 @@ class Watch:
     def _risen(self) -> str | None:
         if len(self._losses) < 2 * RECENT:
             return None
-        now, earlier = self._losses[-RECENT:], self._losses[-2 * RECENT : -RECENT]
-        self._best = min(self._best, fmean(earlier))
-        # Beyond the scatter of single losses, so that one hard batch does not count.
-        if fmean(now) <= RISEN * self._best or fmean(now) <= self._best + 2 * stdev(earlier):
+        # Medians, and beyond the scatter of single losses, so that one hard batch does not count.
+        now, earlier = median(self._losses[-RECENT:]), self._losses[-2 * RECENT : -RECENT]
+        self._best = min(self._best, median(earlier))
+        if now <= RISEN * self._best or now <= self._best + 2 * stdev(earlier):
             return None
         return (
-            f"the loss rises: it was {self._best:.4f} at its lowest and is {fmean(now):.4f} (means of {RECENT} lines). "
-            "If it goes on, lower learning_rate, raise warmup_steps or lower max_grad_norm"
+            f"the loss rises: it was {self._best:.4f} at its lowest and is {now:.4f} (medians of {RECENT} lines). If "
+            "it goes on, lower learning_rate, raise warmup_steps or lower max_grad_norm"
         )
 
     def _plateau(self) -> str | None:
@@ -152,13 +155,21 @@ class Watch:
             return None
         half = count // 4
         now, earlier = self._losses[-half:], self._losses[-2 * half : -half]
-        noise = math.hypot(stdev(now), stdev(earlier)) / math.sqrt(half)
-        if fmean(earlier) - fmean(now) > noise:
+        noise = math.hypot(_spread(now), _spread(earlier)) / math.sqrt(half)
+        before, after = median(earlier), median(now)
+        self._flat = self._flat + 1 if before - after <= noise else 0
+        if self._flat < RECENT:  # a jump looks like one at first
             return None
         return (
-            f"the loss has not fallen since step {self._steps[-2 * half]}: {fmean(earlier):.4f} then, {fmean(now):.4f} "
-            "now, within the noise. Another learning_rate or more varied data may go on; early_stopping ends in time"
+            f"the loss has not fallen since step {self._steps[-2 * half]}: {before:.4f} then, {after:.4f} now, within "
+            "the noise. Another learning_rate or more varied data may go on; early_stopping ends in time"
         )
+
+
+def _spread(values: list[float]) -> float:
+    """The standard deviation by the middle half of the values, which a spike does not move."""
+    low, _, high = quantiles(values, n=4)
+    return (high - low) / 1.35
 
 
 def _step(line: str) -> float:
