@@ -242,8 +242,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(SPARKS[min(7, int(8 * (mean - low) / span))] for mean in means)
 
 
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Returns True if a stream is a terminal that can show bars."""
+    if stream is None or not stream.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        return False
+    return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
 class _Screen:
@@ -263,7 +266,7 @@ class _Screen:
             console=self.console,
             refresh_per_second=4,
             transient=True,
-            redirect_stderr=sys.stderr.isatty(),
+            redirect_stderr=_is_terminal(sys.stderr),
             vertical_overflow="crop",
         )
         os.register_at_fork(after_in_child=self._forget)
