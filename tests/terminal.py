@@ -42,9 +42,9 @@ class Terminal:
         while True:
             try:
                 part = os.read(self._file, 65536)
-            except OSError:  # Linux's word for the end
-                return
-            if not part:
+            except OSError:  # Linux's word for the end, and for a command that has not opened its side yet
+                part = b""
+            if not part and self.process.poll() is not None:
                 return
             self._said += part
 

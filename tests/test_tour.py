@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FEWER = {
     "hfpipe run quickstart.yaml": "--set stages.prose.training.max_steps=8 --set stages.packages.data.0.take=64 "
     "--set evaluate.general.data.take=10 --set evaluate.packages.data.take=10 --set shift=false "
-    "--set evaluate.general.budget=10",
+    "--set evaluate.general.budget=100%",
     "hfpipe run my.yaml": "--set stages.instructions.training.num_train_epochs=1",
 }
 
