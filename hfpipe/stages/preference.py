@@ -32,6 +32,7 @@ from hfpipe.data.token_store import Concatenated, TokenStore
 from hfpipe.model.head import backbone_of
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
+from hfpipe.model.spread import is_spread
 from hfpipe.recipe import Recipe, Sft, Source, Stage, hash_of
 from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.recipe.rules.keep import MOVES_THE_BASE
@@ -43,6 +44,7 @@ from hfpipe.stages.sft_rows import own_rows, tokens_of
 from hfpipe.stages.sharding import plan_of_launch
 from hfpipe.stages.trainer import (
     StageRun,
+    load_parent,
     plan_of,
     row_length,
     shares_of_rows,
@@ -59,7 +61,7 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     """Trains a preference stage and saves its model; see `stages.trainer.train` for what is returned and raised."""
     stage = run.stage
     assert isinstance(stage, Preference)
-    model = load_model(run.parent, frozen=stage.adapter is not None)
+    model = load_parent(run)
     length = pair_length(run, model)
     tokens, sources = pair_rows(run, length)
     own, own_sources = _own_rows(run, model, length, tokens)
@@ -366,8 +368,8 @@ class Reference:
         return kept["log_probabilities"] if kept.get("key") == self._key() else None
 
     def _asked(self, model: Any) -> Any:
-        """Returns the model that is asked; under FSDP a copy of the parent, spread over the ranks as TRL spreads it."""
-        if not self.trainer.is_fsdp_enabled or self.run.stage.adapter is not None:
+        """Returns the model that is asked: of one that FSDP divides later, a copy of the parent that is divided now."""
+        if not self.trainer.is_fsdp_enabled or self.run.stage.adapter is not None or is_spread(model):
             return model
         parent = load_model(self.run.parent, frozen=True)
         add_fused_lm_head(parent)
