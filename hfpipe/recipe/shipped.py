@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from hfpipe.core.errors import RecipeError
@@ -21,12 +22,21 @@ def shipped_recipes() -> dict[str, Path]:
 
 def list_recipes() -> str:
     """One line a recipe: its name and the first sentence of its opening comment."""
-    lines = []
-    for name, path in shipped_recipes().items():
-        comments = [line for line in path.read_text().split("\n") if not line.startswith("# yaml-language-server:")]
-        first = comments[0].lstrip("# ")
-        lines.append(f"{name:24} {first}")
+    found = shipped_recipes()
+    widest = max(map(len, found))
+    lines = [f"{name:{widest}}  {_first_sentence(path)}" for name, path in found.items()]
     return "\n".join([*lines, "", "start from one: hfpipe recipes --copy NAME"])
+
+
+def _first_sentence(path: Path) -> str:
+    """The first sentence of a recipe's opening comment, which may go over several lines."""
+    comment: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# yaml-language-server:"):
+            comment.append(line.lstrip("# "))
+    return re.split(r"(?<=[.!?])\s", " ".join(comment))[0]
 
 
 def copy_recipe(name: str) -> str:
