@@ -57,6 +57,7 @@ class Look:
         script: The script most letters are of, such as LATIN or CJK.
         labels: How often each label occurs; empty where there are none.
         columns: The data's column for each of the format's.
+        repeats: Rows that stood there before.
     """
 
     format: str
@@ -67,6 +68,7 @@ class Look:
     script: str
     labels: Mapping[str, int]
     columns: Mapping[str, str]
+    repeats: int = 0
 
 
 def run(answers: Mapping[str, str | None]) -> None:
@@ -159,7 +161,8 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     characters = (lengths[len(lengths) // 2], lengths[min(len(lengths) - 1, len(lengths) * 99 // 100)])
     format, why = opened.taken.format, opened.taken.why
     end, columns = format.becomes or format.name, opened.taken.columns
-    return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns)
+    repeats = len(texts) - len(set(texts))
+    return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats)
 
 
 def _opened(source: Mapping[str, Any], kinds: tuple[str, ...] | None) -> Any:
@@ -238,6 +241,9 @@ def build(
     adapter = kind in ("sft",) or (kind == "pretrain" and bool(size) and size > 1)
     stage: dict[str, Any] = {"name": task, "kind": kind, "data": [{**source, "fold": {"of": 20, "leave": 1}}]}
     comments = {"data": f"{look.format}: {look.why}", "evaluate.held-out": "a twentieth of the rows, never trained on"}
+    if look.repeats:  # else `check` would find the held-out rows among those that are trained on
+        stage["data"][0]["decontaminate"] = True
+        comments["data"] += f"; {look.repeats:,} rows stand there twice, and none like a held-out one is trained on"
     if adapter:
         stage["lora"] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
         if gigabytes and size * 2 > gigabytes * 0.5:

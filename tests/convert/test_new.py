@@ -39,6 +39,18 @@ def test_a_file_becomes_a_recipe_without_a_question(
     assert recipe["evaluate"]["held-out"]["data"]["fold"] == {"of": 20, "keep": 1}
 
 
+@pytest.mark.parametrize("task", FILES)
+def test_rows_that_stand_there_twice_are_kept_out_of_the_training(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "--data", written(tmp_path, FILES[task] + FILES[task][:9]), "--model", "team/base-1B"]) == 0
+    assert main(["check", "--fast", "my.yaml"]) == 0, capsys.readouterr().err
+    text = (tmp_path / "my.yaml").read_text()
+    assert yaml.safe_load(text)["stages"][0]["data"][0]["decontaminate"] is True
+    assert "stand there twice" in text
+
+
 def test_an_alpaca_file_is_a_chat_when_a_chat_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = written(tmp_path, [{"instruction": f"Add {n}", "input": "", "output": "x"} for n in range(40)])
