@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,23 @@ def layer_classes(model: Any) -> Collection[str]:
 def draw_weights(model: Any, module: Any) -> None:
     """Draws the first weights of one module of a model; `initialize_weights` does so of all that no file held."""
     model._init_weights(module)
+
+
+@contextmanager
+def files_read_by_rows() -> Iterator[None]:
+    """Has `from_pretrained` read the rows of a tensor that it takes, and no more, into memory of their own.
+
+    It maps files, whose pages around those rows count as the process' own; on Windows it reads. No issue found.
+    """
+    from transformers import modeling_utils
+
+    library: Any = modeling_utils
+    mapped = library.safe_open
+    library.safe_open = lambda *names, **options: mapped(*names, **{**options, "backend": "pread"})
+    try:
+        yield
+    finally:
+        library.safe_open = mapped
 
 
 def leave_training_to_accelerate(model: Any) -> None:

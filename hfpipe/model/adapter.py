@@ -25,6 +25,7 @@ from hfpipe.model.load import AUTO_CLASSES, clear_errors, task_of_type
 from hfpipe.model.parameters import train_part
 from hfpipe.model.positions import within_positions
 from hfpipe.model.seq2seq import decoder_input
+from hfpipe.model.spread import make_trained_whole
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.recipe import Recipe
 
@@ -67,6 +68,7 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
         _require_read(adapted)
         PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
+        make_trained_whole(adapted)
         return _with_head_bias(adapted)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, re.error) as error:
         linear = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if type(one) in _LINEAR})
@@ -148,7 +150,9 @@ def continue_adapter(model: Any, folder: str) -> PeftModel:
     """Puts a saved adapter on the base it belongs to, to train it further."""
     cast = _trains_in_float32(model)
     with clear_errors("adapter", folder):
-        return _with_head_bias(PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=cast))
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=cast)
+        make_trained_whole(adapted, Path(folder))
+    return _with_head_bias(adapted)
 
 
 def _trains_in_float32(model: Any) -> bool:

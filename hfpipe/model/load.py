@@ -35,7 +35,7 @@ from hfpipe.core.hub_errors import not_readable, status_of
 from hfpipe.core.machine import machine_error
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
-from hfpipe.model.spread import draw_fresh, each_rank_reads, launched, plan_for, settle
+from hfpipe.model.spread import draw_fresh, each_rank_reads, launched, make_trained_whole, plan_for, settle
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Quantization
 from hfpipe.recipe.passthrough import check_config
@@ -383,6 +383,7 @@ def load_model(
         options["attn_implementation"] = ref.options.attn_implementation
     spread = spread and _can_be_spread(ref)
     if spread:
+        gc.collect()  # the parts of a model that was used before may hang in cycles
         with clear_errors("model", ref.path), torch.device("meta"):
             trust = ref.options.trust_remote_code
             shapes = AUTO_CLASSES[task].from_config(options.get("config") or config_of(ref), trust_remote_code=trust)
@@ -454,7 +455,9 @@ def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:
     if not (Path(adapter.path) / "adapter_model.safetensors").is_file():
         raise RecipeError(pickles_only(adapter.path))
     with clear_errors("adapter", adapter.path):
-        return PeftModel.from_pretrained(base, adapter.path, torch_device=str(base.device)).eval()
+        adapted = PeftModel.from_pretrained(base, adapter.path, torch_device=str(base.device)).eval()
+        make_trained_whole(adapted, Path(adapter.path))
+    return adapted
 
 
 def head_of(adapter: ModelRef) -> dict[str, Any] | None:

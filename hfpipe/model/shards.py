@@ -19,6 +19,8 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 SHARD_SIZE = "5GB"
+LARGE = 2**17  # bytes
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def save_changed(model: Any, folder: Path, changed: Mapping[str, Callable[[], torch.Tensor]]) -> None:
@@ -83,3 +85,13 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
         trim(0)
+
+
+def hold_no_free_memory() -> None:
+    """Has glibc return every large block when it is freed, from now on.
+
+    It keeps blocks of up to 32 MB for the next ones, and so all layers of a model that are gathered one by one.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, LARGE)

@@ -11,16 +11,25 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading, parse_flag_from_env
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.distributed import DistributedConfig
 
 from hfpipe.core import ranks
-from hfpipe.core.upstream import draw_weights, layer_classes, leave_training_to_accelerate
+from hfpipe.core.upstream import (
+    draw_weights,
+    files_read_by_rows,
+    layer_classes,
+    leave_training_to_accelerate,
+)
+from hfpipe.model.shards import hold_no_free_memory
 
 RELOADED = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's way: the first rank reads all, and the others nothing
 
@@ -66,7 +75,8 @@ def each_rank_reads() -> Iterator[None]:
     given = parse_flag_from_env(RELOADED)
     disable_fsdp_ram_efficient_loading()
     try:
-        yield
+        with files_read_by_rows():
+            yield
     finally:
         if given:
             enable_fsdp_ram_efficient_loading()
@@ -108,6 +118,8 @@ def settle(model: Any) -> None:
 
     All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts.
     """
+    if model.device.type == "cpu":
+        hold_no_free_memory()
     model.set_reshard_after_forward(True)
     leave_training_to_accelerate(model)
 
@@ -145,8 +157,15 @@ def in_step(model: Any) -> Iterator[None]:
             root(input_ids=token)
 
 
-def make_trained_whole(model: Any) -> None:
-    """Makes the modules that an adapter trains in full (PEFT's `modules_to_save`) whole on every rank."""
+def make_trained_whole(model: Any, saved: Path | None = None) -> None:
+    """Makes the modules that an adapter trains in full (PEFT's `modules_to_save`) whole on every rank.
+
+    Args:
+        model: A model with an adapter; of one that is not spread nothing is changed.
+        saved: The folder of an adapter that was just put on the model, whose tensors go into those modules.
+    """
+    if not is_spread(model):
+        return
     for name, copies in model.named_modules():
         if name.endswith(".modules_to_save"):
             for module in copies.modules():
@@ -154,6 +173,8 @@ def make_trained_whole(model: Any) -> None:
                     if isinstance(part, DTensor):
                         whole = torch.nn.Parameter(part.full_tensor(), requires_grad=part.requires_grad)
                         module.register_parameter(key, whole)
+    if saved is not None:
+        set_peft_model_state_dict(model, load_file(saved / "adapter_model.safetensors"))
 
 
 def average_gradients(model: Any) -> None:

@@ -66,6 +66,7 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
     defaults = {
         "logging_steps": max(1, min(10, max_steps // 10)),
         "report_to": "none",
+        "log_level_replica": "passive",  # transformers lets all ranks but the first warn
         "use_cpu": ranks.on_cpu() or not (on_gpu or torch.backends.mps.is_available()),
         "bf16": half == torch.bfloat16 and not training.get("fp16", False),
         "fp16": half == torch.float16 and not training.get("bf16", False),

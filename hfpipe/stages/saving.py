@@ -155,6 +155,8 @@ def _save_spread(run: StageRun, trainer: Trainer, original: dict[str, torch.Tens
                 model.config.save_pretrained(beside)
         if ranks.is_main():
             run.tokenizer.save_pretrained(beside)
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None  # type: ignore[assignment]
     ranks.wait()
 
 

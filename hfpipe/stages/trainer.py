@@ -31,7 +31,7 @@ from hfpipe.model.load import load_model
 from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
-from hfpipe.model.spread import average_gradients, is_spread, make_trained_whole
+from hfpipe.model.spread import average_gradients, is_spread
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
@@ -172,7 +172,6 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
         block = train_rows(model, run.stage.adapter | fields, run.added_tokens)
         adapted = add_adapter(model, block, run.recipe.seed)
     if adapted is not model and is_spread(model):
-        make_trained_whole(adapted)
         average_gradients(adapted)
     train_part(adapted, run.stage)
     return adapted

@@ -65,6 +65,41 @@ def test_a_causal_chain_is_that_of_one_rank(tmp_path: Path) -> None:
     assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", ["prose", "sounds"])
 
 
+def labelled(folder: Path) -> dict[str, Any]:
+    """Three stages on an encoder from nothing: masked text, a head trained in full, and one beside an adapter."""
+    content = tiny.recipe(folder, merge=False, energy=False)
+    content["model"]["architecture"] = dict(tiny.ENCODER)
+    source = {"path": "json", "data_files": str(folder / "sounds.jsonl"), "split": "train"}
+    meaning = {"template": {"sentence": "{note}: the {animal}"}, "columns": {"label": "sound"}}
+    training = {"num_train_epochs": 1, "learning_rate": "2e-3", "max_length": 64}
+    kinds = {"kind": "classification", "data": [source | meaning], "global_batch_size": 16, "training": training}
+    content["stages"] = [
+        content["stages"][0] | {"objective": "masked"},
+        kinds | {"name": "whole"},
+        kinds | {"name": "beside", "parent": "prose", "lora": {"r": 4, "target_modules": "all-linear"}},
+    ]
+    held = {"path": "json", "data_files": str(folder / "held.jsonl"), "split": "train"}
+    asked = {"path": "json", "data_files": str(folder / "asked.jsonl"), "split": "train"}
+    content["evaluate"] = {
+        "masked": {"data": held, "metrics": ["masked_accuracy"]},
+        "kinds": {"data": asked | meaning, "metrics": ["accuracy"]},
+    }
+    return content
+
+
+def test_encoders_and_fresh_heads_are_those_of_one_rank(tmp_path: Path) -> None:
+    for place, ranks in (("one", 1), ("two", 2)):
+        folder = tmp_path / place
+        folder.mkdir()
+        tiny.write_data(folder)
+        path = tiny.write(folder, labelled(folder))
+        if ranks == 1:
+            assert main(["run", str(path)]) == 0
+        else:
+            spread(path, ranks)
+    assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", ["prose", "whole", "beside"])
+
+
 def steps(folder: Path, count: int) -> Path:
     folder.mkdir(exist_ok=True)
     tiny.write_data(folder)
