@@ -126,7 +126,8 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
     recipe = pin_recipe(recipe, folder)
     for suite in recipe.evaluate.values():
         suite_metrics(suite)  # an unknown metric is refused before anything is loaded
-    base = prepare_base(recipe, folder / "stages" / BASE)
+    with display.doing("preparing the base"):
+        base = prepare_base(recipe, folder / "stages" / BASE)
     if ranks.is_main():
         write_json(folder / "environment.json", environment(base.ref, recipe.evaluate))
     with ranks.main_first():
@@ -183,7 +184,8 @@ def show_scores(scores: list[Score], stage: str) -> None:
         scores: Those of the stage's lineage (`of_lineage`).
         stage: The stage.
     """
-    rows, marks = [], []
+    rows: list[tuple[str, ...]] = []
+    marks = []
     for score in (score for score in scores if score.stage == stage):
         change = last_change(scores, stage, score.key)
         told = None if change is None else change_words(change)
@@ -193,8 +195,11 @@ def show_scores(scores: list[Score], stage: str) -> None:
         now = with_interval(number(score.value, score.metric), interval(score))
         rows.append((score.suite, f"{score.metric} {score.arrow}", before, now, arrow + size))
         marks.append("" if told is None else told.mark)
+    head = ["suite", "metric", "before", "now", "change"]
+    if stage == BASE:
+        head, rows = ["suite", "metric", "score"], [(row[0], row[1], row[3]) for row in rows]
     if ranks.is_main():
-        display.table(stage, ("suite", "metric", "before", "now", "change"), rows, marks)
+        display.table(stage, head, rows, marks)
 
 
 def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], **others: Path) -> list[Score]:
