@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from hfpipe.core.machine import machine_error
 from hfpipe.core.upstream import attention_of
 
-MOST_WEIGHTS = 200_000_000  # of a copy: 0.8 GB in float32, made in about two seconds
-LAYERS, WIDTH, TOKENS = 2, 64, 64
+MOST_WEIGHTS = 300_000_000  # of a copy: 1.2 GB in float32, made in about three seconds
+LAYERS, WIDTH, TOKENS = 1, 64, 64
+LARGER = 4  # times the fresh weights, which attend to nothing much
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")  # and names that end so
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -25,8 +26,8 @@ def small_copy(model: Any) -> Any:
         model: A causal model of transformers; its shapes are enough.
 
     Returns:
-        The copy, on the CPU in float32; None where the architecture cannot be cut so, the copy would be large, or its
-        attention runs on a GPU alone.
+        The copy, on the CPU in float32, with larger weights than fresh ones; None where the architecture cannot be cut
+        so, the copy would be large, or its attention runs on a GPU alone.
     """
     config = copy.deepcopy(model.config)
     words: dict[str, Any] = {"attn_implementation": attention_of(model), "dtype": torch.float32}
@@ -41,6 +42,8 @@ def small_copy(model: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             toy = AutoModelForCausalLM.from_config(config, **words).eval()
+            for weight in toy.parameters():
+                weight.mul_(LARGER if weight.dim() > 1 else 1)
             toy(input_ids=torch.zeros(1, 2, dtype=torch.long))
             return toy
     except Exception as error:  # whatever a class of transformers raises over its fields
