@@ -125,12 +125,15 @@ def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) ->
     first = list(tidy_rows(rows.take(FIRST_ROWS), source, read))
     if not read.rows:
         raise DataError(f"stages.{stage.name}: {source.title} has no row. {LOOK}")
-    if count is not None:  # the rest of a table may be clean, the rest of a stream is read until one dirty row too many
-        refuse_dirt(source, read.dirty, count, stage.max_dirty_share)
+    ended = read.rows < FIRST_ROWS
+    if count is not None or ended or not first:  # the rest of a stream is read until one dirty row too many
+        refuse_dirt(source, read.dirty, count or read.rows, stage.max_dirty_share)
+    if ended and not first:
+        raise DataError(f"source {source.path!r} has no document with text in it. {LOOK}")
     if first and stage.kind not in ("pretrain", "classification"):  # texts of any length, of which nothing is asked
         length = stage.training.get("max_length") or 1024
         encoded = encode_rows(first, stage, tokenizer, length, recipe.seed, source)
-        if stage.task == "causal" and not encoded and count is not None:  # the rest of a table may have some
+        if stage.task == "causal" and not encoded and (count is not None or ended):  # the rest of a table may have some
             read = Read()
             every = tidy_rows(rows, source, read)
             while chunk := list(islice(every, BLOCK)):

@@ -85,6 +85,17 @@ def output_dir(name: str) -> Fault:
     return change
 
 
+def sees_past_positions(recipe: dict[str, Any]) -> None:
+    texts = [json.loads(line)["text"] for line in Path("prose.jsonl").read_text().splitlines()]
+    architecture = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2}
+    tokenizer = train_tokenizer(texts, 320, 128)
+    create_model(architecture, tokenizer, 0).save_pretrained("bloom")
+    tokenizer.save_pretrained("bloom")
+    recipe["model"]["id"] = "./bloom"
+    recipe["stages"][0] = {"name": "s", "kind": "pretrain", "data": [{"path": "prose.jsonl"}]}
+    recipe["stages"][0]["training"] = {"max_steps": 1, "max_length": 64}
+
+
 def row(number: int) -> dict[str, Any]:
     return {"prompt": f"What is {number}?", "completion": f" It is {number}."}
 
@@ -108,6 +119,11 @@ CASES: dict[str, tuple[Fault, int]] = {
     "no such column": (rows("a.jsonl", {"a": "x", "b": "y"}), 5),
     "all rows empty": (rows("a.jsonl", *[{"prompt": "", "completion": ""}] * 9), 5),
     "rows longer than any token": (training(max_length=2), 5),
+    "a stream of empty rows": (
+        both(rows("a.jsonl", *[{"prompt": "", "completion": ""}] * 9), source(streaming=True)),
+        5,
+    ),
+    "a stream of rows without a token": (both(source(streaming=True), training(max_length=2)), 5),
     "where keeps nothing": (source(where="note == 'nothing'"), 5),
     "a column of `where` that is not there": (source(where="nothing > 3"), 5),
     "where that is no condition": (source(where="note ="), 2),
@@ -140,6 +156,9 @@ CASES: dict[str, tuple[Fault, int]] = {
     "a suite's own rows in the training": (both(rows("a.jsonl", *MANY), suite_of(*MANY[:20])), 5),
     "generation beyond the model": (suite(generation={"max_new_tokens": 4000}), 2),
     "modules that are no pattern": (stage(lora={"r": 4, "target_modules": "(q_proj"}), 2),
+    "documents that would see each other": (sees_past_positions, 2),
+    "a number beyond its range": (training(learning_rate=1e300), 2),
+    "words that an optimizer passes over": (training(optim="sgd", adam_beta1=0.5), 2),
     "a damaged run folder": (files(lambda: (Path("run").mkdir(), Path("run/scorecard.json").write_text("3"))), 5),
 }
 
