@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import LOOK, Read, refuse_dirt, tidy_rows
@@ -64,6 +65,7 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
     for stage in recipe.stages:
         require_positions(stage, model)
         if isinstance(stage, Classification):
+            _require_classifier(stage, model.config)
             found = first_labels(stage, LABELS)
             earlier = heads.get(recipe.parent_of(stage.name)) if stage.parent_adapter == "continue" else None
             heads[stage.name] = head = head_of(stage, found, earlier)
@@ -84,6 +86,19 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
             require_window(recipe.evaluate[name], model)
         if "source" in rows[0]:
             set_languages(tokenizer, recipe.evaluate[name].data)
+
+
+def _require_classifier(stage: Stage, config: Any) -> None:
+    """Refuses a base of whose type transformers has no classifier."""
+    own = getattr(config, "auto_map", None) or {}  # of a repository with code
+    if (
+        type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        and "AutoModelForSequenceClassification" not in own
+    ):
+        raise RecipeError(
+            f"stages.{stage.name}: transformers has no classifier of a {config.model_type} model. Take a base of "
+            "another type, such as an encoder (BERT, ModernBERT) or a Llama."
+        )
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,17 @@ def sees_past_positions(recipe: dict[str, Any]) -> None:
     recipe["stages"][0]["training"] = {"max_steps": 1, "max_length": 64}
 
 
+def no_classifier(recipe: dict[str, Any]) -> None:
+    architecture = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    tokenizer = train_tokenizer(["a b c d"], 300, 128)
+    create_model(architecture, tokenizer, 0).save_pretrained("mamba")
+    tokenizer.save_pretrained("mamba")
+    recipe["model"]["id"] = "./mamba"
+    source = {"path": "sounds.jsonl", "columns": {"sentence": "note", "label": "sound"}}
+    recipe["stages"][0] = {"name": "s", "kind": "classification", "data": [source], "training": {"max_steps": 1}}
+    recipe["evaluate"] = {}
+
+
 def row(number: int) -> dict[str, Any]:
     return {"prompt": f"What is {number}?", "completion": f" It is {number}."}
 
@@ -157,6 +168,7 @@ CASES: dict[str, tuple[Fault, int]] = {
     "generation beyond the model": (suite(generation={"max_new_tokens": 4000}), 2),
     "modules that are no pattern": (stage(lora={"r": 4, "target_modules": "(q_proj"}), 2),
     "documents that would see each other": (sees_past_positions, 2),
+    "a base that is no classifier": (no_classifier, 2),
     "a number beyond its range": (training(learning_rate=1e300), 2),
     "words that an optimizer passes over": (training(optim="sgd", adam_beta1=0.5), 2),
     "a damaged run folder": (files(lambda: (Path("run").mkdir(), Path("run/scorecard.json").write_text("3"))), 5),
