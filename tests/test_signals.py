@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from hfpipe.cli import main
+from hfpipe.core import signals
 
 BOUND = 30  # seconds from a signal to the end of a process, on a busy machine
 HFPIPE = [sys.executable, "-m", "hfpipe"]
@@ -124,3 +125,20 @@ def test_a_reader_that_goes_away_is_no_fault() -> None:
         process.stdout.close()
         error = process.communicate(timeout=BOUND)[1]
         assert (process.returncode, error) == (0, b"")
+
+
+def test_an_error_that_a_signal_to_the_whole_group_brought_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A scheduler stops a group of processes, and the compiler that a training waits for may end first."""
+
+    def work(options: object) -> None:
+        with signals.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("the compiler was killed")
+
+    monkeypatch.setattr("hfpipe.cli.commands.recipes", work)
+    assert main(["recipes"]) == 75
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("hfpipe: stopped by SIGTERM")

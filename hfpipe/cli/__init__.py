@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from hfpipe.cli.parser import build_parser
 from hfpipe.core import display, ending, peers, signals
@@ -44,6 +45,9 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as error:
+        if not isinstance(error, UserError):
+            with suppress(KeyboardInterrupt):
+                signals.heed()  # it went to a whole group of processes, and a compiler or a worker ended of it first
         if signals.exit_code() is not None:  # a library has made another error of the interruption
             return _interrupted()
         with signals.held():  # a launcher stops the other ranks at once, and they have something to say
