@@ -130,6 +130,13 @@ def test_preview_writes_a_page_token_by_token(folder: Path, capsys: pytest.Captu
     assert "what does the" not in "".join(text for kind, text in spans[-30:] if kind == "trained")
 
 
+def test_preview_tells_of_rows_without_a_token_to_train_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = tiny.recipe(folder)
+    content["stages"][1]["training"]["max_length"] = 4
+    assert main(["preview", str(tiny.write(folder, content, "short.yaml")), "--rows", "3"]) == 0
+    assert "3 of 3 rows have no token to train on within max_length (4)" in capsys.readouterr().out
+
+
 def test_preview_shows_the_label_of_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tiny.recipe(folder)
     source = {"path": str(folder / "sounds.jsonl"), "columns": {"sentence": "note", "label": "sound"}}

@@ -110,7 +110,11 @@ def rows_of(recipe: Recipe, count: int) -> Iterator[Row]:
                 opened, _ = plain_labels(opened, source.path, stage.labels)
             rows = list(islice(tidy_rows(opened, source, Read()), count))
             limit = stage.training.get("max_length") or 1024
-            for number, row in enumerate(encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)):
+            encoded = encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)
+            if len(encoded) < len(rows):
+                left = f"{len(rows) - len(encoded)} of {len(rows)} rows have no token to train on"
+                print(f"{stage.name}, {source.title}: {left} within max_length ({limit}), and are not shown\n")
+            for number, row in enumerate(encoded):
                 ids, labels = row["input_ids"], row["labels"]
                 learned = f"{sum(label != IGNORED for label in labels)} trained"
                 if stage.kind == "classification":  # the text is read, and its label is learned
