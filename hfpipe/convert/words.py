@@ -136,7 +136,9 @@ def hold_out(draft: Draft, key: str, size: Any) -> None:
                     "changed", key, f"one row in {folds} is held out ({1 / folds:.1%} of the rows, not {size:.1%})"
                 )
             source["fold"], held["fold"] = {"of": folds, "leave": 1}, {"of": folds, "keep": 1}
-        draft.suites[name] = {"data": held, "metrics": ["bits_per_byte"]}
+        steps = draft.config.get("eval_steps")
+        every = {"every": steps} if isinstance(steps, int) and steps > 1 else {}
+        draft.suites[name] = {"data": held, "metrics": ["bits_per_byte"], **every}
 
 
 def part_of(draft: Draft, key: str, source: Block, share: float) -> None:

@@ -144,7 +144,7 @@ def score_key(*what: Any, suite: Suite) -> str:
 
 
 def _without_budget(suite: Suite) -> Suite:
-    return suite.model_copy(update={"budget": None, "budget_action": "fail"})
+    return suite.model_copy(update={"budget": None, "budget_action": "fail", "every": None})
 
 
 def score_stage(run: Run, name: str) -> list[Score]:

@@ -184,7 +184,7 @@ def _asking(suite: Suite | None) -> dict[str, Any] | None:
     return (
         None
         if suite is None
-        else suite.model_dump(exclude={"budget", "budget_action", "too_few_rows", "metrics", "batch_size"})
+        else suite.model_dump(exclude={"budget", "budget_action", "too_few_rows", "metrics", "batch_size", "every"})
     )
 
 

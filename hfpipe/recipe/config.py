@@ -190,6 +190,9 @@ class Suite(Words):
         None, gt=1, description="tokens that the model reads at once when a row is scored; its own context when absent"
     )
     batch_size: int = Field(16, gt=0, description="rows scored at once on each rank")
+    every: int | None = Field(
+        None, gt=0, description="steps after which a stage that trains is scored on it, besides before and after"
+    )
     generation: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.GenerationConfig")
     reasoning: Literal["keep", "strip"] = Field(
         "keep", description="`strip` takes reasoning blocks (<think>...</think>) off generated and right answers"

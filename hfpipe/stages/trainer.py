@@ -45,6 +45,7 @@ from hfpipe.stages.other_plan import read_across
 from hfpipe.stages.progress import LogCallback
 from hfpipe.stages.samples import Sampling, samples_of
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
+from hfpipe.stages.scored import ScoredWhileTraining
 from hfpipe.stages.trackers import guard_trackers
 
 DEFAULT_PER_DEVICE = 8
@@ -283,8 +284,10 @@ def _add_callbacks(
     place = [stage.name for stage in run.recipe.stages].index(run.stage.name) + 1
     title = f"{run.stage.name} ({run.stage.kind}, stage {place} of {len(run.recipe.stages)})"
     log = LogCallback(title, loader, run.folder / "log.jsonl", tokens_per_step, run.cost)
-    sampling = [Sampling(run, trainer)] if samples_of(run.stage) is not None else []
-    for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks, run.cost, log, *sampling):
+    looks: list[TrainerCallback] = [ScoredWhileTraining(run, trainer)]
+    if samples_of(run.stage) is not None:
+        looks.append(Sampling(run, trainer))
+    for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks, run.cost, log, *looks):
         trainer.add_callback(callback)
     return checkpoints
 

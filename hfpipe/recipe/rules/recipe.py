@@ -68,6 +68,11 @@ def check_suites_file(data: dict[str, Any]) -> Iterator[Fault]:
                 f"the model is named on the command line, `hfpipe evaluate MODEL FILE`; allowed are {listed(LOADING)}."
             )
             yield Fault(("model", key), text)
+    for suite in suites(data):
+        if "every" in suite.data:
+            yield Fault(
+                (*suite.steps, "every"), "counts the steps of a training, and this file trains nothing. Remove it."
+            )
     yield from _check_names(data)
     yield from _check_suites(data)
     yield from check_secrets(data)
