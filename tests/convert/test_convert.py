@@ -522,12 +522,13 @@ def test_a_missing_dataset_info_is_told(here: Path, capsys: pytest.CaptureFixtur
 
 def test_every_word_of_the_table_in_the_docs_is_converted() -> None:
     page = (Path(__file__).parents[2] / "docs/convert.md").read_text()
-    header, _, *rows = [line for line in page.splitlines() if line.startswith("|")][5:]
+    table = page[page.index("| recipe | axolotl |") :].split("\n\n")[0]
+    header, _, *rows = table.splitlines()
     tools = [cell.strip() for cell in header.strip("|").split("|")][1:]
     modules = [tool.lower().replace("-", "_") for tool in tools]
     for row in rows:
         for module, cell in zip(modules, row.strip("|").split("|")[1:], strict=True):
             key = cell.strip().strip("`")
-            table = import_module(f"hfpipe.convert.{module}").TABLE
-            table = table if module in ("torchtune", "oumi") else trainer_table("sft", table)
-            assert not key or rule_of(table, key) is not None, f"{module}: {key}"
+            rules = import_module(f"hfpipe.convert.{module}").TABLE
+            rules = rules if module in ("torchtune", "oumi") else trainer_table("sft", rules)
+            assert not key or rule_of(rules, key) is not None, f"{module}: {key}"
