@@ -383,7 +383,6 @@ def load_model(
         options["attn_implementation"] = ref.options.attn_implementation
     spread = spread and _can_be_spread(ref)
     if spread:
-        gc.collect()  # the parts of a model that was used before may hang in cycles
         with clear_errors("model", ref.path), torch.device("meta"):
             trust = ref.options.trust_remote_code
             shapes = AUTO_CLASSES[task].from_config(options.get("config") or config_of(ref), trust_remote_code=trust)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 SHARD_SIZE = "5GB"
-LARGE = 2**17  # bytes
+LARGE = 2**15  # bytes
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 

@@ -7,6 +7,7 @@ that it computes. What comes on top of such a model, an adapter, lies whole on e
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -29,7 +30,7 @@ from hfpipe.core.upstream import (
     layer_classes,
     leave_training_to_accelerate,
 )
-from hfpipe.model.shards import hold_no_free_memory
+from hfpipe.model.shards import give_back_memory, hold_no_free_memory
 
 RELOADED = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's way: the first rank reads all, and the others nothing
 
@@ -71,7 +72,14 @@ def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
 
 @contextmanager
 def each_rank_reads() -> Iterator[None]:
-    """Lets every rank read its own part while a model is loaded, whatever the launch says of reading on the first."""
+    """Lets every rank read its own part while a model is loaded, whatever the launch says of reading on the first.
+
+    The parts of a model that was used before are let go first.
+    """
+    gc.collect()  # they may hang in cycles
+    if ranks.state().device.type == "cpu":
+        hold_no_free_memory()
+        give_back_memory()
     given = parse_flag_from_env(RELOADED)
     disable_fsdp_ram_efficient_loading()
     try:
@@ -118,8 +126,6 @@ def settle(model: Any) -> None:
 
     All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts.
     """
-    if model.device.type == "cpu":
-        hold_no_free_memory()
     model.set_reshard_after_forward(True)
     leave_training_to_accelerate(model)
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 from fsdp_on_cpu import FSDP
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hfpipe.cli import main
 
@@ -119,3 +120,51 @@ def test_a_checkpoint_is_continued_on_other_ranks_and_without_fsdp(tmp_path: Pat
         else:
             spread(path, ranks)
     assert_same(tmp_path / "other" / "run", tmp_path / "one" / "run", ["prose"])
+
+
+def base(folder: Path, hidden: int) -> str:
+    """A Llama with random weights and a tokenizer of a run from nothing; 0.3 GB at a hidden size of 320."""
+    (folder / "made").mkdir(parents=True)
+    tiny.write_data(folder / "made")
+    content = tiny.recipe(folder / "made", merge=False, evaluate={}, **QUIET)
+    content["stages"] = content["stages"][:1]
+    content["stages"][0]["training"] |= {"max_steps": 1}
+    assert main(["run", str(tiny.write(folder / "made", content))]) == 0
+    made = folder / "made" / "run" / "stages" / "base" / "model"
+    config = LlamaConfig.from_pretrained(
+        made, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=48, num_attention_heads=4
+    )
+    config.num_key_value_heads, config.head_dim = 4, hidden // 4
+    target = folder / "base"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    for file in made.glob("token*"):
+        (target / file.name).write_bytes(file.read_bytes())
+    return str(target)
+
+
+def test_no_rank_ever_holds_more_than_its_part_and_a_layer(tmp_path: Path) -> None:
+    """The peak beside that of a run on a model of nearly no size: scored, trained beside an adapter, saved, scored."""
+    peaks = {}
+    for hidden in (32, 320):
+        folder = tmp_path / str(hidden)
+        folder.mkdir()
+        tiny.write_data(folder)
+        content = tiny.recipe(folder, merge=False, **QUIET)
+        content["model"] = {"id": base(folder, hidden)}
+        content["stages"] = content["stages"][1:]
+        content["stages"][0]["global_batch_size"] = 4
+        content["stages"][0]["lora"] = {"r": 2, "target_modules": ["q_proj"]}
+        content["stages"][0]["training"] |= {"max_steps": 2, "activation_checkpointing": True}
+        content["evaluate"] = {"sounds": content["evaluate"]["sounds"]}
+        content["evaluate"]["sounds"]["data"]["take"] = 8
+        content["evaluate"]["sounds"]["metrics"] = ["bits_per_byte"]
+        content["evaluate"]["sounds"]["batch_size"] = 2
+        (folder / "peaks").mkdir()
+        spread(tiny.write(folder, content), 4, PEAKS=str(folder / "peaks"))
+        peaks[hidden] = [int(path.read_text()) for path in sorted((folder / "peaks").iterdir())]
+    size = (tmp_path / "320" / "base" / "model.safetensors").stat().st_size
+    assert size >= 200e6
+    shares = [(large - small) / size for small, large in zip(peaks[32], peaks[320], strict=True)]
+    print(shares)
+    assert max(shares) <= 0.4
