@@ -204,6 +204,11 @@ class StageBase(Words):
         return {"type": "lora", **self.lora} if self.lora is not None else self.peft
 
     @property
+    def decided(self) -> dict[str, Any]:
+        """Returns fields of the trainer's arguments that follow from other words of the stage."""
+        return {}
+
+    @property
     def kept(self) -> Keep:
         """Returns the block that keeps what the parent can do; an empty one where the stage does nothing for it."""
         keep = getattr(self, "keep", None)
@@ -333,9 +338,10 @@ class Preference(StageBase):
     samples: SamplesWord = None
 
     @property
-    def losses(self) -> list[str]:
-        """Returns the losses, most often one."""
-        return [self.loss] if isinstance(self.loss, str) else self.loss
+    def decided(self) -> dict[str, Any]:
+        """Returns the losses, most often one; hfpipe itself computes log-probabilities before the training."""
+        losses = [self.loss] if isinstance(self.loss, str) else self.loss
+        return {"loss_type": losses, "precompute_ref_log_probs": False}
 
 
 KINDS: dict[str, type[StageBase]] = {

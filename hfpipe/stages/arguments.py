@@ -79,6 +79,7 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         "disable_tqdm": True,
     }
     decided = {
+        **stage.decided,
         "output_dir": str(folder),
         "seed": seed,
         "max_steps": max_steps,

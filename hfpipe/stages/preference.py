@@ -70,7 +70,7 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     plan = replace(plan, total=plan.max_steps * plan.global_batch)
     rows = ReferencedPairs(tokens, own)
     source = plan.serve(run, rows, tokens.lengths)
-    arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **_decided(stage))
+    arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation)
     adapted = with_adapter(run, model)
     with trained_weights_kept(adapted):
         trainer = _trainer(stage, adapted, arguments, run.tokenizer)
@@ -90,11 +90,6 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     epochs = {"epochs": round(facts["data"]["epochs"], 4)}
     facts["data"]["sources"] = {name: {**found, **epochs} for name, found in (sources | own_sources).items()}
     return facts
-
-
-def _decided(stage: Preference) -> dict[str, Any]:
-    """Returns what hfpipe decides of the trainer's arguments: log-probabilities are computed by `Reference`."""
-    return {"loss_type": stage.losses, "precompute_ref_log_probs": False}
 
 
 def _trainer(stage: Preference, model: Any, arguments: Any, tokenizer: Any) -> DPOTrainer:
@@ -125,7 +120,7 @@ def require_losses(recipe: Recipe, stage: Stage, tokenizer: Any) -> None:
     _require_ranks(stage)
     plain = {key: value for key, value in stage.training.items() if key not in SHARDING_WORDS}
     alone = stage.model_copy(update={"training": plain})
-    arguments = stage_arguments(alone, Path("."), recipe.seed, 1, **_decided(stage))
+    arguments = stage_arguments(alone, Path("."), recipe.seed, 1)
     small: dict[str, Any] = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
     small |= dict.fromkeys(("hidden_size", "intermediate_size"), 8)
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **small))
