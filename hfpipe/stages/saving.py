@@ -21,7 +21,6 @@ from hfpipe.model.adapter import TOLERANCE, adapter_state, probe, require_equal,
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
 from hfpipe.model.parts import verify_parts, write_parts
-from hfpipe.model.spread import is_spread
 from hfpipe.stages.context import StageRun
 
 SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
@@ -91,7 +90,7 @@ def _rehearse(run: StageRun, model: Any, sharded: bool) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> None:
+def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, in_parts: bool) -> None:
     """Writes the trained model or adapter in one piece, loads it again from disk, and compares it with the trained one.
 
     Optimizer, gradients and weights of the trainer are let go before the model is loaded again: the end of a training
@@ -101,11 +100,12 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> 
         run: The stage.
         trainer: Has the trained model.
         original: The first weights of an adapter whose making changed the base, see `original_state`.
+        in_parts: Whether the model was read in parts; one that accelerate has divided is spread by now, too.
 
     Raises:
         RuntimeError: What is on disk is not what was trained.
     """
-    if is_spread(trainer.model):
+    if in_parts:
         _save_spread(run, trainer, original)
         return
     target = run.folder / "model"

@@ -216,6 +216,7 @@ def train(
     """
     original = original_state(trainer.model) if run.stage.adapter is not None else {}
     _keep_every_layer(trainer.model)
+    in_parts = is_spread(trainer.model)
     checkpoint = _taken_up(run, trainer, loader)
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)
@@ -238,7 +239,7 @@ def train(
         signals.heed()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     with nullcontext() if last.exists() else signals.held():  # without a checkpoint the training would be lost
-        save(run, trainer, original)
+        save(run, trainer, original, in_parts=in_parts)
     chosen = {"early_stopping": selection.facts()} if selection else {}
     return {
         **chosen,

@@ -88,17 +88,47 @@ def labelled(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_encoders_and_fresh_heads_are_those_of_one_rank(tmp_path: Path) -> None:
+def chosen_and_kept(folder: Path) -> dict[str, Any]:
+    """On tied embeddings: all weights, the best of them by a suite, and an adapter beside the parent's own texts."""
+    content = tiny.recipe(folder, merge=False, **QUIET)
+    content["model"]["architecture"]["tie_word_embeddings"] = True
+    first, adapter = content["stages"]
+    training = {"max_steps": 4, "learning_rate": "2e-3", "max_length": 64}
+    best = {"name": "best", "early_stopping": {"suite": "general"}, "training": training | {"eval_steps": 2}}
+    kept = {"name": "kept", "keep": {"replay": {"rows": 8}}, "training": training | {"max_steps": 2}}
+    content["stages"] = [first, {key: value for key, value in adapter.items() if key != "lora"} | best, adapter | kept]
+    content["evaluate"]["sounds"]["metrics"] = ["bits_per_byte"]
+    return content
+
+
+def translated(folder: Path) -> dict[str, Any]:
+    """All weights of an encoder-decoder model from nothing, and an adapter on it."""
+    content = tiny.recipe(folder, merge=False, **QUIET)
+    sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    content["model"]["architecture"] = {"model_type": "t5"} | sizes
+    template = {"source": "{note}: {animal}", "target": "{sound}"}
+    source = {"path": "json", "data_files": str(folder / "sounds.jsonl"), "split": "train", "template": template}
+    training = {"max_steps": 4, "learning_rate": "2e-3", "max_length": 64}
+    stage = {"kind": "translation", "data": [source], "global_batch_size": 16, "training": training}
+    content["stages"] = [stage | {"name": "all"}, stage | {"name": "part", "lora": {"r": 4}}]
+    asked = source | {"data_files": str(folder / "asked.jsonl")}
+    content["evaluate"] = {"sounds": {"data": asked, "metrics": ["exact_match", "bits_per_byte"]}}
+    return content
+
+
+@pytest.mark.parametrize("made", [labelled, chosen_and_kept, translated], ids=lambda made: made.__name__)
+def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any) -> None:
     for place, ranks in (("one", 1), ("two", 2)):
         folder = tmp_path / place
         folder.mkdir()
         tiny.write_data(folder)
-        path = tiny.write(folder, labelled(folder))
+        content = made(folder)
+        path = tiny.write(folder, content)
         if ranks == 1:
             assert main(["run", str(path)]) == 0
         else:
             spread(path, ranks)
-    assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", ["prose", "whole", "beside"])
+    assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", [stage["name"] for stage in content["stages"]])
 
 
 def steps(folder: Path, count: int) -> Path:
