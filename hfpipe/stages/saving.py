@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer
 
 from hfpipe.core import ranks
-from hfpipe.core.errors import RecipeError
+from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.files import load_json, whole_folder, write_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.adapter import TOLERANCE, adapter_state, probe, require_equal, save_adapter, verify_tensors
@@ -103,6 +103,7 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, 
         in_parts: Whether the model was read in parts; one that accelerate has divided is spread by now, too.
 
     Raises:
+        DataError: What was trained gives no numbers.
         RuntimeError: What is on disk is not what was trained.
     """
     if in_parts:
@@ -114,6 +115,11 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, 
         # Without autocast, which the trainer wraps around a forward pass (bf16, fp16): what is loaded has none.
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
         trained = None if sharded else probe(model, run.tokenizer, run.probe_texts)
+    if trained is not None and trained.isnan().any():
+        raise DataError(
+            f"stages.{run.stage.name}: after its last step the model's answers are no longer numbers: its weights have "
+            "grown too large. Nothing was saved. Lower learning_rate (that is another training, from its first step)."
+        )
     if not ranks.is_main() and not sharded:
         let_go(trainer, model)
         ranks.wait()

@@ -397,7 +397,7 @@ def plan_of(stage: Stage, examples: int, packed: PackedRows | None = None) -> Pl
     if steps > 0:
         total = steps * per_device * accumulation * ranks.ranks()
     elif packed is None:
-        total = round(examples * epochs)
+        total = max(1, round(examples * epochs))  # a small part of an epoch is one step, at least
     else:
-        total = count_rows(packed, epochs)
+        total = max(1, count_rows(packed, epochs))
     return Plan(per_device, accumulation, total, packed)

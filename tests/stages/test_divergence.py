@@ -44,6 +44,18 @@ def test_a_loss_that_is_no_number_stops_the_stage(tmp_path: Path, kind: str, cap
     assert len(steps) < 6
 
 
+def test_weights_that_the_last_step_has_spoilt_are_told(tmp_path: Path, capsys: Any) -> None:
+    """No loss comes after the last step, so what is saved is looked at."""
+    assert main(["run", str(recipe(tmp_path, "sft", learning_rate=1e30, max_steps=1))]) == 5
+    assert "after its last step the model's answers are no longer numbers" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "stages" / "it" / "model").exists()
+
+
+def test_a_small_part_of_an_epoch_is_a_step(tmp_path: Path) -> None:
+    assert main(["run", str(recipe(tmp_path, "sft", num_train_epochs=0.001, max_steps=-1))]) == 0
+    assert json.loads((tmp_path / "run" / "stages" / "it" / "done.json").read_text())["steps"] == 1
+
+
 @pytest.mark.slow
 def test_sampling_words_of_a_base_that_does_not_sample_are_left_out_with_a_word(tmp_path: Path, capsys: Any) -> None:
     path = recipe(tmp_path, "sft", learning_rate=1e-3, max_steps=1)
