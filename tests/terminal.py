@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Sequence
 
 
@@ -44,6 +45,7 @@ class Terminal:
                 part = os.read(self._file, 65536)
             except OSError:  # Linux's word for the end, and for a command that has not opened its side yet
                 part = b""
+                time.sleep(0.01)
             if not part and self.process.poll() is not None:
                 return
             self._said += part
