@@ -45,8 +45,8 @@ def read_across(run: StageRun, trainer: Trainer, checkpoint: Path) -> None:
     ):
         raise MachineError(
             f"stages.{run.stage.name}: {checkpoint.name} was saved under another plan of FSDP than that of this launch "
-            f"(quantized weights, own texts and PiSSA are read whole and divided later). Start the run as before, on "
-            f"any number of ranks. Or move {checkpoint} away, and what is before it is taken."
+            "(quantized weights, and what makes own texts, are read whole and divided later). Start the run as before, "
+            f"on any number of ranks. Or move {checkpoint} away, and what is before it is taken."
         )
     rest = partial(_rest, trainer, checkpoint)
     if in_parts and not spread:

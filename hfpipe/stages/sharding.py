@@ -62,8 +62,11 @@ def _initial(stage: Stage) -> str:
 
 def reads_whole(stage: Stage) -> bool:
     """Returns True if every rank reads all weights of the stage's model under FSDP, or asks it part by part."""
-    takes_part = stage.parent_adapter != "continue" and _initial(stage).startswith(CHANGE_THE_BASE)
-    return bool(stage.quantized or takes_part or stage.kept.replay is not None or stage.task == "seq2seq")
+    return bool(stage.quantized or stage.kept.replay is not None or stage.task == "seq2seq")
+
+
+def _takes_part(stage: Stage) -> bool:
+    return stage.parent_adapter != "continue" and _initial(stage).startswith(CHANGE_THE_BASE)
 
 
 def _stores_bytes(stage: Stage) -> bool:
@@ -97,9 +100,9 @@ REFUSALS = (
         "`quantization: {type: nf4, bnb_4bit_quant_storage: bfloat16}`.",
     ),
     Refusal(
-        "PiSSA, OLoRA and other `init_lora_weights` that change the base, with ZeRO-3",
-        lambda stage, plan: plan == "zero3" and _initial(stage).startswith(CHANGE_THE_BASE),
-        "the adapter could not be turned back into one for the base as it came. Use FSDP2, or leave it out.",
+        "PiSSA, OLoRA and other `init_lora_weights` that change the base, with FSDP or ZeRO-3",
+        lambda stage, plan: plan in SPREADING and _takes_part(stage),
+        "the adapter could not be turned back into one for the base as it came. Start plain ranks, or leave it out.",
     ),
     Refusal(
         "`kl` or `l2` of `keep:` with FSDP or DeepSpeed",
@@ -121,8 +124,8 @@ REFUSALS = (
     Refusal(
         "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole",
         lambda stage, plan: plan == "fsdp" and stage.early_stopping is not None and reads_whole(stage),
-        "a rank does not have the whole model to score (quantized weights, PiSSA, OLoRA and the parent's own texts are "
-        "read whole and divided later). Start plain ranks, or leave it out.",
+        "a rank does not have the whole model to score (quantized weights and what makes own texts are read whole and "
+        "divided later). Start plain ranks, or leave it out.",
     ),
     Refusal(
         "FSDP on CPUs",

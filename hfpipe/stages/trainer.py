@@ -26,7 +26,7 @@ from hfpipe.core.files import load_json
 from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler
 from hfpipe.data.row_order import PackedRows, ShuffledRows, count_rows
-from hfpipe.model.adapter import CHANGE_THE_BASE, add_adapter, continue_adapter, original_state
+from hfpipe.model.adapter import add_adapter, continue_adapter, original_state
 from hfpipe.model.load import load_model
 from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
@@ -149,10 +149,7 @@ def load_parent(run: StageRun, **options: Any) -> Any:
         run: The stage.
         options: As of `load_model`.
     """
-    initial = str((run.stage.adapter or {}).get("init_lora_weights", ""))
-    # An adapter that takes its part out of the base's weights needs them whole, and so does who speaks.
-    takes_part = run.continued is None and initial.startswith(CHANGE_THE_BASE)
-    spread = not takes_part and run.stage.kept.replay is None
+    spread = run.stage.kept.replay is None  # who speaks is asked batch by batch, each rank its own
     return load_model(run.parent, frozen=run.stage.adapter is not None, spread=spread, **options)
 
 

@@ -19,8 +19,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "tensor, context or sequence parallelism (`parallelism_config`)": ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}),
     "`quantization: int8` with FSDP or ZeRO-3": (ZERO3, {"quantization": "int8", "lora": LORA}),
     "`quantization: nf4` in bytes with FSDP or ZeRO-3": (FSDP, {"quantization": "nf4", "lora": LORA}),
-    "PiSSA, OLoRA and other `init_lora_weights` that change the base, with ZeRO-3": (
-        ZERO3,
+    "PiSSA, OLoRA and other `init_lora_weights` that change the base, with FSDP or ZeRO-3": (
+        FSDP,
         {"lora": LORA | {"init_lora_weights": "pissa"}},
     ),
     "`kl` or `l2` of `keep:` with FSDP or DeepSpeed": (FSDP, {"keep": {"l2": {"weight": 0.1}}}),
