@@ -423,7 +423,14 @@ def load_to_score(ref: ModelRef) -> Any:
     An encoder-decoder model is whole on each rank: it generates by its two parts, and passes through one of them would
     leave a rank that is done with its rows behind.
     """
-    return load_model(ref, spread=task_of(ref) != "seq2seq")
+    kept = ref.is_adapter and copies_weights(read_adapter(ref.path))
+    return load_model(ref, spread=task_of(ref) != "seq2seq" and not kept)
+
+
+def copies_weights(adapter: Mapping[str, Any]) -> bool:
+    """Returns True if an adapter trains embeddings or a head beside it, which FSDP2 cannot copy; not a new head."""
+    named = adapter.get("modules_to_save") or adapter.get("trainable_token_indices")
+    return bool(named) and adapter.get("task_type") != "SEQ_CLS"
 
 
 def _can_be_spread(ref: ModelRef) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.adapter import CHANGE_THE_BASE
+from hfpipe.model.load import copies_weights
 from hfpipe.recipe import Recipe, Stage
 
 SPREADING = ("fsdp", "zero3")  # a rank has a part of the weights only
@@ -103,6 +104,11 @@ REFUSALS = (
         "PiSSA, OLoRA and other `init_lora_weights` that change the base, with FSDP or ZeRO-3",
         lambda stage, plan: plan in SPREADING and _takes_part(stage),
         "the adapter could not be turned back into one for the base as it came. Start plain ranks, or leave it out.",
+    ),
+    Refusal(
+        "`modules_to_save` or `trainable_token_indices` of an adapter, with FSDP",
+        lambda stage, plan: plan == "fsdp" and stage.kind != "classification" and copies_weights(stage.adapter or {}),
+        "what it trained was not the same as on one rank when it was tried. Start plain ranks, or train all weights.",
     ),
     Refusal(
         "`kl` or `l2` of `keep:` with FSDP or DeepSpeed",

@@ -23,6 +23,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         FSDP,
         {"lora": LORA | {"init_lora_weights": "pissa"}},
     ),
+    "`modules_to_save` or `trainable_token_indices` of an adapter, with FSDP": (
+        FSDP,
+        {"lora": LORA | {"modules_to_save": ["lm_head"]}},
+    ),
     "`kl` or `l2` of `keep:` with FSDP or DeepSpeed": (FSDP, {"keep": {"l2": {"weight": 0.1}}}),
     "own texts of the parent (`keep:`) with ZeRO-3": (ZERO3, {"keep": {"replay": {}}}),
     "`early_stopping` with DeepSpeed": (ZERO3, {"early_stopping": {"suite": "sounds"}}),
