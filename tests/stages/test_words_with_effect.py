@@ -36,7 +36,7 @@ PASSED = words_of(
     """
     activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
     average_tokens_across_devices bf16 ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
-    ddp_static_graph ddp_timeout debug disable_tqdm fp16 full_determinism gradient_checkpointing
+    ddp_static_graph ddp_timeout disable_tqdm fp16 full_determinism gradient_checkpointing
     gradient_checkpointing_kwargs include_num_input_tokens_seen label_smoothing_factor learning_rate
     liger_kernel_config log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter
     logging_steps logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm neftune_noise_alpha optim

@@ -39,6 +39,7 @@ _DECIDED = {
 _ONLY = {
     "save_only_model": (False, "a run could not be continued exactly without its optimizer."),
     "auto_find_batch_size": (False, "the batches follow from the recipe; write `per_device_train_batch_size`."),
+    "debug": ("", "a loss or gradient that is no finite number stops the stage, and its rows are told."),
     "truncation_mode": ("keep_start", "rows that are too long are cut at their end."),
     "sync_ref_model": (False, "the reference is the stage's parent, and stays it."),
     "padding_free": (False, "rows of one step are of like length; with `packing: true` examples share rows."),
