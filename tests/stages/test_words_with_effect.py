@@ -132,6 +132,7 @@ def test_every_word_of_training_acts_or_is_refused(kind: str) -> None:
 def test_words_that_are_passed_reach_the_trainer(kind: str, tmp_path: Path) -> None:
     cls, source = arguments_class(kind), {"path": "json"}
     free = {"report_to", "deepspeed", "optim", "lr_scheduler_type", "debug", "tf32", "optim_target_modules", "bf16"}
+    free |= {"precompute_ref_log_probs"}  # a preference stage gives it to its trainer later
     for field in dataclasses.fields(cls):
         default = default_of(field)
         if (
