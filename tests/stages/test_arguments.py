@@ -43,6 +43,7 @@ def _stage(folder: Path, data: Path, kind: str, **training: object) -> Path:
         ({"max_steps": -1, "num_train_epochs": -1}, 2, "found -1; allowed is a number above 0"),
         ({"weight_decay": float("nan")}, 2, "found nan, which nothing can be set to"),
         ({"adam_epsilon": float("inf")}, 2, "found inf, which nothing can be set to"),
+        ({"adam_epsilon": 0}, 2, "a number above 0"),  # 0 / 0 where a gradient is 0
         ({"save_only_model": True}, 2, "continued exactly"),
         ({"truncation_mode": "keep_end"}, 2, "cut at their end"),
         ({"train_sampling_strategy": "group_by_length"}, 2, "shuffled by the recipe's `seed`"),

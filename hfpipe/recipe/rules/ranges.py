@@ -85,6 +85,7 @@ RANGES: dict[str, Range] = {
             "eval_steps",
             "save_minutes",
             "beta",
+            "adam_epsilon",
             "discopop_tau",
             "lora_alpha",
         ),
