@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 
 
 def trainer_of(model: Any) -> Trainer:
-    arguments = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
+    arguments = TrainingArguments(output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=True)
     return Trainer(model=model, args=arguments)
 
 
