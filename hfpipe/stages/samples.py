@@ -49,7 +49,7 @@ def asked_texts(stage: Stage, tokenizer: Any) -> list[RowText]:
         source = stage.data[0]
         asking = Asking(open_source(source, kinds=kinds_of(stage)).taken.format.name, source)
     else:
-        asking = Asking("messages" if stage.kind == "preference" and tokenizer.chat_template else "text")
+        asking = Asking("text" if stage.kind == "pretrain" or not tokenizer.chat_template else "messages")
     return [text_of_prompt(asking.of_text(prompt), tokenizer) for prompt in block.prompts]
 
 
