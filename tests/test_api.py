@@ -86,6 +86,8 @@ def test_what_a_notebook_shows_is_whole(result: Run) -> None:
     assert shown(result.scores).count("<tr>") == 1 + len(result.scores)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_of_the_docs_runs(tmp_path: Path) -> None:
     nbclient = pytest.importorskip("nbclient")
     import nbformat

@@ -78,6 +78,7 @@ def test_half_of_the_rows_are_exchanged_and_always_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_trains_on_each_row_and_its_swapped_form(tmp_path: Path) -> None:
     """The sounds of one animal are told of the other."""
     tiny.write_data(tmp_path)

@@ -111,6 +111,7 @@ def test_a_source_without_a_document_is_an_error_however_it_ends(tokenizer, othe
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_pretrain_stage_replays_a_fine_tuning_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, evaluate={}, merge=False, push=None)

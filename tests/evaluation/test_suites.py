@@ -122,6 +122,7 @@ def test_minimal_pairs_are_the_plain_scripts_and_a_tie_is_wrong(model: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_minimal_pairs_with_a_delimiter_are_lm_evals(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     rows = [

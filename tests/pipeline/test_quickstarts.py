@@ -16,6 +16,7 @@ def scores(folder: Path, name: str, **changes: object) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_encoder_decoder_model_translates(tmp_path: Path) -> None:
     found = scores(tmp_path, "seq2seq-quickstart", stages__numbers__training__max_steps=120)
     for suite in ("german", "chinese"):
@@ -25,6 +26,7 @@ def test_an_encoder_decoder_model_translates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_decoder_translates_as_a_chat_and_learns_the_assistants_turns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,6 +52,7 @@ def test_one_of_two_answers_is_preferred(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_class_several_and_a_number(tmp_path: Path) -> None:
     changes = {"stages__package__training__max_steps": 30, "evaluate__package__data__take": 80}
     changes["stages__magnitude__training__max_steps"] = 80
@@ -61,6 +64,7 @@ def test_one_class_several_and_a_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_folds_with_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores(tmp_path, "small-data-quickstart", stages__digits__training__num_train_epochs=8)
     said = capsys.readouterr().out

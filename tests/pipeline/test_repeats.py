@@ -103,6 +103,7 @@ def test_an_interrupted_choice_is_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_seeds_give_mean_and_spread_and_each_repeat_is_the_plain_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +139,7 @@ def test_seeds_give_mean_and_spread_and_each_repeat_is_the_plain_run(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_row_is_held_out_once_and_never_trained_on_in_that_repeat(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     block = {"stage": "sounds", "folds": 3, "metrics": ["bits_per_byte"]}

@@ -78,6 +78,7 @@ def sizes(name: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_as_it_is_shipped(name: str, hfpipe: Command, tmp_path: Path) -> None:
     folder, recipe, words = tmp_path / "run", str(RECIPES[name]), sizes(name, tmp_path / "run")

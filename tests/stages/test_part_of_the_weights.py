@@ -69,6 +69,7 @@ def test_one_rate_for_all_is_the_learning_rate(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_stage_goes_on_with_its_rates(tmp_path: Path) -> None:
     stage = {"learning_rates": {"mlp": 4e-3}, "freeze": ["embed_tokens"]}
     words = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}

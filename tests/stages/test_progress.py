@@ -65,6 +65,7 @@ def test_a_plateau_is_told_unless_the_learning_rate_has_decayed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_json_tells_stages_steps_scores_and_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.write_data(tmp_path)
     path = str(tiny.write(tmp_path, tiny.recipe(tmp_path, merge=False)))

@@ -35,6 +35,7 @@ def samples(folder: Path, stage: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_samples_stand_beside_each_other_and_change_no_weight(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def test_scores_while_a_stage_trains(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_stage_has_the_scores_of_a_whole_one(tmp_path: Path) -> None:
     assert main(["run", str(write(tmp_path / "whole", 1))]) == 0
     path = write(tmp_path / "cut", 1)

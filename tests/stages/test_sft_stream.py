@@ -41,6 +41,8 @@ def facts(folder: Path, output: str) -> dict[str, Any]:
     return json.loads((folder / output / "stages/sounds/done.json").read_text())["data"]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_streamed_stage_is_the_same_killed_and_on_two_ranks(tmp_path: Path, packing: bool) -> None:
     assert main(["run", str(recipe(tmp_path, "whole", packing))]) == 0
