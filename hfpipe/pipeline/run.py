@@ -127,7 +127,8 @@ def _warn(recipe: Recipe, samples: Mapping[tuple[str, int], Sample], tokenizer: 
         for place, source in enumerate(stage.data):
             for flaw in flaws_of(samples[stage.name, place].rows, stage, tokenizer, length, source):
                 if flaw.share >= FEW:
-                    ranks.say(f"{stage.name}: {source.title}: {flaw.share:.0%} of the first rows {flaw.what}")
+                    told = f"{stage.name}: {source.title}: {flaw.share:.0%} of the first rows {flaw.what}"
+                    ranks.say(told, "warning")
 
 
 def _made_to_fit(run: Run, fits: list[Fit]) -> Run:
