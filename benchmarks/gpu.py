@@ -42,6 +42,7 @@ from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Sft
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.causal_loss import WithFastLoss
+from hfpipe.stages.cost import peak_flops
 from hfpipe.stages.memory import Setting, predict
 
 WARM = 3
@@ -88,7 +89,6 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {  # config, rows of a micr
 }
 WAYS = ("full", "lora", "qlora")
 LORA = {"r": 16, "target_modules": "all-linear"}
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12, "3090": 71e12}  # dense bf16
 ON_GPU = torch.cuda.is_available()
 
 
@@ -341,8 +341,7 @@ def cell(side: Callable[..., Any], shape: str, way: str, steps: int) -> dict[str
         seconds, losses = side(shape, way, steps)
     except (RuntimeError, ImportError, ValueError) as error:  # no room, or no package: the other cells go on
         return {"failed": str(error).split("\n")[0][:200]}
-    name = torch.cuda.get_device_name() if ON_GPU else ""
-    peak = next((value for key, value in PEAKS.items() if key in name), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if ON_GPU else None
     speed = rows * tokens / seconds
     return {
         "tokens_per_second": round(speed),

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -359,6 +359,22 @@ def _work_line(work: Work, width: int, now: float) -> Any:
     return _row(label, _bar(work.done / work.total, max(8, width - label.cell_len - len(told) - 4)), told)
 
 
+def speed_facts(row: Mapping[str, Any], memory: int) -> list[str]:
+    """How fast a stage trains, in words, as far as that is known.
+
+    Args:
+        row: `tokens_per_second`, `mfu` and `data_wait` (shares), `seconds_per_step`.
+        memory: The peak so far, in bytes; 0 where that is not known.
+    """
+    known = {key: value for key, value in row.items() if value is not None}
+    facts = [f"{known['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in known else []
+    facts += [f"MFU {known['mfu']:.0%}"] if "mfu" in known else []
+    facts += [f"{known['seconds_per_step']:.2f} s/step"] if "seconds_per_step" in known else []
+    facts += [f"{memory / GIB:.1f} GiB at most"] if memory else []
+    facts += [f"{known['data_wait']:.0%} waiting for data"] if "data_wait" in known else []
+    return facts
+
+
 def _training_lines(shown: Training, width: int) -> list[Any]:
     from rich.text import Text
 
@@ -369,15 +385,7 @@ def _training_lines(shown: Training, width: int) -> list[Any]:
     title = Text(f"  {shown.title}", style="bold")
     title.truncate(max(4, width - len(told) - 12), overflow="ellipsis")
     lines = [_row(title, _bar(share, max(8, width - title.cell_len - len(told) - 4)), told)]
-    facts = []
-    if "tokens_per_second" in row:
-        facts.append(f"{row['tokens_per_second']:,} tokens/s")
-    if "seconds_per_step" in row:
-        facts.append(f"{row['seconds_per_step']:.2f} s/step")
-    if shown.memory:
-        facts.append(f"{shown.memory / GIB:.1f} GiB at most")
-    if "data_wait" in row:
-        facts.append(f"{row['data_wait']:.0%} waiting for data")
+    facts = speed_facts(row, shown.memory)
     if shown.losses:
         loss = f"  loss {shown.losses[-1]:.4f}  "
         lines += [Text(loss + sparkline(shown.losses, min(60, width - len(loss)))), _dim("   ".join(facts))]

@@ -22,7 +22,7 @@ from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.recipe.metric_table import OUR_METRICS
 from hfpipe.report.samples import pick_samples
 from hfpipe.scores.scorecard import BASE, Score, change_since, read_scorecard, stages_of
-from hfpipe.scores.wording import change_words, describe
+from hfpipe.scores.wording import change_words, describe, percent
 
 APART = ("name", "output_dir")  # keys of a recipe in which two runs differ that train the same
 LONGEST_VALUE, LONGEST_TEXT = 100, 200  # characters that are shown
@@ -221,6 +221,8 @@ COST: dict[str, Callable[[Any], str]] = {
     "steps": "{:,}".format,
     "tokens": "{:,}".format,
     "tokens_per_second": "{:,.0f}".format,
+    "mfu": percent,
+    "data_wait": percent,
     "seconds": "{:,.0f}".format,
     "peak_memory": lambda size: f"{size / GIB:.2f} GiB",
     "kwh": "{:.3g}".format,

@@ -11,7 +11,7 @@ from typing import Any
 from hfpipe.core.files import GIB, read_json, read_jsonl
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
-from hfpipe.report.layout import Number, Section, Table
+from hfpipe.report.layout import Cell, Number, Section, Table
 from hfpipe.scores.wording import between, number, percent
 
 MOST_CLASSES = 30  # of a confusion matrix that a person still reads
@@ -233,7 +233,7 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
     """
     if not totals:
         return None
-    hours = "GPU hours" if any(total["device"] != "CPU" for total in totals.values()) else "CPU process hours"
+    unit = "GPU hours" if any(total["device"] != "CPU" for total in totals.values()) else "CPU process hours"
     summed = ("device_hours", "tokens", "flops", "kwh", "kg_co2", "attempts")
     sums: dict[str, Any] = {"tokens_per_second": None}
     for key in ("seconds", *summed):
@@ -242,18 +242,34 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
     rows = []
     for name, total in [*totals.items(), *([("all stages", sums)] if len(totals) > 1 else [])]:
         device = f"{total['devices']} x {total['device']}" if "device" in total else ""
-        keys = ("device_hours", "tokens", "tokens_per_second", "flops", "kwh", "kg_co2", "attempts")
-        memory = [_gigabytes(total.get(key)) for key in ("peak_memory", "predicted_memory")]
-        rows.append([name, device, _clock(total["seconds"]), *(_short(total.get(key)) for key in keys), *memory])
-    counted = ("time", hours, "tokens", "tokens/s", "FLOPs", "kWh", "kg CO2", "attempts", "peak memory", "predicted")
-    return Section("Cost", Table(["stage", "on", *map(Number, counted)], rows), _cost_notes(totals))
+        shares = [percent(total[key]) if total.get(key) is not None else "" for key in ("mfu", "data_wait")]
+        hours, tokens, *others = (_short(total.get(key)) for key in summed)
+        rows.append([name, device, _clock(total["seconds"]), hours, tokens, _speed(total), *shares, *others])
+        rows[-1] += [_gigabytes(total.get(key)) for key in ("peak_memory", "predicted_memory")]
+    counted = ("time", unit, "tokens", "tokens/s", "MFU", "data wait", "FLOPs", "kWh", "kg CO2", "attempts")
+    head = ["stage", "on", *map(Number, (*counted, "peak memory", "predicted"))]
+    return Section("Cost", _without_empty_columns(Table(head, rows)), _cost_notes(totals))
+
+
+def _speed(total: Mapping[str, Any]) -> str | Cell:
+    """Tokens a second; below it those with padding, where there was some."""
+    speed, padding = total.get("tokens_per_second"), total.get("padding_share")
+    return Cell(_short(speed), f"{_short(speed / (1 - padding))} padded" if speed and padding else "")
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """A table without the columns that no row has anything in."""
+    columns = zip(*table.rows, strict=True)
+    kept = [n for n, column in enumerate(columns) if any(getattr(cell, "text", cell) for cell in column)]
+    return Table([table.head[n] for n in kept], [[row[n] for n in kept] for row in table.rows])
 
 
 def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:
     notes = [
         "Training only, from loading the model to saving it, summed over interrupted and resumed attempts; scoring the "
         "suites is not counted. FLOPs are 4 for each parameter and token and 2 more for each that is trained, the head "
-        "included and the embeddings not. "
+        "included and the embeddings not. MFU is the share of the devices' peak in 16 bits that tokens without padding "
+        "took. Data wait is the share of the training that steps waited for data. "
         "Peak memory is the main process's (on a GPU what torch's allocator took), and predicted is what "
         "the model's shapes say for its longest rows."
     ]
@@ -273,9 +289,14 @@ def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def stage_costs(folder: Path, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The totals of cost.json by stage, of the stages that have one."""
-    found = {stage.name: read_json(folder / "stages" / stage.name / "cost.json") for stage in recipe.stages}
-    return {name: costs["total"] for name, costs in found.items() if costs}
+    """The totals of cost.json and the share of padding by stage, of the stages that have them."""
+    found = {}
+    for stage in recipe.stages:
+        place = folder / "stages" / stage.name
+        if costs := read_json(place / "cost.json"):
+            padding = read_json(place / "done.json").get("data", {}).get("padding_share")
+            found[stage.name] = costs["total"] | {"padding_share": padding}
+    return found
 
 
 def _clock(seconds: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -20,10 +21,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hfpipe.core import ranks
 from hfpipe.core.errors import Stopped
 from hfpipe.core.files import load_json, write_json
+from hfpipe.data.dataloader import BatchLoader
 from hfpipe.model.memory import Memory, PeakMeter
 from hfpipe.recipe import Energy
 
-SUMMED = ("steps", "tokens", "flops", "seconds", "training_seconds", "device_hours")
+SUMMED = ("steps", "tokens", "flops", "seconds", "training_seconds", "waited_seconds", "device_hours")
+# Teraflops of products of matrices in bfloat16 (float16 where there is none), summed in float32, without sparsity, by
+# the data sheets of NVIDIA and AMD; of a form that has others, the name with its form stands first.
+PEAKS = {
+    **{"B300": 2250, "B200": 2250, "GB200": 2500, "H200": 989, "GH200": 989, "H20": 148, "H100 PCIe": 756},
+    **{"H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125},
+    **{"L40S": 362, "L40": 181, "L4": 121, "T4": 65, "V100": 125, "RTX 6000 Ada": 364, "RTX A6000": 155},
+    **{"RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080": 60},
+    **{"MI355X": 2517, "MI350X": 2310, "MI325X": 1307, "MI300X": 1307, "MI300A": 981, "MI250X": 191, "MI210": 181},
+}
+OTHER_FORMS = r"(?!.*(?:MIG|Laptop|Max-Q))(?!-?\s?(?:Ti|SUPER|D)\b)"  # what has less than the name says
 
 
 class EnergyMeter:
@@ -92,8 +104,9 @@ class CostMeter(TrainerCallback):
 
     def __init__(self, folder: Path, stage_hash: str, energy: Energy | bool) -> None:
         self.path, self.stage_hash = folder / "cost.json", stage_hash
-        self.tokens_per_step: float | None = None
-        self.flops_per_token = 0
+        self._loader: BatchLoader | None = None
+        self._tokens_per_step: float | None = None
+        self._flops_per_token = 0
         self._peak = PeakMeter()
         self._begin = time.perf_counter()
         self._training = 0.0  # the clock at the first step of this attempt
@@ -108,10 +121,12 @@ class CostMeter(TrainerCallback):
                 how = f"codecarbon {__version__}"
                 if ranks.state().is_local_main_process:  # it measures a machine, not a process
                     self._meter = EnergyMeter(energy.country_iso_code if isinstance(energy, Energy) else None)
-        gpu = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        peak = peak_flops(device)
         self.record: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if gpu else "CPU",
+            "device": device,
             "devices": ranks.ranks(),
+            "peak_flops": peak and peak * ranks.ranks(),
             "energy_by": how,
             "country": energy.country_iso_code if isinstance(energy, Energy) else None,
             **dict.fromkeys(SUMMED, 0),
@@ -135,13 +150,29 @@ class CostMeter(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         steps = state.global_step - self._from
         self.record["steps"] = steps
-        self.record["tokens"] = round(steps * self.tokens_per_step) if self.tokens_per_step else None
-        self.record["flops"] = self.record["tokens"] and self.record["tokens"] * self.flops_per_token
+        self.record["tokens"] = round(steps * self._tokens_per_step) if self._tokens_per_step else None
+        self.record["flops"] = self.record["tokens"] and self.record["tokens"] * self._flops_per_token
         self.record["training_seconds"] = round(time.perf_counter() - self._training, 3)
+        self.record["waited_seconds"] = round(self._loader.waited_seconds, 3) if self._loader is not None else 0
         self._gather()
         self._write()
 
     on_save = on_train_end = on_log
+
+    def watch(self, model: Any, loader: BatchLoader, tokens_per_step: float | None) -> None:
+        """Says what is trained, before the first step.
+
+        Args:
+            model: The model, with what is trained of it.
+            loader: Knows how long steps waited for data.
+            tokens_per_step: Tokens of a step over all ranks, without padding; None where that is not known.
+        """
+        self._loader, self._tokens_per_step, self._flops_per_token = loader, tokens_per_step, flops_per_token(model)
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """The share of the devices' peak that a speed over all ranks takes; None where the peak is not known."""
+        peak = self.record["peak_flops"]
+        return tokens_per_second * self._flops_per_token / peak if peak else None
 
     def predicted(self, memory: Memory) -> None:
         """Records a prediction of the peak memory beside what is measured.
@@ -173,6 +204,17 @@ class CostMeter(TrainerCallback):
         write_json(self.path, {"stage": self.stage_hash, "attempts": attempts, "total": total_of(attempts)})
 
 
+def peak_flops(device: str) -> float | None:
+    """Returns the most operations a second that a device can do; None of a device that `PEAKS` does not have.
+
+    Args:
+        device: Its name, as `torch.cuda.get_device_name` has it.
+    """
+    known = (peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b{OTHER_FORMS}", device))
+    peak = next(known, None)
+    return peak and peak * 1e12
+
+
 def flops_per_token(model: Any) -> int:
     """Returns the FLOPs of a training step for each of its tokens.
 
@@ -202,17 +244,23 @@ def total_of(attempts: list[dict[str, Any]]) -> dict[str, Any]:
         attempts: Records of cost.json, the last one last.
 
     Returns:
-        The sums, `tokens_per_second` over the training loop, `attempts`, `measured` (attempts whose energy was
-        measured), and of the last attempt `device`, `devices`, `energy_by` and `country`.
+        The sums, over the training loop `tokens_per_second`, `mfu` (the share of the devices' peak, of tokens that are
+        no padding; None where that is not known) and `data_wait` (the share of the time), `attempts`, `measured`
+        (attempts whose energy was measured), and of the last attempt `device`, `devices`, `energy_by` and `country`.
     """
     sums: dict[str, Any] = {}
     for key in (*SUMMED, "kwh", "kg_co2"):
         known = [record[key] for record in attempts if record.get(key) is not None]
         sums[key] = sum(known) if known else None
-    speed = sums["tokens"] / sums["training_seconds"] if sums["tokens"] and sums["training_seconds"] else None
+    seconds = sums["training_seconds"] or 0
+    possible = sum(
+        (record.get("peak_flops") or math.nan) * (record.get("training_seconds") or 0) for record in attempts
+    )
     return {
         **sums,
-        "tokens_per_second": speed,
+        "tokens_per_second": sums["tokens"] / seconds if sums["tokens"] and seconds else None,
+        "mfu": sums["flops"] / possible if sums["flops"] and possible > 0 else None,
+        "data_wait": sums["waited_seconds"] / seconds if sums["waited_seconds"] is not None and seconds else None,
         "attempts": len(attempts),
         "measured": sum("kwh" in record for record in attempts),
         "peak_memory": max((record.get("peak_memory", 0) for record in attempts), default=0) or None,

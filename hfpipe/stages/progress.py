@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hfpipe.core import display, ranks, signals
 from hfpipe.core.files import write_text
 from hfpipe.data.dataloader import BatchLoader
-from hfpipe.stages.cost import CostMeter
+from hfpipe.stages.cost import CostMeter, total_of
 
 WAITING = 0.1  # share of the time that a step may wait for data
 WAITED_SECONDS = 20.0  # of training, before that is judged
@@ -32,7 +32,7 @@ class LogCallback(TrainerCallback):
         loader: Knows how long steps waited for data.
         path: The file.
         tokens_per_step: Tokens of a step over all ranks, without padding; None where that is not known.
-        cost: Knows the peak of the memory.
+        cost: Knows the peak of the memory, and the share of the devices' peak that a speed takes.
     """
 
     def __init__(
@@ -62,6 +62,9 @@ class LogCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._showing.close()
+        if args.should_save and (cost := total_of([self.cost.record]))["steps"]:
+            facts = display.speed_facts(cost, cost["peak_memory"] or 0)
+            ranks.say(f"  trained for {display.clock(cost['training_seconds'])}: {', '.join(facts)}")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs or not args.should_save:
@@ -73,7 +76,10 @@ class LogCallback(TrainerCallback):
         row["seconds_per_step"] = round(seconds / steps, 4)
         row["data_wait"] = round((self.loader.waited_seconds - waited) / seconds, 4)
         if self.tokens_per_step:
-            row["tokens_per_second"] = round(self.tokens_per_step * steps / seconds)
+            speed = self.tokens_per_step * steps / seconds
+            row["tokens_per_second"] = round(speed)
+            if (mfu := self.cost.mfu(speed)) is not None:
+                row["mfu"] = round(mfu, 4)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         left = (state.max_steps - state.global_step) * seconds / steps
@@ -87,6 +93,7 @@ class LogCallback(TrainerCallback):
         shown.row, shown.left, shown.memory = row, left, memory
         shown.losses.append(row["loss"])
         speed = f"  {row['tokens_per_second']:,} tokens/s" if "tokens_per_second" in row else ""
+        speed += f"  MFU {row['mfu']:.0%}" if "mfu" in row else ""
         display.logged(
             f"  step {row['step']:>{len(str(max_steps))}}/{max_steps}  loss {row['loss']:.4f}"
             f"  {row['seconds_per_step']:.2f} s/step{speed}  {display.clock(left)} left",

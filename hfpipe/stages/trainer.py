@@ -38,7 +38,6 @@ from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, newest_whole
 from hfpipe.stages.context import StageRun
-from hfpipe.stages.cost import flops_per_token
 from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.early_stopping import Selection
 from hfpipe.stages.other_plan import read_across
@@ -280,7 +279,7 @@ def _add_callbacks(
     trainer.remove_callback(PrinterCallback)  # LogCallback prints
     guard_trackers(trainer)
     watch = StopWhenNotFinite(trainer, loader, run.tokenizer, run.stage.name, run.folder)
-    run.cost.tokens_per_step, run.cost.flops_per_token = tokens_per_step, flops_per_token(trainer.model)
+    run.cost.watch(trainer.model, loader, tokens_per_step)
     place = [stage.name for stage in run.recipe.stages].index(run.stage.name) + 1
     title = f"{run.stage.name} ({run.stage.kind}, stage {place} of {len(run.recipe.stages)})"
     log = LogCallback(title, loader, run.folder / "log.jsonl", tokens_per_step, run.cost)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfpipe.cli import main
-from hfpipe.stages.cost import flops_per_token, total_of
+from hfpipe.stages.cost import flops_per_token, peak_flops, total_of
 
 # Runs in the process under test before anything else: no one connects anywhere, and who tries is written down.
 NO_NETWORK = """
@@ -147,6 +147,64 @@ def test_the_pages_hold_the_cost(killed: Path) -> None:
     path.write_text(whole)
     assert f"emissions: {grams}" in card
     assert "hardware_used: CPU" in card
+
+
+@pytest.mark.parametrize(
+    ("device", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("AMD Instinct MI300X", 1307),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A10G", None),
+        ("CPU", None),
+    ],
+)
+def test_the_peak_of_a_device_is_that_of_its_form(device: str, teraflops: float | None) -> None:
+    assert peak_flops(device) == (teraflops and teraflops * 1e12)
+
+
+def test_the_share_of_the_peak_is_that_of_all_attempts_on_known_devices() -> None:
+    known = {"device": "X", "devices": 1, "energy_by": "", "country": None, "tokens": 100, "waited_seconds": 1.0}
+    attempts = [
+        known | {"flops": 4e12, "training_seconds": 8.0, "peak_flops": 1e12},
+        known | {"flops": 2e12, "training_seconds": 1.0, "peak_flops": 4e12},
+    ]
+    total = total_of(attempts)
+    assert total["mfu"] == pytest.approx(6 / 12)
+    assert total["data_wait"] == pytest.approx(2 / 9)
+    assert total_of([*attempts, known | {"flops": 1e12, "training_seconds": 1.0, "peak_flops": None}])["mfu"] is None
+
+
+@pytest.mark.slow
+def test_on_a_known_device_the_share_of_its_peak_is_told_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hfpipe.stages.cost.PEAKS", {"CPU": 1e-3})  # a gigaflop a second
+    tiny.write_data(tmp_path)
+    content = small(tmp_path)
+    content["stages"][0]["training"]["logging_steps"] = 2
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    said = capsys.readouterr().out
+    place = tmp_path / "run/stages/prose"
+    total = json.loads((place / "cost.json").read_text())["total"]
+    assert total["mfu"] == pytest.approx(total["flops"] / total["training_seconds"] / 1e9)
+    rows = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+    per_token = total["flops"] / total["tokens"]
+    assert all(row["mfu"] == pytest.approx(row["tokens_per_second"] * per_token / 1e9, rel=1e-3) for row in rows)
+    assert f"MFU {rows[0]['mfu']:.0%}" in said
+    assert f"MFU {total['mfu']:.0%}" in said
+    assert f"{100 * total['mfu']:.1f} %" in (tmp_path / "run/report.md").read_text()
 
 
 @pytest.mark.slow
