@@ -31,7 +31,7 @@ from hfpipe.stages.compatibility import Sample, long_rows
 from hfpipe.stages.fit import Fit, fitted, require_memory
 from hfpipe.stages.memory import copies_of
 from hfpipe.stages.own_texts import MOST_TEXTS, opening_of
-from hfpipe.stages.trainer import divide_batch
+from hfpipe.stages.trainer import divide_batch, warmup_warning
 
 FEW_ROWS = 50  # of a suite: fewer tell only large changes from noise
 TIGHT = 0.9  # of the room: a prediction above it may be short
@@ -206,6 +206,8 @@ def _tell_stage(
     _tell_near(recipe, stage, parameters, note)
     batch = f"{global_batch} rows ({per_device} x {accumulation}) on one rank"
     note.fine("stage", f"{stage.name}: {steps:,} steps of {batch}")
+    if warning := warmup_warning(stage, steps):
+        note.look("warmup", f"{stage.name}: {warning}", "to do: a share of the steps, such as `warmup_steps: 0.1`")
 
 
 def _tell_source(

@@ -127,12 +127,20 @@ def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulati
         ranks.say(
             f"  {per_device} rows at once on a rank, not {wanted}: global_batch_size is {run.stage.global_batch_size}"
         )
-    if (warmup := run.stage.training.get("warmup_steps") or 0) > max_steps:
-        ranks.say(f"  warmup_steps is {warmup} and the stage has {max_steps} steps: learning_rate is not reached")
+    if warning := warmup_warning(run.stage, max_steps):
+        ranks.say(f"  {warning}", "warning")
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     # Where a tracker takes a run of the same name for the same one, it has to be.
     name = run.stage.training.get("run_name", f"{run.recipe.name}-{run.stage.name}-{run.hash[:6]}")
     return stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, run_name=name, **batch, **more)
+
+
+def warmup_warning(stage: Stage, max_steps: int) -> str | None:
+    """Warns of a warmup that does not end before the training does, which a trainer takes without a word."""
+    warmup = stage.training.get("warmup_steps") or 0
+    if warmup <= max_steps:
+        return None
+    return f"warmup_steps is {warmup:,} and the stage has {max_steps:,} steps: learning_rate is never reached"
 
 
 def attend_to_packed_rows(run: StageRun, model: Any) -> None:

@@ -57,7 +57,6 @@ def _stage(folder: Path, data: Path, kind: str, **training: object) -> Path:
         ({"save_total_limit": -2}, 2, "found -2; allowed is a whole number from 1"),
         ({"logging_steps": -3}, 2, "found -3; allowed is a number above 0"),
         ({"logging_steps": 10**30}, 2, "up to"),
-        ({"warmup_steps": 3}, 2, "the stage has 2 steps"),
         ({"optim_args": "lr=abc"}, 2, "optim_args: found lr=abc, and optim adamw_torch"),
         ({"optim": "sgd", "optim_args": "momentum=0.9,nesterow=true"}, 2, "optim sgd takes no notice"),
         ({"optim": "sgd", "adam_beta2": 0.5}, 2, "adam_beta2: found 0.5, and optim sgd takes no notice"),
@@ -115,6 +114,18 @@ def test_the_plain_schedules_and_optimizers_read_their_words(tmp_path: Path, dat
     words = {"optim": "sgd", "optim_args": "momentum=0.9", "lr_scheduler_type": "cosine_with_min_lr"}
     words |= {"lr_scheduler_kwargs": {"min_lr": 1e-5}, "warmup_steps": 1}
     assert main(["check", str(_stage(tmp_path, data, "sft", **words))]) == 0
+
+
+def test_a_warmup_beyond_the_end_is_trained_with_a_warning(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(_stage(tmp_path, data, "sft", warmup_steps=8, learning_rate=0.01, logging_steps=1))
+    told = "warmup_steps is 8 and the stage has 2 steps: learning_rate is never reached"
+    for command in ("check", "run"):
+        assert main([command, path]) == 0
+        assert told in capsys.readouterr().out
+    log = [json.loads(line) for line in (tmp_path / "run/stages/sounds/log.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in log if "loss" in row] == pytest.approx([0.0, 0.01 / 8])
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])

@@ -64,7 +64,6 @@ def check_training(stage: RawStage) -> Iterator[Fault]:
         if key in _ONLY and value not in (None, _ONLY[key][0]):
             yield Fault(place, f"cannot be {value!r}: {_ONLY[key][1]} Leave it out.")
     yield from check_ranges(stage)
-    yield from _check_warmup(training)
     if stage.data.get("global_batch_size") is not None and "gradient_accumulation_steps" in training.data:
         text = "follows from `global_batch_size`, which is set too. Keep one of the two."
         yield Fault((*training.steps, "gradient_accumulation_steps"), text)
@@ -96,14 +95,6 @@ def _check_parts(stage: RawStage, training: Block) -> Iterator[Fault]:
     if stage.data.get("learning_rates") and ("optim_target_modules" in training.data or "lomo" in optimizer):
         text = f"`optim: {optimizer}` divides the weights itself, with one learning rate. Take another, or remove this."
         yield Fault((*stage.steps, "learning_rates"), text)
-
-
-def _check_warmup(training: Block) -> Iterator[Fault]:
-    """Yields a warmup that does not end before the training does: the learning rate would never be what is written."""
-    steps, warmup = (training.data.get(key) for key in ("max_steps", "warmup_steps"))
-    if isinstance(steps, int) and isinstance(warmup, int | float) and warmup > steps > 0:
-        text = f"found {warmup}, and the stage has {steps} steps, so the learning rate would never be reached. Write at"
-        yield Fault((*training.steps, "warmup_steps"), f"{text} most {steps}, or a share below 1 of all steps.")
 
 
 def preference_losses() -> tuple[str, ...]:
