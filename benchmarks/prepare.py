@@ -35,7 +35,7 @@ import datasets
 import numpy as np
 from datasets import load_dataset
 
-from hfpipe.builtin.corpus import builtin
+from hfpipe.data.builtin.corpus import builtin
 from hfpipe.data.chat import chat_text
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler

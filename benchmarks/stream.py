@@ -36,7 +36,7 @@ from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
-from hfpipe.builtin.corpus import builtin
+from hfpipe.data.builtin.corpus import builtin
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream.dataset import WINDOW_DOCUMENTS, TokenStream

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "hfpipe"
 FLOORS = [  # from the ground up
     {"core"},
     {"recipe"},
-    {"scores", "builtin"},
+    {"scores"},
     {"data", "report"},
     {"model"},
     {"evaluation"},

@@ -29,7 +29,7 @@ from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Sft, Source, Stage, Suite
-from hfpipe.scores.scorecard import BASE
+from hfpipe.recipe.source_config import BASE
 from hfpipe.stages import TOKENIZERS
 from hfpipe.stages.labels import Head, first_labels, head_of, require_fitting_suites
 from hfpipe.stages.sft_rows import BLOCK, nothing_to_train

@@ -32,7 +32,7 @@ from hfpipe.model.positions import context_of
 from hfpipe.model.toy import small_copy
 from hfpipe.recipe import Pretrain, Recipe
 from hfpipe.recipe.faults import listed
-from hfpipe.scores.scorecard import BASE
+from hfpipe.recipe.source_config import BASE
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithFastLoss
 from hfpipe.stages.counterfactual import hold_together

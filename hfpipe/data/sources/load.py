@@ -15,10 +15,10 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from hfpipe.builtin.corpus import builtin
 from hfpipe.core import display
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.upstream import builder_names
+from hfpipe.data.builtin.corpus import builtin
 from hfpipe.data.sources.builders import load_dataset
 from hfpipe.data.sources.errors import friendly
 from hfpipe.data.sources.files import FileGroup, file_groups, local_path

@@ -35,9 +35,9 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 
-from hfpipe.builtin import docstrings
-from hfpipe.builtin.numbers import numbers
 from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.data.builtin import docstrings
+from hfpipe.data.builtin.numbers import numbers
 from hfpipe.recipe.faults import did_you_mean, listed
 
 FORMAT = 2  # raise it when the documents change: part of the cache's name

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hfpipe.builtin.corpus import LABELS, SPLITS, TABLES, builtin
-from hfpipe.builtin.docstrings import docstrings_of
-from hfpipe.builtin.numbers import chinese, english, german
 from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.data.builtin.corpus import LABELS, SPLITS, TABLES, builtin
+from hfpipe.data.builtin.docstrings import docstrings_of
+from hfpipe.data.builtin.numbers import chinese, english, german
 
-LOAD = "from hfpipe.builtin.corpus import builtin; print(builtin()['id'][:5])"
+LOAD = "from hfpipe.data.builtin.corpus import builtin; print(builtin()['id'][:5])"
 
 
 @pytest.fixture(scope="module")
