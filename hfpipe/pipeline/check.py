@@ -25,7 +25,7 @@ from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warnin
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.first_rows import FEW, facts_of, flaws_of
 from hfpipe.pipeline.note import Note
-from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
+from hfpipe.pipeline.requirements import Loaded, require_start, require_training
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, long_rows
 from hfpipe.stages.fit import Fit, fitted, require_memory
@@ -257,7 +257,7 @@ def _tell_near(recipe: Recipe, stage: Stage, parameters: int, note: Note) -> Non
 def _check_disk(recipe: Recipe, parameters: int, note: Note) -> None:
     """Two checkpoints with optimizer and the final model of each full stage must find room."""
     need = sum((2 * 12 + 4) * parameters if stage.adapter is None else 0.5 * parameters for stage in recipe.stages)
-    place = output_folder(recipe).absolute()
+    place = recipe.run_folder.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

@@ -6,7 +6,7 @@ from hfpipe.core import ranks
 from hfpipe.model.base import shapes_of
 from hfpipe.model.load import task_of
 from hfpipe.pipeline.context import open_ranks, open_run, quiet_libraries
-from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
+from hfpipe.pipeline.requirements import Loaded, require_start, require_training
 from hfpipe.pipeline.reuse import take_up
 from hfpipe.recipe import Recipe, Sft
 from hfpipe.stages import ROWS, StageRun
@@ -22,7 +22,7 @@ def prepare_recipe(recipe: Recipe) -> None:
     """
     quiet_libraries()
     open_ranks(recipe)
-    folder = output_folder(recipe)
+    folder = recipe.run_folder
     ranks.say(f"{recipe.name}: the data of {len(recipe.stages)} stages")
     require_start(recipe)
     run = open_run(recipe, folder)

@@ -19,7 +19,6 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded
 from hfpipe.core.files import write_json, write_text
 from hfpipe.pipeline.context import open_ranks
-from hfpipe.pipeline.requirements import output_folder
 from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Fold, Recipe, Suite, dump_recipe
 from hfpipe.recipe.rules.outcome import HELD_OUT
@@ -38,14 +37,14 @@ def run_repeats(recipe: Recipe) -> Path:
         UserError: As `run_recipe`.
     """
     open_ranks(recipe)
-    folder = output_folder(recipe)
+    folder = recipe.run_folder
     over: list[BudgetExceeded] = []
     found: dict[str, list[Score]] = {}
     if ranks.is_main():
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
     for name, repeat in repeats_of(recipe):
         ranks.say(f"{recipe.name}: {name}")
-        place = output_folder(repeat)
+        place = repeat.run_folder
         if found and ranks.is_main():
             _lend_base(folder / next(iter(found)), place)
         ranks.wait()
@@ -68,7 +67,7 @@ def run_repeats(recipe: Recipe) -> Path:
 def repeats_of(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """The name and the recipe of each repeat."""
     alone = {"seeds": None, "cross_validation": None}
-    folder = output_folder(recipe)
+    folder = recipe.run_folder
     for seed in recipe.seeds or ():
         name = f"seed-{seed}"
         yield name, recipe.model_copy(update={**alone, "seed": seed, "output_dir": str(folder / name)})

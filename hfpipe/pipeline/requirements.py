@@ -33,11 +33,6 @@ from hfpipe.stages.sharding import require_combinations
 from hfpipe.stages.trainer import divide_batch
 
 
-def output_folder(recipe: Recipe) -> Path:
-    """Returns the run folder."""
-    return recipe.run_folder
-
-
 @dataclass(frozen=True)
 class Loaded:
     """The data and models that the requirements of the training are judged by.
@@ -82,8 +77,8 @@ def require_start(recipe: Recipe) -> None:
     Raises:
         UserError: With what to do.
     """
-    ranks.on_main(partial(require_output, output_folder(recipe)))
-    ranks.on_main(partial(require_whole_state, output_folder(recipe)))
+    ranks.on_main(partial(require_output, recipe.run_folder))
+    ranks.on_main(partial(require_whole_state, recipe.run_folder))
     require_combinations(recipe)
     require_cleaning(recipe)
     for suite in recipe.evaluate.values():

@@ -30,7 +30,7 @@ from hfpipe.pipeline.context import (
 )
 from hfpipe.pipeline.dial import settle
 from hfpipe.pipeline.first_rows import FEW, flaws_of
-from hfpipe.pipeline.requirements import Loaded, output_folder, require_start, require_training
+from hfpipe.pipeline.requirements import Loaded, require_start, require_training
 from hfpipe.pipeline.reuse import forget_checkpoints, take_up
 from hfpipe.recipe import Recipe, Stage
 from hfpipe.recipe.push_plan import pushed_stage
@@ -57,7 +57,7 @@ def run_recipe(recipe: Recipe) -> Path:
     """
     quiet_libraries()
     open_ranks(recipe)
-    folder = output_folder(recipe)
+    folder = recipe.run_folder
     ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
     require_start(recipe)
     ranks.require_shared(folder)
