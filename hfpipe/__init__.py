@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hfpipe.core.errors import MachineError as MachineError
     from hfpipe.core.errors import RecipeError as RecipeError
     from hfpipe.core.errors import UserError as UserError
+    from hfpipe.pipeline.api import Recipe as Recipe
     from hfpipe.pipeline.api import Run as Run
     from hfpipe.pipeline.api import Scorecard as Scorecard
     from hfpipe.pipeline.api import check as check
@@ -24,12 +25,10 @@ if TYPE_CHECKING:
     from hfpipe.pipeline.api import load_recipe as load_recipe
     from hfpipe.pipeline.api import open_run as open_run
     from hfpipe.pipeline.api import run as run
-    from hfpipe.recipe import Recipe as Recipe
 
 _PLACES = {
-    "hfpipe.pipeline.api": ("Run", "Scorecard", "check", "evaluate", "load_recipe", "open_run", "run"),
+    "hfpipe.pipeline.api": ("Recipe", "Run", "Scorecard", "check", "evaluate", "load_recipe", "open_run", "run"),
     "hfpipe.core.errors": ("BudgetExceeded", "DataError", "MachineError", "RecipeError", "UserError"),
-    "hfpipe.recipe": ("Recipe",),
 }
 __all__ = sorted(name for names in _PLACES.values() for name in names)
 

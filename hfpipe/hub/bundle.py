@@ -14,10 +14,8 @@ from hfpipe.recipe import Push, Recipe, dump_recipe, shared_recipe
 from hfpipe.recipe.config import is_on_hub
 from hfpipe.recipe.push_plan import pushed_stage
 from hfpipe.report.card import model_card
-from hfpipe.report.details import stage_costs
 from hfpipe.report.price import dial_section, dials_of
 from hfpipe.report.usage import Usage, card_facts, data_facts
-from hfpipe.scores.scorecard import read_scorecard
 
 # Weights, configurations, tokenizers; never a pickle.
 PUSHED = {".safetensors", ".json", ".jinja", ".txt", ".model", ".spm"}
@@ -56,7 +54,6 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
     usage = _usage(run_dir, push, recipe, made, (base, revision))
     plots = {f"dial-{n}.svg": plot for n, plot in enumerate(usage.dial.plots if usage.dial else (), start=1)}
     scorecard = run_dir / "scorecard.json"
-    scores = read_scorecard(scorecard) if scorecard.is_file() else []
     name = push.what if stage == pushed_stage(recipe, recipe.push or push) else f"{push.what}-{stage}"
     with whole_folder(target := run_dir / "push" / name) as folder:
         for file in _pushed_files(made, pushed_suffixes(recipe)):
@@ -68,7 +65,7 @@ def prepare_artifact(run_dir: Path, push: Push, recipe: Recipe, parent: tuple[st
         write_text(folder / "recipe.yaml", without_secrets(dump_recipe(shared)))
         if scorecard.is_file():
             write_text(folder / scorecard.name, without_secrets(scorecard.read_text()))
-        card = model_card(usage, shared, scores, environment, stage_costs(run_dir, recipe), list(plots), run_dir)
+        card = model_card(usage, shared, run_dir, list(plots))
         write_text(folder / "README.md", without_secrets(card))
     return target
 

@@ -21,8 +21,6 @@ from hfpipe.core.files import link_or_copy, load_json, whole_folder, write_json,
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.hub.bundle import pushed_suffixes
 from hfpipe.hub.push import deadline_of
-from hfpipe.model.adapter import CHANGE_THE_BASE
-from hfpipe.model.load import ModelRef
 from hfpipe.recipe import Recipe, Stage
 from hfpipe.recipe.config import is_on_hub
 
@@ -47,10 +45,10 @@ class PushCheckpoints(TrainerCallback):
         run_dir: The run folder.
         recipe: Its recipe, which has a `push:`.
         stage: The stage that trains.
-        parent: The model that it starts from.
+        parent: Hub id or folder of the model that it starts from, and its revision.
     """
 
-    def __init__(self, run_dir: Path, recipe: Recipe, stage: Stage, parent: ModelRef) -> None:
+    def __init__(self, run_dir: Path, recipe: Recipe, stage: Stage, parent: tuple[str, str | None]) -> None:
         assert recipe.push is not None
         self.recipe, self.push, self.stage, self.parent = recipe, recipe.push, stage, parent
         self.folder = run_dir / "push" / f"checkpoint-{stage.name}"
@@ -63,8 +61,7 @@ class PushCheckpoints(TrainerCallback):
             return
         self._tell()
         checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        init = str((self.stage.adapter or {}).get("init_lora_weights", ""))
-        if init.startswith(CHANGE_THE_BASE) or not list(checkpoint.glob("*.safetensors")):
+        if self.stage.changes_base or not list(checkpoint.glob("*.safetensors")):
             return  # it fits no base that others have before it is converted at the end; its weights are in shards
         self.step = state.global_step
         try:
@@ -114,7 +111,7 @@ class PushCheckpoints(TrainerCallback):
                 adapter.is_file()
             ):  # never a local path: what is not on the Hub yet is pushed there at the end of the run
                 config = load_json(adapter)
-                base, commit = self.parent.path, self.parent.revision
+                base, commit = self.parent
                 if not is_on_hub(base):
                     base, commit = self.push.parent_repo_id or f"{self.push.repo_id}-base", None
                 write_json(adapter, config | {"base_model_name_or_path": base, "revision": commit})

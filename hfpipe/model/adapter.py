@@ -28,11 +28,11 @@ from hfpipe.model.seq2seq import decoder_input
 from hfpipe.model.spread import make_trained_whole
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.recipe import Recipe
+from hfpipe.recipe.stage_config import CHANGES_THE_BASE
 
 # Largest difference of log-probabilities that two ways of computing the same model may show, by precision.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 _LINEAR = (torch.nn.Linear, Conv1D)
-CHANGE_THE_BASE = ("pissa", "olora")  # values of init_lora_weights
 PROBE_SIZE = 2**25  # log-probabilities
 BATCH_SIZE = 2**24  # of them in a pass
 ProbeText = str | tuple[str, str]  # or a source and its target
@@ -176,7 +176,7 @@ def original_state(model: Any) -> dict[str, torch.Tensor]:
     weights into the adapter, so that what is trained fits a base that nobody else has. See `adapter_state`.
     """
     config = model.peft_config["default"]
-    if not str(getattr(config, "init_lora_weights", "")).startswith(CHANGE_THE_BASE):
+    if not str(getattr(config, "init_lora_weights", "")).startswith(CHANGES_THE_BASE):
         return {}
     state = get_peft_model_state_dict(model)
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _is_lora_matrix(name)}

@@ -221,7 +221,9 @@ def _train_once(run: Run, stage: Stage, start: ModelRef, continued: ModelRef | N
                 probe_texts=probe_texts(run),
                 rows=run.rows,
                 cost=cost,
-                callbacks=(PushCheckpoints(run.folder, run.recipe, stage, start),) if pushing else (),
+                callbacks=(PushCheckpoints(run.folder, run.recipe, stage, (start.path, start.revision)),)
+                if pushing
+                else (),
             )
         )
         _predict(run, stage, start, cost, facts.pop("longest"))

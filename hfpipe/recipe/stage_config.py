@@ -22,6 +22,8 @@ from hfpipe.recipe.source_config import (
     word_or_block,
 )
 
+CHANGES_THE_BASE = ("pissa", "olora")  # values of init_lora_weights that move a part of the base into the adapter
+
 
 class Quantization(Words):
     """The storage of an adapter's frozen base while it trains; bitsandbytes' own names go below `type`."""
@@ -202,6 +204,11 @@ class StageBase(Words):
     def adapter(self) -> dict[str, Any] | None:
         """The adapter that is trained: PEFT's `type` and the fields of its config; None for all weights."""
         return {"type": "lora", **self.lora} if self.lora is not None else self.peft
+
+    @property
+    def changes_base(self) -> bool:
+        """Returns True if a new adapter of the stage changes the base's weights when it is made."""
+        return str((self.adapter or {}).get("init_lora_weights", "")).startswith(CHANGES_THE_BASE)
 
     @property
     def decided(self) -> dict[str, Any]:

@@ -32,32 +32,25 @@ TRANSLATED = {"bleu", "chrf", "ter"}  # metrics of a translation, where rouge is
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # what the Hub takes
 
 
-def model_card(
-    usage: Usage,
-    recipe: Recipe,
-    scores: Sequence[Score],
-    environment: Mapping[str, Any],
-    costs: Mapping[str, dict[str, Any]] | None = None,
-    images: Sequence[str] = (),
-    folder: Path | None = None,
-) -> str:
+def model_card(usage: Usage, recipe: Recipe, run: Path, images: Sequence[str] = (), *, is_scored: bool = True) -> str:
     """The README.md beside a trained model.
 
     Args:
         usage: The model.
-        recipe: The recipe of the run.
-        scores: Its scorecard; may be empty.
-        environment: environment.json; every key is optional.
-        costs: What each stage cost, see `stage_costs`.
+        recipe: The recipe of the run, as others may see it.
+        run: The run folder.
         images: Files beside the card with the plots of its dial.
-        folder: The run folder, where a comparison of cures may lie; None for nowhere.
+        is_scored: Whether the scorecard is about this model; a dialled stage is scored at the strength it is handed on
+            at.
 
     Returns:
         A metadata block and Markdown.
     """
-    cured = cured_sentence(folder, recipe, scores, usage.stage) if folder is not None and scores else None
+    scorecard = run / "scorecard.json"
+    scores = read_scorecard(scorecard) if is_scored and scorecard.is_file() else []
+    environment, costs = read_json(run / "environment.json"), stage_costs(run, recipe)
+    cured = cured_sentence(run, recipe, scores, usage.stage) if scores else None
     scores = of_lineage(scores, recipe.lineage(usage.stage))  # what other stages did is not about this model
-    costs = costs or {}
     stages = lineage(recipe, usage.stage)
     spent = {stage.name: costs[stage.name] for stage in stages if stage.name in costs}
     text = render(
@@ -92,17 +85,14 @@ def write_cards(run: Path) -> list[Path]:
         The paths.
     """
     recipe = load_recipe(run / "recipe.yaml")
-    scores = read_scorecard(run / "scorecard.json")
-    environment, costs = read_json(run / "environment.json"), stage_costs(run, recipe)
     written = []
     for stage in recipe.stages:
         place = run / "stages" / stage.name
         for folder in (place / MODEL, place / DIAL, place / "merged"):
             if (place / "done.json").exists() and folder.is_dir():
                 usage = usage_in_run(run, recipe, stage.name, folder)
-                # A dialled stage is scored at the strength it is handed on at, which `model` is not.
-                own = scores if folder.name != MODEL or not (place / DIAL).is_dir() else []
-                write_text(folder / "README.md", model_card(usage, recipe, own, environment, costs, folder=run))
+                is_scored = folder.name != MODEL or not (place / DIAL).is_dir()
+                write_text(folder / "README.md", model_card(usage, recipe, run, is_scored=is_scored))
                 written.append(folder / "README.md")
     return written
 

@@ -35,7 +35,6 @@ from hfpipe.model.positions import learned_positions
 from hfpipe.model.spread import is_spread
 from hfpipe.recipe import Recipe, Sft, Source, Stage, hash_of
 from hfpipe.recipe.row_formats import formats_of_stage
-from hfpipe.recipe.rules.keep import MOVES_THE_BASE
 from hfpipe.recipe.stage_config import Preference
 from hfpipe.stages.arguments import SHARDING_WORDS, clear_refusal, stage_arguments
 from hfpipe.stages.nearness import OWN, NearParent, near_parent
@@ -76,8 +75,7 @@ def run_preference(run: StageRun) -> dict[str, Any]:
         trainer = _trainer(stage, adapted, arguments, run.tokenizer)
     collated = pair_collator(run.tokenizer.pad_token_id, arguments.pad_to_multiple_of)
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, collated=_beside(collated))
-    init = str(getattr(adapted.peft_config["default"], "init_lora_weights", "")) if stage.adapter is not None else ""
-    as_it_is = stage.adapter is None or run.continued is not None or init.startswith(MOVES_THE_BASE)
+    as_it_is = stage.adapter is None or run.continued is not None or stage.changes_base
     if as_it_is or stage.training.get("precompute_ref_log_probs"):
         Reference(run, trainer, rows, source.examples(), collated, as_it_is).fill()
     trainer.ref_model = None
@@ -135,11 +133,11 @@ def _require_ranks(stage: Preference) -> None:
             f"stages.{stage.name}: a preference stage is not trained with DeepSpeed: it was never tried. Start plain "
             "ranks or FSDP2, with `lora:` or `quantization: nf4` where the model is large."
         )
-    init = str((stage.adapter or {}).get("init_lora_weights", ""))
+    adapter = stage.adapter or {}
     before = {
         "parent_adapter: continue": stage.parent_adapter == "continue",
-        f"init_lora_weights: {init}": init.startswith(MOVES_THE_BASE),
-        "precompute_ref_log_probs": stage.adapter is not None and stage.training.get("precompute_ref_log_probs"),
+        f"init_lora_weights: {adapter.get('init_lora_weights')}": stage.changes_base,
+        "precompute_ref_log_probs": adapter and stage.training.get("precompute_ref_log_probs"),
     }
     if plan == "fsdp" and (words := next((word for word, is_said in before.items() if is_said), None)):
         raise RecipeError(

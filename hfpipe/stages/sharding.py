@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.model.adapter import CHANGE_THE_BASE
 from hfpipe.model.load import copies_weights
 from hfpipe.recipe import Recipe, Stage
 
@@ -57,17 +56,13 @@ def _size(name: str) -> int:
     return int(given) if given.isdigit() else 1
 
 
-def _initial(stage: Stage) -> str:
-    return str((stage.adapter or {}).get("init_lora_weights", ""))
-
-
 def reads_whole(stage: Stage) -> bool:
     """Returns True if every rank reads all weights of the stage's model under FSDP, or asks it part by part."""
     return bool(stage.quantized or stage.kept.replay is not None or stage.task == "seq2seq")
 
 
 def _takes_part(stage: Stage) -> bool:
-    return stage.parent_adapter != "continue" and _initial(stage).startswith(CHANGE_THE_BASE)
+    return stage.parent_adapter != "continue" and stage.changes_base
 
 
 def _stores_bytes(stage: Stage) -> bool:

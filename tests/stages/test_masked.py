@@ -120,7 +120,7 @@ def test_an_adapter_for_masked_tokens_loads_by_plain_peft_and_is_its_merge(chain
     with torch.no_grad():
         assert torch.allclose(adapter(ids).logits, merged(ids).logits, atol=1e-4)
     usage = Usage("me/x", "adapter", "more", base="org/base")
-    card = model_card(usage, load_recipe(chain / "run/recipe.yaml"), [], {}, {})
+    card = model_card(usage, load_recipe(chain / "run/recipe.yaml"), chain / "run")
     assert "pipeline_tag: fill-mask" in card
     assert "AutoModelForMaskedLM" in card
 

@@ -338,6 +338,7 @@ def test_what_dpo_trainer_refuses_is_refused_before_anything_is_scored(
 MODES: dict[str, tuple[dict[str, Any], bool]] = {
     "full": ({}, True),
     "LoRA": ({"lora": {"r": 4}}, False),
+    "MiCA": ({"lora": {"r": 4, "init_lora_weights": "mica"}}, False),
     "PiSSA": ({"lora": {"r": 4, "init_lora_weights": "pissa"}}, True),
     "QLoRA": ({"lora": {"r": 4}, "quantization": "nf4"}, False),
     "IA3": ({"peft": {"type": "ia3"}}, False),

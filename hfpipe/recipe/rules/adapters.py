@@ -12,6 +12,7 @@ from typing import Any
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, listed
 from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites, text_of
 from hfpipe.recipe.signatures import is_prompt_learning, peft_types
+from hfpipe.recipe.stage_config import CHANGES_THE_BASE
 
 # What these types need besides a config, or why a training loop of next tokens does not train them.
 _NOT_TRAINED = {
@@ -25,12 +26,12 @@ _NOT_TRAINED = {
     "shadow": "it runs beside the model",
     "xlora": "it needs adapters that are trained already",
 }
-# Whose change of the weights can be scaled by its own tensors; see model/pipeline/dial.py.
+# Whose change of the weights can be scaled by its own tensors; see hfpipe/model/interpolate.py.
 DIALLED = ("lora", "vera", "loha", "lokr", "ia3")
 _NOT_MERGED = ("lily",)  # PEFT has no merge for it
 # They are worked out from data or from the weights in full precision by a call of their own, which a config is not.
 _INITS_BY_CALL = ("corda", "eva", "loftq", "lora_ga")
-_INITS_OF_WEIGHTS = ("pissa", "olora", "mica")
+_INITS_OF_WEIGHTS = (*CHANGES_THE_BASE, "mica")
 
 
 def adapter_of(stage: RawStage) -> Block | None:
@@ -124,7 +125,7 @@ def _check_init(stage: RawStage, adapter: Block) -> Iterator[Fault]:
         text = f"'{init}' starts from the weights of the base in full precision, and this base is quantized."
         yield Fault(steps, f"{text} Remove `quantization`, or take orthogonal or gaussian.")
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if adapter.data.get(key)]
-    if init.startswith(_INITS_OF_WEIGHTS[:2]) and patterns:
+    if init.startswith(CHANGES_THE_BASE) and patterns:
         text = f"'{init}' is converted to an adapter of the untouched base, which needs one rank for all modules."
         yield Fault(steps, f"{text} Remove `{patterns[0]}`.")
 

@@ -9,9 +9,7 @@ from hfpipe.recipe.faults import Fault
 from hfpipe.recipe.raw import Block, RawStage
 from hfpipe.recipe.rules.adapters import adapter_of
 from hfpipe.recipe.source_config import BASE
-from hfpipe.recipe.stage_config import KEEPING, SelfReplay
-
-MOVES_THE_BASE = ("pissa", "olora", "mica")  # values of init_lora_weights whose adapter is a part of the parent
+from hfpipe.recipe.stage_config import CHANGES_THE_BASE, KEEPING, SelfReplay
 
 
 def check_keep(stage: RawStage, first: bool, model: Block) -> Iterator[Fault]:
@@ -39,7 +37,7 @@ def check_keep(stage: RawStage, first: bool, model: Block) -> Iterator[Fault]:
             text = "compares with the model without its adapter, and the parent has that adapter. Write"
             yield Fault((*keep.steps, "kl"), f"{text} `parent_adapter: merge`, or leave it out.")
         init = stage.at("lora").data.get("init_lora_weights")
-        if isinstance(init, str) and init.startswith(MOVES_THE_BASE):
+        if isinstance(init, str) and init.startswith(CHANGES_THE_BASE):
             text = f"compares with the model without its adapter, and `init_lora_weights: {init}` moves a part of the"
             yield Fault((*keep.steps, "kl"), f"{text} parent into it. Leave one of the two out.")
     if keep.data.get("l2") is not None and adapter_of(stage) is not None:
