@@ -26,7 +26,7 @@ Batch = dict[str, Any]
 Collated = Callable[[Sequence[dict[str, Any]], int, int], Batch]
 
 
-def in_common(one: Sequence[int], other: Sequence[int]) -> list[tuple[int, int]]:
+def matching_places(one: Sequence[int], other: Sequence[int]) -> list[tuple[int, int]]:
     """Returns the places of the tokens that two rows have in common, in order.
 
     Behind a difference they are together again where `AGAIN` tokens agree, or both end; what is never together again is
@@ -98,7 +98,7 @@ class Swapper:
             other = self.of(document)
             changed = changed or other is not None
             start, other = len(made["input_ids"]), document if other is None else other
-            places += [(begin + one, start + two) for one, two in in_common(document, other)]
+            places += [(begin + one, start + two) for one, two in matching_places(document, other)]
             made["input_ids"] += other
             if "position_ids" in made:
                 made["position_ids"] += range(len(other))

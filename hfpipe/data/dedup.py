@@ -31,7 +31,7 @@ from hfpipe.recipe.row_formats import text_of
 PIECES = 8  # of a table, for the ranks to share
 CHARACTERS = 12  # that are looked at for each token of a stream that will be read: three times those of English
 LEAST_ROWS = 2_000  # of each lane, which reads windows of hundreds ahead
-Rows = Callable[[], Iterator[Row | None]]
+ReadRows = Callable[[], Iterator[Row | None]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Judged:
     """
 
     source: Source
-    pieces: Sequence[Rows]
+    pieces: Sequence[ReadRows]
     digest: str
     sketches: list[Path]
     reasons: np.ndarray
@@ -134,7 +134,7 @@ class Cleaner:
         texts = [_rows_of_share(rows, lane, lanes, source, characters) for lane in range(lanes)]
         return self._judged(source, texts, characters)
 
-    def _judged(self, source: Source, pieces: Sequence[Rows], size: int | None) -> list[np.ndarray]:
+    def _judged(self, source: Source, pieces: Sequence[ReadRows], size: int | None) -> list[np.ndarray]:
         """The reasons of each piece, looked up or worked out."""
         sharing = self._sharing(source)
         before = takewhile(lambda key: key != id(source), self._done)
@@ -202,7 +202,7 @@ class Cleaner:
             ranks.each(judge_all)
 
 
-def _rows_of(rows: Dataset | IterableDataset, source: Source) -> Rows:
+def _rows_of(rows: Dataset | IterableDataset, source: Source) -> ReadRows:
     """Returns each row in its place; None for the dirty ones."""
 
     def tidy() -> Iterator[Row | None]:
@@ -216,7 +216,7 @@ def _rows_of(rows: Dataset | IterableDataset, source: Source) -> Rows:
     return tidy
 
 
-def _rows_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source, most: int | None) -> Rows:
+def _rows_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source, most: int | None) -> ReadRows:
     """Returns the rows of a lane's first share, each in its place, up to so many characters; None for dirt."""
 
     def tidy() -> Iterator[Row | None]:

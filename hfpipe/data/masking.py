@@ -68,7 +68,7 @@ def frame_of(tokenizer: Any, *, words: bool = False) -> Frame:
     return Frame(before, after, words)
 
 
-def tokens_of(texts: Sequence[str], backend: Any, words: bool) -> Iterator[list[int]]:
+def tokens_of_texts(texts: Sequence[str], backend: Any, words: bool) -> Iterator[list[int]]:
     """Yields the tokens of each text without its frame; one call of the Rust tokenizer.
 
     Args:

@@ -16,7 +16,7 @@ from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.sources.batches import rows_of
 from hfpipe.data.sources.convert import CONVERTERS, plain_turn
 from hfpipe.data.sources.load import stored_rows
-from hfpipe.data.sources.templates import fields_of, filled_texts, form_of, texts_of
+from hfpipe.data.sources.templates import fields_of, filled_texts, form_of, template_texts
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.row_formats import BESIDE_MESSAGES, ROW_FORMATS
@@ -103,7 +103,7 @@ class Asking:
         if "messages" in template:
             turns: Any = form_of(template["messages"])
             return [text for _, text in _asked(turns)]
-        return texts_of(form_of(template["prompt"])) if "prompt" in template else []
+        return template_texts(form_of(template["prompt"])) if "prompt" in template else []
 
     def _by_template(self, row: Mapping[str, Any]) -> Row:
         assert self.source is not None

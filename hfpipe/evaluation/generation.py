@@ -187,7 +187,7 @@ def _ended(ids: list[int], stops: Sequence[int], pad_token_id: int) -> list[int]
 
 
 @dataclass(frozen=True)
-class Reference:
+class RightAnswer:
     """A right answer.
 
     Args:
@@ -201,7 +201,7 @@ class Reference:
     open: bool
 
 
-def references(texts: Sequence[RowText], tokenizer: Any, stops: Sequence[int], reasoning: str) -> list[Reference]:
+def references(texts: Sequence[RowText], tokenizer: Any, stops: Sequence[int], reasoning: str) -> list[RightAnswer]:
     """Returns the right answer of each row as the model would say it.
 
     Args:
@@ -225,7 +225,7 @@ def references(texts: Sequence[RowText], tokenizer: Any, stops: Sequence[int], r
         text = as_decoded(written, ids[:end], tokenizer)
         runs_on = row.chat and end is None and bool(closing_marks(text, tokenizer))
         size = len(ids) if end is None else end + 1
-        found.append(Reference(compared(row, text, tokenizer, reasoning), size, runs_on))
+        found.append(RightAnswer(compared(row, text, tokenizer, reasoning), size, runs_on))
     return found
 
 

@@ -14,10 +14,10 @@ from hfpipe.data.tokenize import IGNORED
 from hfpipe.evaluation.generation import MOST_GENERATED, as_decoded, decode, stop_tokens
 from hfpipe.evaluation.likelihood import Likelihood, by_length
 from hfpipe.model.seq2seq import (
-    Pair,
+    EncodedPair,
     decoder_input,
+    encode_cut,
     encode_pairs,
-    encode_texts,
     most_tokens,
     padded,
     set_languages,
@@ -32,7 +32,7 @@ TEXT_LENGTH = 1024  # tokens of a text, a source or a target that are scored, un
 
 def likelihoods_of(
     suite: Suite, pairs: Sequence[tuple[str, str]], model: Any, tokenizer: Any, batch_size: int
-) -> tuple[list[Pair], list[Likelihood]]:
+) -> tuple[list[EncodedPair], list[Likelihood]]:
     """Tokens and likelihood of targets, each given its source."""
     set_languages(tokenizer, suite.data)
     limit = _limit(suite, model)
@@ -77,7 +77,9 @@ def _limit(suite: Suite, model: Any) -> int:
 
 
 @torch.no_grad()
-def target_likelihoods(model: Any, pairs: Sequence[Pair], pad_token_id: int, batch_size: int) -> list[Likelihood]:
+def target_likelihoods(
+    model: Any, pairs: Sequence[EncodedPair], pad_token_id: int, batch_size: int
+) -> list[Likelihood]:
     """The likelihood of the text of each target, given its source.
 
     Args:
@@ -141,7 +143,7 @@ def generate_targets(
         settings["forced_bos_token_id"] = before[0]
     elif len(behind) > 1:  # mBART's first tokenizer: `text </s> de_DE`, turned round to begin the decoder
         settings["decoder_start_token_id"] = behind[1]
-    encoded, _ = encode_texts(tokenizer, "text", sources, max_length)
+    encoded, _ = encode_cut(tokenizer, "text", sources, max_length)
     encoded = [ids or [behind[0]] for ids in encoded]
     answers = [""] * len(sources)
     for indices in by_length([len(ids) for ids in encoded], batch_size):

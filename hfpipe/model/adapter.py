@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import AUTO_CLASSES, clear_errors, task_of_type
+from hfpipe.model.load import AUTO_CLASSES, task_of_type
+from hfpipe.model.load_errors import clear_errors
 from hfpipe.model.parameters import train_part
 from hfpipe.model.positions import within_positions
 from hfpipe.model.seq2seq import decoder_input

@@ -23,24 +23,22 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, MachineError, RecipeError
 from hfpipe.core.files import read_json, whole_folder, write_json
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
-from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import (
     AUTO_CLASSES,
     ModelRef,
-    clear_errors,
     config_of,
     load_tokenizer,
-    pickles_only,
     require_token_ids,
     task_of,
     task_of_type,
 )
+from hfpipe.model.load_errors import clear_errors, pickles_only
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 from hfpipe.recipe.config import Model
-from hfpipe.recipe.row_formats import texts_of
+from hfpipe.recipe.row_formats import formats_of_stage, texts_of
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def texts_for_tokenizer(recipe: Recipe, training: TokenizerTraining) -> Iterator
     """The first documents of each source of the first stage."""
     stage = recipe.stages[0]
     for source in stage.data:
-        rows = load_rows(source, kinds=kinds_of(stage))
+        rows = load_rows(source, kinds=formats_of_stage(stage.kind))
         for row in islice(tidy_rows(rows, source, Read()), training.take):
             yield from texts_of(row)
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.adapter import ProbeText, probe, require_equal
 from hfpipe.model.classifier import read_head
-from hfpipe.model.load import ModelRef, clear_errors, load_model, put_adapter, read_adapter, task_of
+from hfpipe.model.load import ModelRef, load_model, put_adapter, read_adapter, task_of
+from hfpipe.model.load_errors import clear_errors
 
 WEIGHTS = "adapter_model.safetensors"
 # By PEFT's type (those of recipe/adapters.py): the tensors in which the change of the weights is linear, one factor of

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -29,13 +28,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hfpipe.core import display, ranks
-from hfpipe.core.errors import MachineError, RecipeError, UserError
+from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.core.files import load_json
-from hfpipe.core.hub_errors import not_readable, status_of
-from hfpipe.core.machine import machine_error
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
-from hfpipe.model.spread import draw_fresh, each_rank_reads, launched, make_trained_whole, plan_for, settle
+from hfpipe.model.load_errors import clear_errors, pickles_only
+from hfpipe.model.spread import draw_fresh, each_rank_reads, end_reading, launched, make_trained_whole, plan_for
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Quantization
 from hfpipe.recipe.passthrough import check_config
@@ -153,48 +151,6 @@ def quantization_config(block: Quantization, task: str) -> BitsAndBytesConfig:
     )
 
 
-@contextmanager
-def clear_errors(what: str, path: str) -> Iterator[None]:
-    """Turns the libraries' loading errors into one paragraph with the remedy."""
-    try:
-        yield
-    except ImportError as error:
-        if "bitsandbytes" in str(error):
-            raise MachineError("quantization needs bitsandbytes: pip install 'hfpipe[quantization]'.") from error
-        raise MachineError(
-            f"{what} {path!r} needs a package that is not installed: {_first_lines(error)} Install it, then run again."
-        ) from error
-    except HFValidationError as error:
-        raise not_readable(error, f"{what} {path!r}", RecipeError) or error from error
-    except OSError as error:  # of the Hub, of a missing file, or of transformers around one of these
-        if machine_error(error) is not None:
-            raise
-        raise _not_loaded(error, what, path) from error
-    except Exception as error:  # whatever a library raises over a file that it cannot use
-        if known := None if Path(path).is_dir() else not_readable(error, f"{what} {path!r}", RecipeError):
-            raise known from error  # amid a download
-        if isinstance(error, UserError) or machine_error(error) is not None:
-            raise
-        raise RecipeError(_unusable(what, path, error)) from error
-
-
-def _unusable(what: str, path: str, error: Exception) -> str:
-    """Says that the files of a model, tokenizer or adapter are none that the libraries can use."""
-    adapter = "It is an adapter and not a whole model: name its base, or merge it. "
-    hint = adapter if what == "model" and (Path(path) / ADAPTER_CONFIG).is_file() else ""
-    said = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-    return (
-        f"{what} {path!r} cannot be loaded. {hint}transformers says: {said}{_first_lines(error)} If the name is right, "
-        "its files are damaged, or made for another version of the libraries: download or save them again."
-    )
-
-
-def _first_lines(error: Exception) -> str:
-    """Returns the beginning of what an error says, as one line with a full stop."""
-    text = " ".join(str(error).split())[:300]
-    return text if text.endswith((".", "!", "?")) else f"{text or 'nothing'}."
-
-
 def read_adapter(folder: str | Path) -> dict[str, Any]:
     """Returns the adapter_config.json of a folder.
 
@@ -212,34 +168,6 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     if not isinstance(base, str) or not base or "\0" in base:
         raise RecipeError(f"{path} is damaged: base_model_name_or_path is {base!r}. Write the folder or Hub id there.")
     return config
-
-
-def _not_loaded(error: OSError, what: str, path: str) -> UserError:
-    """Says why the files of a model or tokenizer cannot be had."""
-    thing, local = f"{what} {path!r}", "is not a valid model identifier" in str(error)
-    there = Path(path).is_dir() and not local
-    if known := None if there else not_readable(HFValidationError(str(error)) if local else error, thing, RecipeError):
-        return known
-    if "model.safetensors" in str(error):
-        return RecipeError(pickles_only(path))
-    if there:
-        return RecipeError(_unusable(what, path, error))
-    status = status_of(error)
-    answered = f"the Hub answered {status}. " if status else ""
-    first_line = str(error).strip().split("\n")[0].rstrip(" :.") + "."
-    return MachineError(
-        f"{thing} cannot be loaded: {answered}{first_line} Check the name, the network and the disk; "
-        "a model that is in the cache loads without a network."
-    )
-
-
-def pickles_only(path: str) -> str:
-    """Returns the message for a model without weights as safetensors."""
-    return (
-        f"model {path!r} has no weights as safetensors, and hfpipe reads nothing else: a pickle can run any code. Look "
-        "on its page for a converted branch (a pull request of SFconvertbot) and name it: `revision: refs/pr/NUMBER`. "
-        "Or convert it where you trust it, by transformers' from_pretrained and save_pretrained, and name that folder."
-    )
 
 
 def load_tokenizer(
@@ -365,22 +293,11 @@ def load_model(
         A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
     """
     if ref.is_adapter:
-        return put_adapter(load_model(ref.base, head=head_of(ref), place=place, spread=spread), ref)
+        return put_adapter(load_model(ref.base, head=head_fields(ref), place=place, spread=spread), ref)
     task = "classification" if head is not None else task_of(ref)
-    options: dict[str, Any] = dict(head or {}, ignore_mismatched_sizes=True) if head else {}
-    if ref.options.config:
-        options = {"config": config_of(ref)} | ({"ignore_mismatched_sizes": True} if head else {})
-        for name, value in (head or {}).items():
-            setattr(options["config"], name, value)
-    if ref.quantization:
-        options["quantization_config"] = quantization_config(ref.quantization, task)
+    options = _options_of(ref, task, head, frozen=frozen)
     if ref.quantization or place is not None:
         options["device_map"] = {"": place or device()}
-    dtype: Any = weights_dtype(ref.options, frozen=frozen)
-    if ref.options.dtype == "auto" and is_quantized(config_of(ref)):
-        dtype = "auto"  # transformers leaves their weights in the precision of the files; and so the biases
-    if ref.options.attn_implementation:
-        options["attn_implementation"] = ref.options.attn_implementation
     spread = spread and _can_be_spread(ref)
     if spread:
         with clear_errors("model", ref.path), torch.device("meta"):
@@ -397,7 +314,6 @@ def load_model(
         model, info = AUTO_CLASSES[task].from_pretrained(
             ref.path,
             revision=ref.revision or "main",
-            dtype=dtype,
             trust_remote_code=ref.options.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -408,13 +324,33 @@ def load_model(
     if spread:
         new = sorted({name for names in ranks.gather(new) for name in names})
         draw_fresh(model, [name for name, _ in model.named_modules() if name in new], state)
-        settle(model)
+        end_reading(model)
     make_room(model, ref.vocabulary)
     _leave_packing(model)
     if not ref.quantization and not spread:
         torch.nn.Module.to(model, place or device())
     model.eval()
     return (model, new) if with_new_modules else model
+
+
+def _options_of(ref: ModelRef, task: str, head: dict[str, Any] | None, *, frozen: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that the recipe, the head and the files of a model decide; see `load_model`."""
+    options: dict[str, Any] = {"dtype": weights_dtype(ref.options, frozen=frozen)}
+    if ref.options.dtype == "auto" and is_quantized(config_of(ref)):
+        options["dtype"] = "auto"  # transformers leaves their weights in the precision of the files; and so the biases
+    if head:
+        options["ignore_mismatched_sizes"] = True
+    if ref.options.config:
+        options["config"] = config_of(ref)
+        for name, value in (head or {}).items():
+            setattr(options["config"], name, value)
+    else:
+        options |= head or {}
+    if ref.quantization:
+        options["quantization_config"] = quantization_config(ref.quantization, task)
+    if ref.options.attn_implementation:
+        options["attn_implementation"] = ref.options.attn_implementation
+    return options
 
 
 def load_to_score(ref: ModelRef) -> Any:
@@ -466,7 +402,7 @@ def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:
     return adapted
 
 
-def head_of(adapter: ModelRef) -> dict[str, Any] | None:
+def head_fields(adapter: ModelRef) -> dict[str, Any] | None:
     """The fields of a config that make the head which an adapter of a classifier was trained with; None of another."""
     is_classifier = read_adapter(adapter.path).get("task_type") == "SEQ_CLS"
     return read_head(Path(adapter.path)) if is_classifier else None

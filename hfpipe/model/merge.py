@@ -24,7 +24,7 @@ from hfpipe.model.load import (
     config_of,
     device,
     device_with_room,
-    head_of,
+    head_fields,
     is_quantized,
     load_model,
     put_adapter,
@@ -100,7 +100,7 @@ def merge_adapter(
     bases: dict[str, Layers] = {} if came_quantized else {FULL: {}}
     trained, costs = None, {}
     with whole_folder(folder) as beside:
-        size = bytes_of(load_whole(full.base, head_of(adapter), beside))
+        size = bytes_of(load_whole(full.base, head_fields(adapter), beside))
         require_disk(beside, size, "merging: the merged model")
         if adapter.quantization is not None or came_quantized:
             model, bases[DEQUANTIZED] = _as_trained(adapter, full, beside)
@@ -145,7 +145,7 @@ def _as_trained(adapter: ModelRef, full: ModelRef, folder: Path) -> tuple[PeftMo
     A GPU that trained the adapter has room for it. Elsewhere the base is mapped from files, its own or those of
     `write_quantized`.
     """
-    base, head = adapter.base, head_of(adapter)
+    base, head = adapter.base, head_fields(adapter)
     if adapter.quantization is not None and device().type == "cpu":
         base = write_quantized(base, full.base, folder / QUANTIZED, head)
     model = load_model(base, head=head)
@@ -160,7 +160,7 @@ def _on_base(adapter: ModelRef, layers: Layers, place: torch.device, folder: Pat
     """
     gc.collect()
     give_back_memory()
-    model = put_adapter(load_whole(adapter.base, head_of(adapter), folder), adapter)
+    model = put_adapter(load_whole(adapter.base, head_fields(adapter), folder), adapter)
     torch.nn.Module.to(model, place)
     work_out_in_passes(model, layers)
     return model

@@ -17,7 +17,7 @@ from hfpipe.recipe.faults import did_you_mean
 
 
 @dataclass(frozen=True)
-class Pair:
+class EncodedPair:
     """One row as an encoder-decoder model sees it.
 
     Args:
@@ -79,7 +79,7 @@ def end_token(tokenizer: Any) -> int:
 
 def encode_pairs(
     tokenizer: Any, sources: Sequence[str], targets: Sequence[str], max_length: int, max_target_length: int
-) -> list[Pair]:
+) -> list[EncodedPair]:
     """Tokenizes pairs by the tokenizer's own words for source and target, cut to length before the closing marks.
 
     Args:
@@ -90,19 +90,19 @@ def encode_pairs(
         max_target_length: Tokens to keep of a target, its marks included.
     """
     before, behind = target_marks(tokenizer)
-    inputs, cut = encode_texts(tokenizer, "text", sources, max_length)
-    labels, target_cut = encode_texts(tokenizer, "text_target", targets, max_target_length)
+    inputs, cut = encode_cut(tokenizer, "text", sources, max_length)
+    labels, target_cut = encode_cut(tokenizer, "text_target", targets, max_target_length)
     pairs = []
     for ids, said, too_long, target_too_long in zip(inputs, labels, cut, target_cut, strict=True):
         if behind[0] not in said:  # a tokenizer that does not end a text
             said = [*said[: max_target_length - 1], behind[0]]
         scored = np.arange(len(said)) >= len(before)
         scored[len(said) - len(behind) :] = False
-        pairs.append(Pair(ids or [behind[0]], said, scored, too_long or target_too_long))
+        pairs.append(EncodedPair(ids or [behind[0]], said, scored, too_long or target_too_long))
     return pairs
 
 
-def encode_texts(tokenizer: Any, word: str, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
+def encode_cut(tokenizer: Any, word: str, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
     """Tokens of texts, and which of them were cut; only those are tokenized again, to have their marks."""
     ids = tokenizer(**{word: list(texts)}, return_attention_mask=False)["input_ids"]
     too_long = [len(row) > limit for row in ids]

@@ -121,7 +121,7 @@ def is_spread(model: Any) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def settle(model: Any) -> None:
+def end_reading(model: Any) -> None:
     """Makes a model that was just read in parts ready for a pass, or for accelerate to train.
 
     All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts.

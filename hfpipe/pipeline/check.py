@@ -172,7 +172,12 @@ def _loaded(recipe: Recipe) -> Loaded:
 
 
 def _tell_stage(
-    recipe: Recipe, stage: Stage, tokenizer: Any, samples: Mapping[tuple[str, int], Sample], parameters: int, note: Note
+    recipe: Recipe,
+    stage: Stage,
+    tokenizer: Any,
+    samples: Mapping[tuple[str, int], Sample],
+    parameters: int,
+    note: Note,
 ) -> None:
     """Tells of rows, tokens and steps of a stage."""
     per_device, accumulation = divide_batch(stage)
@@ -211,7 +216,13 @@ def _tell_stage(
 
 
 def _tell_source(
-    stage: Stage, source: Source, sample: Sample, facts: dict[str, float], tokenizer: Any, max_length: int, note: Note
+    stage: Stage,
+    source: Source,
+    sample: Sample,
+    facts: dict[str, float],
+    tokenizer: Any,
+    max_length: int,
+    note: Note,
 ) -> None:
     """Tells of one source, and of rows in it that do not train as they should."""
     count, title = sample.count, f"{stage.name}: {source.title}"

@@ -227,7 +227,7 @@ def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], 
     return [dataclasses.replace(score, paired=differences.get(score.key, {})) for score in scores]
 
 
-def merged(run: Run, name: str) -> ModelRef:
+def merged_model(run: Run, name: str) -> ModelRef:
     """The merged model of an adapter stage, made and verified if it is not there yet."""
     folder, told = run.stage_folder(name) / "merged", run.stage_folder(name) / "merge.json"
     if not ranks.on_main(lambda: folder.exists() and told.exists() and damage_of(folder) is None):

@@ -22,7 +22,7 @@ from hfpipe.evaluation.suites import score_suite
 from hfpipe.model.interpolate import open_dial
 from hfpipe.pipeline.context import (
     Run,
-    merged,
+    merged_model,
     open_run,
     probe_texts,
     quiet_libraries,
@@ -104,7 +104,7 @@ def settle(run: Run, earlier: list[Score], name: str, own: list[Score]) -> list[
     over = exceeded(run, earlier, name, own)
     best = None
     if over and all(run.recipe.evaluate[change.after.suite].budget_action == "dial" for change in over):
-        ranks.say(f"  {name}: over the budget of {listed(over)}, so it is dialled down")
+        ranks.say(f"  {name}: over the budget of {suites_of(over)}, so it is dialled down")
         found = dial_stage(run, earlier, name, own, STRENGTHS)
         best = found["best"]
         for line in lines_of(found):
@@ -124,7 +124,7 @@ def exceeded(run: Run, earlier: list[Score], name: str, own: list[Score]) -> lis
     ]
 
 
-def listed(changes: Sequence[Change]) -> str:
+def suites_of(changes: Sequence[Change]) -> str:
     return ", ".join(dict.fromkeys(change.after.suite for change in changes))
 
 
@@ -139,7 +139,7 @@ def _hand_on(run: Run, name: str, strength: float | None, over: list[Change]) ->
             done = read_json(folder / "done.json")
             done.pop("dialled", None)
             if strength is not None:
-                done["dialled"] = {"strength": strength, "over_budget": listed(over)}
+                done["dialled"] = {"strength": strength, "over_budget": suites_of(over)}
             write_json(folder / "done.json", done)
         ranks.wait()
     run.hash_stages()
@@ -282,7 +282,7 @@ class _Sweep:
         if self._dial is None:
             start = self.run.handed_on(self.parent)
             if start.is_adapter and not self.trained.is_adapter:
-                start = merged(self.run, self.parent)
+                start = merged_model(self.run, self.parent)
             self._dial = open_dial(self.trained, start, self.run.base.tokenizer, probe_texts(self.run))
         return self._dial
 

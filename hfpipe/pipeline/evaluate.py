@@ -22,7 +22,7 @@ from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.scores.scorecard import Change, Score
 from hfpipe.scores.wording import change_words, describe
 
-Rows = Mapping[str, list[dict[str, Any]]]
+SuiteRows = Mapping[str, list[dict[str, Any]]]
 
 
 def chosen_suites(suites: Suites, names: Sequence[str] | None, limit: int | None) -> Suites:
@@ -108,7 +108,7 @@ def evaluate_model(
     return scores
 
 
-def _evaluate(ref: ModelRef, name: str, label: str, suites: Suites, rows: Rows) -> dict[str, Scored]:
+def _evaluate(ref: ModelRef, name: str, label: str, suites: Suites, rows: SuiteRows) -> dict[str, Scored]:
     """Scores one model on all suites that it can answer, and prints the scores."""
     first, second = (max(map(len, names)) for names in ([label], suites.evaluate))
     answered = {suite: can_score(block, rows[suite], ref) for suite, block in suites.evaluate.items()}

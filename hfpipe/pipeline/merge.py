@@ -7,7 +7,7 @@ from pathlib import Path
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, require_whole
 from hfpipe.model.load import ModelRef
-from hfpipe.pipeline.context import merged, open_run, quiet_libraries
+from hfpipe.pipeline.context import merged_model, open_run, quiet_libraries
 from hfpipe.pipeline.trained import finished_stages, require_one_run
 from hfpipe.recipe import load_recipe
 
@@ -36,7 +36,7 @@ def merge_run(folder: Path, stage: str | None) -> str:
     _require_base(folder, ModelRef(str(model_of(folder / "stages" / name)), recipe.model))
     quiet_libraries()
     with_place = recipe.model_copy(update={"output_dir": str(folder)})
-    return merged(open_run(with_place, folder), name).path
+    return merged_model(open_run(with_place, folder), name).path
 
 
 def _require_base(folder: Path, adapter: ModelRef) -> None:

@@ -14,12 +14,12 @@ from hfpipe.core.files import write_text
 from hfpipe.core.output import has_colours, painted
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.labels import plain_labels
-from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.pipeline.check import run_tokenizer
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.recipe import Classification, Recipe
+from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.report.layout import render
 from hfpipe.stages.compatibility import encode_rows
 
@@ -75,7 +75,7 @@ def preview(recipe: Recipe, count: int, page: str | None = None) -> None:
     """
     quiet_libraries()
     if page is not None:
-        text = render("preview.html", title=f"{recipe.name}: the first rows", rows=list(rows_of(recipe, count)))
+        text = render("preview.html", title=f"{recipe.name}: the first rows", rows=list(first_rows(recipe, count)))
         try:
             write_text(Path(page), text)
         except OSError as error:
@@ -83,7 +83,7 @@ def preview(recipe: Recipe, count: int, page: str | None = None) -> None:
         print(f"written to {page}")
         return
     coloured = has_colours(sys.stdout)
-    for row in rows_of(recipe, count):
+    for row in first_rows(recipe, count):
         print(f"{row.stage}, {row.source}, row {row.number}: {len(row.tokens)} tokens, {row.learned}")
         print(_painted(row.runs[0], coloured))
         if row.rejected:
@@ -92,7 +92,7 @@ def preview(recipe: Recipe, count: int, page: str | None = None) -> None:
         print()
 
 
-def rows_of(recipe: Recipe, count: int) -> Iterator[Row]:
+def first_rows(recipe: Recipe, count: int) -> Iterator[Row]:
     """Yields the first rows of each source of each stage, tokenized as the stage does.
 
     Args:
@@ -105,7 +105,7 @@ def rows_of(recipe: Recipe, count: int) -> Iterator[Row]:
     tokenizer = run_tokenizer(recipe)
     for stage in recipe.stages:
         for source in stage.data:
-            opened = load_rows(source, kinds=kinds_of(stage))
+            opened = load_rows(source, kinds=formats_of_stage(stage.kind))
             if isinstance(stage, Classification):
                 opened, _ = plain_labels(opened, source.path, stage.labels)
             rows = list(islice(tidy_rows(opened, source, Read()), count))

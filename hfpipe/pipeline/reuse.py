@@ -15,7 +15,7 @@ from pathlib import Path
 from hfpipe.core.errors import MachineError
 from hfpipe.core.files import link_or_copy, read_json, whole_folder, write_json
 from hfpipe.core.run_layout import MODEL, damage_of
-from hfpipe.stages.checkpoints import by_step, stage_of
+from hfpipe.stages.checkpoints import by_step, version_of
 
 STAGE = "stage.json"
 
@@ -110,7 +110,7 @@ def _set_aside_damaged(folder: Path, version: Version, damage: str) -> list[str]
 
 def _lend(earlier: Path, folder: Path, version: Version) -> bool:
     """Gives a stage folder the checkpoints of another version that it can go on from, with their log and cost."""
-    checkpoints = [one for one in by_step(earlier) if stage_of(one) in (version.hash, version.trajectory)]
+    checkpoints = [one for one in by_step(earlier) if version_of(one) in (version.hash, version.trajectory)]
     for checkpoint in checkpoints:
         if not (folder / checkpoint.name).exists():
             with whole_folder(folder / checkpoint.name) as beside:
@@ -125,7 +125,7 @@ def _lend(earlier: Path, folder: Path, version: Version) -> bool:
 
 def forget_checkpoints(folder: Path, version: Version) -> None:
     """Removes the checkpoints of a finished stage, but the newest that a longer version could go on from."""
-    kept = next((one for one in by_step(folder) if not version.bound and stage_of(one) == version.trajectory), None)
+    kept = next((one for one in by_step(folder) if not version.bound and version_of(one) == version.trajectory), None)
     for checkpoint in by_step(folder):
         if checkpoint != kept:
             shutil.rmtree(checkpoint, ignore_errors=True)

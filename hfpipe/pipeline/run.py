@@ -19,7 +19,7 @@ from hfpipe.model.load import ModelRef, config_of, device, free_memory, task_of
 from hfpipe.model.shards import give_back_memory
 from hfpipe.pipeline.context import (
     Run,
-    merged,
+    merged_model,
     open_ranks,
     open_run,
     probe_texts,
@@ -94,7 +94,7 @@ def run_recipe(recipe: Recipe) -> Path:
             "train fewer steps, or raise the budget, and run again."
         )
     for name in _to_merge(recipe):
-        merged(run, name)
+        merged_model(run, name)
     if ranks.is_main():
         write_reports(folder)
         for line in closing_lines(folder):
@@ -177,7 +177,7 @@ def _train(run: Run, name: str, parent: str) -> None:
     start = run.handed_on(parent)
     continued = start if stage.parent_adapter == "continue" else None
     if start.is_adapter:
-        start = start.base if continued is not None else merged(run, parent)
+        start = start.base if continued is not None else merged_model(run, parent)
     how = f"{stage.quantized.type} {stage.method}" if stage.quantized else stage.method
     if ranks.is_main():
         display.event("stage", name=name, kind=stage.kind, method=how, parent=parent)

@@ -19,7 +19,8 @@ from hfpipe.core.files import read_json
 from hfpipe.core.run_layout import MERGED, MODEL, model_of, require_whole
 from hfpipe.core.run_state import require_whole_state
 from hfpipe.data.prompts import Asking
-from hfpipe.model.load import ModelRef, clear_errors, load_tokenizer, task_of
+from hfpipe.model.load import ModelRef, load_tokenizer, task_of
+from hfpipe.model.load_errors import clear_errors
 from hfpipe.recipe import Model, Recipe, Stage, load_recipe
 from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.report.usage import lineage

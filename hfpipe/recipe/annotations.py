@@ -18,7 +18,7 @@ EnumReader = Callable[[str], "tuple[str, ...] | None"]  # name of a class -> the
 
 
 @dataclass(frozen=True)
-class Kind:
+class ValueKind:
     """One of the kinds of value that a field takes.
 
     Args:
@@ -30,14 +30,14 @@ class Kind:
 
     word: str
     choices: tuple[Any, ...] = ()
-    items: tuple[Kind, ...] = ()
+    items: tuple[ValueKind, ...] = ()
     of_enum: bool = False
 
 
 MOST_CHOICES = 15  # that a message lists
 
-ANYTHING: tuple[Kind, ...] = ()
-NULL = Kind("null")
+ANYTHING: tuple[ValueKind, ...] = ()
+NULL = ValueKind("null")
 _NAMES = {
     "int": "int",
     "float": "float",
@@ -83,14 +83,14 @@ _SCHEMA = {
 }
 
 
-def kinds_of(annotation: ast.expr | None, enum: EnumReader) -> tuple[Kind, ...]:
+def value_kinds(annotation: ast.expr | None, enum: EnumReader) -> tuple[ValueKind, ...]:
     """The kinds that an annotation allows; empty for anything."""
     try:
         kinds = tuple(_read(annotation, enum))
     except _NotUnderstood:
         return ANYTHING
     if any(kind.of_enum for kind in kinds):  # `SchedulerType | str`: text is converted, so it must name a member
-        kinds = tuple(kind for kind in kinds if kind != Kind("str"))
+        kinds = tuple(kind for kind in kinds if kind != ValueKind("str"))
     return kinds
 
 
@@ -98,7 +98,7 @@ class _NotUnderstood(Exception):
     pass
 
 
-def _read(node: ast.expr | None, enum: EnumReader) -> list[Kind]:
+def _read(node: ast.expr | None, enum: EnumReader) -> list[ValueKind]:
     match node:
         case ast.Constant(value=None):
             return [NULL]
@@ -107,9 +107,9 @@ def _read(node: ast.expr | None, enum: EnumReader) -> list[Kind]:
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return _read(left, enum) + _read(right, enum)
         case ast.Name(id=name) if name in _NAMES:
-            return [Kind(_NAMES[name])]
+            return [ValueKind(_NAMES[name])]
         case ast.Name(id=name) if members := enum(name):
-            return [Kind("str", members, of_enum=True)]
+            return [ValueKind("str", members, of_enum=True)]
         case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
             return [*_read(inner, enum), NULL]
         case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=parts)):
@@ -117,39 +117,39 @@ def _read(node: ast.expr | None, enum: EnumReader) -> list[Kind]:
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             return _literal(inner.elts if isinstance(inner, ast.Tuple) else [inner])
         case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in _NAMES:
-            return [Kind(_NAMES[name], items=_items(name, inner, enum))]
+            return [ValueKind(_NAMES[name], items=_items(name, inner, enum))]
     raise _NotUnderstood
 
 
-def _items(name: str, inner: ast.expr, enum: EnumReader) -> tuple[Kind, ...]:
+def _items(name: str, inner: ast.expr, enum: EnumReader) -> tuple[ValueKind, ...]:
     """Kinds of what is in a list or mapping; a tuple's members may differ, so they are not looked at."""
     if _NAMES[name] == "dict":
-        return kinds_of(inner.elts[1], enum) if isinstance(inner, ast.Tuple) and len(inner.elts) == 2 else ANYTHING
-    return ANYTHING if isinstance(inner, ast.Tuple) else kinds_of(inner, enum)
+        return value_kinds(inner.elts[1], enum) if isinstance(inner, ast.Tuple) and len(inner.elts) == 2 else ANYTHING
+    return ANYTHING if isinstance(inner, ast.Tuple) else value_kinds(inner, enum)
 
 
-def _literal(nodes: list[ast.expr]) -> list[Kind]:
+def _literal(nodes: list[ast.expr]) -> list[ValueKind]:
     values = [node.value for node in nodes if isinstance(node, ast.Constant)]
     words = dict.fromkeys(_word_of(value) for value in values)
-    return [Kind(word, tuple(value for value in values if _word_of(value) == word)) for word in words]
+    return [ValueKind(word, tuple(value for value in values if _word_of(value) == word)) for word in words]
 
 
 def _word_of(value: Any) -> str:
     return {bool: "bool", int: "int", float: "float", str: "str"}.get(type(value), "null")
 
 
-def fits(value: Any, kinds: tuple[Kind, ...], *, exact: bool = False) -> bool:
+def fits(value: Any, kinds: tuple[ValueKind, ...], *, exact: bool = False) -> bool:
     """Returns True if a value is of one of the kinds.
 
     Args:
         value: The recipe's value.
-        kinds: See `kinds_of`.
+        kinds: See `value_kinds`.
         exact: Whether 1 is wrong where 1.0 is asked for, as it is in a transformers config.
     """
     return not kinds or any(_is(value, kind, exact) for kind in kinds)
 
 
-def _is(value: Any, kind: Kind, exact: bool) -> bool:
+def _is(value: Any, kind: ValueKind, exact: bool) -> bool:
     if not isinstance(value, _TYPES[kind.word]) or (isinstance(value, bool) and kind.word != "bool"):  # type: ignore[arg-type]
         return False
     if kind.word == "float" and exact and isinstance(value, int):
@@ -168,7 +168,7 @@ def _matches(value: Any, choice: Any) -> bool:
     return value == choice
 
 
-def explain(value: Any, kinds: tuple[Kind, ...]) -> str:
+def explain(value: Any, kinds: tuple[ValueKind, ...]) -> str:
     """Names the value found and the values allowed, for a value that does not fit."""
     near = nearest(value, _words(kinds)) if isinstance(value, str) else None
     if isinstance(value, int) and not isinstance(value, bool) and any(kind.word == "float" for kind in kinds):
@@ -176,11 +176,11 @@ def explain(value: Any, kinds: tuple[Kind, ...]) -> str:
     return found_and_allowed(value, ", or ".join(_spell(kind, near) for kind in kinds), near=near)
 
 
-def _words(kinds: tuple[Kind, ...]) -> list[str]:
+def _words(kinds: tuple[ValueKind, ...]) -> list[str]:
     return [word for kind in kinds for word in kind.choices if isinstance(word, str)]
 
 
-def _spell(kind: Kind, near: str | None) -> str:
+def _spell(kind: ValueKind, near: str | None) -> str:
     """A kind in words; of a long list of choices only a few."""
     if kind.choices:
         words = [word if isinstance(word, str) else json.dumps(word) for word in kind.choices]
@@ -192,13 +192,13 @@ def _spell(kind: Kind, near: str | None) -> str:
     return _SPELLED[kind.word]
 
 
-def json_schema_of(kinds: tuple[Kind, ...]) -> dict[str, Any]:
+def json_schema_of(kinds: tuple[ValueKind, ...]) -> dict[str, Any]:
     """The same as JSON Schema; {} allows anything."""
     schemas = [_schema_of(kind) for kind in kinds]
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas} if schemas else {}
 
 
-def _schema_of(kind: Kind) -> dict[str, Any]:
+def _schema_of(kind: ValueKind) -> dict[str, Any]:
     if kind.choices and not any("[" in str(choice) for choice in kind.choices):
         return {"enum": list(kind.choices)}
     schema: dict[str, Any] = {"type": _SCHEMA[kind.word]}

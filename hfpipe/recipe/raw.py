@@ -58,13 +58,13 @@ def sequence(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def text_of(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
 def stages(data: dict[str, Any]) -> list[RawStage]:
     return [
-        RawStage(("stages", index), mapping(stage), text_of(mapping(stage).get("name")), kind_of(stage))
+        RawStage(("stages", index), mapping(stage), as_text(mapping(stage).get("name")), kind_of(stage))
         for index, stage in enumerate(sequence(data.get("stages")))
     ]
 

@@ -276,11 +276,6 @@ def question_of(row: Mapping[str, Any]) -> str:
     return str(value) if value else ""
 
 
-def is_trained(turn: Mapping[str, Any]) -> bool:
-    """Returns True if a turn of a conversation may be trained on: its own `train: false` or `weight: 0` says no."""
-    return turn.get("train") is not False and turn.get("weight") != 0
-
-
 def _said(value: Any) -> str:
     if isinstance(value, list):
         return "\n".join(str(turn.get("content") or "") for turn in value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
-from hfpipe.recipe.annotations import ANYTHING, NULL, Kind, kinds_of
+from hfpipe.recipe.annotations import ANYTHING, NULL, ValueKind, value_kinds
 from hfpipe.recipe.source_reader import (
     UNKNOWN,
     ancestry,
@@ -31,7 +31,7 @@ from hfpipe.recipe.source_reader import (
 from hfpipe.recipe.stage_config import KINDS
 
 # Annotations narrower than what the class takes: it turns these values into others itself.
-_ALSO_TAKEN = {"fsdp": (Kind("bool"), Kind("list"))}
+_ALSO_TAKEN = {"fsdp": (ValueKind("bool"), ValueKind("list"))}
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Field:
     help: str = ""
 
     @cached_property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[ValueKind, ...]:
         """Returns the kinds of value it takes; empty for anything. Worked out for a recipe's keys only: an enum may be
         files away.
         """
-        kinds = kinds_of(self.annotation, partial(enum_members, self.module))
-        if kinds == (Kind("str"),) and self.choices:
-            kinds = (Kind("str", self.choices),)
+        kinds = value_kinds(self.annotation, partial(enum_members, self.module))
+        if kinds == (ValueKind("str"),) and self.choices:
+            kinds = (ValueKind("str", self.choices),)
         if self.default is None and kinds and NULL not in kinds:
             kinds = (*kinds, NULL)
         return (*kinds, *_ALSO_TAKEN.get(self.name, ())) if kinds else ANYTHING

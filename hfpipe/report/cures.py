@@ -26,7 +26,7 @@ _LENGTH = ("max_steps", "num_train_epochs")
 
 
 @dataclass(frozen=True)
-class Version:
+class TrainedStage:
     """A stage that was trained, and where it stands.
 
     Args:
@@ -145,7 +145,7 @@ def _likely(stage: Stage) -> str:
     )
 
 
-def _versions(folder: Path, recipe: Recipe, scores: Sequence[Score], stage: Stage) -> Iterator[Version]:
+def _versions(folder: Path, recipe: Recipe, scores: Sequence[Score], stage: Stage) -> Iterator[TrainedStage]:
     """Yields the versions of a stage that were scored: those of its run, then those of its comparison of cures."""
     yield from _versions_in(recipe, scores, recipe, stage)
     place = folder / CURE
@@ -154,7 +154,7 @@ def _versions(folder: Path, recipe: Recipe, scores: Sequence[Score], stage: Stag
         yield from _versions_in(compared, measured, recipe, stage)
 
 
-def _versions_in(recipe: Recipe, scores: Sequence[Score], of: Recipe, stage: Stage) -> Iterator[Version]:
+def _versions_in(recipe: Recipe, scores: Sequence[Score], of: Recipe, stage: Stage) -> Iterator[TrainedStage]:
     """Yields the stages of a recipe that differ from a stage of another in their words alone, not in data or parent."""
     parent = of.parent_of(stage.name)
     ours = [one for one in recipe.stages if recipe.parent_of(one.name) == parent and _same_data(one, stage)]
@@ -165,7 +165,7 @@ def _versions_in(recipe: Recipe, scores: Sequence[Score], of: Recipe, stage: Sta
     line = of_lineage(scores, recipe.lineage(parent)) if start else []
     for one in ours:
         if ends[one.name] and start:
-            yield Version(one, point(recipe.evaluate, line, start, ends[one.name], scales, kept))
+            yield TrainedStage(one, point(recipe.evaluate, line, start, ends[one.name], scales, kept))
 
 
 def _same_data(one: Stage, other: Stage) -> bool:

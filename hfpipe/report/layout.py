@@ -56,7 +56,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleAnswer:
     """One row of a suite, as two models answered it.
 
     Args:
@@ -94,7 +94,7 @@ class Section:
     table: Table | None = None
     notes: Sequence[str] = ()
     plots: Sequence[str] = ()
-    samples: Sequence[Sample] = ()
+    samples: Sequence[SampleAnswer] = ()
     code: tuple[str, str] | None = None
     links: Sequence[str] = ()
 

@@ -9,7 +9,7 @@ from typing import Any
 from hfpipe.core.files import read_jsonl
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
-from hfpipe.report.layout import Sample, Section, Table, shortened
+from hfpipe.report.layout import SampleAnswer, Section, Table, shortened
 from hfpipe.scores.scorecard import BASE, Score
 
 STEPS = 8  # of the samples while a stage trained
@@ -26,7 +26,7 @@ def sample_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> Sec
         return None
     better = {score.key: score.higher_is_better for score in scores}
     line = recipe.lineage(scores[-1].stage)
-    found: list[Sample] = []
+    found: list[SampleAnswer] = []
     for suite in recipe.evaluate:
         files = {stage: predictions_of(folder / "stages" / stage) / f"{suite}.jsonl" for stage in line}
         there = [stage for stage, file in files.items() if file.exists()]
@@ -74,7 +74,7 @@ def pick_samples(
     earlier: Iterable[dict[str, Any]],
     later: Iterable[dict[str, Any]],
     better: Mapping[tuple[str, str], bool],
-) -> list[Sample]:
+) -> list[SampleAnswer]:
     """A few rows of a suite as two models answered them; none where no answer can be shown.
 
     Args:
@@ -112,13 +112,13 @@ def _judges(metric: str, need: str, record: dict[str, Any]) -> bool:
 
 def _sample(
     suite: str, titles: Sequence[str], sort: str, metric: str, before: dict[str, Any], after: dict[str, Any]
-) -> Sample:
+) -> SampleAnswer:
     old, new = _answer(before) or {}, _answer(after) or {}
     texts = [("asked", str(after["asked"]))] if after.get("asked") else []
     texts += [("right", _words(new["reference"])), (titles[0], _words(old["prediction"]))]
     texts += [(titles[1], _words(new["prediction"]))]
     values = (before["values"][metric], after["values"][metric])
-    return Sample(suite, str(after.get("id", after["row"])), sort, metric, values, texts)
+    return SampleAnswer(suite, str(after.get("id", after["row"])), sort, metric, values, texts)
 
 
 def _words(answer: Any) -> str:

@@ -84,7 +84,7 @@ def usage_in_run(run: Path, recipe: Recipe, stage: str, folder: Path) -> Usage:
         stage=stage,
         on_hub=False,
         base=base,
-        base_stage=stage_of(str(base), recipe) if adapter else None,
+        base_stage=parent_stage(str(base), recipe) if adapter else None,
         base_revision=revision,
         chat=(folder / "chat_template.jinja").exists(),
         quantized="quantization_config" in config,
@@ -94,7 +94,7 @@ def usage_in_run(run: Path, recipe: Recipe, stage: str, folder: Path) -> Usage:
     )
 
 
-def stage_of(base: str, recipe: Recipe) -> str | None:
+def parent_stage(base: str, recipe: Recipe) -> str | None:
     """The stage of the run whose model an adapter's base is; None for a model from elsewhere."""
     parts = Path(base).parts[-3:]  # the run folder may have been moved
     known = len(parts) == 3 and parts[0] == "stages" and parts[1] in [stage.name for stage in recipe.stages]

@@ -36,7 +36,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return load_json(folder / MANIFEST)
 
 
-def stage_of(folder: Path) -> str | None:
+def version_of(folder: Path) -> str | None:
     """The version of a stage that a checkpoint belongs to, by its manifest; None where it has none."""
     try:
         return _manifest(folder).get("stage")

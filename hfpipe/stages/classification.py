@@ -22,7 +22,7 @@ from hfpipe.model.classifier import DEFAULT_MAX_LENGTH, head_config, outermost, 
 from hfpipe.recipe import Classification
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.counterfactual import hold_together
-from hfpipe.stages.labels import Head, head_of, labelled_tokens, require_fitting_suites
+from hfpipe.stages.labels import Head, head_for, labelled_tokens, require_fitting_suites
 from hfpipe.stages.trainer import StageRun, load_parent, plan_of, row_length, train, trainer_arguments, with_adapter
 
 
@@ -33,7 +33,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     limit = labelled_length(run, shapes_of(run.parent))
     tokens, found = labelled_tokens(run, limit)
     labels, lengths = found.labels, tokens.lengths
-    head = head_of(stage, found, _earlier_head(run))
+    head = head_for(stage, found, _earlier_head(run))
     problem, names = head.problem, head.names
     require_fitting_suites(run.recipe, stage, head, run.rows)
     weights = torch.tensor(balanced_weights(labels, names)) if stage.class_weights == "balanced" else None

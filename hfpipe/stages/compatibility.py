@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.cleaning.text_rules import LOOK, Read, refuse_dirt, tidy_rows
 from hfpipe.data.labels import Problem, known_names
-from hfpipe.data.masking import Masking, frame_of, tokens_of
-from hfpipe.data.sources.formats import Taken, kinds_of
+from hfpipe.data.masking import Masking, frame_of, tokens_of_texts
+from hfpipe.data.sources.formats import Taken
 from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
 from hfpipe.evaluation.answers import asked_of, tells_apart
@@ -29,9 +29,10 @@ from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
 from hfpipe.recipe import Classification, Pretrain, Recipe, Sft, Source, Stage, Suite
+from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.recipe.source_config import BASE
 from hfpipe.stages import TOKENIZERS
-from hfpipe.stages.labels import Head, first_labels, head_of, require_fitting_suites
+from hfpipe.stages.labels import Head, first_labels, head_for, require_fitting_suites
 from hfpipe.stages.sft_rows import BLOCK, nothing_to_train
 from hfpipe.stages.trainer import require_positions
 
@@ -68,7 +69,7 @@ def require_fitting(recipe: Recipe, tokenizer: Any, suites: Mapping[str, Rows], 
             _require_classifier(stage, model.config)
             found = first_labels(stage, LABELS)
             earlier = heads.get(recipe.parent_of(stage.name)) if stage.parent_adapter == "continue" else None
-            heads[stage.name] = head = head_of(stage, found, earlier)
+            heads[stage.name] = head = head_for(stage, found, earlier)
             if stage.training.get("label_smoothing_factor") and head.problem != "single_label_classification":
                 raise RecipeError(
                     f"stages.{stage.name}.training.label_smoothing_factor has no effect on a {_HEADS[head.problem]}: "
@@ -134,7 +135,7 @@ def require_rows(recipe: Recipe, tokenizer: Any) -> dict[tuple[str, int], Sample
 
 def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) -> Sample:
     """Returns the first rows of a source, of which tokens can be made."""
-    opened, read = open_source(source, kinds=kinds_of(stage)), Read()
+    opened, read = open_source(source, kinds=formats_of_stage(stage.kind)), Read()
     rows = opened.rows
     count = getattr(rows, "num_rows", None)
     first = list(tidy_rows(rows.take(FIRST_ROWS), source, read))
@@ -287,7 +288,7 @@ def encode_rows(
     if isinstance(stage, Pretrain) and stage.objective == "masked":
         masking = Masking(tokenizer, stage.masking or {}, seed)
         frame = frame_of(tokenizer, words=masking.collator.whole_word_mask)
-        bodies = tokens_of([row["text"] for row in rows], tokenizer.backend_tokenizer, frame.words)
+        bodies = tokens_of_texts([row["text"] for row in rows], tokenizer.backend_tokenizer, frame.words)
         size = None if max_length is None else max_length - frame.size
         masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
         return [{key: value.tolist() for key, value in row.items()} for row in masked]

@@ -108,7 +108,7 @@ class OfTokens:
         head, scale = head_of(inner), Scale(inner.config)
 
         def chunk(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-            return divergence(*(scale(head(hidden)).float().log_softmax(-1) for hidden in (one, two)))
+            return symmetric_divergence(*(scale(head(hidden)).float().log_softmax(-1) for hidden in (one, two)))
 
         with self.trainer.accelerator.autocast():
             return loss, None, sum_in_chunks(chunk, *pair, 2 * inner.config.get_text_config().vocab_size)
@@ -144,15 +144,15 @@ class OfClasses(OfTokens):
         if self._problem == "regression":
             return loss, outputs, (one - two).square().sum() / 2
         if self._problem == "single_label_classification":
-            return loss, outputs, divergence(one.log_softmax(-1), two.log_softmax(-1))
+            return loss, outputs, symmetric_divergence(one.log_softmax(-1), two.log_softmax(-1))
         sides = (torch.stack([functional.logsigmoid(x), functional.logsigmoid(-x)], dim=-1) for x in (one, two))
-        return loss, outputs, divergence(*sides)
+        return loss, outputs, symmetric_divergence(*sides)
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """Returns the labels of a micro-batch."""
         return (labels != IGNORED).sum()
 
 
-def divergence(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+def symmetric_divergence(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     """Returns the sum of half of the Kullback-Leibler divergence in each direction, of log-probabilities (..., V)."""
     return ((one.exp() - two.exp()) * (one - two)).sum() / 2

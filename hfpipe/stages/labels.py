@@ -172,7 +172,7 @@ def _tokens_of(run: StageRun, source: Source, rows: Rows, limit: int) -> tuple[T
     return store, labels, {**facts, **removed}
 
 
-def head_of(stage: Classification, rows: Labelled, earlier: Head | None = None) -> Head:
+def head_for(stage: Classification, rows: Labelled, earlier: Head | None = None) -> Head:
     """The head that the rows of a stage and its words ask for.
 
     Args:

@@ -39,7 +39,7 @@ from hfpipe.recipe.stage_config import Preference
 from hfpipe.stages.arguments import SHARDING_WORDS, clear_refusal, stage_arguments
 from hfpipe.stages.nearness import OWN, NearParent, near_parent
 from hfpipe.stages.saving import is_sharded
-from hfpipe.stages.sft_rows import own_rows, tokens_of
+from hfpipe.stages.sft_rows import own_rows, tokens_of_source
 from hfpipe.stages.sharding import plan_of_launch
 from hfpipe.stages.trainer import (
     StageRun,
@@ -77,7 +77,7 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, collated=_beside(collated))
     as_it_is = stage.adapter is None or run.continued is not None or stage.changes_base
     if as_it_is or stage.training.get("precompute_ref_log_probs"):
-        Reference(run, trainer, rows, source.examples(), collated, as_it_is).fill()
+        ReferencePass(run, trainer, rows, source.examples(), collated, as_it_is).fill()
     trainer.ref_model = None
     _keep_parent(run, trainer, own, plan.per_device / len(tokens))
     longest = max(map(tokens.longest, SIDES))
@@ -169,7 +169,7 @@ def _pairs_of(run: StageRun, source: Source, length: int | None) -> tuple[TokenS
     """Tokenizes a source, or finds its tokens from before; says which pairs were left out and which were cut."""
     words = ["pairs", length, run.stage.max_dirty_share]
     tokenizer = partial(PairTokenizer, run.tokenizer, length)
-    store, found = tokens_of(run, source, formats_of_stage("preference"), tokenizer, words)
+    store, found = tokens_of_source(run, source, formats_of_stage("preference"), tokenizer, words)
     if found["untrained"]:
         why = "their prompt fills max_length, or both answers are the same"
         ranks.say(f"  {source.title}: {found['untrained']:,} of {found['rows']:,} pairs are left out: {why}")
@@ -312,7 +312,7 @@ class NoModel(torch.nn.Linear):
         self.config = config
 
 
-class Reference:
+class ReferencePass:
     """The log-probabilities of the pairs under the parent, computed once and kept in the stage's folder.
 
     Args:

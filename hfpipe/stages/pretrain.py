@@ -115,8 +115,8 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
         source |= removed
     ranks.say(_waste(facts["data"]))
-    if stream.ended and trainer.state.global_step < max_steps:
-        ranks.say(_ended_early(trainer.state.global_step, max_steps))
+    if stream.ended:
+        _say_early_end(trainer.state.global_step, max_steps)
     return facts
 
 
@@ -158,11 +158,13 @@ def _waste(found: dict[str, Any]) -> str:
     )
 
 
-def _ended_early(step: int, max_steps: int) -> str:
-    return (
-        f"  the data ended at step {step:,} of {max_steps:,}, for which the learning rate was planned; with max_steps "
-        "of about as many it ends with the data"
-    )
+def _say_early_end(step: int, max_steps: int) -> None:
+    """Says so where the data ended before the last step."""
+    if step < max_steps:
+        ranks.say(
+            f"  the data ended at step {step:,} of {max_steps:,}, and the learning rate was planned for all of them; "
+            f"write `max_steps: {step}` to let it fall to its end"
+        )
 
 
 def _whole_epochs(stage: Pretrain) -> int | None:

@@ -14,11 +14,11 @@ from hfpipe.core import display, ranks
 from hfpipe.core.files import read_jsonl, write_jsonl
 from hfpipe.core.output import printable
 from hfpipe.data.prompts import Asking
-from hfpipe.data.sources.formats import kinds_of
 from hfpipe.data.sources.load import open_source
 from hfpipe.evaluation.generation import encode_prompts, generate
 from hfpipe.evaluation.row_text import RowText, text_of_prompt
 from hfpipe.recipe import Recipe, Samples, Stage, Suite
+from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.stages.context import StageRun
 from hfpipe.stages.saving import is_sharded
 
@@ -47,7 +47,7 @@ def asked_texts(stage: Stage, tokenizer: Any) -> list[RowText]:
         return []
     if stage.kind == "sft":
         source = stage.data[0]
-        asking = Asking(open_source(source, kinds=kinds_of(stage)).taken.format.name, source)
+        asking = Asking(open_source(source, kinds=formats_of_stage(stage.kind)).taken.format.name, source)
     else:
         asking = Asking("text" if stage.kind == "pretrain" or not tokenizer.chat_template else "messages")
     return [text_of_prompt(asking.of_text(prompt), tokenizer) for prompt in block.prompts]

@@ -142,7 +142,7 @@ def _tokens_of(
     at_most: int | None = None,
     unended: Collection[str] = (),
 ) -> tuple[TokenStore, dict[str, Any]]:
-    """Tokenizes a source of an sft stage; see `tokens_of`."""
+    """Tokenizes a source of an sft stage; see `tokens_of_source`."""
     stage = run.stage
     assert isinstance(stage, Sft)
     own = any(source is one for one in stage.data)
@@ -151,7 +151,7 @@ def _tokens_of(
     if unended:
         words.append(sorted(unended))
     tokenizer = partial(sft_tokenizer, stage, run.tokenizer, length, source, unended)
-    store, found = tokens_of(run, source, TEXT_KINDS, tokenizer, words, at_most)
+    store, found = tokens_of_source(run, source, TEXT_KINDS, tokenizer, words, at_most)
     left = found["rows"] - sum(found["dirty"].values())
     if found["untrained"]:
         told = f"{found['untrained']} of {left} rows have no token to train on and are left out"
@@ -162,7 +162,7 @@ def _tokens_of(
     return store, found
 
 
-def tokens_of(
+def tokens_of_source(
     run: StageRun,
     source: Source,
     kinds: tuple[Kind, ...],

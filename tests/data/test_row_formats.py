@@ -12,9 +12,10 @@ from datasets import IterableDataset
 
 from hfpipe.cli import main
 from hfpipe.core.errors import DataError, RecipeError
+from hfpipe.data.chat import is_trained
 from hfpipe.data.sources.load import load_rows, open_source
 from hfpipe.recipe import Source
-from hfpipe.recipe.row_formats import ROW_FORMATS, TEXT_KINDS, is_trained, texts_of
+from hfpipe.recipe.row_formats import ROW_FORMATS, TEXT_KINDS, texts_of
 
 ASKED = {"role": "user", "content": "Two plus two?"}
 SAID = {"role": "assistant", "content": "Four."}
@@ -82,7 +83,7 @@ def test_sharegpt_under_any_of_its_names_becomes_messages(read: Any, column: str
         {"role": "assistant", "content": "Sunny.", "weight": 0},
     ]
     assert (row["tools"], row["id"]) == (tools, 7)
-    assert [is_trained(turn) for turn in row["messages"]] == [True] * 4 + [False]
+    assert [is_trained(turn, row) for turn in row["messages"]] == [True] * 4 + [False]
     [named] = read({"talk": turns[:1]}, columns={"messages": "talk"}, streaming=streaming)
     assert named["messages"] == [{"role": "user", "content": "Rome?"}]
 
@@ -101,7 +102,7 @@ def test_openai_messages_with_parts_calls_and_reasoning(read: Any, streaming: bo
     assert row["messages"][0] == {"role": "user", "content": "Rome?"}
     assert row["messages"][1]["tool_calls"] == [{**CALL, "id": "c1"}]
     assert row["messages"][1]["reasoning_content"] == "I must look."
-    assert not is_trained(row["messages"][3])
+    assert not is_trained(row["messages"][3], row)
     assert plain["messages"] == [ASKED, SAID]
 
 

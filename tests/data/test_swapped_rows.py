@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizer_families import FAMILIES, make
 
-from hfpipe.data.counterfactual import PLACES, SWAPPED, Swapper, in_common, with_swapped
+from hfpipe.data.counterfactual import PLACES, SWAPPED, Swapper, matching_places, with_swapped
 from hfpipe.data.dataloader import collate
 
 TEXT = "The cow said moo, and the fox said yelp to the cow."
@@ -22,12 +22,12 @@ def test_the_places_in_common_are_in_order_and_say_the_same() -> None:
         other: list[int] = []
         for token in one:
             other += {0: [100, 101], 1: [], 2: [102]}.get(chance.randrange(12), [token])
-        places = in_common(one, other)
+        places = matching_places(one, other)
         assert all(one[first] == other[second] for first, second in places)
         assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(places))
-    assert in_common([1, 2, 3, 4, 5, 6], [1, 2, 9, 9, 4, 5, 6]) == [(0, 0), (1, 1), (3, 4), (4, 5), (5, 6)]
-    assert in_common([1, 2], [1, 3]) == [(0, 0)]
-    assert in_common([1, 2, 7], [1, 3, 7]) == [(0, 0), (2, 2)]
+    assert matching_places([1, 2, 3, 4, 5, 6], [1, 2, 9, 9, 4, 5, 6]) == [(0, 0), (1, 1), (3, 4), (4, 5), (5, 6)]
+    assert matching_places([1, 2], [1, 3]) == [(0, 0)]
+    assert matching_places([1, 2, 7], [1, 3, 7]) == [(0, 0), (2, 2)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +42,9 @@ def test_a_text_is_swapped_by_every_tokenizer(family: str) -> None:
     text = "The fox said moo, and the cow said yelp to the fox."
     expected = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
     assert read.strip() == expected.strip()
-    assert len(in_common(ids, found)) >= len(ids) - 3 * len(tokenizer("cow fox", add_special_tokens=False)["input_ids"])
+    assert len(matching_places(ids, found)) >= len(ids) - 3 * len(
+        tokenizer("cow fox", add_special_tokens=False)["input_ids"]
+    )
     assert swapper.of(tokenizer("Question: what")["input_ids"]) is None
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from hfpipe.cli import main
 from hfpipe.core.errors import RecipeError
-from hfpipe.data.masking import WORD, Masking, frame_of, tokens_of
+from hfpipe.data.masking import WORD, Masking, frame_of, tokens_of_texts
 from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.evaluation.masked import OPTIONS
 from hfpipe.model.create import create_model, train_tokenizer
@@ -166,7 +166,7 @@ def tokenizer() -> Any:
 def test_rows_are_hidden_alike_wherever_they_are_and_by_the_shares_of_the_paper(tokenizer: Any) -> None:
     text = "The quick brown foxes jumped over unbelievably lazy dogs, twice. " * 600
     frame = frame_of(tokenizer)
-    row = frame.row(np.array(next(tokens_of([text], tokenizer.backend_tokenizer, False))))
+    row = frame.row(np.array(next(tokens_of_texts([text], tokenizer.backend_tokenizer, False))))
     first, same, other = (Masking(tokenizer, {}, 7).row(row, number) for number in (3, 3, 4))
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not torch.equal(first["labels"], other["labels"])
@@ -184,7 +184,7 @@ def test_rows_are_hidden_alike_wherever_they_are_and_by_the_shares_of_the_paper(
 def test_whole_words_are_hidden_whole(tokenizer: Any) -> None:
     frame = frame_of(tokenizer, words=True)
     marked = np.array(
-        next(tokens_of(["unbelievably lazy, Grüße zebras xyzzy " * 40], tokenizer.backend_tokenizer, True))
+        next(tokens_of_texts(["unbelievably lazy, Grüße zebras xyzzy " * 40], tokenizer.backend_tokenizer, True))
     )
     row = Masking(tokenizer, {"whole_word_mask": True, "mlm_probability": 0.3}, 1).row(frame.row(marked), 0)
     chosen = (row["labels"][1:-1] >= 0).numpy()

@@ -24,12 +24,12 @@ from hfpipe.data.sources.templates import (
     fields_of,
     form_of,
     is_conversation,
-    texts_of,
+    template_texts,
     turn_of,
 )
-from hfpipe.recipe import Source, Stage
+from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
-from hfpipe.recipe.row_formats import BESIDE_MESSAGES, ENDS, ROW_FORMATS, RowFormat, format_of, formats_of_stage
+from hfpipe.recipe.row_formats import BESIDE_MESSAGES, ENDS, ROW_FORMATS, RowFormat, format_of
 
 Rows: TypeAlias = Dataset | IterableDataset
 Kind: TypeAlias = str  # the name of a format that is trained on or scored as it stands
@@ -61,11 +61,6 @@ class Taken:
         how = f", read as {becomes}" if becomes and becomes != self.format.name else ""
         files = f"{self.files}, " if self.files else ""
         return f"{files}taken for {self.format.name} ({self.why}){how}"
-
-
-def kinds_of(stage: Stage) -> tuple[Kind, ...]:
-    """The formats of rows that a stage is trained on."""
-    return formats_of_stage(stage.kind)
 
 
 def roles_of(rows: Rows) -> Kind:
@@ -146,7 +141,7 @@ def _named(features: Features, source: Source) -> tuple[dict[str, str], dict[str
         if isinstance(columns, list):
             templates[name] = [f"{{{column}}}" for column in columns]
     for name, template in templates.items():
-        for text in texts_of(template):
+        for text in template_texts(template):
             for field in fields_of(text, name, source):
                 require_column(field, features, f"template.{name}", source)
                 if f"{{{field}[" in text and isinstance(features[field], Value):
@@ -340,7 +335,7 @@ def _with_inner_columns(rows: Rows, features: Features, source: Source) -> tuple
     given = source.columns.values() if isinstance(source.columns, dict) else ()
     named = [name for names in given for name in ([names] if isinstance(names, str) else names)]
     for template in (source.template or {}).values():
-        named += re.findall(r"{([^{}\[\]]+)", "".join(texts_of(form_of(template))))
+        named += re.findall(r"{([^{}\[\]]+)", "".join(template_texts(form_of(template))))
     if all(name in features or name.partition(".")[0] not in features for name in named):
         return rows, features
     flat = features.flatten()

@@ -59,7 +59,7 @@ def form_of(template: Any) -> Form:
     return [(turn.role, turn.content) for turn in template]
 
 
-def texts_of(form: Form) -> list[str]:
+def template_texts(form: Form) -> list[str]:
     """The texts of a template."""
     return [form] if isinstance(form, str) else [one if isinstance(one, str) else one[1] for one in form]
 
@@ -142,8 +142,10 @@ def _fill(batch: dict[str, list[Any]], taken: dict[str, str], built: dict[str, F
             filled[role] = filled_texts(batch, form)
             continue
         speakers = [None if isinstance(one, str) else one[0] for one in form]
-        texts = zip(*(filled_texts(batch, text) for text in texts_of(form)), strict=True)
-        may_be_empty = [who is not None and is_jinja(text) for who, text in zip(speakers, texts_of(form), strict=True)]
+        texts = zip(*(filled_texts(batch, text) for text in template_texts(form)), strict=True)
+        may_be_empty = [
+            who is not None and is_jinja(text) for who, text in zip(speakers, template_texts(form), strict=True)
+        ]
         filled[role] = [None if None in row else _together(speakers, row, may_be_empty) for row in texts]
     return filled
 

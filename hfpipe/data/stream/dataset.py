@@ -26,7 +26,7 @@ from datasets import Dataset, IterableDataset
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.ranks import each, gather
 from hfpipe.data.cleaning.text_rules import Finding, finding, judge
-from hfpipe.data.masking import Frame, tokens_of
+from hfpipe.data.masking import Frame, tokens_of_texts
 from hfpipe.data.stream.examples import Examples, ExampleStrand
 from hfpipe.data.stream.lane import WINDOW_CHARACTERS, Lane, RowBuilder, Strand, Window
 from hfpipe.data.stream.prefetch import Ahead
@@ -185,7 +185,7 @@ class TokenStream:
         """The tokens of documents, one after the other, and of each how many: one call of the Rust tokenizer."""
         words = self.frame is not None and self.frame.words
         tokens, lengths = array("i"), []  # a NumPy array for each document would take twice as long
-        for text, ids in zip(texts, tokens_of(texts, self._backend, words), strict=True):
+        for text, ids in zip(texts, tokens_of_texts(texts, self._backend, words), strict=True):
             if text not in self._unended:
                 ids += self._eos
             tokens.fromlist(self._bos + ids if self._bos else ids)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, listed
-from hfpipe.recipe.raw import Block, RawStage, mapping, stages, suites, text_of
+from hfpipe.recipe.raw import Block, RawStage, as_text, mapping, stages, suites
 from hfpipe.recipe.signatures import is_prompt_learning, peft_types
 from hfpipe.recipe.stage_config import CHANGES_THE_BASE
 
@@ -45,7 +45,7 @@ def adapter_of(stage: RawStage) -> Block | None:
 def is_mergeable(stage: RawStage) -> bool:
     """Returns True if the stage's adapter can become part of the weights; a prompt cannot."""
     adapter = adapter_of(stage)
-    kind = text_of(adapter.data.get("type")) if adapter else None
+    kind = as_text(adapter.data.get("type")) if adapter else None
     return kind is None or is_mergeable_type(kind)
 
 
@@ -136,7 +136,7 @@ def check_added_tokens(stages: list[RawStage], data: dict[str, Any]) -> Iterator
     added = next((key for key in ("add_tokens", "add_special_tokens") if tokenizer.get(key)), None)
     for stage in stages if added else ():
         adapter = adapter_of(stage)
-        kind = text_of(adapter.data.get("type")) if adapter is not None else None
+        kind = as_text(adapter.data.get("type")) if adapter is not None else None
         if adapter is not None and kind not in (None, "lora") and not adapter.data.get("modules_to_save"):
             text = f"'{kind}' does not train the embeddings of tokens that `model.tokenizer.{added}` adds."
             yield Fault((*adapter.steps, "type"), f"{text} Take `lora`, or name the embeddings in `modules_to_save`.")
@@ -154,7 +154,7 @@ def check_merges(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]
     if data.get("merge") and adapters and not is_mergeable(adapters[-1]):
         yield Fault(("merge",), f"the adapter of '{adapters[-1].name}' cannot be merged into the weights. Remove it.")
     push = mapping(data.get("push"))
-    pushed = by_name.get(text_of(push.get("stage")) or "") or (adapters[-1] if adapters else None)
+    pushed = by_name.get(as_text(push.get("stage")) or "") or (adapters[-1] if adapters else None)
     if push.get("what") in ("merged", "both") and pushed is not None and not is_mergeable(pushed):
         text = f"the adapter of '{pushed.name}' cannot be merged into the weights. Write `what: adapter`."
         yield Fault(("push", "what"), text)
@@ -169,7 +169,7 @@ def check_dial(data: dict[str, Any]) -> Iterator[Fault]:
             yield Fault((*suite.steps, "budget_action"), text)
     for stage in stages(data) if dialling else ():
         adapter = adapter_of(stage)
-        kind = text_of(adapter.data.get("type")) if adapter else None
+        kind = as_text(adapter.data.get("type")) if adapter else None
         if kind is not None and kind not in DIALLED:
             text = f"the stage '{stage.name}' trains an adapter of type {kind}, which has no strengths between 0 and 1;"
             text += f" {listed(DIALLED)} and all weights have. Write `budget_action: fail`, or take another adapter."
@@ -182,7 +182,7 @@ _OTHER_MODELS = {"classification", "translation"}  # the other kinds train the s
 
 def parent_of(stage: RawStage, earlier: Sequence[RawStage]) -> RawStage | None:
     """The stage that a stage starts from; None for the base, or where there is none of that name."""
-    name = text_of(stage.data.get("parent"))
+    name = as_text(stage.data.get("parent"))
     if name is None:
         return earlier[-1] if earlier else None
     return next((other for other in earlier if other.name == name), None)
@@ -235,7 +235,7 @@ def check_continued(stage: RawStage, earlier: Sequence[RawStage]) -> Iterator[Fa
     kinds = {str(stage.kind), str(parent.kind)}
     if len(kinds) > 1 and kinds & _OTHER_MODELS:
         yield Fault(steps, f"the adapter of a {parent.kind} stage is not trained further by a {stage.kind} stage.")
-    kind = text_of(mapping(parent.data.get("peft")).get("type"))
+    kind = as_text(mapping(parent.data.get("peft")).get("type"))
     if kind is not None and is_prompt_learning(kind):
         yield Fault(steps, f"peft does not train the prompt of a saved '{kind}' further. Write `parent: base`.")
     for key in _OF_AN_ADAPTER:

@@ -14,7 +14,7 @@ from hfpipe.core.upstream import countries
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, listed
 from hfpipe.recipe.metric_table import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
 from hfpipe.recipe.push_plan import NEEDS_AN_ADAPTER, ONLY_OF
-from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
+from hfpipe.recipe.raw import Block, RawStage, RawSuite, as_text, mapping, sequence, stages, suites
 from hfpipe.recipe.rules.adapters import adapter_of
 from hfpipe.recipe.stage_config import KEEPING
 
@@ -46,7 +46,7 @@ def check_cures(data: dict[str, Any]) -> Iterator[Fault]:
     if data.get("cures") in (None, False):
         return
     able = [stage.name for stage in stages(data) if stage.name and is_curable(stage)]
-    name = text_of(Block((), data).at("cures").data.get("stage"))
+    name = as_text(Block((), data).at("cures").data.get("stage"))
     if name is not None and name not in able:
         text = (
             f"'{name}' is not a stage that can be cured; allowed: {listed(able) or 'none'}.{did_you_mean(name, able)}"
@@ -69,7 +69,7 @@ def is_curable(stage: RawStage) -> bool:
 
 def _check_early_stopping(stage: RawStage, by_name: dict[str, RawSuite]) -> Iterator[Fault]:
     block, training = stage.at("early_stopping"), stage.at("training")
-    name, metric = text_of(block.data.get("suite")), text_of(block.data.get("metric"))
+    name, metric = as_text(block.data.get("suite")), as_text(block.data.get("metric"))
     if not block.data:
         return
     if name is not None and name not in by_name:
@@ -111,7 +111,7 @@ def _check_fold(source: Block) -> Iterator[Fault]:
 
 def _check_cross_validation(data: dict[str, Any]) -> Iterator[Fault]:
     block = mapping(data.get("cross_validation"))
-    name, steps = text_of(block.get("stage")), ("cross_validation",)
+    name, steps = as_text(block.get("stage")), ("cross_validation",)
     if name is None:
         return
     by_name = {stage.name: stage for stage in stages(data) if stage.name}
@@ -198,7 +198,7 @@ def check_push(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
         return
     names = [stage.name for stage in every if stage.name]
     adapters = [stage.name for stage in every if adapter_of(stage) is not None]
-    pushed, what = text_of(push.get("stage")), push.get("what", "adapter")
+    pushed, what = as_text(push.get("stage")), push.get("what", "adapter")
     if pushed is not None and pushed not in names:
         text = f"'{pushed}' is not a stage; allowed: {listed(names)}.{did_you_mean(pushed, names)}"
         yield Fault(("push", "stage"), text)
@@ -213,7 +213,7 @@ def check_push(every: list[RawStage], data: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _check_refs(push: dict[str, Any], stages: list[str]) -> Iterator[Fault]:
-    revision, tag = text_of(push.get("revision")), text_of(push.get("tag"))
+    revision, tag = as_text(push.get("revision")), as_text(push.get("tag"))
     for key in ("revision", "tag") if push.get("create_pr") is True else ():
         if push.get(key) is not None:
             text = "a pull request has a branch of its own, and no tag before it is merged. Remove it, or `create_pr`."
@@ -233,7 +233,7 @@ def _check_places(push: dict[str, Any], what: Any) -> Iterator[Fault]:
         if push.get(key) is not None and what not in kinds:
             text = f"has an effect with `what: {' or '.join(kinds)}` only. Remove it, or write that."
             yield Fault(("push", key), text)
-    names = {key: name for key in ("repo_id", *ONLY_OF) if (name := text_of(push.get(key))) is not None}
+    names = {key: name for key in ("repo_id", *ONLY_OF) if (name := as_text(push.get(key))) is not None}
     if what == "both" and "repo_id" in names:
         names.setdefault("merged_repo_id", f"{names['repo_id']}-merged")
     places: dict[str, str] = {}

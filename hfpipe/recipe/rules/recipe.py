@@ -8,7 +8,7 @@ from typing import Any
 from hfpipe.recipe.config import Model
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
-from hfpipe.recipe.raw import Block, RawStage, RawSuite, mapping, sequence, stages, suites, text_of
+from hfpipe.recipe.raw import Block, RawStage, RawSuite, as_text, mapping, sequence, stages, suites
 from hfpipe.recipe.row_formats import SUITE_COLUMNS, TRAINED_COLUMNS, columns_of_stage
 from hfpipe.recipe.rules.adapters import (
     adapter_of,
@@ -205,7 +205,7 @@ def _positive(value: Any) -> bool:
 
 def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault]:
     names = [other.name for other in earlier if other.name]
-    parent, replayed = text_of(stage.data.get("parent")), stage.at("replay")
+    parent, replayed = as_text(stage.data.get("parent")), stage.at("replay")
     before = [other for other in earlier if other.name == parent] if parent else earlier[-1:]
     if before and parent != BASE and stage.kind in _TRAINED_FOR and _task(before[0]) != _task(stage):
         left, wanted = _LEFT[_task(before[0])], _LEFT[_task(stage)]
@@ -213,7 +213,7 @@ def _check_ancestors(stage: RawStage, earlier: list[RawStage]) -> Iterator[Fault
         yield Fault((*stage.steps, "parent"), f"{text} earlier stage.")
     if parent is not None and parent not in (BASE, *names):
         yield Fault((*stage.steps, "parent"), _not_among("an earlier stage", parent, [BASE, *names]))
-    if (name := text_of(replayed.data.get("stage"))) is not None and name not in names:
+    if (name := as_text(replayed.data.get("stage"))) is not None and name not in names:
         yield Fault((*replayed.steps, "stage"), _not_among("an earlier stage", name, names))
     elif any(other.name == name and other.kind not in ("pretrain", "sft") for other in earlier):
         text = f"'{name}' does not train on texts. Allowed is an earlier stage of kind pretrain or sft."
@@ -238,7 +238,7 @@ def _task(stage: RawStage) -> str:
 
 def _check_architecture(data: dict[str, Any]) -> Iterator[Fault]:
     """A model from nothing is an encoder, a decoder or both, and the stages that start from it train what it is."""
-    model_type = text_of(Block((), data).at("model").at("architecture").data.get("model_type"))
+    model_type = as_text(Block((), data).at("model").at("architecture").data.get("model_type"))
     if model_type is None or model_type not in model_types():
         return
     task = "masked" if model_type in encoder_types() else "seq2seq" if model_type in seq2seq_types() else "causal"
