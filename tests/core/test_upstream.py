@@ -3,6 +3,7 @@
 A test that fails here after an upgrade asks for a look: the function can go, or has to follow the library.
 """
 
+import ast
 import gzip
 import inspect
 import json
@@ -31,12 +32,15 @@ from transformers import (
     BertTokenizerFast,
     BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerState,
     TrainingArguments,
+    modeling_utils,
 )
+from transformers.distributed import fsdp, mixin
 
 from hfpipe.core import upstream
 
@@ -73,6 +77,15 @@ def test_the_versions_it_was_tried_on_are_allowed() -> None:
         assert highest in allowed[name], name
         assert f"{Version(highest).major + 1}.0.0" not in allowed[name], f"{name} has no upper bound"
         assert Version(metadata.version(name)).major <= Version(highest).major
+
+
+def test_each_function_is_tested_here_and_names_its_issue() -> None:
+    tests = Path(__file__).read_text()
+    for node in ast.parse(Path(upstream.__file__).read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            told = (ast.get_docstring(node) or "").lower()
+            assert re.search("https://|no issue found|see `", told), f"{node.name} names no issue"
+            assert f"upstream.{node.name}(" in tests, f"{node.name} has no test"
 
 
 def test_a_method_that_a_library_renamed_is_not_replaced_in_silence(tmp_path: Path) -> None:
@@ -203,6 +216,66 @@ def test_transformers_has_no_public_name_for_what_it_knows_of_a_model() -> None:
         assert hasattr(PreTrainedModel, name)
 
 
+def test_transformers_draws_the_weights_of_a_module_by_a_private_method_alone() -> None:
+    model = llama()
+    layer, other = model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
+    before = other.weight.clone()
+    assert [*inspect.signature(PreTrainedModel.initialize_weights).parameters] == ["self"]  # which takes no module
+    upstream.draw_weights(model, layer)
+    assert layer.weight.detach().std() == pytest.approx(model.config.initializer_range, rel=0.2)
+    assert torch.equal(other.weight, before)
+
+
+def test_transformers_maps_the_files_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama().save_pretrained(tmp_path)
+    backends: list[str] = []
+    library: Any = modeling_utils
+    opened = library.safe_open
+
+    def noted(*names: Any, **options: Any) -> Any:
+        backends.append(options["backend"])
+        return opened(*names, **options)
+
+    monkeypatch.setattr(modeling_utils, "safe_open", noted)
+    with upstream.files_read_by_rows():
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert backends[0] == "pread"
+    assert backends[-1] == "mmap"
+
+
+def test_transformers_marks_a_model_that_it_loaded_in_parts() -> None:
+    """The marks are set where a model is spread, and no public function takes them off."""
+    assert "model._is_distributed_loading_by_transformers = True" in inspect.getsource(mixin)
+    assert "model._tp_size = " in inspect.getsource(mixin)
+    assert "model._is_fsdp_managed_module = True" in inspect.getsource(fsdp)
+    model = llama()
+    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
+    model._tp_size = 1
+    assert model.is_distributed_loading_by_transformers
+    assert fsdp.is_fsdp_managed_module(model)
+    upstream.leave_training_to_accelerate(model)
+    assert not model.is_distributed_loading_by_transformers
+    assert not fsdp.is_fsdp_managed_module(model)
+    assert model.tp_size is None
+
+
+class OfItsOwn(LlamaForCausalLM):
+    """A model whose code comes with it: this file."""
+
+
+def test_transformers_saves_the_code_of_a_model_beside_its_weights_alone(tmp_path: Path) -> None:
+    model = OfItsOwn(llama().config)
+    upstream.save_code_of(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model._auto_class = "AutoModelForCausalLM"
+    upstream.save_code_of(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [Path(__file__).name]
+    assert model.config.auto_map == {"AutoModelForCausalLM": f"{Path(__file__).stem}.OfItsOwn"}
+    assert not [name for name in dir(PreTrainedModel) if re.match("save.*code", name)]
+
+
 def test_transformers_cannot_save_a_model_whose_quantized_layers_were_replaced(tmp_path: Path) -> None:
     model = with_layers_replaced(tmp_path)
     with pytest.raises(NotImplementedError):
@@ -234,6 +307,21 @@ def test_trainer_keeps_no_sums_of_losses_in_a_checkpoint(tmp_path: Path) -> None
     assert not [field.name for field in fields(TrainerState) if "loss" in field.name]
     upstream.set_loss_sums(trainer, {"sum": 1.0, "since": 5, "before": 7.0})
     assert upstream.loss_sums(trainer) == {"sum": sums["sum"] + 1.0, "since": 5, "before": 7.0}
+
+
+def test_trainer_reads_a_checkpoint_by_private_methods_alone(tmp_path: Path) -> None:
+    rows = [{"input_ids": [row, 2, 3], "labels": [row, 2, 3]} for row in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=2, save_steps=1, logging_steps=9, report_to="none"
+    )
+    Trainer(llama(), arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    read: list[str] = []
+    trainer = Trainer(llama(), arguments, train_dataset=rows)  # type: ignore[arg-type]
+    upstream.read_checkpoint_by(trainer, lambda: read.append("weights"), lambda: read.append("rest"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert read == ["weights", "rest"]
+    assert trainer.state.global_step == 2
+    assert not [name for name in dir(Trainer) if re.match("(load|read).*(checkpoint|optimizer)", name)]
 
 
 def test_torch_gives_the_store_of_a_process_group_by_a_private_name_alone() -> None:
