@@ -360,7 +360,7 @@ def _work_line(work: Work, width: int, now: float) -> Any:
 
 
 def speed_facts(row: Mapping[str, Any], memory: int) -> list[str]:
-    """How fast a stage trains, in words, as far as that is known.
+    """The speed of a stage in words, as far as it is known.
 
     Args:
         row: `tokens_per_second`, `mfu` and `data_wait` (shares), `seconds_per_step`.
