@@ -184,7 +184,7 @@ def halfway(model: Any, base: Any) -> Any:
 
 @torch.no_grad()
 def log_probability(model: Any, tokenizer: Any, begin: str, rest: str) -> tuple[float, int]:
-    """Of the rest of a text after its beginning, in nats, and how many tokens it has."""
+    """The log-probability of the rest of a text after its beginning, in nats, and how many tokens it has."""
     given, whole = (tokenizer(text)["input_ids"] for text in (begin, begin + rest))
     said = model(torch.tensor([whole])).logits[0, :-1].log_softmax(-1)
     places = range(len(given) - 1, len(whole) - 1)
@@ -288,7 +288,7 @@ def compare(given: argparse.Namespace) -> None:
         sets["beside"] = rows_of(texts_of(given.beside), tokenizer)
 
     def measured(model: Any) -> dict[str, float]:
-        """Of a model, the loss on each set, and how biased it is."""
+        """The loss of a model on each set, and how biased it is."""
         losses = {name: nats(model, rows) for name, rows in sets.items()}
         return losses | (biases(model, tokenizer) if given.bias else {})
 

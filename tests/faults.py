@@ -257,7 +257,7 @@ def outcomes(kind: str, home: Path, numbers: range) -> Iterator[Outcome]:
 
 
 def in_processes(kind: str, home: Path, numbers: range) -> Iterator[Outcome]:
-    """As `outcomes`, in processes of their own, which may die or hang over an input."""
+    """Makes `outcomes` in processes of their own, which may die or hang over an input."""
     at = numbers.start
     while at < numbers.stop:
         command = [sys.executable, __file__, kind, "--first", str(at), "--count", str(numbers.stop - at)]

@@ -21,7 +21,7 @@ def ip(*words: str) -> None:
 
 
 def reason_against() -> str | None:
-    """Why no hosts can be made here; None where they can."""
+    """The reason why no hosts can be made here; None where they can."""
     try:
         with network(1):
             return None

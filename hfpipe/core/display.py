@@ -273,7 +273,7 @@ class _Screen:
         self.live.start()
 
     def _forget(self) -> None:
-        """In a process that was forked: nothing is drawn, and its output is its own."""
+        """Draws nothing in a forked process, whose output is its own."""
         if _state.screen is self:
             _state.screen = None
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__

@@ -68,7 +68,7 @@ class Patience:
         self._mute.discard(str(request.url))
 
     def failed(self, request: httpx2.Request) -> bool:
-        """No answer came; returns whether the patience is at its end."""
+        """Notes that no answer came, and returns whether the patience is at its end."""
         self._failed = time.monotonic()
         self._mute.add(str(request.url))
         return self._since is not None and self._failed - self._since >= self.seconds - 1.0
@@ -118,7 +118,7 @@ def _masked(record: logging.LogRecord) -> bool:
 
 class _Client(httpx2.Client):
     def send(self, request: httpx2.Request, *, stream: bool = False, **how: Any) -> httpx2.Response:
-        """As httpx sends, within the limits of the patience; a question that meets a short trouble is asked again.
+        """Sends as httpx does, within the limits of the patience; a request that meets a short trouble is sent again.
 
         Raises:
             NoAnswer: The patience is at its end, or the Hub asks to wait longer.
@@ -250,5 +250,5 @@ def _who(request: httpx2.Request) -> str:
 
 
 def last_trouble() -> str | None:
-    """As `trouble`, of the last request of this process: `datasets` does not say what made it give up."""
+    """Returns `trouble` of the last request of this process: `datasets` does not say what made it give up."""
     return _patience.last

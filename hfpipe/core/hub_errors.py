@@ -49,7 +49,7 @@ HUB_PATHS = re.compile(r"/api/|/resolve/|\.git/")  # what the Hub itself answers
 
 
 class NoAnswer(HfHubHTTPError):
-    """No try can help soon: the text says what the Hub did. The clients repeat no request that ends so."""
+    """Another try cannot help soon; the text says what the Hub did. The clients repeat no request that ends so."""
 
 
 class WebPage(HfHubHTTPError):

@@ -1,4 +1,4 @@
-"""Where the work of a stage lies in its folder: what it trained, or that at the strength it was dialled to."""
+"""The places of a stage's work in its folder: what it trained, or that at the strength it was dialled to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model_of(stage: Path) -> Path:
 
 
 def predictions_at(stage: Path, strength: float) -> Path:
-    """Where what a stage's model at a strength gave for each row of the suites is kept, one file a suite."""
+    """The folder with the answers of a stage's model at a strength to each row of the suites, one file a suite."""
     return stage / "strengths" / f"{strength:g}"
 
 

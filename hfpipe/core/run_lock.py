@@ -172,7 +172,7 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in the kernel's words; None where there is none. A number is used again by others."""
+    """The start of a process as the kernel writes it; None without such a process. Others use its number later."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
@@ -200,6 +200,6 @@ def _beat(file: int, over: threading.Event) -> None:
 
 
 def _close(file: int) -> None:
-    """In a process that was forked, which must not keep the lock after its parent."""
+    """Lets go of the lock in a forked process, which must not keep it after its parent."""
     with suppress(OSError):
         os.close(file)

@@ -106,7 +106,7 @@ def install() -> dict[int, Any]:
 
 
 def _forget() -> None:
-    """In a process that was forked: signals end it, without a word."""
+    """Lets signals end a forked process, without a message."""
     if _state.wakeup >= 0 and signal.getsignal(signal.SIGINT) is _on_signal:
         signal.set_wakeup_fd(-1)
         for number in EXIT_CODES:

@@ -94,7 +94,7 @@ class Cleaner:
     def tables(
         self, rows: Dataset | IterableDataset, source: Source
     ) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
-        """As `rows` does for a table; a stream is left to `shares`."""
+        """Cleans a table as `rows` does; a stream is left to `shares`."""
         return self.rows(rows, source) if isinstance(rows, Dataset) else (rows, {})
 
     def rows(self, rows: Dataset | IterableDataset, source: Source) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
@@ -119,7 +119,7 @@ class Cleaner:
     def shares(
         self, rows: IterableDataset, lanes: int, source: Source, tokens: int | None = None
     ) -> list[np.ndarray] | None:
-        """Why each row of each lane's share is removed; 0 where it stays. Every rank has to call this.
+        """The reason why each row of each lane's share is removed; 0 where it stays. Every rank has to call this.
 
         Args:
             rows: A stream with a column `text`, and shards enough for the lanes.

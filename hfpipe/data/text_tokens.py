@@ -103,7 +103,7 @@ class Text:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where each token stands in the text of its row.
+    """The place of each token in the text of its row.
 
     Args:
         begins: (T,) its first byte, or character where the row is not `in_bytes`.

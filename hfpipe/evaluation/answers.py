@@ -158,7 +158,7 @@ def _choice(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) ->
 
 
 def _of_bbq(row: dict[str, Any], place: int, right: int) -> dict[str, Any]:
-    """Of BBQ's rows: whether the answer is right, biased, and not `unknown`; and the kind of context."""
+    """BBQ's rows: whether the answer is right, biased, and not `unknown`; and the kind of context."""
     if "bbq" not in row:
         return {}
     facts = row["bbq"]
@@ -299,7 +299,7 @@ def _masked(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) ->
 
 
 def _swap(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """To how many of a row's counterfactuals the answer is another one, and how many there are.
+    """The number of a row's counterfactuals with another answer, and the number of all.
 
     The answer is a class, a choice where the suite or its rows have some, and else what is generated.
     """

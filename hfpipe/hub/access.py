@@ -1,4 +1,4 @@
-"""Asked first, not last: whether a push could be made, before anything is trained. Changes nothing on the Hub."""
+"""Asks the Hub before anything is trained whether a push could be made. Changes nothing there."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _check_license(license: str) -> None:
 
 
 def _why_not_for_all(api: HfApi, asked: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
-    """Why not everybody can load the base of an adapter; None where they can, or where the Hub does not tell."""
+    """The reason why not everybody can load the base of an adapter; None where they can, or the Hub does not tell."""
     base, is_pushed = asked["base"]
     try:
         info = api.model_info(full_name(base, dict(me)) if is_pushed else base)

@@ -53,7 +53,7 @@ ADAPTER_TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification", "SEQ_2_SEQ_
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where a model lies and how it is to be loaded.
+    """The place of a model, and how it is to be loaded.
 
     Args:
         path: A Hub id or a folder; a folder with an adapter_config.json is an adapter.

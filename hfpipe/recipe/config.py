@@ -39,7 +39,7 @@ LONGEST = 96  # characters of a repository's name
 
 
 def _repo_id(text: str) -> str:
-    """As `huggingface_hub.utils.validate_repo_id`, which cannot be imported in half a second."""
+    """Checks as `huggingface_hub.utils.validate_repo_id`, which cannot be imported in half a second."""
     parts = text.split("/")
     if any(re.search(r"^[-.]|[-.]$|--|\.\.|\.git$", part) for part in parts) or len(parts[-1]) > LONGEST:
         raise ValueError(

@@ -71,7 +71,7 @@ class Document:
     faults: list[Fault] = field(default_factory=list)
 
     def place(self, steps: Steps) -> Place:
-        """Where a key stands; a key that is missing stands with the block it is missing from."""
+        """The place of a key; a key that is missing has that of the block it is missing from."""
         while steps and steps not in self.places:
             steps = steps[:-1]
         return self.places.get(steps, Place(f"{self.name}:1", (0, 1, 0)))

@@ -15,7 +15,7 @@ Steps = tuple[Any, ...]  # keys and list indices from the top of the recipe: ("s
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands: `file:line` or the override it came from, and its rank in reading order."""
+    """The place of a key: `file:line` or the override it came from, and its rank in reading order."""
 
     text: str
     order: tuple[int, int, int]

@@ -152,7 +152,7 @@ def _check_source(source: Block) -> Iterator[Fault]:
 
 
 def _beside(source: Block) -> dict[str, Callable[[], Fields | None]]:
-    """Where a key belongs that stands in a source and is none of its words."""
+    """The right place of a key that a source has and does not take."""
     if source.steps[0] == "evaluate":
         return {"to the suite, beside `data:`": lambda: {name: Field(name) for name in Suite.model_fields}}
     words = [name for kind in KINDS.values() for name in kind.model_fields]

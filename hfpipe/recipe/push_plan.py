@@ -50,7 +50,7 @@ def pushes_of(recipe: Recipe, push: Push) -> list[Push]:
 
 
 def planned_pushes(recipe: Recipe, push: Push) -> list[Push]:
-    """As `pushes_of`, and first the parent that the adapter of a chain will have, as the recipe lets foresee."""
+    """The pushes of `pushes_of`, after that of the parent which the adapter of a chain will have, by the recipe."""
     pushes = pushes_of(recipe, push)
     by_name = {stage.name: stage for stage in recipe.stages}
     trained = by_name[str(pushes[0].stage)]

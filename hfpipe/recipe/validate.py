@@ -1,4 +1,4 @@
-"""From a file and overrides to a recipe, or to every fault in them at once in plain language."""
+"""Makes a recipe of a file and overrides, or tells every fault in them at once in plain language."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def _unknown_key(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> st
 
 
 def _home_in_a_stage(key: str) -> str | None:
-    """Where in a stage a key of the recipe's top belongs: beside `kind:`, or below one of its blocks."""
+    """The right place in a stage of a key from the recipe's top: beside `kind:`, or below one of its blocks."""
     if any(key in words.model_fields for words in KINDS.values()):
         return "beside its `kind:`"
     blocks = {"training": training_fields("sft"), "lora": lora_fields()}

@@ -208,7 +208,7 @@ def _example(source: Source, role: str) -> str:
 
 
 def needs_access(usage: Usage, recipe: Recipe) -> tuple[str, str] | None:
-    """Why the base of an adapter is not for everybody, `private` or `gated`, and its Hub id."""
+    """The reason why the base of an adapter is not for everybody, `private` or `gated`, and its Hub id."""
     if usage.what != "adapter" or usage.base is None or usage.base != recipe.model.id:
         return None
     kinds = [kind for kind in ("private", "gated") if usage.base_facts.get(kind)]

@@ -289,13 +289,13 @@ def of_lineage(scores: Sequence[Score], lineage: Sequence[str]) -> list[Score]:
 
 
 def last_change(scores: Sequence[Score], stage: str, key: Key) -> Change | None:
-    """From the stage before to `stage`: what this one stage did."""
+    """The change from the stage before to `stage`."""
     earlier = _scored_before(scores, stage, key)
     return change_since(scores, earlier[-1].stage, stage, key) if earlier else None
 
 
 def forgetting(scores: Sequence[Score], stage: str, key: Key) -> Change | None:
-    """From the best earlier score (the base included) to `stage`; a negative gain is what was forgotten.
+    """The change from the best earlier score (the base included) to `stage`; a negative gain is what was forgotten.
 
     The best earlier score, and not only the base, is the reference, so that what one stage taught and the next one lost
     counts too, and a model that starts from nothing has something to forget (Chaudhry et al. 2018, arXiv:1801.10112).

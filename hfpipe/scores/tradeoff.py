@@ -127,7 +127,7 @@ def _can_gain(score: Score) -> bool:
 
 
 def scales_of(scores: Iterable[Score]) -> dict[Key, float]:
-    """By suite and metric the score of a flawless model, or the largest absolute one among those compared."""
+    """The score of a flawless model by suite and metric, or the largest absolute one among those compared."""
     scales: dict[Key, float] = {}
     for score in scores:
         if math.isfinite(score.value):
@@ -137,7 +137,7 @@ def scales_of(scores: Iterable[Score]) -> dict[Key, float]:
 
 
 def _mean(found: Iterable[tuple[str, float, float]]) -> Estimate | None:
-    """Of (suite, value, error): metrics averaged in their suite, suites with one another."""
+    """The mean of (suite, value, error): metrics are averaged in their suite, then suites with one another."""
     by_suite: dict[str, list[tuple[float, float]]] = {}
     for suite, value, error in found:
         by_suite.setdefault(suite, []).append((value, error))
@@ -156,7 +156,7 @@ def point(
     scales: Mapping[Key, float],
     kept: set[Key],
 ) -> Point:
-    """Where a model stands.
+    """The gain and the forgetting of a model.
 
     Args:
         suites: The recipe's.

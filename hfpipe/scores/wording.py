@@ -128,7 +128,7 @@ def _size(change: Change) -> tuple[str, str]:
 
 
 def _doubt(change: Change) -> str:
-    """Why a change tells nothing, and how many rows would; empty where it tells something."""
+    """The reason why a change shows nothing, and how many rows would; empty where it shows something."""
     if change.beyond_noise or change.gain == 0:
         return ""
     if change.after.n < FEWEST_ROWS:

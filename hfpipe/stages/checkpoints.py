@@ -45,7 +45,7 @@ def version_of(folder: Path) -> str | None:
 
 
 def fault_of(folder: Path, versions: Collection[str]) -> str | None:
-    """Why a checkpoint cannot be continued from; None when it is whole and of one of the versions of its stage."""
+    """The reason why a checkpoint cannot be continued; None if it is whole and of one of its stage's versions."""
     try:
         manifest = _manifest(folder)
         stage, files = manifest["stage"], manifest["files"]

@@ -233,7 +233,7 @@ _REMEDIES = {
 
 
 def _unanswered(suite: Suite, rows: Rows, task: str, recipe: Recipe, heads: Mapping[str, Head]) -> str:
-    """Why no model of a run can answer a suite, and what to do."""
+    """The reason why no model of a run can answer a suite, and what to do."""
     wanted = asked_of(suite, rows)[0]
     if wanted == "classification" and heads:
         said = rows[0]["label"]

@@ -79,7 +79,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
     tables = [run.cleaner.tables(documents_of(part, run.tokenizer), part.source) for part in parts]
 
     def cleaned(number: int, rows: IterableDataset, lanes: int) -> list[np.ndarray] | None:
-        """Why rows of a stream are removed; looked at no further than the stage will come, unless it reads them all."""
+        """The reasons why rows of a stream are removed, as far as the stage will read it."""
         whole = not parts[number].replayed and (epochs is not None or stage.exhausted == "stop")
         needed = None if whole else math.ceil(max_steps * global_batch * max_length / lanes * parts[number].share)
         return run.cleaner.shares(rows, lanes, parts[number].source, needed)

@@ -1,4 +1,4 @@
-"""Who is trained in a conversation, over every chat template that ships with TRL."""
+"""The turns of a conversation that are trained, over every chat template that ships with TRL."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,7 +140,7 @@ def test_generation_marks_say_it_where_they_stand(name: str) -> None:
 
 @pytest.mark.parametrize("name", MARKED)
 def test_turns_found_by_rendering_are_those_of_trls_marks(tokenizer: Any, name: str) -> None:
-    """Where TRL's marked form writes the same text and begins behind the generation prompt."""
+    """Compared where TRL's marked form writes the same text and begins behind the generation prompt."""
     marked = TEMPLATES[f"{name}_training"]
     for turns in (*CONVERSATIONS.values(), CALLED):
         turns = turns_for(name, turns)

@@ -79,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log_probabilities(model: Any, tokenizer: Any) -> torch.Tensor:
-    """Of the held-out pairs (N, 2), summed over the answer, and the tokens of the answers (N, 2)."""
+    """Log-probabilities of the held-out pairs (N, 2), summed over the answer, and the answers' tokens (N, 2)."""
     found = PairTokenizer(tokenizer, None).encode([pair(n) for n in range(100, 124)])
     sums = []
     for begin, sides in zip(found.begins, found.sides, strict=True):

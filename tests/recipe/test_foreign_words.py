@@ -69,7 +69,7 @@ def test_a_word_in_a_wrong_block_is_told_its_place(
 
 @pytest.mark.parametrize("table", [AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL])
 def test_what_is_said_of_a_word_is_where_convert_puts_it(table: dict[str, object]) -> None:
-    """Where `hfpipe convert` moves a value as it is, the message names the same key."""
+    """The message names the key to which `hfpipe convert` moves a value as it is."""
     compared = 0
     for key, rule in table.items():
         if key in FOREIGN_WORDS and isinstance(rule, str):

@@ -99,7 +99,7 @@ def test_a_number_that_an_adapter_cannot_take_is_refused(
 
 
 def test_every_number_that_is_passed_through_has_a_range() -> None:
-    """Of the installed classes: a default may stand, and no option takes -3 or 1e300."""
+    """A default of the installed classes may stand, and no option takes -3 or 1e300."""
     every = [(kind, name, field) for kind in KINDS for name, field in (stage_fields(kind) or {}).items()]
     for kind, name, field in every:
         if not {"int", "float"} & {one.word for one in field.kinds}:

@@ -1,4 +1,4 @@
-"""When a stage's model is loaded again to be verified, nothing of the training takes memory any more."""
+"""Nothing of the training takes memory any more when a stage's model is loaded again to be verified."""
 
 from __future__ import annotations
 

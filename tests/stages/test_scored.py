@@ -38,7 +38,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.slow
 def test_scores_while_a_stage_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of six steps the second and the fourth are scored; the last one is the score of the stage."""
+    """The second and the fourth of six steps are scored; the last one is the score of the stage."""
     assert main(["run", str(write(tmp_path / "plain", None))]) == 0
     capsys.readouterr()
     assert main(["run", str(write(tmp_path / "looked", 2))]) == 0

@@ -94,7 +94,7 @@ def builtin(name: str = "text", split: str = "train") -> Dataset:
 
 
 def _cache_folder() -> Path:
-    """Where the tables of this environment are cached: another version of a package is another corpus."""
+    """The cache of this environment's tables: another version of a package is another corpus."""
     versions = [f"{FORMAT} {sys.version}"]
     for package in PACKAGES:
         installed = _installed(package)
@@ -247,7 +247,7 @@ def _text(rows: list[Row]) -> pa.Table:
 
 
 def _package(rows: list[Row]) -> pa.Table:
-    """As many rows of each package as the smallest has, in turn, with the names of all of them masked."""
+    """Rows of the packages in turn, as many of each as the smallest has, with the names of all of them masked."""
     counts = Counter(row["package"] for row in rows)
     each = min(counts[label] for label in LABELS if counts[label])
     by_label = {label: [row for row in rows if row["package"] == label][:each] for label in LABELS if counts[label]}

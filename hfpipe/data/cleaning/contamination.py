@@ -361,7 +361,7 @@ class _Runs:
         return rows, others - rows, by
 
     def _inside(self, kinds: np.ndarray) -> np.ndarray:
-        """Where runs of these kinds are in the arrays of all runs."""
+        """The places of runs of these kinds in the arrays of all runs."""
         return np.concatenate([np.zeros(0, np.int64), *(np.arange(*self._first[kind : kind + 2]) for kind in kinds)])
 
     def _words_in(self, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -432,7 +432,7 @@ def overlap_lines(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _pairs(recipe: Recipe, suites: Mapping[str, Rows]) -> Iterable[dict[str, Any]]:
-    """For each source and suite: `rows` of the suite, `looked_at`, and how many rows were found in each way."""
+    """Facts on each source and suite: `rows` of the suite, `looked_at`, and how many rows were found in each way."""
     index = SuiteIndex([row for rows in suites.values() for row in rows])
     for stage in recipe.stages:
         for source in stage.data:

@@ -119,7 +119,7 @@ def _from_hub(error: BaseException, source: Source) -> UserError:
 
 
 def _from_http(error: BaseException, source: Source) -> UserError:
-    """From a server that is not the Hub, or none at all."""
+    """The error of a server that is not the Hub, or of none at all."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if status is not None and status < 500 and status not in (408, 429):
         return MachineError(f"{_name(source)}: the server refuses it ({_first_line(error).rstrip('.')}).")
@@ -162,7 +162,7 @@ def _missing_files(error: BaseException, source: Source) -> UserError:
 
 
 def _base(source: Source) -> str:
-    """Where the paths of `data_files` begin."""
+    """The folder or address at which the paths of `data_files` begin."""
     if source.path in builder_names() or Path(source.path).is_dir():
         return f"Paths are taken from the current folder, {Path.cwd()}."
     return "Paths are those of the files in that data set."

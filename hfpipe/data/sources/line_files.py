@@ -45,7 +45,7 @@ class ByteRanges(SharedFiles):
         self.sizes: dict[str, int] = {}  # bytes of the files that can be shared, 0 of others; known to all lanes
 
     def _init_state_dict(self) -> dict[str, Any]:
-        """With the place where the piece begins whose rows are counted; None before a lane's first of a file."""
+        """The state with the beginning of the piece whose rows are counted; None before a lane's first of a file."""
         self._state_dict = {**super()._init_state_dict(), "begin": None}
         return self._state_dict
 
@@ -112,7 +112,7 @@ class ByteRanges(SharedFiles):
                 begin += max(len(data), 1)
 
     def _row_from(self, file: str, place: int) -> int:
-        """Where the first row begins that does so at a place or after it."""
+        """The beginning of the first row that begins at a place or after it."""
         if not place:
             return 0
         with closing(self.opened(file, block_size=FIRST)) as source:

@@ -88,7 +88,7 @@ class Lane:
         self._saved: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """Where the lane stands between two windows, small and JSON-able."""
+        """The position of the lane between two windows, small and JSON-able."""
         return {"given": list(self._given), "strands": [strand.state() for strand in self._strands]}
 
     def load(self, state: dict[str, Any]) -> None:

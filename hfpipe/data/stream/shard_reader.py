@@ -215,7 +215,7 @@ class Reader:
             self._block_state, self._block_read = share.state_dict(), 0
 
     def state(self) -> dict[str, Any]:
-        """Where the reader stands, small and JSON-able."""
+        """The position of the reader, small and JSON-able."""
         return {
             "epoch": self.epoch,
             "ended": self.ended,

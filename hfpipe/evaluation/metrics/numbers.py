@@ -1,4 +1,4 @@
-"""Of numbers: mean squared and absolute error, and the correlations of Pearson and Spearman, by SciPy."""
+"""Metrics of numbers: mean squared and absolute error, and the correlations of Pearson and Spearman, by SciPy."""
 
 from __future__ import annotations
 
