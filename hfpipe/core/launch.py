@@ -58,7 +58,7 @@ def require_launch() -> None:
         raise MachineError(
             f"the name of this machine, {socket.gethostname()}, stands for 127.0.0.1 here, where ranks on other "
             "machines cannot reach it. Name the network interface that leads to them, such as "
-            "GLOO_SOCKET_IFNAME=eth0 (and NCCL_SOCKET_IFNAME), or mend /etc/hosts."
+            "GLOO_SOCKET_IFNAME=eth0 (and NCCL_SOCKET_IFNAME), or correct /etc/hosts."
         )
 
 

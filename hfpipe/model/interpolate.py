@@ -76,9 +76,8 @@ class AdapterDial:
         self.kind = str(self.config.get("peft_type")).lower()
         if self.kind not in SCALED:
             raise RecipeError(
-                f"{trained.path}: an adapter of type {self.kind} changes the model in a way that has no strength "
-                f"between 0 and 1 which an adapter of that type could hold. The types that have are "
-                f"{', '.join(SCALED)}, and a full fine-tune."
+                f"{trained.path}: an adapter of type {self.kind} cannot be saved at a strength between 0 and 1. "
+                f"The types that can are {', '.join(SCALED)}; so can a full fine-tune."
             )
         head = read_head(Path(trained.path)) if task_of(trained) == "classification" else None
         loaded, new = load_model(trained.base, head=head, with_new_modules=True)

@@ -206,7 +206,7 @@ def load_tokenizer(
     if not isinstance(tokenizer.model_max_length, int | float):
         raise RecipeError(
             f"tokenizer {path!r}: its tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}, "
-            "which is no number of tokens. Mend it there."
+            "which is not a number of tokens. Correct it in that file."
         )
     give_words(tokenizer, words or {})
     closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]

@@ -143,7 +143,7 @@ def _stage(recipe: Recipe, name: str | None) -> Any:
     if name not in names:
         found = f"'{name}' is not a stage that can be cured" if name else "no stage can be cured"
         raise RecipeError(
-            f"{found}: that takes one of next tokens ({listed(KEEPING)}). In this recipe: "
+            f"{found}: cures are for stages that predict next tokens ({listed(KEEPING)}). In this recipe: "
             f"{listed(names) or 'none'}.{did_you_mean(name, names) if name else ''}"
         )
     if recipe.model.architecture is not None and recipe.parent_of(name) == "base":

@@ -243,7 +243,7 @@ def _smaller_stage(run: Run, stage: Stage, error: Exception) -> Stage:
     if change is None or run.recipe.fit != "auto" or ranks.ranks() > 1:
         first = "" if change is None else f"Next would be {change[1]}, with the same result: `fit: auto` does it. "
         raise MachineError(
-            f"{out}, with {setting.rows} rows at once. {first}`hfpipe check` ranks what makes it smaller. What was "
+            f"{out}, with {setting.rows} rows at once. {first}`hfpipe check` lists what makes it smaller. What was "
             "trained up to the last checkpoint stays: the same command continues from there."
         ) from error
     ranks.say(f"  {out}: it goes on from its last checkpoint, {change[1]}")

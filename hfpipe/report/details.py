@@ -62,7 +62,7 @@ def detail_sections(folder: Path, recipe: Recipe) -> list[Section | None]:
 
 
 def _data_section(folder: Path, recipe: Recipe) -> Section | None:
-    """Rows, epochs and shares of each source of each stage, its rows left out or mended, and the cost of packing."""
+    """Rows, epochs and shares of each source of each stage, its rows left out or repaired, and the cost of packing."""
     rows, waste = [], []
     for stage in recipe.stages:
         data = read_json(folder / "stages" / stage.name / "done.json").get("data", {})
@@ -76,7 +76,7 @@ def _data_section(folder: Path, recipe: Recipe) -> Section | None:
             cut, padding = percent(data["cut_share"]), percent(data["padding_share"])
             waste.append(f"{stage.name}: {cut} of the documents go on in another row, {padding} padding.")
     counted = map(Number, ("rows read", "documents trained on", "epochs", "share of tokens"))
-    head = ["source", "stage", *counted, "left out", "cut or mended", "removed"]
+    head = ["source", "stage", *counted, "left out", "cut or repaired", "removed"]
     return Section("Data", Table(head, rows), waste) if rows else None
 
 

@@ -44,9 +44,9 @@ def read_across(run: StageRun, trainer: Trainer, checkpoint: Path) -> None:
         trainer.is_fsdp_enabled and not spread and not whole_of_fsdp
     ):
         raise MachineError(
-            f"stages.{run.stage.name}: {checkpoint.name} was saved under another plan of FSDP than that of this launch "
-            "(quantized weights, and what makes own texts, are read whole and divided later). Start the run as before, "
-            f"on any number of ranks. Or move {checkpoint} away, and what is before it is taken."
+            f"stages.{run.stage.name}: {checkpoint.name} was saved under another plan of FSDP than this launch has "
+            "(a model that is quantized, or that writes texts of its own, is read whole and divided later). Start the "
+            f"run as before, on any number of ranks. Or move {checkpoint} away: the checkpoint before it is used then."
         )
     rest = partial(_rest, trainer, checkpoint)
     if in_parts and not spread:

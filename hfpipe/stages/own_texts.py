@@ -199,7 +199,7 @@ def _made(
                 "it ended at once. Replay an earlier stage (`replay:`), or mix in general text as a source."
             )
         if done >= 4 and len(texts) < done * maker.rows / 16 and maker.name == "chats":
-            ranks.say("  keep: the parent asks and answers nothing of itself, so no chats are made")
+            ranks.say("  keep: the parent writes no question and answer by itself, so no chats are made")
             texts, most = [], 0
         _write(path, told, texts[:most], done, ended=whole())
     _write(path, told, texts[:most], done, ended=True)

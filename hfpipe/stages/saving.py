@@ -84,7 +84,7 @@ def _rehearse(run: StageRun, model: Any, sharded: bool) -> None:
     except (ValueError, TypeError, AttributeError, NotImplementedError, KeyError) as error:
         raise RecipeError(
             f"stages.{run.stage.name}: what it trains could not be saved: {' '.join(str(error).split()).rstrip('.')}. "
-            "Nothing was trained. Mend the config or the tokenizer of the base, or take another base."
+            "Nothing was trained. Correct the config or the tokenizer of the base, or take another base."
         ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)

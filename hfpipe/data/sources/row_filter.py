@@ -137,7 +137,7 @@ def _value(node: ast.expr, row: dict[str, Any]) -> Any:
         if left is None or right is None:
             return None
         if not (isinstance(left, int | float) and isinstance(right, int | float)):
-            raise TypeError("only numbers can be reckoned with")  # and a list times a number could fill the memory
+            raise TypeError("only numbers can be calculated with")  # and a list times a number could fill the memory
         return ARITHMETIC[type(node.op)](left, right)
     assert isinstance(node, ast.Compare)
     return _comparison(node, row)
