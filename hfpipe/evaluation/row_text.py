@@ -86,8 +86,8 @@ def _conversation_text(row: dict[str, Any], tokenizer: Any) -> RowText:
         whole = chat_text(tokenizer, messages, **options)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise DataError(
-            f"the chat template cannot write a conversation of the suite (row {name}): {error}. Correct or drop the row "
-            "(`where`), or give a template that takes it: `model.tokenizer.chat_template`."
+            f"the chat template cannot write a conversation of the suite (row {name}): {error}. Correct or drop the "
+            "row (`where`), or give a template that takes it: `model.tokenizer.chat_template`."
         ) from error
     if whole.startswith(prompt):
         completion = whole[len(prompt) :]

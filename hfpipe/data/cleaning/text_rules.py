@@ -160,8 +160,8 @@ def refuse_dirt(source: Source, dirty: Tally, rows: int, max_dirty_share: float)
     blank = " Of a text file with blank lines, `sample_by: paragraph` makes its paragraphs the documents."
     raise DataError(
         f"source {source.path!r}: {len(dirty):,} of {rows:,} rows read are dirty ({dirty}), more than the "
-        f"{max_dirty_share:.2%} that max_dirty_share allows. The first: {', '.join(dirty.ids)}. Correct them, leave them "
-        f"out with `where`, or raise max_dirty_share of the stage.{dirty.encoding_advice}"
+        f"{max_dirty_share:.2%} that max_dirty_share allows. The first: {', '.join(dirty.ids)}. Correct them, "
+        f"leave them out with `where`, or raise max_dirty_share of the stage.{dirty.encoding_advice}"
         f"{blank if source.path == 'text' and EMPTY in dirty.counts else ''}"
     )
 
