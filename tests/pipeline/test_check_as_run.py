@@ -145,6 +145,7 @@ CASES: dict[str, tuple[Fault, int]] = {
     "a file that is not there": (source(data_files="nothing.jsonl"), 2),
     "a split that is not there": (source(split="test"), 2),
     "skip beyond the end": (source(skip=5000), 5),
+    "more folds than rows": (source(fold={"of": 10**12, "keep": 1}), 5),
     "a base that is not there": (lambda recipe: recipe["model"].update(id="./nowhere"), 2),
     "a base without weights": (files(lambda: Path("base/model.safetensors").unlink()), 2),
     "a base without a tokenizer": (files(lambda: [path.unlink() for path in Path("base").glob("tokenizer*")]), 2),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
@@ -103,7 +104,7 @@ def _in_format(rows: Rows, source: Source, kinds: tuple[Kind, ...]) -> tuple[Row
             require_column(column, features, "where", source)
         rows = rows.filter(keep, input_columns=keep.columns)
     if source.fold is not None:
-        rows = _in_fold(rows, source.fold)
+        rows = _in_fold(rows, source.fold, source.path)
     return to_format(rows, features, source, kinds)
 
 
@@ -134,7 +135,7 @@ def _of_several_kinds(
     features = Features({name: found[0][0].features[name] for name in names})
     alike = [rows.select_columns(names).cast(features) for rows, _ in found]
     rows = _cut(_concatenated(alike), source.skip, source.take)
-    return _in_fold(rows, source.fold) if source.fold is not None else rows, found[0][1]
+    return _in_fold(rows, source.fold, source.path) if source.fold is not None else rows, found[0][1]
 
 
 def _concatenated(parts: list[Any]) -> Rows:
@@ -229,16 +230,22 @@ def _cut(rows: Rows, skip: int, take: int | None) -> Rows:
     return rows.select(range(skip, end) if skip < end else [])  # `select` refuses an empty range at the end
 
 
-def _in_fold(rows: Rows, fold: Fold) -> Rows:
+def _in_fold(rows: Rows, fold: Fold, path: str) -> Rows:
     """The rows of one fold, or of all others, in their order. Streams are refused before: their rows have no place.
 
     Dealt out at random: by turns, a table that is itself in turns would lend each fold rows of its own kind.
-    """
-    from sklearn.model_selection import KFold  # a second to import
 
-    number = fold.keep or fold.leave or 1
-    left, kept = list(KFold(fold.of, shuffle=True, random_state=0).split(range(len(rows))))[number - 1]
-    return rows.select(kept if fold.keep else left)
+    Raises:
+        DataError: There are fewer rows than folds.
+    """
+    if len(rows) < fold.of:
+        raise DataError(
+            f"source {path!r} has {len(rows):,} rows, which do not make {fold.of:,} folds. Write at most that many, or "
+            "take more rows."
+        )
+    place = (fold.keep or fold.leave or 1) - 1
+    kept = np.array_split(np.random.RandomState(0).permutation(len(rows)), fold.of)[place]
+    return rows.select(np.sort(kept) if fold.keep else np.setdiff1d(np.arange(len(rows)), kept))
 
 
 def _features_of(rows: Rows, source: Source) -> Features:
