@@ -84,7 +84,7 @@ License = Annotated[str, AfterValidator(_license)]
 class TokenizerTraining(Words):
     """A byte-level BPE tokenizer, trained on the data of the first stage."""
 
-    vocab_size: int = Field(gt=256, description="number of tokens, special tokens included")
+    vocab_size: int = Field(gt=256, le=4_000_000, description="number of tokens, special tokens included")
     take: int = Field(20_000, gt=0, description="documents to train on")
 
 

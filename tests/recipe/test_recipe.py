@@ -95,6 +95,13 @@ WRONG = [
         ["Did you mean 1.0?"],
     ),
     ("  id: me/small", "  id: x\n  tokenizer: {train: {vocab_size: 999}}", 4, "model.tokenizer.train", ["embeddings"]),
+    (
+        "  id: me/small",
+        "  architecture: {model_type: gpt2}\n  tokenizer: {train: {vocab_size: 1000000000000}}",
+        4,
+        "model.tokenizer.train.vocab_size",
+        ["at most 4e+06"],
+    ),
     ("kind: pretrain", "kind: pretrian", 6, "stages.law.kind", ["pretrain, sft", "Did you mean pretrain?"]),
     ("    kind: sft\n", "", 11, "stages.chat.kind", ["missing", "pretrain, sft"]),
     ("kind: sft", "kind: qlora", 12, "stages.chat.kind", ["kind: sft", "`lora:`"]),
