@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,18 +164,21 @@ def remedies(fit: Fit, recipe: Recipe) -> list[Remedy]:
 def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] | None, Setting]]:
     """Yields text, cost, words and setting of each change."""
     stage, setting = fit.stage, fit.setting
-    for rows in [n for n in range(setting.rows - 1, 0, -1) if setting.rows % n == 0]:
-        smaller = replace(setting, rows=rows, accumulation=setting.accumulation * setting.rows // rows)
-        if rows > 1 and not _fits(fit, smaller):  # only the largest that fits is worth a line, or else 1
-            continue
-        setting = smaller
+    if divisors := [n for n in range(1, setting.rows) if setting.rows % n == 0]:
+
+        def with_rows(rows: int) -> Setting:
+            return replace(setting, rows=rows, accumulation=setting.accumulation * setting.rows // rows)
+
+        fitting = bisect_left(divisors, True, key=lambda rows: not _fits(fit, with_rows(rows)))
+        rows = divisors[max(fitting - 1, 0)]
+        changed = with_rows(rows)
         words: dict[str, Any] = {"per_device_train_batch_size": rows}
         text = f"per_device_train_batch_size: {rows}"
         if stage.global_batch_size is None:
-            words["gradient_accumulation_steps"] = setting.accumulation
-            text += f" with gradient_accumulation_steps: {setting.accumulation}"
-        yield text, "the same result, a little slower", {"training": words}, setting
-        break
+            words["gradient_accumulation_steps"] = changed.accumulation
+            text += f" with gradient_accumulation_steps: {changed.accumulation}"
+        yield text, "the same result, a little slower", {"training": words}, changed
+        setting = changed
     if setting.checkpointing is None:
         setting = replace(setting, checkpointing={})
         yield (

@@ -73,7 +73,7 @@ def divide_batch(stage: Stage) -> tuple[int, int]:
     if size % count or size % (per_device or 1):
         rows = f"{per_device} rows on each of " if per_device else ""
         unit = math.lcm(count, per_device or 1)
-        fits = [] if size % (per_device or 1) else [n for n in range(1, size + 1) if size % n == 0]
+        fits = [] if size % (per_device or 1) else [n for n in range(1, min(size, 2 * count) + 1) if size % n == 0]
         nearest = sorted({max(size // unit * unit, unit), (size // unit + 1) * unit})
         advice = f"It divides over {_list(fits)} ranks; " if fits else ""
         raise RecipeError(
@@ -81,7 +81,7 @@ def divide_batch(stage: Stage) -> tuple[int, int]:
             f"on {count} ranks, {_list(nearest)} would do."
         )
     share = size // count
-    per_device = max(n for n in range(1, min(share, per_device or DEFAULT_PER_DEVICE) + 1) if share % n == 0)
+    per_device = next(n for n in range(min(share, per_device or DEFAULT_PER_DEVICE), 0, -1) if share % n == 0)
     return per_device, share // per_device
 
 

@@ -18,6 +18,7 @@ from stand_ins import add_data, add_models
 
 from hfpipe.cli import main
 from hfpipe.core import ranks
+from hfpipe.core.errors import RecipeError
 from hfpipe.recipe import load_recipe
 from hfpipe.recipe.shipped import shipped_recipes
 from hfpipe.stages.trainer import divide_batch
@@ -124,3 +125,15 @@ def test_a_step_of_every_recipe_is_the_same_on_so_many_ranks(count: int, monkeyp
             per_device, accumulation = divide_batch(stage)
             assert per_device * accumulation * count == stage.global_batch_size, path.name
             assert per_device <= stage.training["per_device_train_batch_size"], path.name
+
+
+def test_a_step_of_very_many_rows_is_divided_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = load_recipe(RECIPES["sentiment"]).stages[0]
+    training = {**stage.training, "per_device_train_batch_size": None}
+    huge = stage.model_copy(update={"training": training, "global_batch_size": 2 * 10**12})
+    monkeypatch.setattr(ranks, "ranks", lambda: 3)
+    with pytest.raises(RecipeError, match="divides over 1, 2, 4, 5 ranks") as told:
+        divide_batch(huge)
+    assert len(str(told.value)) < 400
+    monkeypatch.setattr(ranks, "ranks", lambda: 2)
+    assert divide_batch(huge.model_copy(update={"global_batch_size": 2 * 999_999_999_989})) == (1, 999_999_999_989)

@@ -38,6 +38,7 @@ def _stage(folder: Path, data: Path, kind: str, **training: object) -> Path:
     [
         ({"gradient_accumulation_steps": 0}, 2, "found 0; allowed is a whole number from 1"),
         ({"per_device_train_batch_size": -1}, 2, "found -1; allowed is a whole number from 1"),
+        ({"per_device_train_batch_size": 10**12}, 2, "allowed is a whole number from 1 up to 1,048,576"),
         ({"max_length": -4}, 2, "found -4; allowed is a whole number from 1"),
         ({"max_steps": 0}, 2, "found 0; allowed is a whole number from 1, or -1 for epochs"),
         ({"max_steps": -1, "num_train_epochs": -1}, 2, "found -1; allowed is a number above 0"),

@@ -30,6 +30,20 @@ def content(tmp_path: Path) -> dict[str, Any]:
     return content
 
 
+def test_the_most_rows_that_fit_are_named(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content["stages"][0]["global_batch_size"] = content["stages"][0]["training"]["per_device_train_batch_size"] = 720720
+    assert main(["check", str(tiny.write(tmp_path, content))]) == 4
+    told = capsys.readouterr().err
+    found = re.search(r"per_device_train_batch_size: (\d+) -> ([\d.]+) GiB", told)
+    room = re.search(r"has ([\d.]+) GiB for it", told)
+    assert found is not None
+    assert room is not None
+    assert 720720 % int(found[1]) == 0
+    assert 0.5 * float(room[1]) < float(found[2]) <= float(room[1]), "720,720 has a divisor below every other"
+
+
 @pytest.mark.parametrize("command", ["check", "run"])
 def test_what_does_not_fit_is_refused_with_ranked_remedies(
     content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str

@@ -52,7 +52,7 @@ class Range:
         kind = "a whole number" if whole else "a number"
         least = f"{kind} {'above' if self.above else 'from'} {self.low:g}"
         if self.high < math.inf:
-            least += f" {'to below' if self.below else 'up to'} {self.high:g}"
+            least += f" {'to below' if self.below else 'up to'} {self.high:,}"
         elif value > self.low:
             least += f" up to {MOST_WHOLE if whole else MOST}"
         return f"{least}{self.more}"
@@ -62,7 +62,6 @@ COUNT, ABOVE_ZERO, PART = Range(1), Range(above=True), Range(high=1, below=True)
 RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
-            "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "max_length",
             "max_target_length",
@@ -91,6 +90,7 @@ RANGES: dict[str, Range] = {
         ),
         ABOVE_ZERO,
     ),
+    "per_device_train_batch_size": Range(1, 2**20),  # rows at once, whose divisors are walked
     "max_steps": Range(1, more=", or -1 for epochs"),
     "label_smoothing_factor": Range(high=1, below=True, more=", as in torch's cross_entropy"),
     "label_smoothing": Range(high=0.5, below=True),
