@@ -35,12 +35,12 @@ test-all: install
 docs: install  # the references that are made from the code
 	$(BIN)/python docs/make_references.py
 
-# The lowest versions that pyproject.toml allows, torch aside, in a venv of their own.
+# The lowest versions that pyproject.toml allows, torch aside, in a venv of their own. uv solves them; pip takes hours.
 test-oldest:
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt torch
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints.txt torch uv
+	grep '^torch==' constraints.txt > $(OLDEST)/torch.txt
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --constraint $(OLDEST)/torch.txt --editable '.[dev]'
 	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) $(FAST)
 
 # The pages lie in the site as they do here, so that links between them hold. A page or anchor that is not there fails.
