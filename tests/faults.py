@@ -283,7 +283,9 @@ def _work(kind: str, home: Path, numbers: range) -> None:
     """Tells the outcomes as JSON lines, and ends the process where an input takes too long."""
     import signal
 
-    sys.stdout, told = io.StringIO(), sys.stdout
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries write to the descriptor, past Python
+    sys.stdout = io.StringIO()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("prose", "held", "sounds", "asked"):
@@ -336,14 +338,16 @@ def main() -> int:
         for kind in kinds:
             count = options.count or round(COUNTS[kind] * options.share)
             codes: Counter[int] = Counter()
-            found = []
+            found: list[Outcome] = []
             end, tried = time.monotonic() + options.seconds, set()
             for one in in_processes(kind, home, range(options.first, options.first + count)):
                 if time.monotonic() > end:
                     break
                 tried.add(one.number)
                 codes[one.code] += 1
-                found += [one] if one.is_fault else []
+                if one.is_fault:
+                    found.append(one)
+                    print(f"{kind} {one.number}: {' '.join(one.command)}: {one.where}", flush=True)
                 if options.show:
                     print(f"{one.number} {' '.join(one.command)}: {one.code}\n{one.done}\n{one.said}\n")
             told = ", ".join(f"{code}: {times:,}" for code, times in sorted(codes.items()))
