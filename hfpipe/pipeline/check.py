@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from hfpipe.core.command import our_command
 from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.files import GIB
+from hfpipe.core.output import has_colours, painted
 from hfpipe.data.cleaning.contamination import overlap_lines
 from hfpipe.data.dedup import cleaning_of
 from hfpipe.data.mixture import mixture
@@ -24,7 +27,6 @@ from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.first_rows import FEW, facts_of, flaws_of
-from hfpipe.pipeline.note import Note
 from hfpipe.pipeline.requirements import Loaded, require_start, require_training
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, long_rows
@@ -279,3 +281,61 @@ def _check_disk(recipe: Recipe, parameters: int, note: Note) -> None:
             f"the run needs about {need / GIB:.1f} GiB of disk and {place} has {free / GIB:.1f} GiB. Set output_dir to "
             "a larger disk, or training.save_total_limit: 1."
         )
+
+
+FINE, LOOK, WRONG = ("✓", "green"), ("!", "yellow"), ("✗", "red")
+LABEL = 10  # characters of the column of labels
+INDENT = " " * (2 + LABEL + 1)
+
+
+class Note:
+    """Prints findings as they are made, and counts those to look at."""
+
+    def __init__(self) -> None:
+        self.to_look_at = 0
+        self._coloured = has_colours(sys.stdout)
+
+    def fine(self, label: str, text: str, *more: str) -> None:
+        """Tells what is in order, or a plain fact.
+
+        Args:
+            label: Its subject: `model`, `data`, `memory`.
+            text: The finding.
+            more: Lines below it.
+        """
+        self._print(FINE, label, text, more)
+
+    def look(self, label: str, text: str, *more: str) -> None:
+        """Tells what a run is not stopped by, though it may not be what is wanted; with what to do about it."""
+        self.to_look_at += 1
+        self._print(LOOK, label, text, more)
+
+    def wrong(self, label: str, text: str, *more: str) -> None:
+        """Tells what stops a run; an error with the remedy follows."""
+        self._print(WRONG, label, text, more)
+
+    def stop(self) -> None:
+        """Ends the note of a recipe that would not run; the error itself is printed after it."""
+        print(f"\n{self._marked(WRONG)} a run would stop here:", flush=True)
+
+    def close(self, launch: str) -> None:
+        """Ends the note of a recipe that can be run, with the line that does it."""
+        many = f"{self.to_look_at} thing{'s' if self.to_look_at > 1 else ''}"
+        told = f"no fault found, {many} to look at (!)" if self.to_look_at else "no fault found"
+        mark = LOOK if self.to_look_at else FINE
+        print(f"\n{self._marked(mark)} {told}; start it with:\n  {launch}")
+
+    def _print(self, mark: tuple[str, str], label: str, text: str, more: Sequence[str]) -> None:
+        head = f"{self._marked(mark)} {label:{LABEL}} "
+        for place, line in enumerate((text, *more)):
+            first = head if place == 0 else INDENT
+            print(first + self._wrapped(line))
+
+    def _marked(self, mark: tuple[str, str]) -> str:
+        return painted(*mark) if self._coloured else mark[0]
+
+    def _wrapped(self, line: str) -> str:
+        if not sys.stdout.isatty():
+            return line
+        width = max(40, shutil.get_terminal_size().columns - len(INDENT))
+        return f"\n{INDENT}".join(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""])

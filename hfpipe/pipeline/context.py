@@ -26,12 +26,11 @@ from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_to_s
 from hfpipe.model.merge import merge_adapter
 from hfpipe.model.spread import launched
 from hfpipe.pipeline.environment import environment
-from hfpipe.pipeline.reuse import Version
+from hfpipe.pipeline.reuse import Version, bound_to_length, identity
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
 from hfpipe.recipe.row_formats import texts_of
 from hfpipe.scores.scorecard import BASE, Paired, Score, last_change, score_of, stages_of
 from hfpipe.scores.wording import change_words, describe, interval, number, with_interval
-from hfpipe.stages.identity import bound_to_length, identity
 from hfpipe.stages.pretrain import require_isolation
 
 PROBE_TEXTS = 4

@@ -11,7 +11,7 @@ from hfpipe.pipeline.reuse import take_up
 from hfpipe.recipe import Recipe, Sft
 from hfpipe.stages import ROWS, StageRun
 from hfpipe.stages.cost import CostMeter
-from hfpipe.stages.sft_stream import is_streamed
+from hfpipe.stages.sft_rows import is_streamed
 
 
 def prepare_recipe(recipe: Recipe) -> None:

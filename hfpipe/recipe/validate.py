@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -36,7 +37,6 @@ from hfpipe.recipe.passthrough import check_passed_through
 from hfpipe.recipe.raw import kind_of, sequence
 from hfpipe.recipe.rules.adapters import is_repeated, take_over
 from hfpipe.recipe.rules.recipe import check_rules, check_suites_file
-from hfpipe.recipe.rules.values import check_values
 from hfpipe.recipe.signatures import lora_fields, masking_fields, training_fields
 from hfpipe.recipe.source_config import BLOCK, LIST, TURNS, WORD, Augment, Deduplicate, Fold, Turn
 from hfpipe.recipe.stage_config import (
@@ -317,3 +317,20 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def check_values(value: Any, steps: Steps = ()) -> Iterator[Fault]:
+    """Yields texts and keys with a zero byte or half a character, and numbers that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield Fault(steps, f"found {value}, which nothing can be set to. Write a finite number, or leave it out.")
+    if isinstance(value, str):
+        if "\0" in value:
+            yield Fault(steps, "holds a zero byte, which no text and no file name has. Remove it.")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield Fault(steps, "holds half a character (a surrogate), which cannot be written. Remove it.")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(key, str) and ("\0" in key or any("\ud800" <= letter <= "\udfff" for letter in key)):
+            yield Fault(steps, "has a key with a zero byte or half a character. Remove it.")
+        else:
+            yield from check_values(item, (*steps, key))

@@ -22,8 +22,8 @@ from hfpipe.data.counterfactual import PLACES, SWAPPED, Collated, Swapper, with_
 from hfpipe.data.text_tokens import IGNORED
 from hfpipe.model.head import Scale, backbone_of, head_of, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.positions import learned_positions
-from hfpipe.stages.context import StageRun
 from hfpipe.stages.saving import is_sharded
+from hfpipe.stages.stage_run import StageRun
 
 
 def hold_together(run: StageRun, trainer: Trainer, collated: Collated, problem: str | None = None) -> Collated:

@@ -21,7 +21,7 @@ from hfpipe.data.token_store import LABEL, Columns, Concatenated, TokenStore, ma
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.evaluation.answers import require_known_classes, tells_apart
 from hfpipe.recipe import Classification, Recipe, Source
-from hfpipe.stages.context import StageRun
+from hfpipe.stages.stage_run import StageRun
 
 BLOCK = 1_000  # sentences tokenized at a time
 

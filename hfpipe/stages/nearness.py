@@ -14,7 +14,7 @@ from hfpipe.core.upstream import override
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.head import Scale, backbone_of, head_of, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.load import load_model
-from hfpipe.stages.context import StageRun
+from hfpipe.stages.stage_run import StageRun
 
 OWN = "parents_own"  # (B, L), True where a token is of the parent's own texts
 _INSTEAD = "Leave `kl` out: the parent's own texts are then replayed by their tokens."

@@ -28,7 +28,7 @@ from hfpipe.evaluation.generation import Generated, decode, generate
 from hfpipe.model.load import compute_dtype, load_model
 from hfpipe.model.positions import window_of
 from hfpipe.recipe import Recipe, Sft, Stage, Suite
-from hfpipe.stages.context import StageRun
+from hfpipe.stages.stage_run import StageRun
 
 MOST_TEXTS = 2048  # of `rows: auto`
 LONGEST = 1024  # tokens of a text, where the model reads as many

@@ -19,8 +19,8 @@ from hfpipe.evaluation.generation import encode_prompts, generate
 from hfpipe.evaluation.row_text import RowText, text_of_prompt
 from hfpipe.recipe import Recipe, Samples, Stage, Suite
 from hfpipe.recipe.row_formats import formats_of_stage
-from hfpipe.stages.context import StageRun
 from hfpipe.stages.saving import is_sharded
+from hfpipe.stages.stage_run import StageRun
 
 FILE = "samples.jsonl"
 TIMES = 10  # of a stage whose recipe has no `every`

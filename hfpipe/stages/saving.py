@@ -21,7 +21,7 @@ from hfpipe.model.adapter import TOLERANCE, adapter_state, probe, require_equal,
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
 from hfpipe.model.parts import verify_parts, write_parts
-from hfpipe.stages.context import StageRun
+from hfpipe.stages.stage_run import StageRun
 
 SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")

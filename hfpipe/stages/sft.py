@@ -22,8 +22,7 @@ from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithFastLoss
 from hfpipe.stages.counterfactual import hold_together
 from hfpipe.stages.nearness import hold_near, mark_own
-from hfpipe.stages.sft_rows import Marked, sft_length, sft_rows
-from hfpipe.stages.sft_stream import is_streamed, sft_stream
+from hfpipe.stages.sft_rows import Marked, is_streamed, sft_length, sft_rows, sft_stream
 from hfpipe.stages.trainer import (
     Plan,
     StageRun,

@@ -1,4 +1,4 @@
-"""The rows of an sft stage as tokens, made once; see `data.token_store`."""
+"""The rows of an sft stage as tokens: tables are tokenized once before, streams while the stage trains."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import DataError
 from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.formats import Kind
-from hfpipe.data.sources.load import open_source
+from hfpipe.data.sources.load import load_rows, open_source
+from hfpipe.data.stream.dataset import TokenStream, default_lanes
+from hfpipe.data.stream.examples import Examples
 from hfpipe.data.text_tokens import TokenRows
 from hfpipe.data.token_pool import encoded
 from hfpipe.data.token_store import (
@@ -35,7 +37,7 @@ from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source, Stage
 from hfpipe.recipe.row_formats import TEXT_KINDS
 from hfpipe.stages.own_texts import own_texts, unended
-from hfpipe.stages.trainer import StageRun, row_length, shares_of_rows
+from hfpipe.stages.trainer import StageRun, divide_batch, row_length, shares_of_rows
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's
 BLOCK = 1_000  # rows tokenized at a time
@@ -235,4 +237,55 @@ def nothing_to_train(stage: Stage, source: Source, rows: int) -> DataError:
     return DataError(
         f"stages.{stage.name}: {source.title} gave {rows} rows and none of them has a token to train on. Look at them "
         "with `hfpipe preview`; a prompt longer than max_length leaves no room for its completion."
+    )
+
+
+def is_streamed(stage: Sft) -> bool:
+    """Says whether the rows of a stage are tokenized while it trains.
+
+    Where the recipe gives no `max_steps` the end of the data ends the training: a stream is read to it then, once. So
+    it is where the parent's own texts are mixed in by the tokens that are trained on.
+    """
+    streamed = any(source.passed_through.get("streaming") for source in stage.data)
+    return streamed and stage.training.get("max_steps", -1) > 0 and stage.kept.replay is None
+
+
+def sft_stream(run: StageRun, length: int | None, *, packed: bool) -> TokenStream:
+    """Returns the stream of this rank's rows. Every rank has to call this.
+
+    Args:
+        run: The stage.
+        length: Tokens of a row; None where nothing is cut.
+        packed: Whether examples share rows.
+    """
+    stage, seed = run.stage, run.recipe.seed
+    assert isinstance(stage, Sft)
+    parts = mixture(run.recipe, stage)
+    tables = [run.cleaner.tables(load_rows(part.source, kinds=TEXT_KINDS), part.source) for part in parts]
+    per_device, accumulation = divide_batch(stage)
+    step = per_device * accumulation * ranks.ranks()
+    room = length or DEFAULT_MAX_LENGTH
+    sources = [rows for rows, _ in tables]
+    lanes = stage.lanes or default_lanes(sources, ranks.ranks())
+
+    def cleaned(number: int, rows: IterableDataset, lanes: int) -> list[np.ndarray] | None:
+        """Returns why rows of a stream are removed; looks no further than the stage will come."""
+        needed = math.ceil(stage.training["max_steps"] * step * room / lanes * parts[number].share)
+        return run.cleaner.shares(rows, lanes, parts[number].source, needed)
+
+    tokenizers = [sft_tokenizer(stage, run.tokenizer, length, part.source) for part in parts]
+    return TokenStream(
+        sources,
+        run.tokenizer,
+        max_length=room,
+        weights=[part.share for part in parts],
+        origins=[part.source for part in parts],
+        replayed=[part.replayed for part in parts],
+        lanes=lanes,
+        max_dirty_share=stage.max_dirty_share,
+        seed=seed,
+        rank=ranks.rank(),
+        ranks=ranks.ranks(),
+        cleaned=cleaned,
+        examples=Examples(tokenizers, packed, max(1, step // lanes)),
     )

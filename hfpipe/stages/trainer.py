@@ -36,15 +36,13 @@ from hfpipe.model.tokenizer import train_rows
 from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
 from hfpipe.stages.arguments import stage_arguments
-from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, newest_whole
-from hfpipe.stages.context import StageRun
+from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, newest_whole, read_across
 from hfpipe.stages.divergence import StopWhenNotFinite
-from hfpipe.stages.early_stopping import Selection
-from hfpipe.stages.other_plan import read_across
 from hfpipe.stages.progress import LogCallback
 from hfpipe.stages.samples import Sampling, samples_of
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
-from hfpipe.stages.scored import ScoredWhileTraining
+from hfpipe.stages.scored import ScoredWhileTraining, Selection
+from hfpipe.stages.stage_run import StageRun
 from hfpipe.stages.trackers import guard_trackers
 
 DEFAULT_PER_DEVICE = 8

@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig
 
 from hfpipe.cli import main
-from hfpipe.stages.identity import WITHOUT_EFFECT
+from hfpipe.pipeline.reuse import WITHOUT_EFFECT
 
 STEPS = 4
 

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from hfpipe.cli import main
 from hfpipe.recipe.passthrough import stage_fields
 from hfpipe.recipe.raw import RawStage
-from hfpipe.recipe.rules.ranges import check_ranges
+from hfpipe.recipe.rules.training import check_ranges
 from hfpipe.recipe.stage_config import KINDS
 
 
