@@ -20,7 +20,7 @@ from hfpipe.data.sources.templates import fields_of, filled_texts, form_of, temp
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.row_formats import BESIDE_MESSAGES, ROW_FORMATS
-from hfpipe.recipe.source_files import file_kind
+from hfpipe.recipe.source_config import file_kind
 
 Row = dict[str, Any]
 PLAIN = ("prompt", "instruction", "question", "text")  # columns of a prompt that is one text, the surest first

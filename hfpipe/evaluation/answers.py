@@ -17,6 +17,7 @@ from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.labels import known_names
 from hfpipe.data.preference import PairTokenizer
 from hfpipe.data.tokenize import Encoded
+from hfpipe.evaluation.bias_rows import families, taken_back
 from hfpipe.evaluation.continuations import (
     Pair,
     encode_blank,
@@ -25,7 +26,6 @@ from hfpipe.evaluation.continuations import (
     encode_whole,
     in_common,
 )
-from hfpipe.evaluation.counterfactuals import families, taken_back
 from hfpipe.evaluation.generation import (
     MOST_GENERATED,
     compared,
@@ -35,13 +35,20 @@ from hfpipe.evaluation.generation import (
     references,
     stop_tokens,
 )
-from hfpipe.evaluation.likelihood import bits_of, by_length, likelihoods
-from hfpipe.evaluation.masked import fill_masks, pseudo_bits
+from hfpipe.evaluation.likelihood import (
+    bits_of,
+    by_length,
+    encode_texts,
+    fill_masks,
+    likelihoods,
+    pseudo_bits,
+    windows,
+    words_of,
+)
 from hfpipe.evaluation.metrics.matches import names_of
 from hfpipe.evaluation.multiple_choice import choice_form, common_choices, split_last_word
 from hfpipe.evaluation.row_text import row_text
 from hfpipe.evaluation.seq2seq import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood
-from hfpipe.evaluation.windows import encode_texts, windows, words_of
 from hfpipe.model.classifier import Label
 from hfpipe.model.load import ModelRef, config_of, is_masked, task_of
 from hfpipe.model.positions import context_of, window_of, within_positions

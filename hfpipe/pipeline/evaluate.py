@@ -11,7 +11,7 @@ from hfpipe.core import display, ranks
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import write_json
 from hfpipe.evaluation.answers import can_score
-from hfpipe.evaluation.generation_settings import require_generation
+from hfpipe.evaluation.generation import require_generation
 from hfpipe.evaluation.suites import Scored, compare_rows, score_suite, suite_metrics, suite_rows
 from hfpipe.model.load import ModelRef, load_to_score, task_of
 from hfpipe.model.tokenizer import require_room

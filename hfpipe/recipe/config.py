@@ -25,10 +25,10 @@ from hfpipe.recipe.source_config import (
     Source,
     Token,
     Words,
+    is_local_name,
     list_or_block,
     word_or_block,
 )
-from hfpipe.recipe.source_files import is_local_name
 from hfpipe.recipe.stage_config import Stage
 
 # https://git-scm.com/docs/git-check-ref-format

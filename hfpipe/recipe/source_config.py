@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +24,15 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description
 # A value that may be a word, a list or a block is told apart by its shape, so that a fault is reported once and not
 # once for each of the shapes. The tags appear in pydantic's paths; `validate.py` takes them out again.
 WORD, LIST, BLOCK, TURNS = "<word>", "<list>", "<block>", "<turns>"
+# The endings that are read, by the builder of `datasets` whose options they take.
+FILE_KINDS = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".txt", ".md", ".text"), "text"),
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 
 def word_or_block(value: Any) -> str:
@@ -218,3 +228,36 @@ class Source(Words):
         if isinstance(self.columns, list):  # Parquet's own `columns`: which ones to read
             extra["columns"] = self.columns
         return extra
+
+
+def file_kind(name: str) -> str | None:
+    """The kind of a file by its ending, with or without one of compression; None for any other."""
+    stem, ending = os.path.splitext(name.lower())
+    if ending in COMPRESSED:
+        ending = os.path.splitext(stem)[1]
+    return FILE_KINDS.get(ending)
+
+
+def is_local_name(path: str) -> bool:
+    """Returns True if a path can mean nothing but files of this machine: by how it begins, by its ending, or as a
+    pattern.
+    """
+    return path.startswith(("./", "../", "/", "~", "$")) or file_kind(path) is not None or is_pattern(path)
+
+
+def is_pattern(path: str) -> bool:
+    """Returns True if a path is a pattern such as `data/*.jsonl`."""
+    return "://" not in path and any(sign in path for sign in "*?[")
+
+
+def expanded(path: str) -> str:
+    """A path with `~` and the variables of the environment in it replaced.
+
+    Raises:
+        KeyError: A variable is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        return os.environ[found[1] or found[2]]
+
+    return os.path.expanduser(re.sub(r"\$\{(\w+)\}|\$(\w+)", value, path))

@@ -22,8 +22,7 @@ from hfpipe.data.sources.formats import Taken
 from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
 from hfpipe.evaluation.answers import asked_of, tells_apart
-from hfpipe.evaluation.generation import require_window
-from hfpipe.evaluation.generation_settings import require_generation
+from hfpipe.evaluation.generation import require_generation, require_window
 from hfpipe.evaluation.metrics.rows import RowMetric
 from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of

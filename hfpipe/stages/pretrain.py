@@ -28,8 +28,8 @@ from hfpipe.data.stream.dataset import TokenStream
 from hfpipe.data.stream.packing import isolation_leak
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.adapter import TOLERANCE
+from hfpipe.model.create import small_copy
 from hfpipe.model.positions import context_of
-from hfpipe.model.toy import small_copy
 from hfpipe.recipe import Pretrain, Recipe
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.source_config import BASE

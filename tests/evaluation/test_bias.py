@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequ
 
 from hfpipe.cli import main
 from hfpipe.core.errors import DataError
-from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
-from hfpipe.evaluation.counterfactuals import replaced
+from hfpipe.evaluation.bias_rows import bbq_rows, replaced, stereoset_rows
 from hfpipe.evaluation.metrics import load_metric
 from hfpipe.recipe import Suite
 from hfpipe.recipe.metric_table import BIAS_METRICS, OUR_METRICS, WITH_IDEAL

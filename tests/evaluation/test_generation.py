@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from hfpipe.cli import main
 from hfpipe.core.errors import RecipeError
-from hfpipe.evaluation.generation_settings import require_generation
+from hfpipe.evaluation.generation import require_generation
 from hfpipe.model.create import train_tokenizer
 from hfpipe.recipe import Suite
 

@@ -25,7 +25,7 @@ from hfpipe.cli import main
 from hfpipe.core.errors import RecipeError
 from hfpipe.data.masking import WORD, Masking, frame_of, tokens_of_texts
 from hfpipe.data.stream.dataset import TokenStream
-from hfpipe.evaluation.masked import OPTIONS
+from hfpipe.evaluation.likelihood import OPTIONS
 from hfpipe.model.create import create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_model
 from hfpipe.model.positions import learned_positions

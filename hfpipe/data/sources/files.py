@@ -24,7 +24,7 @@ from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pa
 from hfpipe.core.errors import RecipeError
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import listed
-from hfpipe.recipe.source_files import FILE_KINDS, expanded, file_kind, is_local_name, is_pattern
+from hfpipe.recipe.source_config import FILE_KINDS, expanded, file_kind, is_local_name, is_pattern
 
 SAMPLE = 1 << 18  # bytes of a file that are looked at
 FARTHEST = 1 << 24  # bytes in which a first letter beyond ASCII is looked for

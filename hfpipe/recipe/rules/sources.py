@@ -15,7 +15,7 @@ from typing import Any
 from hfpipe.recipe.faults import Fault, did_you_mean, dotted, found, listed
 from hfpipe.recipe.raw import Block, RawStage, mapping, sequence, stages, suites
 from hfpipe.recipe.row_formats import ROW_FORMATS, SUITE_COLUMNS, TRAINED_COLUMNS
-from hfpipe.recipe.source_files import file_kind
+from hfpipe.recipe.source_config import file_kind
 
 TOGETHER = (("prompt", "completion"), ("source", "target"))
 CHOICE = ("chosen", "rejected")

@@ -17,7 +17,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.text.text import Text
 
-from hfpipe.data.sources import decoding, exact
+from hfpipe.data.sources import decoding
 from hfpipe.data.sources.builders import base, csv, json, text
 
 READERS: dict[type[DatasetBuilder], type[base.FileBuilder]] = {
@@ -36,7 +36,7 @@ OF_LOADING = (
     "ignore_verifications",
 )
 HASH = hashlib.sha256(
-    "".join(inspect.getsource(module) for module in (base, csv, json, text, decoding, exact)).encode()
+    "".join(inspect.getsource(module) for module in (base, csv, json, text, decoding)).encode()
 ).hexdigest()
 
 

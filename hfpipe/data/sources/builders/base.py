@@ -10,6 +10,7 @@ A builder also tells of its files how they can be read a piece at a time; see `l
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,11 @@ from datasets.table import table_cast
 
 NEWLINE = b"\n"
 PIECE = 2 << 20  # bytes: a resume reads a piece again in each lane
+WHOLE = r"0|-?[1-9][0-9]{0,17}"  # fits into 64 bits
+LONGEST_DECIMAL = 16  # characters: a float gives back 15 digits
+# Python writes numbers below 0.0001 with an exponent.
+DECIMAL = r"-?(?:[1-9][0-9]*\.(?:[0-9]*[1-9]|0)|0\.(?:0|(?:[1-9]|0[1-9]|00[1-9]|000[1-9])(?:[0-9]*[1-9])?))"
+_WHOLE, _DECIMAL = re.compile(WHOLE), re.compile(DECIMAL)
 
 
 @dataclass
@@ -146,3 +152,19 @@ class FileBuilder(ArrowBasedBuilder):
             if self.config.features is not None:
                 table = table_cast(table, self.config.features.arrow_schema)
             yield Key(shard, number), table
+
+
+class NumberText(str):
+    """The text of a number that no float or 64-bit integer gives back."""
+
+    __slots__ = ()
+
+
+def whole_number(text: str) -> int | NumberText:
+    """A whole number of a file, or its text."""
+    return int(text) if _WHOLE.fullmatch(text) else NumberText(text)
+
+
+def decimal_number(text: str) -> float | NumberText:
+    """A number with a point or an exponent, or its text."""
+    return float(text) if len(text) <= LONGEST_DECIMAL and _DECIMAL.fullmatch(text) else NumberText(text)

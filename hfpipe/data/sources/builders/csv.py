@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 from datasets import Features, Value
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from hfpipe.data.sources.builders.base import PIECE, FileBuilder, FilesConfig
+from hfpipe.data.sources.builders.base import DECIMAL, LONGEST_DECIMAL, PIECE, WHOLE, FileBuilder, FilesConfig
 from hfpipe.data.sources.decoding import HANDLER
-from hfpipe.data.sources.exact import DECIMAL, LONGEST_DECIMAL, WHOLE
 
 # Options under which a file of several pieces is read as one is; others, such as `skiprows`, count from its beginning.
 OF_ANY_PIECE = {

@@ -1,7 +1,7 @@
 """JSON files: a row a line, a list of rows, or one object; every value as it stands in the file.
 
 Texts stay texts (pyarrow makes a timestamp of those that look like one), and a column of numbers is one only where each
-gives back its text; see `exact.py`. A column of several kinds of values is JSON. A line that is no JSON is a row
+gives back its text; see `base.py`. A column of several kinds of values is JSON. A line that is no JSON is a row
 without a value, as long as few are. Bytes that cannot be decoded and halves of characters are marked; see
 `decoding.py`.
 """
@@ -21,9 +21,8 @@ from datasets import Json as JsonFeature
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import table_cast
 
-from hfpipe.data.sources.builders.base import PIECE, FileBuilder, FilesConfig
+from hfpipe.data.sources.builders.base import PIECE, FileBuilder, FilesConfig, NumberText, decimal_number, whole_number
 from hfpipe.data.sources.decoding import HANDLER, marked_json
-from hfpipe.data.sources.exact import NumberText, decimal_number, whole_number
 
 BROKEN = 0.1  # share of lines from which a file is no file of JSON lines
 LOOKED_AT = 100  # lines of a file that tell whether it is one

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpipe.model.toy import small_copy
+from hfpipe.model.create import small_copy
 
 
 def test_a_small_copy_has_every_type_of_layer_and_its_own_weights() -> None:
