@@ -90,7 +90,7 @@ def tells_apart(rows: Rows, problem: str | None, names: list[str]) -> bool:
 
 
 def _likelihood(suite: Suite, mine: Rows, rows: Rows, model: Any, tokenizer: Any) -> Answers:
-    """Bits, bytes, tokens and words of each row's text or completion, in rolling windows; see windows.py."""
+    """Bits, bytes, tokens and words of each row's text or completion, in rolling windows; see `windows`."""
     if suite.target == "last_word":
         pairs = [split_last_word(row["text"]) for row in mine]
         encoded = encode_continuations(pairs, tokenizer, suite.max_length or context_of(model))

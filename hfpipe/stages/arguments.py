@@ -92,7 +92,7 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         decided["eval_strategy"] = "steps"
     with clear_refusal(stage, cls.__name__):
         arguments = cls(**{**defaults, **training, **decided, **more})
-    arguments.eval_strategy = IntervalStrategy.NO  # a trainer would want rows; see stages/early_stopping.py
+    arguments.eval_strategy = IntervalStrategy.NO  # a trainer would want rows; see stages/scored.py
     return arguments
 
 

@@ -370,7 +370,7 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{quote(id)}/commit/{commit.oid}"
         return {"commitUrl": url, "commitOid": commit.oid, "pullRequestUrl": request, "success": True}
 
-    # Xet: the same large files as chunks, see xet_server.py
+    # Xet: the same large files as chunks, see xet.py
 
     def xet_token(self, kind: str, id: str, access: str) -> Any:
         self.repo(kind, id, write=access == "write")

@@ -1,6 +1,6 @@
 """Bias, by the definitions of the papers: CrowS-Pairs, StereoSet, BBQ, and answers that change with a swapped word.
 
-What each can and cannot tell stands in `limits.py`.
+The limits of each are told by `limits_section` in `hfpipe/report/details.py`.
 """
 
 from __future__ import annotations
