@@ -2,6 +2,15 @@
 
 The command line prints the message of a `UserError` as it stands, without a traceback. A message is one paragraph:
 what was found, where, what is allowed, what to do.
+
+    UserError
+      RecipeError        2
+      BudgetExceeded     3
+      MachineError       4
+        Unreachable      4
+        LostRank         75, 4, or that of the failed rank
+      DataError          5
+      Stopped            75
 """
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfpipe.core.errors import DataError
-from hfpipe.data.swaps import replaced
+from hfpipe.data.swaps import Words, replaced
 from hfpipe.recipe.row_formats import format_of
 
 Row = dict[str, Any]
@@ -24,7 +24,6 @@ SPELLINGS = {
     **dict.fromkeys(("man", "men", "boy", "boys"), "m"),
     **dict.fromkeys(("transgender women", "transgender men", "trans_f", "trans_m"), "trans"),  # as in BBQ's own script
 }
-Words = dict[str, str]  # a word and what takes its place
 
 
 def stereoset_rows(rows: Sequence[Row]) -> list[Row]:

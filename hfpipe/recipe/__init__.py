@@ -1,4 +1,4 @@
-"""The recipe: its words, loading and overrides, every fault at once. Imports no heavy library."""
+"""The recipe: its keys, loading and overrides, every fault at once. Imports no heavy library."""
 
 from hfpipe.recipe.config import (
     CrossValidation,

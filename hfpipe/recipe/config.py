@@ -1,6 +1,6 @@
-"""A recipe as pydantic models: the words that hfpipe itself understands, and the names that the Hub takes.
+"""A recipe as pydantic models: the keys that hfpipe itself understands, and the names that the Hub takes.
 
-Only the words that Hugging Face lacks are typed here. Blocks that are passed through (`training`, `lora`, `peft`, the
+Only the keys that Hugging Face lacks are typed here. Blocks that are passed through (`training`, `lora`, `peft`, the
 arguments of `load_dataset`, `architecture`, `generation`) stay plain mappings and are checked against the installed
 libraries by `signatures.py`. Nothing in this file imports a heavy library.
 """
@@ -23,8 +23,8 @@ from hfpipe.recipe.source_config import (
     Name,
     Share,
     Source,
+    StrictBlock,
     Token,
-    Words,
     is_local_name,
     list_or_block,
     word_or_block,
@@ -81,15 +81,15 @@ Title = Annotated[str, AfterValidator(_title)]
 License = Annotated[str, AfterValidator(_license)]
 
 
-class TokenizerTraining(Words):
+class TokenizerTraining(StrictBlock):
     """A byte-level BPE tokenizer, trained on the data of the first stage."""
 
     vocab_size: int = Field(gt=256, le=4_000_000, description="number of tokens, special tokens included")
     take: int = Field(20_000, gt=0, description="documents to train on")
 
 
-class Tokenizer(Words):
-    """The tokenizer. Keys that are not declared here are words of transformers' own, such as `eos_token`."""
+class Tokenizer(StrictBlock):
+    """The tokenizer. Other keys are those of transformers' own tokenizers, such as `eos_token`."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
@@ -108,11 +108,11 @@ class Tokenizer(Words):
 
     @property
     def passed_through(self) -> dict[str, Any]:
-        """The words of transformers' tokenizers, as the recipe gives them."""
+        """The keys of transformers' tokenizers, as the recipe gives them."""
         return dict(self.model_extra or {})
 
 
-class Model(Words):
+class Model(StrictBlock):
     """The base model: one of the Hub (or a folder), or an architecture with fresh weights."""
 
     id: str | None = Field(None, description="a model on the Hub or in a folder")
@@ -138,7 +138,7 @@ class Model(Words):
 HARNESS = "lm_eval"  # the path of the source that stands for the data of lm-eval's tasks
 
 
-class Suite(Words):
+class Suite(StrictBlock):
     """A held-out data set with its metrics, scored on the base and after every stage."""
 
     data: Source = Field(
@@ -217,7 +217,7 @@ class Suite(Words):
         }
 
 
-class Push(Words):
+class Push(StrictBlock):
     """The artifact that goes to the Hub when the run is done."""
 
     repo_id: RepoId = Field(description="the repository to push to, OWNER/NAME; your own account without an owner")
@@ -247,7 +247,7 @@ class Push(Words):
     )
 
 
-class Merge(Words):
+class Merge(StrictBlock):
     """The bounds on how much a merge may change the model, where the adapter was trained on a quantized base."""
 
     max_loss: float = Field(
@@ -255,7 +255,7 @@ class Merge(Words):
     )
 
 
-class Energy(Words):
+class Energy(StrictBlock):
     """The way to measure the energy of training, where codecarbon is installed."""
 
     country_iso_code: str | None = Field(
@@ -263,13 +263,13 @@ class Energy(Words):
     )
 
 
-class Shift(Words):
+class Shift(StrictBlock):
     """The way to measure the shift between training data and suites."""
 
     rows: int = Field(500, gt=0, description="rows of each stage and suite that are looked at")
 
 
-class CrossValidation(Words):
+class CrossValidation(StrictBlock):
     """The run repeated, each time with another part of a stage's data held out and scored."""
 
     stage: Name = Field(description="the stage whose only source is cut into folds")
@@ -277,7 +277,7 @@ class CrossValidation(Words):
     folds: int = Field(5, ge=2, description="number of folds, and of runs")
 
 
-class Cures(Words):
+class Cures(StrictBlock):
     """The comparison of a stage's cures for forgetting, at the end of a run; `hfpipe cure` makes the same."""
 
     stage: Name | None = Field(None, description="which stage; the last one that trains on next tokens when absent")
@@ -285,7 +285,7 @@ class Cures(Words):
     dial: bool = Field(True, description="score each of them at a quarter, half and three quarters of its strength too")
 
 
-class Recipe(Words):
+class Recipe(StrictBlock):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
     name: Name = Field(description="the name of the run: letters, digits, '.', '_' and '-'")
@@ -354,7 +354,7 @@ class Recipe(Words):
         return [BASE] if stage == BASE else [*self.lineage(self.parent_of(stage)), stage]
 
 
-class Suites(Words):
+class Suites(StrictBlock):
     """A file that trains nothing: suites for `hfpipe evaluate MODEL FILE`, which any model is scored on."""
 
     seed: int = Field(42, ge=0, lt=2**32, description="of everything that is drawn at random")

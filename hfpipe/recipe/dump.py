@@ -48,7 +48,7 @@ def _without_folders(value: Any) -> Any:
 def hash_of(value: Any) -> str:
     """SHA-256 (hex) of a model, or of any plain data, as canonical JSON: the order of keys does not matter.
 
-    Words at their default do not count, so that a word which a later version adds leaves the hashes of older recipes
+    Keys at their default do not count, so that a key which a later version adds leaves the hashes of older recipes
     alone.
     """
     canonical = json.dumps(to_jsonable_python(_plain(value)), sort_keys=True, separators=(",", ":"))

@@ -1,6 +1,6 @@
-"""Words that axolotl, LLaMA-Factory, TRL's scripts and ms-swift have for what a recipe says otherwise.
+"""Keys that axolotl, LLaMA-Factory, TRL's scripts and ms-swift have for what a recipe says otherwise.
 
-Asked where a key is unknown, so that a person who knows another tool is told our word. `hfpipe convert` reads whole
+Asked where a key is unknown, so that a person who knows another tool is told our key. `hfpipe convert` reads whole
 configs of these tools; a test holds that both say the same.
 """
 
@@ -114,5 +114,5 @@ FOREIGN_WORDS: dict[str, str] = {
 
 
 def our_word(key: object) -> str | None:
-    """Returns what a recipe says in place of another tool's word; None where the word is not known."""
+    """Returns what a recipe says in place of another tool's key; None where the key is not known."""
     return FOREIGN_WORDS.get(str(key))

@@ -98,7 +98,7 @@ SAVING = {
 
 
 def stage_fields(kind: str) -> Fields | None:
-    """Returns the fields of `training` of a stage: its arguments class's, and words of hfpipe's own that it lacks."""
+    """Returns the fields of `training` of a stage: its arguments class's, and keys of hfpipe's own that it lacks."""
     fields = training_fields(kind)
     return None if fields is None else length_fields(kind) | SAVING | fields
 

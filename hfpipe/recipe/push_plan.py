@@ -11,7 +11,7 @@ ONLY_OF = {"merged_repo_id": ("both",), "parent_repo_id": ("adapter", "both")}
 
 
 def asked_words(push: Push | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The words of a push by hand: those that are given, and those of the recipe that go with them."""
+    """The keys of a push by hand: those that are given, and those of the recipe that go with them."""
     words = push.model_dump(exclude_none=True) if push is not None else {}
     if push is not None and push.what == "both" and given.get("what") == "merged":
         words["repo_id"] = push.merged_repo_id or f"{push.repo_id}-merged"  # where the recipe puts it

@@ -143,7 +143,7 @@ def generation_fields() -> Fields | None:
     } or None
 
 
-# Of a tokenizer's own words, those that say what it is made of, or that a recipe says otherwise.
+# Of a tokenizer's own keys, those that say what it is made of, or that a recipe says otherwise.
 _NOT_OF_A_RECIPE = {
     "backend",
     "chat_template",

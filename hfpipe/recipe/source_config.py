@@ -1,4 +1,4 @@
-"""Sources of a recipe as pydantic models, and the types that the words of sources and stages are made of."""
+"""Sources of a recipe as pydantic models, and the types of the keys of sources and stages."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ AutoCount = Annotated[
 ]
 
 
-class Words(BaseModel):
+class StrictBlock(BaseModel):
     """A closed block: an unknown key is a fault, and so is a value of another type ("8" is not 8)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -106,7 +106,7 @@ class Words(BaseModel):
 TextOrTexts = Annotated[Annotated[str, Tag(WORD)] | Annotated[list[str], Tag(LIST)], Discriminator(list_or_word)]
 
 
-class Turn(Words):
+class Turn(StrictBlock):
     """A turn of a conversation, whose content is a template."""
 
     role: Token = Field(description="who speaks: system, user or assistant")
@@ -120,7 +120,7 @@ Template = Annotated[
 ]
 
 
-class Fold(Words):
+class Fold(StrictBlock):
     """One of several equal parts of a table, whose rows are dealt out at random, and always alike."""
 
     of: int = Field(ge=2, description="number of folds")
@@ -128,7 +128,7 @@ class Fold(Words):
     leave: int | None = Field(None, ge=1, description="the one fold whose rows are left out")
 
 
-class Deduplicate(Words):
+class Deduplicate(StrictBlock):
     """The likeness at which two documents count as one."""
 
     near: Share = Field(0.8, ge=0.5, lt=1, description="least Jaccard similarity of their word 5-grams")
@@ -141,7 +141,7 @@ Swap = Annotated[
 ]
 
 
-class Augment(Words):
+class Augment(StrictBlock):
     """Swaps words of a source's rows, so that what is said of one group is said of the other too."""
 
     swap: Swap = Field(
@@ -153,7 +153,7 @@ class Augment(Words):
     )
 
 
-class Source(Words):
+class Source(StrictBlock):
     """One `load_dataset` call, and what its columns mean.
 
     Keys that are not declared here go to `datasets.load_dataset` as they stand.

@@ -15,9 +15,9 @@ from hfpipe.recipe.source_config import (
     Rate,
     Share,
     Source,
+    StrictBlock,
     Swap,
     Token,
-    Words,
     list_or_word,
     word_or_block,
 )
@@ -25,7 +25,7 @@ from hfpipe.recipe.source_config import (
 CHANGES_THE_BASE = ("pissa", "olora")  # values of init_lora_weights that move a part of the base into the adapter
 
 
-class Quantization(Words):
+class Quantization(StrictBlock):
     """The storage of an adapter's frozen base while it trains; bitsandbytes' own names go below `type`."""
 
     type: Literal["nf4", "int8", "none"] = Field(description="4 bits (nf4), 8 bits (int8), or as the base comes (none)")
@@ -43,7 +43,7 @@ class Quantization(Words):
     llm_int8_skip_modules: list[str] | None = Field(None, description="of int8: names of modules left as they are")
 
 
-class Replay(Words):
+class Replay(StrictBlock):
     """Mixes the data of an earlier stage into this one."""
 
     stage: Name = Field(description="an earlier stage")
@@ -52,7 +52,7 @@ class Replay(Words):
     )
 
 
-class SelfReplay(Words):
+class SelfReplay(StrictBlock):
     """Mixes texts into a stage that its parent made of itself, from nothing but the beginning of a text.
 
     Source: Context-Free Synthetic Data Mitigates Forgetting (https://arxiv.org/abs/2505.13811).
@@ -66,7 +66,7 @@ class SelfReplay(Words):
     )
 
 
-class KeepKl(Words):
+class KeepKl(StrictBlock):
     """Holds a stage near its parent by the Kullback-Leibler divergence from the parent's predictions."""
 
     weight: float = Field(
@@ -75,7 +75,7 @@ class KeepKl(Words):
     on: Literal["replay"] = Field("replay", description="where it is measured: on the parent's own texts")
 
 
-class KeepL2(Words):
+class KeepL2(StrictBlock):
     """Holds the weights of a stage near those of its parent.
 
     Source: Li et al. 2018, https://arxiv.org/abs/1802.01483 (L2-SP).
@@ -84,7 +84,7 @@ class KeepL2(Words):
     weight: float = Field(gt=0, allow_inf_nan=False, description="of half the squared distance, added to the loss")
 
 
-class Keep(Words):
+class Keep(StrictBlock):
     """Ways in which a stage keeps what its parent can do."""
 
     replay: SelfReplay | None = Field(None, description="mix in texts that the parent made of itself")
@@ -97,7 +97,7 @@ class Keep(Words):
         return cls.model_validate({"replay": {}})
 
 
-class Counterfactual(Words):
+class Counterfactual(StrictBlock):
     """Holds the predictions on a row and on its form with words swapped together.
 
     Source: Garg et al. 2019, https://arxiv.org/abs/1809.10610 (counterfactual logit pairing).
@@ -109,7 +109,7 @@ class Counterfactual(Words):
     swap: Swap = Field("gender", description="what is swapped, as in `augment` of a source: gender, names, or lists")
 
 
-class EarlyStopping(Words):
+class EarlyStopping(StrictBlock):
     """Keeps the checkpoint that scores best on a suite, and stops when the score no longer improves."""
 
     suite: Name = Field(description="a suite of the recipe")
@@ -119,7 +119,7 @@ class EarlyStopping(Words):
     )
 
 
-class Samples(Words):
+class Samples(StrictBlock):
     """Prompts whose answers are kept while a stage trains, so that they can be read beside each other."""
 
     prompts: list[Token] = Field(min_length=1, max_length=20, description="what the model is asked, as it is trained")
@@ -150,8 +150,8 @@ CounterfactualWord = Annotated[
 ]
 
 
-class StageBase(Words):
-    """The words that stages of every kind have.
+class StageBase(StrictBlock):
+    """The keys that stages of every kind have.
 
     Each kind names the class of its trainer's arguments, as module and class: the fields of its `training:`; those of
     them that do nothing for it, with the reason; and whether a row of it is a pair of texts that begin alike.
@@ -212,7 +212,7 @@ class StageBase(Words):
 
     @property
     def decided(self) -> dict[str, Any]:
-        """Returns fields of the trainer's arguments that follow from other words of the stage."""
+        """Returns fields of the trainer's arguments that follow from other keys of the stage."""
         return {}
 
     @property

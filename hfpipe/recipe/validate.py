@@ -180,7 +180,7 @@ def _wrong_word(value: Any, expected: str) -> str:
 
 
 def _block_at(steps: Steps, data: dict[str, Any], top: type[BaseModel]) -> type[BaseModel]:
-    """The words of the block that lies at a path."""
+    """The keys of the block at a path."""
     if not steps:
         return top
     if len(steps) == 2 and steps[0] == "stages":

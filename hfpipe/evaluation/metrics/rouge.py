@@ -16,7 +16,7 @@ UNICODE = "unicode"  # see words.py
 NAMES = (UNICODE, *BLEU.TOKENIZERS)
 
 
-class Words:
+class WordTokenizer:
     """A tokenizer in the form that rouge_score takes: Unicode's words, or one of sacrebleu's in lower case."""
 
     def __init__(self, name: str) -> None:
@@ -60,7 +60,7 @@ class Rouge(Ratio):
                     "answers are not its letters. Leave it out: words of any script are read then."
                 )
             self.tokenize = UNICODE
-        words = Words(self.tokenize) if self.tokenize else None
+        words = WordTokenizer(self.tokenize) if self.tokenize else None
         scorer = RougeScorer([self.key], use_stemmer=self.stems, tokenizer=words)
         values = [
             scorer.score(reference, prediction)[self.key].fmeasure

@@ -1,1 +1,1 @@
-"""Rules of a recipe that its types cannot say: which words go together, and which values fit each other."""
+"""Rules of a recipe that its types cannot say: which keys go together, and which values fit each other."""

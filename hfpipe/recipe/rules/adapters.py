@@ -194,7 +194,7 @@ def is_continued(stage: RawStage) -> bool:
 
 
 def take_over(data: dict[str, Any]) -> dict[Steps, Steps]:
-    """Gives every stage that continues an adapter the words of that adapter, where it does not say them again.
+    """Gives every stage that continues an adapter the keys of that adapter, where it does not say them again.
 
     Args:
         data: The recipe, which is changed.
@@ -217,7 +217,7 @@ def take_over(data: dict[str, Any]) -> dict[Steps, Steps]:
 
 
 def is_repeated(fault: Fault, faults: Sequence[Fault], taken: dict[Steps, Steps]) -> bool:
-    """Returns True if a fault lies in words that were taken over, and is reported where they stand too."""
+    """Returns True if a fault lies in keys that were taken over, and is reported where they stand too."""
     origin = taken.get(fault.steps[:3])
     return origin is not None and Fault((*origin, *fault.steps[3:]), fault.text) in faults
 

@@ -228,7 +228,7 @@ def _check_refs(push: dict[str, Any], stages: list[str]) -> Iterator[Fault]:
 
 
 def _check_places(push: dict[str, Any], what: Any) -> Iterator[Fault]:
-    """A repository holds one model, and a word for one has an effect."""
+    """A repository holds one model, and a key for one has an effect."""
     for key, kinds in ONLY_OF.items():
         if push.get(key) is not None and what not in kinds:
             text = f"has an effect with `what: {' or '.join(kinds)}` only. Remove it, or write that."

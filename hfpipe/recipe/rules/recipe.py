@@ -56,7 +56,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
     yield from check_secrets(data)
 
 
-# Words of `model` that a file of suites takes: the model itself is an argument of `hfpipe evaluate`.
+# Keys of `model` that a file of suites takes: the model itself is an argument of `hfpipe evaluate`.
 LOADING = ("dtype", "attn_implementation", "trust_remote_code")
 
 
@@ -118,7 +118,7 @@ def _check_model(model: Block) -> Iterator[Fault]:
         yield from _check_tokenizer(tokenizer, loaded=has_id and not has_architecture)
 
 
-_OF_ITS_OWN = {"id", "train", "revision"}  # all other words change the tokenizer that a model has
+_OF_ITS_OWN = {"id", "train", "revision"}  # all other keys change the tokenizer that a model has
 
 
 def _check_tokenizer(tokenizer: Block, *, loaded: bool) -> Iterator[Fault]:
@@ -162,7 +162,7 @@ def _check_stage(stage: RawStage) -> Iterator[Fault]:
 
 
 def _check_stream(stage: RawStage, training: Block) -> Iterator[Fault]:
-    """Yields the words that only a streamed sft stage has, and those that it cannot have."""
+    """Yields the keys that only a streamed sft stage has, and those that it cannot have."""
     keep = stage.data.get("keep")
     replays = keep == "self" or "replay" in mapping(keep)
     streamed = any(source.data.get("streaming") is True for source in stage.sources)

@@ -1,4 +1,4 @@
-"""Rules of what the trainer's arguments must be: words that hfpipe decides, and the ranges of numbers.
+"""Rules of what the trainer's arguments must be: keys that hfpipe decides, and the ranges of numbers.
 
 The libraries' classes ask for a number, and seldom say which ones work. A number is not negative, and a float32 or a
 count of 64 bits holds it; the table has what is narrower. A class's own default may stand, whatever it is.
@@ -133,7 +133,7 @@ def _check_preference(stage: RawStage, training: Block) -> Iterator[Fault]:
 
 
 def _check_scores(training: Block, scored: bool) -> Iterator[Fault]:
-    """Checks the words that ask for scores while a stage trains."""
+    """Checks the keys that ask for scores while a stage trains."""
     text = "a stage is scored while it trains by `early_stopping: {suite: ...}`, which keeps the best checkpoint."
     for key in ("eval_strategy", "load_best_model_at_end", "eval_on_start"):
         if training.data.get(key) not in (None, False, "no") and not (scored and key != "eval_on_start"):

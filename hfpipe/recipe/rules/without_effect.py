@@ -1,4 +1,4 @@
-"""Words of the libraries that would be accepted and do nothing here: each is refused with the reason.
+"""Keys of the libraries that would be accepted and do nothing here: each is refused with the reason.
 
 A word at the library's own default changes nothing, and may stand. A test walks every field of the installed classes:
 what is not listed here has its effect.
@@ -90,7 +90,7 @@ _TASKS = {"classification": "SEQ_CLS", "translation": "SEQ_2_SEQ_LM"}
 
 
 def check_training_effect(stage: RawStage) -> Iterator[Fault]:
-    """Yields the words of a stage's `training:` and `lora:` that have no effect."""
+    """Yields the keys of a stage's `training:` and `lora:` that have no effect."""
     training = stage.at("training")
     fields = training_fields(stage.kind) if stage.kind else None
     of_kind = KINDS[stage.kind].WITHOUT_EFFECT if stage.kind in KINDS else {}
@@ -111,7 +111,7 @@ def check_training_effect(stage: RawStage) -> Iterator[Fault]:
 
 
 def check_generation_effect(suite: RawSuite) -> Iterator[Fault]:
-    """Yields the words of a suite's `generation:` that have no effect."""
+    """Yields the keys of a suite's `generation:` that have no effect."""
     block = suite.at("generation")
     yield from _without_effect(block, GENERATION, generation_fields() if block.data else None)
 
