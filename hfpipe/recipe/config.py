@@ -95,7 +95,7 @@ class Tokenizer(StrictBlock):
 
     id: str | None = Field(None, description="a tokenizer on the Hub or in a folder; the model's own when absent")
     revision: str = Field("main", description="branch, tag or commit of the tokenizer's repository")
-    train: TokenizerTraining | None = Field(None, description="train one from nothing")
+    train: TokenizerTraining | None = Field(None, description="train a new one")
     chat_template: Annotated[str, AfterValidator(template_text)] | None = Field(
         None, description="a Jinja chat template: its text, the path of a file, or a name such as chatml or llama3"
     )
@@ -162,8 +162,8 @@ class Suite(StrictBlock):
     )
     too_few_rows: Literal["fail", "pass"] = Field(
         "fail",
-        description="what a budget does where a suite has too few rows to tell any loss from noise: a measured loss "
-        "above it counts (fail), or not (pass)",
+        description="for a budget, if the suite has too few rows to show any loss beyond the noise: a measured loss "
+        "above the budget counts (fail), or not (pass)",
     )
     choices: list[str] | None = Field(None, description="the answers `accuracy` ranks; those of the suite when absent")
     delimiter: str | None = Field(
@@ -172,7 +172,7 @@ class Suite(StrictBlock):
         'minimal pair, where lm-eval has a space (`delimiter: " "`) and hfpipe nothing when absent',
     )
     blank: str | None = Field(
-        None, min_length=1, description="a mark in the prompt where the choices are set: what follows it is scored"
+        None, min_length=1, description="a mark in the prompt that each choice replaces; the text after it is scored"
     )
     target: Literal["last_word"] | None = Field(None, description="`last_word`: only a text's last word is scored")
     swap: (
@@ -190,12 +190,10 @@ class Suite(StrictBlock):
         None, gt=1, description="tokens that the model reads at once when a row is scored; its own context when absent"
     )
     batch_size: int = Field(16, gt=0, description="rows scored at once on each rank")
-    every: int | None = Field(
-        None, gt=0, description="steps after which a stage that trains is scored on it, besides before and after"
-    )
+    every: int | None = Field(None, gt=0, description="score the suite also after every so many steps of a stage")
     generation: dict[str, Any] = Field(default_factory=dict, description="fields of transformers.GenerationConfig")
     reasoning: Literal["keep", "strip"] = Field(
-        "keep", description="`strip` takes reasoning blocks (<think>...</think>) off generated and right answers"
+        "keep", description="`strip` removes reasoning blocks (<think>...</think>) from generated and right answers"
     )
 
     @model_validator(mode="before")
@@ -289,7 +287,7 @@ class Recipe(StrictBlock):
     """One run: a base model, stages in order, suites, and what leaves the run."""
 
     name: Name = Field(description="the name of the run: letters, digits, '.', '_' and '-'")
-    seed: int = Field(42, ge=0, lt=2**32, description="of everything that is drawn at random")
+    seed: int = Field(42, ge=0, lt=2**32, description="the seed of all random choices")
     output_dir: str | None = Field(None, description="the run folder; `runs/<name>` when absent")
     model: Model = Field(description="the base model")
     stages: list[Stage] = Field(min_length=1, description="the trainings, in order; `hfpipe evaluate` needs none")
@@ -314,7 +312,8 @@ class Recipe(StrictBlock):
         "refuse", description="what happens when rows of a suite are found in the training data"
     )
     fit: Literal["refuse", "auto"] = Field(
-        "refuse", description="what happens where a stage needs more memory than there is: auto makes it smaller"
+        "refuse",
+        description="if a stage needs more memory than there is: end (refuse), or make it smaller (auto)",
     )
     cures: Annotated[
         Annotated[bool, Tag(WORD)] | Annotated[Cures, Tag(BLOCK)],

@@ -198,7 +198,7 @@ class Source(StrictBlock):
         | None
     ) = Field(None, description="rows that say the same (exact), or nearly the same (near), are trained on once")
     augment: Augment | None = Field(
-        None, description="rows with listed words, such as he and she, are joined by their form with the words swapped"
+        None, description="add to each row with listed words, such as he and she, the row with these words swapped"
     )
     decontaminate: bool = Field(
         False, description="leave out rows that overlap a suite, or hold 13 words of it in a row"

@@ -53,7 +53,7 @@ class Replay(StrictBlock):
 
 
 class SelfReplay(StrictBlock):
-    """Mixes texts into a stage that its parent made of itself, from nothing but the beginning of a text.
+    """Mixes texts into a stage that its parent wrote, given nothing but the token that begins a text.
 
     Source: Context-Free Synthetic Data Mitigates Forgetting (https://arxiv.org/abs/2505.13811).
     """
@@ -70,7 +70,10 @@ class KeepKl(StrictBlock):
     """Holds a stage near its parent by the Kullback-Leibler divergence from the parent's predictions."""
 
     weight: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="of the mean divergence, beside the mean loss of the stage's data"
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="factor of the mean divergence that is added to the stage's mean loss",
     )
     on: Literal["replay"] = Field("replay", description="where it is measured: on the parent's own texts")
 
@@ -87,9 +90,9 @@ class KeepL2(StrictBlock):
 class Keep(StrictBlock):
     """Ways in which a stage keeps what its parent can do."""
 
-    replay: SelfReplay | None = Field(None, description="mix in texts that the parent made of itself")
-    kl: KeepKl | None = Field(None, description="learn from the parent's predictions there, not from the tokens")
-    l2: KeepL2 | None = Field(None, description="draw the weights to the parent's")
+    replay: SelfReplay | None = Field(None, description="train also on texts that the parent wrote")
+    kl: KeepKl | None = Field(None, description="learn the parent's predictions on these texts, not their tokens")
+    l2: KeepL2 | None = Field(None, description="pull the weights towards the parent's")
 
     @classmethod
     def good(cls) -> Keep:
@@ -98,13 +101,16 @@ class Keep(StrictBlock):
 
 
 class Counterfactual(StrictBlock):
-    """Holds the predictions on a row and on its form with words swapped together.
+    """Teaches the same predictions for a row and for its form with words swapped.
 
     Source: Garg et al. 2019, https://arxiv.org/abs/1809.10610 (counterfactual logit pairing).
     """
 
     weight: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="of the mean divergence, beside the mean loss of the stage's data"
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="factor of the mean divergence that is added to the stage's mean loss",
     )
     swap: Swap = Field("gender", description="what is swapped, as in `augment` of a source: gender, names, or lists")
 
@@ -115,7 +121,7 @@ class EarlyStopping(StrictBlock):
     suite: Name = Field(description="a suite of the recipe")
     metric: str | None = Field(None, description="one of the suite's metrics; its first when absent")
     patience: int | None = Field(
-        3, gt=0, description="evaluations without a better score that end the stage; null: it is trained to its end"
+        3, gt=0, description="evaluations without a better score after which the stage ends; null: train to the end"
     )
 
 
@@ -140,13 +146,13 @@ KeepWord = Annotated[
         Discriminator(word_or_block),
     ]
     | None,
-    Field(description="how the stage keeps what its parent can do; `self`: it replays texts that the parent made"),
+    Field(description="how the stage keeps what its parent can do; `self`: by training on texts of the parent too"),
 ]
 
 
 CounterfactualWord = Annotated[
     Counterfactual | None,
-    Field(description="hold the predictions on a row and on its form with words such as he and she swapped together"),
+    Field(description="learn the same predictions for a row and for its form with words such as he and she swapped"),
 ]
 
 
@@ -167,8 +173,8 @@ class StageBase(StrictBlock):
     parent: str | None = Field(None, description="the stage to start from, or `base`; the stage before when absent")
     parent_adapter: Literal["merge", "continue"] = Field(
         "merge",
-        description="what becomes of the parent's adapter: it is merged and the stage trains on top of it, or it is "
-        "trained further, on the base it has",
+        description="what happens to the parent's adapter: merge it into the weights and train on top of "
+        "them, or continue to train it",
     )
     global_batch_size: int | None = Field(
         None, gt=0, description="rows per optimizer step over all ranks; divided over the ranks, the rest accumulated"
@@ -258,7 +264,7 @@ class Pretrain(StageBase):
     )
     lanes: int | None = Field(None, gt=0, description="parallel lanes of the stream; fixed for the life of the run")
     exhausted: Literal["repeat", "stop"] = Field(
-        "repeat", description="a source that is read to its end begins anew, or the others go on without it"
+        "repeat", description="at the end of a source: read it again (repeat), or go on with the others (stop)"
     )
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
     keep: KeepWord = None
@@ -282,7 +288,8 @@ class Sft(StageBase):
         "the completion where a row has one, the assistant's turns of a conversation, and all of a text",
     )
     too_long: Literal["cut", "split", "drop"] = Field(
-        "cut", description="what becomes of a row beyond training.max_length: it loses its end, goes on, or is left out"
+        "cut",
+        description="what happens to a row beyond training.max_length: it loses its end, is split, or is left out",
     )
     lanes: int | None = Field(
         None, gt=0, description="parallel lanes of a streamed source; fixed for the life of the run"
@@ -300,7 +307,9 @@ class Classification(StageBase):
 
     kind: Literal["classification"]
     labels: list[str] | None = Field(None, description="the classes in order; those of the data when absent")
-    class_weights: Literal["balanced"] | None = Field(None, description="`balanced`: rare classes count as much")
+    class_weights: Literal["balanced"] | None = Field(
+        None, description="`balanced`: rare classes weigh as much as others"
+    )
     counterfactual: CounterfactualWord = None
 
     @property
