@@ -55,6 +55,10 @@ class DataError(UserError):
     exit_code = 5
 
 
+class DamagedFileError(DataError, ValueError):
+    """A file cannot be read as what it is; a ValueError too, for those who know another way to go on."""
+
+
 class Stopped(UserError):
     """Stopped by a signal with a checkpoint saved, or a rank was lost; the same command continues."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from hfpipe.core.errors import MachineError
+from hfpipe.core.errors import DamagedFileError, MachineError
 
 GIB = 2**30
 
@@ -121,8 +121,15 @@ def require_disk(place: Path, need: int, what: str) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+        DamagedFileError: It is no JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged: it is no JSON ({error}). Put a copy of the file back.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -165,11 +165,10 @@ def _told(model: Any) -> Iterator[None]:
                     f"the generation_config.json of {model.name_or_path!r} is damaged: {name}: "
                     f"{explain(value, taken[name].kinds)}"
                 ) from error
-        if isinstance(error, ValueError):
-            raise RecipeError(
-                f"generation of a suite, or of the model's generation_config.json: transformers says: {error}"
-            ) from error
-        raise
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise RecipeError(
+            f"generation of a suite, or of the model's generation_config.json: transformers says: {said}"
+        ) from error
 
 
 def _batches(lengths: Sequence[int], batch_size: int, *, equal: bool) -> Iterator[list[int]]:

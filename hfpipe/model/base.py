@@ -250,7 +250,7 @@ def shapes_of(ref: ModelRef) -> Any:
     with clear_errors("model", ref.path), torch.device("meta"):
         model = AUTO_CLASSES[task_of(ref)].from_config(config, trust_remote_code=ref.options.trust_remote_code)
     if model.can_generate():
-        with suppress(OSError):  # many models have no such file
+        with clear_errors("model", ref.path), suppress(OSError):  # many models have no such file
             model.generation_config = GenerationConfig.from_pretrained(ref.path, revision=ref.revision or "main")
         require_token_ids(model, ref.path)
     return model

@@ -36,8 +36,10 @@ from hfpipe.model.load_errors import clear_errors, pickles_only
 from hfpipe.model.spread import draw_fresh, each_rank_reads, end_reading, launched, make_trained_whole, plan_for
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Quantization
+from hfpipe.recipe.annotations import explain, fits
 from hfpipe.recipe.passthrough import check_config
 from hfpipe.recipe.raw import Block
+from hfpipe.recipe.signatures import peft_fields
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # one of them, at least
 # What a model can be for, and the class that loads it for that.
@@ -155,7 +157,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     """Returns the adapter_config.json of a folder.
 
     Raises:
-        RecipeError: It is no JSON, or names no base.
+        RecipeError: It is no JSON, names no base, or a field has a value of another type than PEFT's config takes.
     """
     path = Path(folder) / ADAPTER_CONFIG
     try:
@@ -167,6 +169,12 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(base, str) or not base or "\0" in base:
         raise RecipeError(f"{path} is damaged: base_model_name_or_path is {base!r}. Write the folder or Hub id there.")
+    fields = peft_fields(str(config.get("peft_type")).lower()) or {}
+    for name, value in config.items():
+        if name in fields and not fits(value, fields[name].kinds):
+            raise RecipeError(
+                f"{path} is damaged: {name}: {explain(value, fields[name].kinds)} Correct it in that file."
+            )
     return config
 
 
@@ -214,7 +222,7 @@ def load_tokenizer(
         raise RecipeError(f"tokenizer {path!r} has no fast (Rust) form, which hfpipe needs for offsets and speed.")
     if closing is None:
         raise RecipeError(f"tokenizer {path!r} has no EOS token. Name one: model.tokenizer: {{eos_token: ...}}.")
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token_id is None:  # none is named, or one that the vocabulary does not have
         tokenizer.pad_token = closing
     return tokenizer
 

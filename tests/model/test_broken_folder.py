@@ -59,6 +59,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a token that is a number": (edit("tokenizer_config.json", eos_token=1), "eos_token"),
     "a longest text of another type": (edit("tokenizer_config.json", model_max_length="x"), "model_max_length"),
     "a stop token by its name": (edit("generation_config.json", eos_token_id=[2, "</s>"]), "eos_token_id"),
+    "a padding token by its name": (edit("generation_config.json", pad_token_id="<pad>"), "damaged"),
+    "a generation config of a number": (write("generation_config.json", b"0"), "damaged"),
 }
 
 
@@ -90,6 +92,7 @@ def test_a_broken_base_is_told_alike_by_check_and_run(
         (b"[]", "no JSON"),
         (b"{}", "that names a base"),
         (b'{"base_model_name_or_path": null}', "base_model_name_or_path"),
+        (b'{"base_model_name_or_path": "x", "peft_type": "LORA", "alora_invocation_tokens": "3%"}', "alora_invocation"),
     ],
 )
 def test_a_broken_adapter_config_is_told(
@@ -121,8 +124,14 @@ def test_a_generation_config_of_wrong_types_is_told(
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(home / "model", folder)
-    edit("generation_config.json", output_hidden_states="often", top_k="many")(folder)
+    edit("generation_config.json", top_k="many")(folder)
     assert main(["evaluate", str(folder), str(tiny.write(tmp_path, tiny.recipe(home)))]) == 2
-    said = capsys.readouterr().err
-    assert "generation_config.json" in said
-    assert "output_hidden_states" in said or "top_k" in said
+    assert "generation_config.json" in (said := capsys.readouterr().err)
+    assert "top_k" in said
+
+
+def test_a_padding_token_of_no_letters_is_none(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(home / "model", folder)
+    edit("tokenizer_config.json", pad_token="")(folder)
+    assert main(["evaluate", str(folder), str(tiny.write(tmp_path, tiny.recipe(home)))]) == 0
