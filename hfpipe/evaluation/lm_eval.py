@@ -20,7 +20,7 @@ from hfpipe.scores.scorecard import Score, Z
 BOOTSTRAP = 1000  # for the standard errors of the metrics that have no formula
 
 
-def harness_rows(suite: Suite) -> list[dict[str, Any]]:
+def lm_eval_rows(suite: Suite) -> list[dict[str, Any]]:
     """Returns the questions of a task as rows of text: they are looked for in the training data like those of any
     suite.
 
@@ -40,7 +40,7 @@ def harness_rows(suite: Suite) -> list[dict[str, Any]]:
     return [row for row in rows if row["text"].strip()] or [{"id": "none", "text": suite.lm_eval}]
 
 
-def score_harness(name: str, suite: Suite, model: Any, tokenizer: Any, stage: str) -> list[Score]:
+def score_lm_eval(name: str, suite: Suite, model: Any, tokenizer: Any, stage: str) -> list[Score]:
     """Scores a task by lm-eval itself, on the main process while the others wait.
 
     Args:

@@ -19,7 +19,7 @@ from hfpipe.data.sources.decoding import unmarked
 from hfpipe.data.sources.load import load_rows
 from hfpipe.evaluation.answers import ANSWERS, answers_of
 from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
-from hfpipe.evaluation.lm_eval import harness_rows, score_harness
+from hfpipe.evaluation.lm_eval import lm_eval_rows, score_lm_eval
 from hfpipe.evaluation.metrics import arguments_of, higher_is_better, load_metric, needs_of
 from hfpipe.evaluation.metrics.rows import RowMetric, paired_test
 from hfpipe.evaluation.multiple_choice import common_choices, plain_choices
@@ -38,7 +38,7 @@ def suite_rows(suite: Suite) -> list[dict[str, Any]]:
         DataError: There is none.
     """
     if suite.lm_eval is not None:
-        return harness_rows(suite)
+        return lm_eval_rows(suite)
     opened = load_rows(suite.data, default_split="test")
     if "sentence" in (opened.column_names or []):
         classes = any(needs_of(metric) == "choice" for metric in suite_metrics(suite).values())
@@ -151,7 +151,7 @@ def score_suite(name: str, suite: Suite, rows: list[dict[str, Any]], model: Any,
     """
     with display.doing(f"scoring {name} of {stage}"):
         if suite.lm_eval is not None:
-            return Scored(score_harness(name, suite, model, tokenizer, stage), [])
+            return Scored(score_lm_eval(name, suite, model, tokenizer, stage), [])
         return _score_rows(name, suite, rows, model, tokenizer, stage)
 
 

@@ -230,7 +230,7 @@ def _require_unquantized(recipe: Recipe, config: Any) -> None:
 
 
 def _require_linear(recipe: Recipe, stage: str, config: Any) -> None:
-    """bitsandbytes stores linear layers in few bits; the experts of a mixture, for one, are none to transformers."""
+    """bitsandbytes quantizes linear layers alone; the experts of a mixture, for one, are none to transformers."""
     model = shapes_of(ModelRef(recipe.model.id or "", recipe.model, revision=recipe.model.revision))
     ends = {id(end.weight): end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end}
     layers = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
@@ -238,7 +238,7 @@ def _require_linear(recipe: Recipe, stage: str, config: Any) -> None:
     whole = model.num_parameters() - sum(weight.numel() for weight in ends.values())
     if linear < LEAST_LINEAR * whole:
         raise RecipeError(
-            f"stages.{stage}.quantization: bitsandbytes stores linear layers in few bits, and {linear / whole:.0%} of "
+            f"stages.{stage}.quantization: bitsandbytes quantizes linear layers alone, and {linear / whole:.0%} of "
             f"the weights of {recipe.model.id!r} ({config.model_type}) are in one, the embeddings aside. The rest "
             "would take the memory that it takes now. Remove `quantization`, or take another model."
         )

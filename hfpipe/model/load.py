@@ -259,7 +259,7 @@ def config_of(ref: ModelRef) -> Any:
 
 
 def is_quantized(config: Any) -> bool:
-    """Returns True if the files of a model are in few bits already."""
+    """Returns True if the files of a model are quantized already."""
     return getattr(config, "quantization_config", None) is not None
 
 

@@ -247,7 +247,7 @@ def _attention(
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """A linear layer as bitsandbytes has it: the weight lies in few bits and is made whole for each pass.
+    """A linear layer as bitsandbytes has it: the weight is quantized, and dequantized for each pass.
 
     Args:
         layer: The layer that it takes the place of.

@@ -34,17 +34,17 @@ from hfpipe.model.quantized import (
     CPU,
     LINEAR,
     Layers,
-    layers_in_few_bits,
+    dequantized,
     load_whole,
-    made_whole,
+    quantized_layers,
     work_out_in_passes,
     write_quantized,
 )
 from hfpipe.model.shards import bytes_of, give_back_memory, save_changed
 from hfpipe.recipe.rules.adapters import is_mergeable_type
 
-FULL, DEQUANTIZED = "in full precision", "made whole from its quantized weights"  # what an adapter is merged into
-QUANTIZED = "quantized"  # folder of the base in few bits, for the time of the merge
+FULL, DEQUANTIZED = "in full precision", "dequantized"  # what an adapter is merged into
+QUANTIZED = "quantized"  # folder of the quantized base, for the time of the merge
 NO_LOSS = 1e-5  # nats per token that come of the order of sums
 
 
@@ -74,7 +74,7 @@ def merge_adapter(
     """Merges an adapter into the base that changes it least and verifies the result by loading it again.
 
     An adapter of a quantized base has learned to work on rounded weights, so it is compared, as it was trained, with
-    itself on the base in full precision and on the rounded weights made whole again. Merging back into 4 bits is not
+    itself on the base in full precision and on the dequantized weights. Merging back into 4 bits is not
     tried: it rounds the adapter away.
 
     The weights of the base are read in the precision they are stored in, which maps the files into memory without a
@@ -140,7 +140,7 @@ def _require_mergeable(path: str) -> None:
 
 
 def _as_trained(adapter: ModelRef, full: ModelRef, folder: Path) -> tuple[PeftModel, Layers]:
-    """The adapter on the quantized base that it was trained on, and the layers of that in few bits, by name.
+    """The adapter on the quantized base that it was trained on, and its quantized layers, by name.
 
     A GPU that trained the adapter has room for it. Elsewhere the base is mapped from files, its own or those of
     `write_quantized`.
@@ -149,7 +149,7 @@ def _as_trained(adapter: ModelRef, full: ModelRef, folder: Path) -> tuple[PeftMo
     if adapter.quantization is not None and device().type == "cpu":
         base = write_quantized(base, full.base, folder / QUANTIZED, head)
     model = load_model(base, head=head)
-    layers = layers_in_few_bits(model)
+    layers = quantized_layers(model)
     return put_adapter(model, adapter), layers
 
 
@@ -185,7 +185,7 @@ def _write_merged(model: PeftModel, layers: Layers, path: str, folder: Path) -> 
         adapted = _take_off(model)
         whole = model.merge_and_unload(safe_merge=True)  # what is left: embeddings, heads, modules to save
         changed: dict[str, Callable[[], torch.Tensor]] = {
-            f"{name}.weight": functools.partial(made_whole, layer, whole.get_parameter(f"{name}.weight"))
+            f"{name}.weight": functools.partial(dequantized, layer, whole.get_parameter(f"{name}.weight"))
             for name, layer in layers.items()
         }
         for name, layer in adapted.items():
@@ -227,13 +227,13 @@ def _merge(layer: BaseTunerLayer, own: str, rounded: Any = None) -> torch.Tensor
     Args:
         layer: The adapter's layer.
         own: The name of the weight in the layer below.
-        rounded: The layer in few bits that the adapter is merged into, made whole, instead of the layer below.
+        rounded: The quantized layer that the adapter is merged into, dequantized, instead of the layer below.
     """
     below = layer.get_base_layer()
     if not layer.merged:
         if rounded is not None:
             weight = below.get_parameter("weight")
-            weight.data = made_whole(rounded, weight)
+            weight.data = dequantized(rounded, weight)
         try:
             layer.merge(safe_merge=True)
         except RuntimeError as error:  # that a layer has no place for what the adapter holds

@@ -1,4 +1,4 @@
-"""Quantized bases that need not fit into memory: quantized layer by layer into files, and made whole layer by layer.
+"""Quantized bases that need not fit into memory: quantized and dequantized layer by layer.
 
 transformers quantizes a model while it loads it, and holds all of it in memory of its own. Of a model whose files are
 quantized it holds nothing: it maps them. So a base is quantized here one layer at a time, by transformers' and
@@ -39,7 +39,7 @@ LINEAR = (torch.nn.Linear, Conv1D)
 CPU = torch.device("cpu")
 
 
-def layers_in_few_bits(model: Any) -> dict[str, Any]:
+def quantized_layers(model: Any) -> dict[str, Any]:
     """The layers of a model without an adapter that bitsandbytes quantizes, by name."""
     try:
         import bitsandbytes
@@ -49,14 +49,14 @@ def layers_in_few_bits(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def made_whole(layer: Any, like: torch.Tensor) -> torch.Tensor:
+def dequantized(layer: Any, like: torch.Tensor) -> torch.Tensor:
     """The weight of a quantized layer as it is rounded, in the shape, the precision and the place of another tensor."""
     weight = dequantize_module_weight(layer).detach()
     return (weight.T if layer.source_cls is Conv1D else weight).to(like.device, like.dtype)
 
 
 def write_quantized(base: ModelRef, stored: ModelRef, folder: Path, head: dict[str, Any] | None) -> ModelRef:
-    """Writes the base of an adapter that was trained in few bits into files, as loading it would have it in memory.
+    """Writes the quantized base of an adapter into files, as loading it would have it in memory.
 
     What a load draws afresh is left out: loading the files draws it in the same way.
 
@@ -80,7 +80,7 @@ def write_quantized(base: ModelRef, stored: ModelRef, folder: Path, head: dict[s
     with torch.device("meta"):  # which layers are quantized is for transformers to say, as it does when it loads
         shapes = type(whole)(copy.deepcopy(whole.config))
         quantizer.preprocess_model(shapes, device_map=None)
-    packed = {f"{name}.weight" for name in layers_in_few_bits(shapes)}
+    packed = {f"{name}.weight" for name in quantized_layers(shapes)}
     dtype, tensors = weights_dtype(base.options, frozen=True), _held(whole, fresh)
 
     def written(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -136,11 +136,11 @@ def _quantized(quantizer: Any, shapes: Any, name: str, weight: torch.Tensor) -> 
 
 
 def load_whole(stored: ModelRef, head: dict[str, Any] | None, folder: Path) -> Any:
-    """Loads a base in the precision of its files, which are mapped into memory, without layers in few bits.
+    """Loads a base in the precision of its files, which are mapped into memory, without quantized layers.
 
     Args:
         stored: The base, with its precision in `options`. If its files are quantized, the weights of those layers are
-            zero, mapped from files that hold nothing: `made_whole` works out what they stand for.
+            zero, mapped from files that hold nothing: `dequantized` works out what they stand for.
         head: See `load_model`.
         folder: A folder on the disk of the run, for those.
 
@@ -151,7 +151,7 @@ def load_whole(stored: ModelRef, head: dict[str, Any] | None, folder: Path) -> A
     if getattr(model, "hf_quantizer", None) is None:
         return model
     forget_quantizer_conversions(model)
-    layers, dtype = layers_in_few_bits(model), getattr(torch, stored.options.dtype)
+    layers, dtype = quantized_layers(model), getattr(torch, stored.options.dtype)
     if not layers:  # of another kind than bitsandbytes'
         return model.dequantize(dtype)
     for name, layer in layers.items():
@@ -178,11 +178,11 @@ def _nothing(folder: Path, shape: torch.Size, dtype: torch.dtype) -> torch.Tenso
 
 
 def work_out_in_passes(model: PeftModel, layers: Layers) -> None:
-    """Lets each layer that was in few bits have its rounded weight for the time of its pass, so that one is held.
+    """Dequantizes each layer during its own forward pass only.
 
     Args:
         model: An adapter on `load_whole`'s base.
-        layers: The layers in few bits.
+        layers: The quantized layers.
     """
     modules = dict(model.get_base_model().named_modules())
     for name, layer in layers.items():
@@ -197,7 +197,7 @@ def _work_out(module: torch.nn.Module, parameter: torch.nn.Parameter, layer: Any
     given = parameter.data
 
     def begin(*_: Any) -> None:
-        parameter.data = made_whole(layer, given)
+        parameter.data = dequantized(layer, given)
 
     def end(*_: Any) -> None:
         parameter.data = given

@@ -242,7 +242,7 @@ def merged_model(run: Run, name: str) -> ModelRef:
                 chosen = " (chosen)" if base == found.base else ""
                 ranks.say(f"  into the base {base}: {cost:.2g} nats per token lost{chosen}")
         ranks.wait()
-    # Asked anew, or a run that was killed meanwhile would never say.
+    # A run killed between merge and scoring must still score the merge.
     if ranks.from_main("suites" not in read_json(told) if ranks.is_main() else None):
         _score_merged(run, name, ModelRef(str(folder), run.recipe.model))
     return ModelRef(str(folder), run.recipe.model)

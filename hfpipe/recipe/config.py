@@ -135,14 +135,14 @@ class Model(StrictBlock):
     trust_remote_code: bool = Field(False, description="run the code that comes with the model's repository")
 
 
-HARNESS = "lm_eval"  # the path of the source that stands for the data of lm-eval's tasks
+LM_EVAL = "lm_eval"  # the path of the source that stands for the data of lm-eval's tasks
 
 
 class Suite(StrictBlock):
     """A held-out data set with its metrics, scored on the base and after every stage."""
 
     data: Source = Field(
-        Source.model_validate({"path": HARNESS}), description="the held-out data; lm-eval's tasks bring their own"
+        Source.model_validate({"path": LM_EVAL}), description="the held-out data; lm-eval's tasks bring their own"
     )
     metrics: list[str] = Field([], description="what is measured; lm-eval's tasks bring their own")
     lm_eval: str | None = Field(

@@ -187,9 +187,11 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] 
             {"training": {"activation_checkpointing": True}},
             setting,
         )
-    few_bits = importlib.util.find_spec("bitsandbytes") is not None
+    has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     if setting.adapter is None:
-        for optim in ("adamw_8bit", "paged_adamw_8bit") if setting.device == "cuda" and few_bits else ("adafactor",):
+        for optim in (
+            ("adamw_8bit", "paged_adamw_8bit") if setting.device == "cuda" and has_bitsandbytes else ("adafactor",)
+        ):
             if setting.optim in (optim, "sgd"):
                 continue
             cost = "another optimizer: look at the learning rate" if optim == "adafactor" else "nearly the same result"
@@ -204,7 +206,7 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] 
                 {"lora": lora, "training": {"optim": fit.setting.optim}},
                 setting,
             )
-    if setting.adapter is not None and setting.bits is None and few_bits:
+    if setting.adapter is not None and setting.bits is None and has_bitsandbytes:
         setting = replace(setting, bits=4, compute=setting.autocast)
         yield "quantization: nf4", "the base is rounded to 4 bits; slower", {"quantization": "nf4"}, setting
     if setting.bits is None:

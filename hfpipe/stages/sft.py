@@ -48,7 +48,7 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     length = sft_length(run, model)
     data = _streamed(run, model, length) if is_streamed(stage) else _tables(run, model, length)
     plan = data.plan
-    # What of a row is trained on stands in its labels by now; asked again, SFTTrainer looks for conversations.
+    # Labels already mask untrained tokens; otherwise SFTTrainer would look for conversations.
     labelled = {"assistant_only_loss": False, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
     model = with_adapter(run, model)

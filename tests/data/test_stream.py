@@ -272,7 +272,7 @@ def test_a_weight_holds_in_the_first_window(tokenizer) -> None:
     short, long = documents(4000, longest=3, prefix="s"), documents(400, seed=2, longest=200, prefix="l")
     source = stream([Dataset.from_list(short), Dataset.from_list(long)], tokenizer, lanes=1, window_documents=2000)
     take(source, 100)
-    assert all(strand["window"] == 0 for strand in source.state_dict()["states"]["0"]["start"]["strands"])
+    assert all(builder["window"] == 0 for builder in source.state_dict()["states"]["0"]["start"]["builders"])
     shares = [facts["token_share"] for facts in source.report()["sources"].values()]
     assert shares == pytest.approx([0.5, 0.5], abs=0.01)
 
@@ -452,9 +452,9 @@ def test_a_window_of_books_is_bounded_by_their_characters(tokenizer) -> None:
 
 def test_an_iterator_that_is_left_open_does_not_disturb_the_exit() -> None:
     script = (
-        "import time\nfrom hfpipe.data.stream.prefetch import Ahead\n"
+        "import time\nfrom hfpipe.data.stream.prefetch import Prefetch\n"
         "def build():\n    time.sleep(0.3)\n    print('built', flush=True)\n"
-        "ahead = Ahead({0: build})\nahead.take(0)\ntime.sleep(0.1)\n"
+        "prefetch = Prefetch({0: build})\nprefetch.take(0)\ntime.sleep(0.1)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "built\nbuilt\n", "")

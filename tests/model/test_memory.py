@@ -83,7 +83,7 @@ def test_an_adapter_has_gradients_and_states_of_its_own_weights_only() -> None:
 
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.5), (8, 1)])
-def test_a_quantized_base_has_its_linear_layers_in_few_bits(bits: int, share: float) -> None:
+def test_a_quantized_base_has_its_linear_layers_quantized(bits: int, share: float) -> None:
     whole, few = (predict(LLAMA, replace(SFT, adapter=LORA, bits=one)) for one in (None, bits))
     linears = weights_of() // 4 - 2 * LLAMA.vocab_size * LLAMA.hidden_size
     assert whole.weights - few.weights == pytest.approx((4 - share) * linears, rel=0.05)

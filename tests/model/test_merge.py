@@ -82,7 +82,7 @@ def test_a_4_bit_base_with_transposed_weights_is_made_whole_for_its_adapter(tmp_
     folder = save_adapter(base, place, tmp_path / "adapter", task_type="CAUSAL_LM", fan_in_fan_out=True)
     ref = ModelRef(str(folder), Model(id="base"), quantization=Quantization.model_validate({"type": "nf4"}))
     found = merge_adapter(ref, tokenizer, tmp_path / "merged", TEXTS, 0.1)
-    assert found.base == "made whole from its quantized weights"
+    assert found.base == "dequantized"
     assert found.loss < 1e-3 < found.costs["in full precision"]
     assert not (tmp_path / "merged" / "rounded").exists()
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -97,7 +97,7 @@ def test_an_adapter_of_a_base_that_came_in_4_bits_is_merged_into_it_made_whole(t
     base.save_pretrained(place)
     folder = save_adapter(base, place, tmp_path / "adapter", task_type="CAUSAL_LM")
     found = merge_adapter(ModelRef(str(folder), Model(id="base")), tokenizer, tmp_path / "merged", TEXTS, 0.1)
-    assert list(found.costs) == [found.base] == ["made whole from its quantized weights"]
+    assert list(found.costs) == [found.base] == ["dequantized"]
     assert found.loss < 1e-3
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 

@@ -19,7 +19,7 @@ from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import ModelRef, has_room, load_model, quantization_config
 from hfpipe.model.merge import merge_adapter
-from hfpipe.model.quantized import layers_in_few_bits, write_quantized
+from hfpipe.model.quantized import quantized_layers, write_quantized
 from hfpipe.recipe import Model, Quantization
 
 pytest.importorskip("bitsandbytes")
@@ -71,7 +71,7 @@ def test_the_base_in_files_is_the_one_that_was_trained_on_to_the_bit(family: str
     written = write_quantized(ref, stored, tmp_path / "files", head)
     torch.manual_seed(1)  # of the new head
     mapped = load_model(written, head=head)
-    assert layers_in_few_bits(mapped).keys() == layers_in_few_bits(loaded).keys() != set()
+    assert quantized_layers(mapped).keys() == quantized_layers(loaded).keys() != set()
     expected, found = loaded.state_dict(), mapped.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -84,7 +84,7 @@ def test_the_base_in_files_is_the_one_that_was_trained_on_to_the_bit(family: str
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("kind", "in_files"), [("nf4", False), ("nf4", True), ("int8", False)])
-def test_a_merge_from_few_bits_is_pefts_on_the_rounded_weights_and_holds_a_layer(
+def test_a_merge_of_a_quantized_base_is_pefts_on_the_rounded_weights_and_holds_a_layer(
     kind: str, in_files: bool, tmp_path: Path
 ) -> None:
     place, few = tmp_path / "base", block(type=kind)
@@ -103,7 +103,7 @@ def test_a_merge_from_few_bits_is_pefts_on_the_rounded_weights_and_holds_a_layer
     tokenizer = train_tokenizer(TEXTS, 300, 128)
     with most_memory() as most:
         found = merge_adapter(ref, tokenizer, tmp_path / "merged", TEXTS, 0.1)
-    assert found.base == "made whole from its quantized weights"
+    assert found.base == "dequantized"
     assert found.loss < 0.01
     merged = load_file(tmp_path / "merged/model.safetensors")
     assert merged.keys() == expected.keys()
@@ -113,7 +113,7 @@ def test_a_merge_from_few_bits_is_pefts_on_the_rounded_weights_and_holds_a_layer
     assert config["dtype"] == "bfloat16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
     size = sum(tensor.nbytes for tensor in merged.values())
-    assert most[0] < 0.6 * size  # loaded in few bits as transformers does it, it is more
+    assert most[0] < 0.6 * size  # quantized as transformers does it, it is more
 
 
 @pytest.mark.parametrize(("dtype", "loss"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
@@ -154,7 +154,7 @@ def test_another_method_than_lora_is_merged_into_quantized_files(adapter: ModelR
     scaled.save_pretrained(tmp_path / "ia3")
     ref = ModelRef(str(tmp_path / "ia3"), Model(id="base"))
     found = merge_adapter(ref, train_tokenizer(TEXTS, 300, 128), tmp_path / "merged", TEXTS, 0.1)
-    assert found.base == "made whole from its quantized weights"
+    assert found.base == "dequantized"
     assert found.loss < 0.01
 
 

@@ -220,7 +220,7 @@ def test_qlora_trains_on_a_cpu_and_merges(tmp_path: Path) -> None:
     assert moved
     assert all(tensor.abs().max() > 0 for tensor in moved)
     merge = json.loads((run / "stages" / "sounds" / "merge.json").read_text())
-    whole, full = "made whole from its quantized weights", "in full precision"
+    whole, full = "dequantized", "in full precision"
     assert merge["base"] == min(merge["costs"], key=merge["costs"].get)
     assert merge["costs"][whole] < merge["costs"][full] / 3, "the adapter was trained on the rounded weights"
     assert f"| sounds | {whole} |" in (run / "report.md").read_text()

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from hfpipe.core.errors import Unreachable
 from hfpipe.data.sources.decoding import can_be_arrow, python_of, table_blocks
 from hfpipe.data.sources.errors import friendly, readable
-from hfpipe.data.sources.retry import Outage
+from hfpipe.data.sources.retry import Retry
 from hfpipe.recipe import Source
 
 Block = dict[str, list[Any]]
@@ -36,7 +36,7 @@ def blocks_of(rows: Dataset | IterableDataset, source: Source, size: int = ROWS)
     if isinstance(rows, Dataset):
         yield from readable(table_blocks(rows, size), source)
         return
-    outage, state, read = Outage(source), None, 0
+    retry, state, read = Retry(source), None, 0
     while True:
         try:
             with friendly(source):
@@ -46,13 +46,13 @@ def blocks_of(rows: Dataset | IterableDataset, source: Source, size: int = ROWS)
             if state is not None:
                 stream.load_state_dict(state)
             for block in readable(stream.iter(batch_size=size), source):
-                outage.over(f"row {read:,}")
+                retry.over(f"row {read:,}")
                 columns = python_of(block) if isinstance(block, pa.Table) else block
                 state, read = stream.state_dict(), read + len(next(iter(columns.values()), []))
                 yield columns
             return
         except Unreachable as error:
-            outage.wait(error, f"row {read:,}")
+            retry.wait(error, f"row {read:,}")
 
 
 def rows_of(rows: Dataset | IterableDataset, source: Source, size: int = ROWS) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 60.0
 end_streams_at_the_first_fault()
 
 
-class Outage:
+class Retry:
     """Waits between attempts at a source, longer each time and not for ever.
 
     Args:

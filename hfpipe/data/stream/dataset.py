@@ -27,9 +27,9 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.core.ranks import each, gather
 from hfpipe.data.cleaning.text_rules import Finding, finding, judge
 from hfpipe.data.masking import Frame, tokens_of_texts
-from hfpipe.data.stream.examples import Examples, ExampleStrand
-from hfpipe.data.stream.lane import WINDOW_CHARACTERS, Lane, RowBuilder, Strand, Window
-from hfpipe.data.stream.prefetch import Ahead
+from hfpipe.data.stream.examples import ExampleBuilder, Examples
+from hfpipe.data.stream.lane import WINDOW_CHARACTERS, DocumentBuilder, Lane, RowBuilder, Window
+from hfpipe.data.stream.prefetch import Prefetch
 from hfpipe.data.stream.progress import COUNTED, Position, report
 from hfpipe.data.stream.shard_reader import BLOCK, Dealt, Reader, Row, deal, in_shards
 from hfpipe.data.tokenize import IGNORED
@@ -154,14 +154,14 @@ class TokenStream:
 
     def _lane(self, lane: int, shards: Sequence[Dealt | IterableDataset]) -> Lane:
         """A lane at its position."""
-        strands = [self._strand(number, rows, lane) for number, rows in enumerate(shards)]
-        opened = Lane(strands, self.weights, self.seed, lane, self.lanes, self.replayed)
+        builders = [self._builder(number, rows, lane) for number, rows in enumerate(shards)]
+        opened = Lane(builders, self.weights, self.seed, lane, self.lanes, self.replayed)
         start = self._positions[lane].start
         if start is not None:
             opened.load(start)
         return opened
 
-    def _strand(self, number: int, rows: Dealt | IterableDataset, lane: int) -> RowBuilder:
+    def _builder(self, number: int, rows: Dealt | IterableDataset, lane: int) -> RowBuilder:
         """A source in a lane."""
         reader = Reader(
             rows,
@@ -178,8 +178,8 @@ class TokenStream:
         documents, characters = max(1, round(self.window_documents * share)), round(WINDOW_CHARACTERS * share) + 1
         place = (self.seed, lane, number)
         if self._examples is not None:
-            return ExampleStrand(reader, self._examples, self.max_length, documents, characters, place)
-        return Strand(reader, self._tokenize, self.max_length, documents, characters, self._eos[0], place)
+            return ExampleBuilder(reader, self._examples, self.max_length, documents, characters, place)
+        return DocumentBuilder(reader, self._tokenize, self.max_length, documents, characters, self._eos[0], place)
 
     def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of documents, one after the other, and of each how many: one call of the Rust tokenizer."""
@@ -207,8 +207,8 @@ class TokenStream:
         self._clean(shards)
         build = {lane: self._lane(lane, shards).build for lane in self._in_order()}
         windows: dict[int, Window] = {}
-        ahead = Ahead(build) if self.prefetch else None
-        take = ahead.take if ahead else lambda lane: build[lane]()
+        prefetch = Prefetch(build) if self.prefetch else None
+        take = prefetch.take if prefetch else lambda lane: build[lane]()
         try:
             for count in itertools.count(1):
                 batch = [self._row(take, windows) for _ in range(rows)]
@@ -227,8 +227,8 @@ class TokenStream:
                 self._tokens, self._places = self._tokens + sum(sizes), self._places + len(sizes) * max(sizes)
                 yield given
         finally:
-            if ahead:
-                ahead.close()
+            if prefetch:
+                prefetch.close()
 
     def length(self) -> int:
         """Rows of the run until every source was read for `epochs`, with those that stand in for an ended lane.

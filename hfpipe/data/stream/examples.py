@@ -43,7 +43,7 @@ class Example(NamedTuple):
     labels: np.ndarray
 
 
-class ExampleStrand:
+class ExampleBuilder:
     """Builds the rows of one source in one lane, and knows how many of them were given out.
 
     Args:

@@ -38,7 +38,7 @@ class Window(NamedTuple):
 
 
 class RowBuilder(Protocol):
-    """Builds the rows of one source in one lane: `Strand` of documents, `ExampleStrand` of examples."""
+    """Builds the rows of one source in one lane: `DocumentBuilder` of documents, `ExampleBuilder` of examples."""
 
     rows: Rows
     given: int
@@ -58,9 +58,9 @@ class Lane:
     """Builds windows one after the other.
 
     Args:
-        strands: One for each source.
+        builders: One for each source.
         weights: Share of the tokens that each source gives.
-        seed: With the number of a source, the seed of where in the lanes its first row stands.
+        seed: With the number of a source, the seed of the phases.
         lane: Which of the lanes it is.
         lanes: How many there are.
         replayed: Of each source, whether it is another stage's. Those keep their part of the weights to the end, and
@@ -69,27 +69,26 @@ class Lane:
 
     def __init__(
         self,
-        strands: Sequence[RowBuilder],
+        builders: Sequence[RowBuilder],
         weights: Sequence[float],
         seed: int,
         lane: int,
         lanes: int,
         replayed: Sequence[bool] | None = None,
     ) -> None:
-        self._strands = strands
+        self._builders = builders
         self._weights = [weight / sum(weights) for weight in weights]
         self._replayed = [number for number, other in enumerate(replayed or []) if other]
-        self._own = [number for number in range(len(strands)) if number not in self._replayed]
-        # Of each source, what part of a row's turn it has waited already: in each lane another, in no order, so that
-        # the lanes do not give one source all at once, and rounding evens out.
-        places = [np.random.default_rng([seed, number]).permutation(lanes)[lane] for number in range(len(strands))]
+        self._own = [number for number in range(len(builders)) if number not in self._replayed]
+        # Start each lane at a different phase, so that the lanes don't all draw from one source at once.
+        places = [np.random.default_rng([seed, number]).permutation(lanes)[lane] for number in range(len(builders))]
         self._waited = [(place + 0.5) / lanes for place in places]
-        self._given: list[float] = [0] * len(strands)  # rows, by the tokens in them
+        self._given: list[float] = [0] * len(builders)  # rows, by the tokens in them
         self._saved: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """The position of the lane between two windows, small and JSON-able."""
-        return {"given": list(self._given), "strands": [strand.state() for strand in self._strands]}
+        return {"given": list(self._given), "builders": [builder.state() for builder in self._builders]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken; with the next window, for windows that were begun are built again."""
@@ -99,26 +98,26 @@ class Lane:
         """The next rows: until one source needs documents again."""
         if self._saved is not None:
             self._given = list(self._saved["given"])
-            for strand, saved in zip(self._strands, self._saved["strands"], strict=True):
-                strand.load(saved)
+            for builder, saved in zip(self._builders, self._saved["builders"], strict=True):
+                builder.load(saved)
             self._saved = None
         start = self.state()
-        begins = [strand.given for strand in self._strands]
+        begins = [builder.given for builder in self._builders]
         order: list[int] = []
         while (source := self._next()) is not None:
-            strand = self._strands[source]
-            if not strand.left:
+            builder = self._builders[source]
+            if not builder.left:
                 if order:
                     break
-                strand.build()
+                builder.build()
                 begins[source] = 0
                 continue
-            self._given[source] += strand.turn()
-            strand.given += 1
+            self._given[source] += builder.turn()
+            builder.given += 1
             order.append(source)
-        parts = [strand.rows.part(begin, strand.given) for begin, strand in zip(begins, self._strands, strict=True)]
+        parts = [builder.rows.part(begin, builder.given) for begin, builder in zip(begins, self._builders, strict=True)]
         origins = np.array(order, dtype=np.int64)
-        facts = [strand.facts() for strand in self._strands]
+        facts = [builder.facts() for builder in self._builders]
         return Window(start, _interleaved(parts, origins), origins, self._next() is None, facts)
 
     def _next(self) -> int | None:
@@ -126,7 +125,7 @@ class Lane:
 
         It is the one that lags most behind its weight; before that, whether it is an own or a replayed one.
         """
-        own = [source for source in self._own if not self._strands[source].ended]
+        own = [source for source in self._own if not self._builders[source].ended]
         if not own:
             return None
         if self._replayed and self._lag(self._replayed) < self._lag(self._own):
@@ -157,7 +156,7 @@ def _interleaved(parts: list[Rows], origins: np.ndarray) -> Rows:
     return Rows(*fields)
 
 
-class Strand:
+class DocumentBuilder:
     """Builds the rows of one source, and knows how many of them were given out.
 
     Args:

@@ -21,7 +21,7 @@ def cores() -> int:
     return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """Keeps one result of each builder ready: taking it asks for the next.
 
     Results are built in the order in which they were taken, which is the order in which they will be needed. A few are

@@ -21,7 +21,7 @@ from hfpipe.data.cleaning.minhash import REASONS
 from hfpipe.data.cleaning.text_rules import LOOK, Tally, tidy, tidy_row
 from hfpipe.data.sources.decoding import can_be_arrow, python_of, table_blocks
 from hfpipe.data.sources.errors import friendly, readable
-from hfpipe.data.sources.retry import Outage
+from hfpipe.data.sources.retry import Retry
 from hfpipe.recipe import Source
 from hfpipe.recipe.row_formats import text_of
 
@@ -188,15 +188,15 @@ class Reader:
 
     def _connected_rows(self) -> Iterator[Row]:
         """The rows of a stream from this place on; where the connection is lost, opened again at its place."""
-        outage = Outage(self.source)
+        retry = Retry(self.source)
         while True:
             try:
-                yield from self._stream_rows(outage)
+                yield from self._stream_rows(retry)
                 return
             except Unreachable as error:
-                outage.wait(error, self._place)
+                retry.wait(error, self._place)
 
-    def _stream_rows(self, outage: Outage) -> Iterator[Row]:
+    def _stream_rows(self, retry: Retry) -> Iterator[Row]:
         """The rows of a stream from this place on, opened anew."""
         assert isinstance(self._all, IterableDataset)
         with friendly(self.source):  # looks at files
@@ -207,7 +207,7 @@ class Reader:
         if self._block_state is not None:
             share.load_state_dict(self._block_state)
         for block in readable(share.iter(batch_size=self._block), self.source):
-            outage.over(self._place)
+            retry.over(self._place)
             rows = _rows_of(block, self._whole)
             self._block_read = min(passed, len(rows))  # of a block that had been read in part
             passed -= self._block_read
@@ -271,15 +271,15 @@ def share_of(rows: IterableDataset, lane: int, lanes: int) -> IterableDataset:
 
 def in_shards(rows: IterableDataset, lanes: int, source: Source) -> IterableDataset:
     """A stream cut into as many shards as it has, if its files are fewer than the lanes; waits for the network."""
-    outage, place = Outage(source), "the count of its files"
+    retry, place = Retry(source), "the count of its files"
     while True:
         try:
             with friendly(source):
                 cut = rows.reshard() if rows.num_shards < lanes else rows
-            outage.over(place)
+            retry.over(place)
             return cut
         except Unreachable as error:
-            outage.wait(error, place)
+            retry.wait(error, place)
 
 
 def _rows_of(block: dict[str, list[Any]] | pa.Table, whole: bool) -> list[Row]:

@@ -83,7 +83,7 @@ def _check_suites(data: dict[str, Any]) -> Iterator[Fault]:
         yield from check_source(suite.source, TRAINED_COLUMNS + SUITE_COLUMNS)
         yield from _check_metrics(suite)
         yield from _check_swap(suite)
-        yield from _check_harness(suite)
+        yield from _check_lm_eval(suite)
         yield from check_generation_effect(suite)
         if suite.source.data.get("augment") is not None:
             text = "a suite is scored as it is; words are swapped in training data. Remove it (or see `swap`)."
@@ -299,7 +299,7 @@ def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
                 yield Fault((*steps, option), text)
 
 
-def _check_harness(suite: RawSuite) -> Iterator[Fault]:
+def _check_lm_eval(suite: RawSuite) -> Iterator[Fault]:
     """A suite has data and metrics, or a task of lm-eval, which brings its own."""
     own, its = ("data", "metrics"), ("limit", "num_fewshot", "include_path")
     if suite.data.get("lm_eval") is not None:
