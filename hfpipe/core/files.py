@@ -141,8 +141,14 @@ def read_jsonl(path: Path) -> list[Any]:
     """Reads one JSON value a line; a last line that a kill cut short is left out.
 
     A text in a line may hold marks that `splitlines` would take for its end.
+
+    Raises:
+        DamagedFileError: Another line is no JSON in UTF-8.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines[-1] and not lines[-1].endswith("}"):
-        lines.pop()
-    return [json.loads(line) for line in lines if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if lines[-1] and not lines[-1].endswith("}"):
+            lines.pop()
+        return [json.loads(line) for line in lines if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}. Put a copy of the file back.") from error

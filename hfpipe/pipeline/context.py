@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from huggingface_hub import get_local_safetensors_metadata
 
 from hfpipe.core import display, ranks
-from hfpipe.core.files import GIB, hashes_of, read_json, write_json, write_jsonl, write_text
+from hfpipe.core.files import GIB, hashes_of, read_json, read_jsonl, write_json, write_jsonl, write_text
 from hfpipe.core.http import limit_waiting
 from hfpipe.core.run_layout import MODEL, damage_of, model_of, predictions_of, strength_of
 from hfpipe.data.mixture import mixture
@@ -154,8 +153,9 @@ def score_stage(run: Run, name: str) -> list[Score]:
     model = None
     for suite_name, suite in run.recipe.evaluate.items():
         key = score_key(run.hashes[name], suite=suite)
-        if known.get(suite_name, {}).get("hash") == key:
-            scores += [score_of(row) for row in known[suite_name]["scores"]]
+        scored = known.get(suite_name, {})
+        if scored.get("hash") == key and all(row["suite"] == suite_name for row in scored["scores"]):
+            scores += [score_of(row) for row in scored["scores"]]
             continue
         if not can_score(suite, run.rows[suite_name], run.trained(name)):
             ranks.say(f"  {name}: {suite_name} not scored: its answers need another head than this model has")
@@ -219,7 +219,7 @@ def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], 
                 suite = run.recipe.evaluate[name]
                 files = [folder / f"{name}.jsonl" for folder in (other, now)]
                 if all(file.exists() for file in files):
-                    before, after = ([json.loads(line) for line in file.open(encoding="utf-8")] for file in files)
+                    before, after = (read_jsonl(file) for file in files)
                     for metric, difference in compare_rows(suite, before, after).items():
                         differences.setdefault((name, metric), {})[stage] = difference
     differences = ranks.from_main(differences)

@@ -36,6 +36,17 @@ def spoil(path: Path) -> None:
         file.write(bytes([byte[0] ^ 255]))
 
 
+def test_scores_under_the_name_of_another_suite_are_worked_out_again(finished: Path, tmp_path: Path) -> None:
+    stages, again = copied(finished, tmp_path)
+    path = stages / "sounds" / "scores.json"
+    whole = json.loads(path.read_text())
+    spoilt = json.loads(path.read_text())
+    spoilt["general"]["scores"][0]["suite"] = "another"
+    path.write_text(json.dumps(spoilt))
+    assert main(again) == 0
+    assert json.loads(path.read_text()) == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", [False, True])
 def test_damaged_weights_are_used_by_no_command_and_trained_again(
