@@ -92,7 +92,7 @@ def streamed(files: str, tokenizer: Any) -> tuple[np.ndarray, int]:
     begin = clock()
     for _ in BatchLoader(stream, ROWS, tokenizer.eos_token_id):
         pass
-    return clock() - begin, stream.report()["tokens"]
+    return clock() - begin, stream.facts()["tokens"]
 
 
 def prepared(texts: list[str], tokenizer: Any) -> np.ndarray:

@@ -147,9 +147,9 @@ def export(options: argparse.Namespace) -> None:
 
 
 def env(options: argparse.Namespace) -> None:
-    from hfpipe.pipeline.bug_report import report
+    from hfpipe.pipeline.bug_report import bug_report
 
-    print(report())
+    print(bug_report())
 
 
 def completion(options: argparse.Namespace) -> None:

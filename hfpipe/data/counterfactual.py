@@ -134,7 +134,7 @@ def with_swapped_sentences(collated: Collated, swapper: Swapper) -> Collated:
         made: list[dict[str, Any]] = []
         places: list[tuple[int, int, int, int]] = []
         for number, row in enumerate(rows):
-            ids = None if row.get("blank") else swapper.of(row["input_ids"])
+            ids = None if row.get("is_padding") else swapper.of(row["input_ids"])
             if ids is not None:
                 places.append((number, 0, len(made), 0))
                 made.append({"input_ids": ids, "labels": ids})

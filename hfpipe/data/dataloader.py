@@ -26,7 +26,7 @@ class RowSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     @staticmethod
     def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]: ...
-    def report(self) -> dict[str, Any]: ...
+    def facts(self) -> dict[str, Any]: ...
     @property
     def goes_on(self) -> bool: ...
 
@@ -198,7 +198,7 @@ class ResumableSampler:
     def _padding(self, examples: np.ndarray) -> dict[str, Any]:
         """Returns a row that carries no label: it fills the last batch and adds nothing to the loss."""
         row = self._row(examples[:1])
-        return {**row, "labels": [IGNORED] * len(row["input_ids"]), "blank": True}
+        return {**row, "labels": [IGNORED] * len(row["input_ids"]), "is_padding": True}
 
     def state_dict(self) -> dict[str, int]:
         """Returns the position after the last micro-batch, the same on every rank."""
@@ -228,7 +228,7 @@ class ResumableSampler:
         """True if a longer run stands at this position too: none fills a batch where this one ends."""
         return self.progress <= self.total
 
-    def report(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Returns facts about the rows that were given; the share of padding of this rank since it started."""
         given = min(self.progress, self.total)
         padding = {"padding_share": round(1 - self.tokens / self.places, 4)} if self.places else {}

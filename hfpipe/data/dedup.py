@@ -24,7 +24,7 @@ from hfpipe.data.cleaning.contamination import SuiteIndex
 from hfpipe.data.cleaning.minhash import Row, counts_of, judge, remove_sketch, write_sketch
 from hfpipe.data.cleaning.text_rules import LISTED, Read, tidy_rows
 from hfpipe.data.sources.formats import roles_of
-from hfpipe.data.stream.shard_reader import Reader
+from hfpipe.data.stream.shard_reader import ShardReader
 from hfpipe.recipe import Recipe, Source, hash_of
 from hfpipe.recipe.row_formats import text_of
 
@@ -221,7 +221,7 @@ def _rows_of_share(rows: IterableDataset, lane: int, lanes: int, source: Source,
 
     def tidy() -> Iterator[Row | None]:
         whole = roles_of(rows) != "text"
-        reader, given, characters = Reader(rows, lane, lanes, source, epochs=1, whole=whole), 0, 0
+        reader, given, characters = ShardReader(rows, lane, lanes, source, epochs=1, whole=whole), 0, 0
         while read := reader.take(1):
             row = read[0] if whole else {"text": read[0]}
             yield from [None] * (reader.rows - 1 - given)

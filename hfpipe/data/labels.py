@@ -178,7 +178,7 @@ def collate_labelled(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple
     """Stacks rows into tensors, padded on the right.
 
     Args:
-        rows: `{"input_ids": [L], "labels": see label_ids}`; rows with `blank` fill the last batch and are ignored.
+        rows: `{"input_ids": [L], "labels": see label_ids}`; rows with `is_padding` fill the last batch and are ignored.
         pad_token_id: Fills `input_ids`.
         multiple: L is rounded up to a multiple of this.
 
@@ -187,8 +187,8 @@ def collate_labelled(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple
     """
     length = max(len(row["input_ids"]) for row in rows)
     length += -length % multiple
-    first = next((row["labels"] for row in rows if not row.get("blank")), [IGNORED])
-    labels = [[IGNORED] * len(first) if row.get("blank") else row["labels"] for row in rows]
+    first = next((row["labels"] for row in rows if not row.get("is_padding")), [IGNORED])
+    labels = [[IGNORED] * len(first) if row.get("is_padding") else row["labels"] for row in rows]
     batch = {
         "input_ids": torch.full((len(rows), length), pad_token_id),
         "attention_mask": torch.zeros((len(rows), length), dtype=torch.long),

@@ -44,7 +44,7 @@ FAMILY = re.compile(
 BESIDE = ("bitsandbytes", "datasketch", "codecarbon", "lm_eval", "liger-kernel", "flash-attn", "deepspeed", "kernels")
 
 
-def report() -> str:
+def bug_report() -> str:
     """The page, one fact a line; tokens, passwords and the user's home are made unreadable."""
     facts: list[tuple[str, Callable[[], str | None]]] = [
         ("hfpipe", _hfpipe),

@@ -273,7 +273,7 @@ def _float(text: str) -> float:
     return -value if special[1] == "-" else value
 
 
-def report(document: Document, faults: Iterable[Fault]) -> str:
+def faults_text(document: Document, faults: Iterable[Fault]) -> str:
     """All faults in reading order as one message, which begins with their number and ends with what to do."""
     lines = {}
     for fault in faults:

@@ -29,7 +29,7 @@ from hfpipe.recipe.config import (
     Tokenizer,
     TokenizerTraining,
 )
-from hfpipe.recipe.document import Document, read_document, report
+from hfpipe.recipe.document import Document, faults_text, read_document
 from hfpipe.recipe.faults import Fault, Place, Steps, did_you_mean, found, found_and_allowed, listed, nearest
 from hfpipe.recipe.foreign_words import our_word
 from hfpipe.recipe.overrides import apply_overrides
@@ -266,7 +266,7 @@ def load_recipe(path: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     faults += structural + [fault for fault in further if fault.steps not in reported]
     faults = [fault for fault in faults if not is_repeated(fault, faults, taken_over)]
     if faults or recipe is None:
-        raise RecipeError(report(document, faults))
+        raise RecipeError(faults_text(document, faults))
     return recipe
 
 
@@ -297,7 +297,7 @@ def load_suites(path: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     reported = {fault.steps for fault in structural}
     faults += structural + [fault for fault in islice(checks, MOST_FAULTS) if fault.steps not in reported]
     if faults or suites is None:
-        raise RecipeError(report(document, faults))
+        raise RecipeError(faults_text(document, faults))
     return suites
 
 

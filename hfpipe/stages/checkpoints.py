@@ -175,7 +175,7 @@ class CheckpointCallback(TrainerCallback):
         if args.should_save:
             write_json(folder / LOSS, sums)
             write_json(folder / DATA_STATE, self.loader.source.merge_states(states))
-            # The last batch of an epoch may be filled with blank rows, and no longer run goes on from there.
+            # The last batch of an epoch may be filled with padding rows, and no longer run goes on from there.
             write_manifest(folder, self.trajectory if self.loader.source.goes_on else self.stage_hash)
             if self.keep is not None:
                 best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None

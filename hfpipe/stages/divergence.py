@@ -105,7 +105,7 @@ class StopWhenNotFinite(TrainerCallback):
         accumulation = self.trainer.args.gradient_accumulation_steps
         end = len(self.loader.recent) - ago * accumulation
         batches = list(self.loader.recent)[max(0, end - accumulation) : end]
-        rows = [row for batch in batches for row in batch if not row.get("blank")] if bool(mine) else []
+        rows = [row for batch in batches for row in batch if not row.get("is_padding")] if bool(mine) else []
         told = [line for part in ranks.gather(self._quoted(rows)) for line in part]
         good = next((one for one in by_step(self.folder) if (one / MANIFEST).exists()), None)
         stays = "There is no checkpoint yet, so the same command begins the stage anew"

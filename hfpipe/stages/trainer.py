@@ -251,7 +251,7 @@ def train(
         "longest": longest,
         "train_loss": result.training_loss,
         "last_loss": losses[-1] if losses else None,
-        "data": loader.source.report(),
+        "data": loader.source.facts(),
     }
 
 

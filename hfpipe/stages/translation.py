@@ -90,18 +90,18 @@ class Loss:
 def _collate(
     rows: Sequence[dict[str, Any]], collator: DataCollatorForSeq2Seq, model: Any, end: int
 ) -> dict[str, torch.Tensor]:
-    """A batch of transformers' own collator; rows with `blank` fill the last batch and carry no label.
+    """A batch of transformers' own collator; rows with `is_padding` fill the last batch and carry no label.
 
-    A blank row says one token while the decoder's input is made: some models look there for the last token.
+    A padding row says one token while the decoder's input is made: some models look there for the last token.
     """
-    blank = torch.tensor([bool(row.get("blank")) for row in rows])
+    padding = torch.tensor([bool(row.get("is_padding")) for row in rows])
     filled = [
-        {"input_ids": row["input_ids"].tolist(), "labels": [end] if row.get("blank") else row["labels"].tolist()}
+        {"input_ids": row["input_ids"].tolist(), "labels": [end] if row.get("is_padding") else row["labels"].tolist()}
         for row in rows
     ]
     batch = dict(collator(filled))
     batch["decoder_input_ids"] = decoder_input(model, batch["labels"])
-    batch["labels"][blank] = IGNORED
+    batch["labels"][padding] = IGNORED
     return batch
 
 

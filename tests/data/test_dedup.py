@@ -74,7 +74,7 @@ def test_each_text_is_served_once_whichever_files_its_copies_are_in(tmp_path: Pa
     rows = shards(tmp_path, texts, files)
     stream = cleaned_stream(rows, tokenizer, tmp_path, deduplicate="exact")
     assert served(stream, tokenizer) == Counter(set(different))
-    facts = next(iter(stream.report()["sources"].values()))
+    facts = next(iter(stream.facts()["sources"].values()))
     assert facts["removed"] == {"duplicate": len(texts) - 2 - len(set(different))}
     assert facts["dirty"] == {"empty": 1, "missing": 1}
     assert facts["rows"] == len(set(different)) + 2
@@ -131,7 +131,7 @@ def test_what_overlaps_a_suite_goes_and_a_phrase_of_many_rows_stays(tmp_path: Pa
     rows = shards(tmp_path, texts, 3)
     stream = cleaned_stream(rows, tokenizer, tmp_path, {"general": suite}, decontaminate=True)
     assert served(stream, tokenizer) == Counter([*licensed, "short row of another kind"])
-    assert next(iter(stream.report()["sources"].values()))["removed"] == {"overlaps a suite": 7}
+    assert next(iter(stream.facts()["sources"].values()))["removed"] == {"overlaps a suite": 7}
 
 
 def test_a_stream_is_looked_at_as_far_as_it_will_be_read_and_no_further(tmp_path: Path, tokenizer) -> None:
@@ -146,7 +146,7 @@ def test_a_stream_is_looked_at_as_far_as_it_will_be_read_and_no_further(tmp_path
     for step, _ in enumerate(stream.batches(8)):
         if step == 200:
             break
-    facts = next(iter(stream.report()["sources"].values()))
+    facts = next(iter(stream.facts()["sources"].values()))
     assert facts["epochs"] >= 1, "the part that was looked at begins anew"
     assert facts["removed"] == {}
 
@@ -181,10 +181,10 @@ def test_sources_of_a_stage_share_what_they_have_seen(tmp_path: Path, tokenizer,
     wanted = Counter({*parts[0], *parts[1]}) + Counter(parts[2])
     assert served(stream, tokenizer) == wanted
     first = 1 if table == 1 else 0  # a table is judged before a stream
-    kept = [facts["rows"] for facts in stream.report()["sources"].values()]
+    kept = [facts["rows"] for facts in stream.facts()["sources"].values()]
     assert kept[first] == len(set(parts[first]))
     assert kept[2] == 20
-    removed = [facts["removed"] for facts in stream.report()["sources"].values()]
+    removed = [facts["removed"] for facts in stream.facts()["sources"].values()]
     if table is None:
         of_other = f"{'near ' if word == 'near' else ''}duplicate of another source"
         assert removed[1][of_other] >= len({*parts[0]} & {*parts[1]})

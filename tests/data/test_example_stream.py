@@ -83,7 +83,7 @@ def test_every_example_comes_whole_once_an_epoch(tmp_path: Path, tokenizer: Any,
     )
     wanted = expected(rows, tokenizer)
     assert found == Counter({part: 2 * count for part, count in wanted.items()})
-    report = next(iter(tokens.report()["sources"].values()))
+    report = next(iter(tokens.facts()["sources"].values()))
     assert report["rows"] == 203
     assert report["long"] == 203 - sum(wanted.values()) > 0
 
@@ -131,22 +131,20 @@ def test_sources_are_mixed_by_their_tokens_and_little_is_padded(tmp_path: Path, 
         batches = tokens.batches(STEP)
         for _ in range(60):
             next(batches)
-        shares = [found["token_share"] for found in tokens.report()["sources"].values()]
+        shares = [found["token_share"] for found in tokens.facts()["sources"].values()]
         assert shares == pytest.approx([0.5, 0.5], abs=0.02)
     alike = stream([source(tmp_path, chats(400), "many")], tokenizer, packed=False)
     batches = alike.batches(STEP)
     sizes = np.array([[len(row["input_ids"]) for row in next(batches)] for _ in range(50)])
-    assert 1 - sizes.sum() / (STEP * sizes.max(axis=1)).sum() == pytest.approx(
-        alike.report()["padding_share"], abs=1e-3
-    )
-    assert alike.report()["padding_share"] < 0.2
+    assert 1 - sizes.sum() / (STEP * sizes.max(axis=1)).sum() == pytest.approx(alike.facts()["padding_share"], abs=1e-3)
+    assert alike.facts()["padding_share"] < 0.2
     shared = stream([source(tmp_path, chats(400), "many")], tokenizer, packed=True)
     batches = shared.batches(STEP)
     for _ in range(50):
         next(batches)
     sizes = np.array([len(ids) for ids, _ in expected(chats(400), tokenizer)])
     whole = 1 - sizes.sum() / (LENGTH * PackedRows(sizes, LENGTH, 0).epoch(0).rows)  # packed without windows
-    assert shared.report()["padding_share"] < whole + 0.03
+    assert shared.facts()["padding_share"] < whole + 0.03
 
 
 def test_what_has_nothing_to_train_on_is_counted_and_refused_where_all_is_so(tmp_path: Path, tokenizer: Any) -> None:
@@ -156,7 +154,7 @@ def test_what_has_nothing_to_train_on_is_counted_and_refused_where_all_is_so(tmp
     tokens = stream([source(tmp_path, rows)], tokenizer, packed=True, exhausted="stop")
     given = [row for batch in tokens.batches(1) for row in batch]
     assert all((row["labels"] != IGNORED).any() for row in given if row["source"] is not None)
-    assert next(iter(tokens.report()["sources"].values()))["untrained"] == 10
+    assert next(iter(tokens.facts()["sources"].values()))["untrained"] == 10
     for row in rows:
         row["messages"][1]["train"] = False
     with pytest.raises(DataError, match="token to train on"):

@@ -23,7 +23,7 @@ from hfpipe.data.sources.builders import load_dataset
 from hfpipe.data.sources.builders.csv import CsvFiles
 from hfpipe.data.sources.line_files import ByteRanges, by_byte_range
 from hfpipe.data.sources.load import load_rows
-from hfpipe.data.stream.shard_reader import Reader
+from hfpipe.data.stream.shard_reader import ShardReader
 from hfpipe.recipe import Source
 
 WORDS = ["größe", "a", 'say "x"', "line\nbreak", "x,y", "你好", "\\", "end\r\nof", "\t"]
@@ -142,13 +142,13 @@ def test_a_resume_parses_no_more_the_farther_it_stands(
         return tables_of(self, number, data)
 
     monkeypatch.setattr(line_files.ByteRanges, "tables_of_piece", counted)
-    reader, states = Reader(load_rows(source), 0, 2, source, epochs=1), []
+    reader, states = ShardReader(load_rows(source), 0, 2, source, epochs=1), []
     while not reader.ended:
         states.append((json.loads(json.dumps(reader.state())), reader.take(500)))
     assert len(parsed) > 10
     costs = []
     for state, wanted in (states[1], states[len(states) // 2], states[-2]):
-        again = Reader(load_rows(source), 0, 2, source, epochs=1)
+        again = ShardReader(load_rows(source), 0, 2, source, epochs=1)
         again.load(state)
         parsed.clear()
         assert again.take(500) == wanted

@@ -36,7 +36,7 @@ def served(sources: list, tokenizer, steps: int | None = None, **options) -> dic
     for step, _ in enumerate(stream.batches(4), 1):
         if step == steps:
             break
-    return stream.report()
+    return stream.facts()
 
 
 def test_shares_hold_for_lengths_from_two_words_to_three_thousand(tokenizer) -> None:
@@ -69,7 +69,7 @@ def test_shares_hold_in_the_first_window_of_a_source_that_changes_its_script(tok
         [Dataset.from_list(changing), table(3000, (20, 40), 1)], tokenizer, max_length=64, lanes=4, weights=[0.8, 0.2]
     )
     list(zip(range(100), stream.batches(4), strict=False))
-    shares = [source["token_share"] for source in stream.report()["sources"].values()]
+    shares = [source["token_share"] for source in stream.facts()["sources"].values()]
     assert shares == pytest.approx([0.8, 0.2], abs=0.01)
 
 

@@ -81,9 +81,9 @@ def test_every_document_exactly_once_in_each_epoch(tmp_path: Path, tokenizer, ki
     source = Dataset.from_list(rows) if kind == "table" else parquet(tmp_path, rows, 8 if kind == "parquet" else 1)
     tokens = stream([source], tokenizer, lanes=4)
     served = [row for batch in take(tokens, 150) for row in batch]
-    assert tokens.report()["tokens"] == len(served) * LENGTH
+    assert tokens.facts()["tokens"] == len(served) * LENGTH
     begun = sum(tokenizer.decode(row).count(tokenizer.eos_token) for row in served)
-    assert abs(tokens.report()["documents"] - begun) <= 4  # a document may have begun and not ended in each lane
+    assert abs(tokens.facts()["documents"] - begun) <= 4  # a document may have begun and not ended in each lane
     found = Counter(texts(served, 4, tokenizer))
     assert set(found) == {row["text"] for row in rows}
     # Each lane has gone through the shares a whole number of times and a part: the counts differ by that part only.
@@ -177,7 +177,7 @@ def test_weights_are_shares_of_tokens_whatever_the_length_of_documents(tokenizer
     short, long = documents(50, longest=3, prefix="s"), documents(20, seed=2, longest=200, prefix="l")
     source = stream([Dataset.from_list(short), Dataset.from_list(long)], tokenizer, weights=[0.25, 0.75], lanes=2)
     take(source, 800)
-    shares = [facts["token_share"] for facts in source.report()["sources"].values()]
+    shares = [facts["token_share"] for facts in source.facts()["sources"].values()]
     assert shares == pytest.approx([0.25, 0.75], abs=0.01)
 
 
@@ -194,7 +194,7 @@ def test_dirty_rows_are_counted_and_left_out(tokenizer) -> None:
     found = set(texts(served, 1, tokenizer))
     assert "ab" in found
     assert len(found) == 21
-    facts = next(iter(source.report()["sources"].values()))
+    facts = next(iter(source.facts()["sources"].values()))
     assert facts["epochs"] > 1
     assert (facts["rows"], facts["dirty"]) == (23, {"missing": 1, "empty": 1}), "each once, however often it is read"
     assert {"none", "empty"} <= set(facts["dirty_ids"])
@@ -233,18 +233,18 @@ def test_random_sources_resume_everywhere_with_the_same_counts(tmp_path: Path, t
         }
         first = stream(sources, tokenizer, **options)
         served = first.batches(3)
-        positions = [(first.state_dict(), first.report())]
+        positions = [(first.state_dict(), first.facts())]
         whole = []
         for _ in range(25):
             whole.append([row["input_ids"].tolist() for row in next(served)])
-            positions.append((json.loads(json.dumps(first.state_dict())), first.report()))
+            positions.append((json.loads(json.dumps(first.state_dict())), first.facts()))
         served.close()
         for stop in range(22):
             second = stream(sources, tokenizer, **options)
             second.load_state_dict(positions[stop][0])
-            assert second.report() == positions[stop][1]
+            assert second.facts() == positions[stop][1]
             assert take(second, 3, rows=3) == whole[stop : stop + 3]
-            assert second.report() == positions[stop + 3][1]
+            assert second.facts() == positions[stop + 3][1]
 
 
 def test_batches_begin_where_the_last_ones_ended(tokenizer) -> None:
@@ -273,7 +273,7 @@ def test_a_weight_holds_in_the_first_window(tokenizer) -> None:
     source = stream([Dataset.from_list(short), Dataset.from_list(long)], tokenizer, lanes=1, window_documents=2000)
     take(source, 100)
     assert all(builder["window"] == 0 for builder in source.state_dict()["states"]["0"]["start"]["builders"])
-    shares = [facts["token_share"] for facts in source.report()["sources"].values()]
+    shares = [facts["token_share"] for facts in source.facts()["sources"].values()]
     assert shares == pytest.approx([0.5, 0.5], abs=0.01)
 
 
@@ -319,7 +319,7 @@ def test_lanes_of_a_table_end_together_however_unequal_its_documents(tokenizer, 
     rows[7] = {"id": None, "text": None}
     source = stream([Dataset.from_list(rows)], tokenizer, lanes=lanes, exhausted="stop")
     assert source.length() == len(stopped(source, rows=1))
-    facts = source.report()
+    facts = source.facts()
     assert facts["padding_share"] < 0.02
     assert facts["documents"] == 399
     assert next(iter(facts["sources"].values()))["dirty_ids"] == ["row 7"]
@@ -331,7 +331,7 @@ def test_the_report_tells_what_was_served_and_not_what_was_drawn_for_it(tokenize
     tokens = stream(sources, tokenizer, lanes=4, weights=[0.6, 0.4], window_documents=50)
     found = tokens.batches(8)
     served = [row for _ in range(batches) for row in next(found)]
-    facts = tokens.report()
+    facts = tokens.facts()
     for number, (rows, source) in enumerate(zip(sources, facts["sources"].values(), strict=True)):
         mine = [row for row in served if row["source"] == number]
         assert source["tokens"] == LENGTH * len(mine)
@@ -360,7 +360,7 @@ def test_stop_serves_each_document_once_and_pads_the_tail(tmp_path: Path, tokeni
         for number, whole in enumerate((one, two)):
             found = [text for lane in range(4) for text in texts_of(rows[lane::4], number, tokenizer)]
             assert Counter(found) == Counter(row["text"] for row in whole)
-        facts = source.report()
+        facts = source.facts()
         assert facts["documents"] == len(one + two)
         assert facts["tokens"] == sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in one + two)
         assert facts["padding_share"] == pytest.approx(1 - facts["tokens"] / (facts["rows"] * LENGTH), abs=1e-4)

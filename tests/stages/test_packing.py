@@ -98,14 +98,14 @@ def test_a_packed_gradient_of_an_adapter_on_four_bits_is_the_sum_of_its_examples
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_example_is_given_once_an_epoch_and_none_is_cut(packed: bool) -> None:
     source = sampler(packed)
-    rows = [row for batch in source.batches(4) for row in batch if not row.get("blank")]
+    rows = [row for batch in source.batches(4) for row in batch if not row.get("is_padding")]
     given = np.concatenate([row["input_ids"] for row in rows])
     assert len(given) == 2 * SIZES.sum()
     if packed:
         assert all(len(row["input_ids"]) <= 32 for row in rows)
         begins = sum(int((row["position_ids"] == 0).sum()) for row in rows)
         assert begins == 2 * len(SIZES)
-    assert source.report()["epochs"] == pytest.approx(2)
+    assert source.facts()["epochs"] == pytest.approx(2)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -122,7 +122,7 @@ def test_division_and_resume_change_no_global_batch(packed: bool) -> None:
                 for batches in given
                 for batch in batches[start : start + accumulation]
                 for row in batch
-                if not row.get("blank")
+                if not row.get("is_padding")
             )
             for start in range(0, len(given[0]), accumulation)
         ]

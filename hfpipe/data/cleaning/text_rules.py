@@ -218,7 +218,7 @@ class Read:
     mended: Tally = field(default_factory=Tally)
 
     def facts(self) -> dict[str, Any]:
-        """The facts for the report, as `TokenStream.report` has them."""
+        """The facts for the report, as `TokenStream.facts` has them."""
         dirty = {"dirty": self.dirty.counts, "dirty_ids": self.dirty.ids}
         return {"rows": self.rows, **dirty, "mended": self.mended.counts, "mended_ids": self.mended.ids}
 

@@ -26,7 +26,7 @@ from hfpipe.data.sources.files import FileGroup, file_groups, local_path
 from hfpipe.data.sources.formats import Kind, Rows, Taken, require_column, to_format
 from hfpipe.data.sources.line_files import by_byte_range
 from hfpipe.data.sources.parquet import TABLE_ROWS, by_row_group
-from hfpipe.data.sources.row_filter import Where
+from hfpipe.data.sources.row_filter import RowFilter
 from hfpipe.data.sources.sharded_files import stream_range
 from hfpipe.data.swaps import augmented
 from hfpipe.recipe import Fold, Source
@@ -99,7 +99,7 @@ def _in_format(rows: Rows, source: Source, kinds: tuple[Kind, ...]) -> tuple[Row
     features = _features_of(rows, source)
     rows = _cut(rows, source.skip, source.take)
     if source.where is not None:
-        keep = Where(source.where, source.path)
+        keep = RowFilter(source.where, source.path)
         for column in keep.columns:
             require_column(column, features, "where", source)
         rows = rows.filter(keep, input_columns=keep.columns)

@@ -42,7 +42,7 @@ ALLOWED: tuple[type[ast.AST], ...] = (
 )
 
 
-class Where:
+class RowFilter:
     """A condition, called with the values of `columns` in that order.
 
     Args:
@@ -66,8 +66,8 @@ class Where:
         if not self.columns:
             raise self._refused(self._tree, "it names no column")
 
-    def __reduce__(self) -> tuple[type[Where], tuple[str, str]]:
-        return Where, (self.text, self.path)  # the same bytes on every rank: `datasets` caches by them
+    def __reduce__(self) -> tuple[type[RowFilter], tuple[str, str]]:
+        return RowFilter, (self.text, self.path)  # the same bytes on every rank: `datasets` caches by them
 
     @cached_property
     def _tree(self) -> ast.expr:

@@ -30,8 +30,8 @@ from hfpipe.data.masking import Frame, tokens_of_texts
 from hfpipe.data.stream.examples import ExampleBuilder, Examples
 from hfpipe.data.stream.lane import WINDOW_CHARACTERS, DocumentBuilder, Lane, RowBuilder, Window
 from hfpipe.data.stream.prefetch import Prefetch
-from hfpipe.data.stream.progress import COUNTED, Position, report
-from hfpipe.data.stream.shard_reader import BLOCK, Dealt, Reader, Row, deal, in_shards
+from hfpipe.data.stream.progress import COUNTED, Position, facts_of
+from hfpipe.data.stream.shard_reader import BLOCK, Dealt, Row, ShardReader, deal, in_shards
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.recipe import Source
 
@@ -163,7 +163,7 @@ class TokenStream:
 
     def _builder(self, number: int, rows: Dealt | IterableDataset, lane: int) -> RowBuilder:
         """A source in a lane."""
-        reader = Reader(
+        reader = ShardReader(
             rows,
             lane,
             self.lanes,
@@ -251,7 +251,7 @@ class TokenStream:
         """Tokens of a share of each source."""
         counts = []
         for rows, origin, removed in zip(shards, self.origins, self._removed, strict=True):
-            reader = Reader(rows, share, self.lanes, origin, epochs=1, removed=removed)
+            reader = ShardReader(rows, share, self.lanes, origin, epochs=1, removed=removed)
             counts.append(0)
             while texts := reader.take(self.window_documents, WINDOW_CHARACTERS):
                 counts[-1] += len(self._tokenize(texts)[0])
@@ -358,12 +358,12 @@ class TokenStream:
         """True if a longer run stands at this position too: not where the data ends."""
         return self.epochs is None
 
-    def report(self) -> dict[str, Any]:
-        """Reports the progress of all ranks, see `progress.report`. Every rank has to call this."""
+    def facts(self) -> dict[str, Any]:
+        """Reports the progress of all ranks, see `progress.facts_of`. Every rank has to call this."""
         by_lane = {lane: position for part in gather(self._positions) for lane, position in part.items()}
         positions = [by_lane[lane] for lane in sorted(by_lane)]  # the same on any number of ranks
         rows = [len(source) if isinstance(source, Dataset) else None for source in self.sources]
-        found = report(positions, self.max_length, self.origins, self.replayed, rows, self._removed)
+        found = facts_of(positions, self.max_length, self.origins, self.replayed, rows, self._removed)
         if self._examples is not None:  # whose rows are of many lengths
             tokens, places = np.sum(gather((self._tokens, self._places)), axis=0).tolist()
             full = found["rows"] * self.max_length if self._examples.packed else places

@@ -16,7 +16,7 @@ from hfpipe.core.errors import DataError
 from hfpipe.data.cleaning.text_rules import Tally, merged
 from hfpipe.data.row_order import Epoch, PackedRows
 from hfpipe.data.stream.packing import Rows
-from hfpipe.data.stream.shard_reader import Reader
+from hfpipe.data.stream.shard_reader import ShardReader
 from hfpipe.data.tokenize import IGNORED, RowTokenizer
 
 BARREN = 2_000  # rows without one token to train on, after which no more are looked at
@@ -57,7 +57,7 @@ class ExampleBuilder:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ShardReader,
         examples: Examples,
         length: int,
         documents: int,

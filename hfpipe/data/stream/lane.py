@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from hfpipe.data.stream.packing import Rows, pack
-from hfpipe.data.stream.shard_reader import Reader
+from hfpipe.data.stream.shard_reader import ShardReader
 from hfpipe.data.tokenize import IGNORED
 
 WINDOW_CHARACTERS = 2_000_000  # of a window, which 500 books would make too large
@@ -27,7 +27,7 @@ class Window(NamedTuple):
         origins: (N,) the source of each row.
         last: Whether every source has ended, so that nothing comes after this window.
         sources: Of each source so far, as drawn: `tokens`, `epochs`, `documents` of an epoch, `rows`, and
-            `Reader.tallies`.
+            `ShardReader.tallies`.
     """
 
     start: dict[str, Any]
@@ -171,7 +171,7 @@ class DocumentBuilder:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ShardReader,
         tokenize: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
         length: int,
         documents: int,

@@ -1,4 +1,4 @@
-"""Progress of a stream by lane, and the report on it."""
+"""Progress of a stream by lane, and the facts that a report has of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Position:
         served: Tokens of each source that were given so far, documents that began, and those that ended.
         start: The lane's state before its window; None at the beginning.
         given: Rows given out of that window.
-        counts: What was given so far, see `report`.
+        counts: What was given so far, see `facts_of`.
         sources: What each source had given by the end of that window, see `Window`.
         ended: Whether the lane has given its last row.
     """
@@ -36,7 +36,7 @@ class Position:
     ended: bool = False
 
 
-def report(
+def facts_of(
     positions: Sequence[Position],
     max_length: int,
     origins: Sequence[Source],

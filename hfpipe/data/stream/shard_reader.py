@@ -32,7 +32,7 @@ BLOCK = 100  # rows fetched at a time
 KEPT_ROWS, KEPT_CHARACTERS = 1_000, 1_000_000
 
 
-class Reader:
+class ShardReader:
     """Reads one share of a source after the other: endlessly, or for so many epochs.
 
     In epoch e lane l reads share (l + e) % lanes, so that in each epoch the lanes together read every share once, and
