@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hfpipe.core.errors import DataError
+from hfpipe.core.errors import DataError, RecipeError, UserError
 
 Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]  # characters [begin, end) of a text
@@ -66,6 +68,7 @@ def chat_text(tokenizer: Any, messages: Messages, **options: Any) -> str:
 
     Raises:
         DataError: The tokenizer has none.
+        RecipeError: It is no Jinja template.
     """
     if tokenizer.chat_template is None and options.get("chat_template") is None:
         raise DataError(
@@ -73,7 +76,20 @@ def chat_text(tokenizer: Any, messages: Messages, **options: Any) -> str:
             "(model.tokenizer.chat_template), take an instruct model's tokenizer, or build prompt and completion with "
             "`template:`."
         )
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    with _compiled():
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+
+
+@contextmanager
+def _compiled() -> Iterator[None]:
+    """Tells a chat template that is no Jinja apart from one that does not take a row."""
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise RecipeError(
+            f"the chat template of the tokenizer is no Jinja template: {error.message} (line {error.lineno} of it). "
+            "Mend it (chat_template.jinja in the model's folder), or give another: `model.tokenizer.chat_template`."
+        ) from error
 
 
 def generation_marked_template(tokenizer: Any) -> str:
@@ -175,9 +191,10 @@ class Chats:
         """Renders a conversation and returns what stands between the template's generation marks."""
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
         more = {**self._tokenizer.special_tokens_map, **options}
-        rendered: Any = render_jinja_template(
-            [turns], chat_template=self._source(options), return_assistant_tokens_mask=True, **more
-        )
+        with _compiled():
+            rendered: Any = render_jinja_template(
+                [turns], chat_template=self._source(options), return_assistant_tokens_mask=True, **more
+            )
         return rendered[0][0], rendered[1][0]
 
     def turns(self, messages: Messages, options: dict[str, Any], wanted: Iterable[int]) -> tuple[str, list[Span]]:
@@ -278,7 +295,7 @@ class Chats:
         """Renders turns alone and returns what follows the mark `anchor`: template, and the same for all of a shape."""
         try:
             plain, places = _without_marks(self.text(marked, options, prompt=prompt)) if marked else ("", {})
-        except DataError:
+        except UserError:
             raise
         except Exception:  # a template may refuse a part of what it takes as a whole
             return ""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from hfpipe.core.errors import DataError
+from hfpipe.core.errors import DataError, UserError
 from hfpipe.data.chat import Chats, conversation
 from hfpipe.data.text_tokens import IGNORED, Text, TextTokenizer, shared_tokens
 from hfpipe.data.token_store import Columns, list_column
@@ -87,7 +87,7 @@ class PairTokenizer:
         for number, row in enumerate(rows):
             try:
                 made += self._of_chat(row) if isinstance(row["prompt"], list) else self._of_text(row)
-            except DataError:
+            except UserError:
                 raise
             except Exception as error:  # a template raises whatever it likes, for a row that it does not foresee
                 refused.append((number, f"{type(error).__name__}: {error}"))

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from hfpipe.core.errors import DataError
+from hfpipe.core.errors import DataError, UserError
 from hfpipe.data.chat import Chats, Span, chat_text, conversation, generation_marked_template, is_trained
 from hfpipe.data.text_tokens import IGNORED, Text, TextTokenizer, TokenRows, untrimmed
 from hfpipe.recipe import Sft, Source
@@ -212,7 +212,7 @@ class RowTokenizer:
                 continue
             try:
                 made.append(self._of_chat(row))
-            except DataError:
+            except UserError:
                 raise
             except Exception as error:  # a template raises whatever it likes, for a row that it does not foresee
                 refused.append((number, f"{type(error).__name__}: {error}"))

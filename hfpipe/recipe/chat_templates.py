@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.jinja_text import parsed_jinja
 from hfpipe.recipe.source_reader import package
 
 MARKS = ("{{", "{%")
@@ -60,9 +61,10 @@ def _text_of(name: str) -> str:
 
 
 def _require_jinja(text: str) -> None:
-    from jinja2 import Environment, TemplateSyntaxError, nodes  # a tenth of a second, for recipes with a template
+    from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """The block in which transformers marks what the assistant says."""
@@ -73,9 +75,8 @@ def _require_jinja(text: str) -> None:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
     try:
-        Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"this is no Jinja template: {error.message} (line {error.lineno} of it).") from error
-    except RecursionError as error:
-        raise ValueError("this is no Jinja template: it is nested too deep.") from error
+        parsed_jinja(ImmutableSandboxedEnvironment(extensions=extensions, optimized=False), text)
+    except ValueError as error:
+        raise ValueError(f"this is no Jinja template: {error}") from error

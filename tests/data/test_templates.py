@@ -74,6 +74,8 @@ def test_a_part_is_left_out_and_turns_are_gone_through(tmp_path: Path, streamed:
     ("template", "error", "words"),
     [
         ("{% if about %}", RecipeError, "is a Jinja template"),
+        ("{% if not about %}{{ about | nothing }}{% endif %}", RecipeError, "there is no filter 'nothing'"),
+        ("{% if about %}" * 400 + "{% endif %}" * 400, RecipeError, "nested too deep"),
         ("{% if abuot %}x{% endif %}", DataError, "names the column 'abuot'"),
         ("{% if about %}{{ about.__class__.__mro__ }}{% endif %}", DataError, "unsafe"),
         ("{% if about %}{{ about.missing }}{% endif %}", DataError, "no attribute 'missing'"),

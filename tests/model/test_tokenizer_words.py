@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def test_a_template_is_named_or_lies_in_a_file_or_is_written_out(given: str, fol
         ("plain words", "{{ }}"),
         ("{% for m in messages %}", "no Jinja template"),
         ("{{ 1 +", "no Jinja template"),
+        ("{{ messages | tojsn }}", "there is no filter 'tojsn' (line 1 of it). Did you mean tojson?"),
+        ("{% if messages[0].tools %}{{ messages | nothing }}{% endif %}", "there is no filter 'nothing'"),
+        ("{% if messages is strung %}{% endif %}", "there is no test 'strung'"),
+        ("{% trans %}{{ messages }}{% endtrans %}", "unknown tag 'trans'"),
+        ("{% break %}{{ messages }}", "nested too deep"),
+        ("{% include 'other.jinja' %}", "asks for another file"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}{{", "no Jinja template"),
+        ("{% if a %}" * 400 + "{% endif %}" * 400, "nested too deep"),
     ],
 )
 def test_a_text_without_a_mark_is_refused(
@@ -87,6 +96,24 @@ def test_a_word_that_transformers_does_not_know_is_refused(
 ) -> None:
     assert main(["check", "--fast", str(written(folder, model))]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_a_template_may_ask_for_a_filter_first(folder: Path) -> None:
+    asked = "{% if 'markdown' is filter %}{{ messages | markdown }}{% endif %}{{ messages[0].content }}"
+    assert main(["check", "--fast", str(written(folder, {"tokenizer": {"chat_template": asked}}))]) == 0
+
+
+@pytest.mark.parametrize("command", ["check", "preview", "run"])
+def test_a_template_of_the_base_that_is_no_jinja_is_refused(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text("{{ messages | nothing }}")
+    recipe = written(folder, {"id": str(tmp_path / "base")})
+    assert main([command, str(recipe), "--set", f"output_dir={tmp_path / 'run'}"]) == 2
+    told = capsys.readouterr().err
+    assert "the chat template of the tokenizer is no Jinja template: No filter named 'nothing'" in told
+    assert "model.tokenizer.chat_template" in told
 
 
 def test_the_saved_model_has_them(folder: Path) -> None:

@@ -15,12 +15,13 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.data.sources.decoding import HANDLER
 from hfpipe.recipe import Source
+from hfpipe.recipe.jinja_text import parsed_jinja
 from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS
 
 Form: TypeAlias = str | list[str] | list[tuple[str, str]]  # a text, choices, or turns as (role, content)
@@ -37,7 +38,12 @@ def _said(value: Any) -> Any:
 
 # White space as in the chat templates of transformers: none is left of a line that holds a statement alone.
 _JINJA = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, finalize=_said
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+    finalize=_said,
+    optimized=False,  # or a text such as {{ 9 ** 9 ** 9 }} would be computed when it is read
 )
 _JINJA.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # Jinja's own escapes < and & for HTML
 
@@ -68,13 +74,11 @@ def fields_of(text: str, role: str, source: Source) -> list[str]:
     """The columns that a template names."""
     if is_jinja(text):
         try:
-            names = meta.find_undeclared_variables(_JINJA.parse(text))
-            _compiled(text)
-        except TemplateSyntaxError as error:
+            names = meta.find_undeclared_variables(parsed_jinja(_JINJA, text))
+        except ValueError as error:
             raise RecipeError(
-                f"source {source.path!r}: template.{role}: {error.message} (line {error.lineno}). A text with {{% in "
-                "it is a Jinja template: {% if column %}...{% endif %}, {% for turn in column %}...{% endfor %}, "
-                "{{ column }}."
+                f"source {source.path!r}: template.{role}: {error} A text with {{% in it is a Jinja template: "
+                "{% if column %}...{% endif %}, {% for turn in column %}...{% endfor %}, {{ column }}."
             ) from error
         return sorted(names - _JINJA.globals.keys())
     try:
