@@ -85,8 +85,8 @@ KINDS: dict[str, type[StageBase]] = {
     Edit("hfpipe/stages/__init__.py", "STAGES = {\n", 'STAGES = {\n    "reverse": run_reverse,\n'),
     Edit(
         "hfpipe/stages/__init__.py",
-        "from hfpipe.stages.sft import run_sft\n",
-        "from hfpipe.stages.reverse import run_reverse\nfrom hfpipe.stages.sft import run_sft\n",
+        "from hfpipe.stages.sft import run_sft, sft_trainer\n",
+        "from hfpipe.stages.reverse import run_reverse\nfrom hfpipe.stages.sft import run_sft, sft_trainer\n",
     ),
 ]
 METRIC = [

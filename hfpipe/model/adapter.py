@@ -112,7 +112,7 @@ def _require_read(model: PeftModel) -> None:
             )
 
 
-def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> None:
+def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> dict[str, Any]:
     """Refuses an adapter, or a pattern of weights, that does not fit the base, before anything is scored or trained.
 
     Tried on a model of the base's shapes, without weights; what only the weights can tell is told by the stage.
@@ -122,10 +122,14 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> Non
         config: transformers' config of the base.
         added: Ids of the tokens that the adapters have to train, see `added_ids`.
 
+    Returns:
+        The shapes that were tried, by the name of the stage.
+
     Raises:
         RecipeError: PEFT refuses the values of a stage, or they name modules or weights that the model does not have,
             or the adapter cannot train the added tokens.
     """
+    tried = {}
     for stage in recipe.stages:
         chosen = stage.adapter or stage.train_only or stage.freeze or stage.learning_rates
         if not chosen or stage.parent_adapter == "continue":
@@ -140,11 +144,13 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> Non
                 if stage.adapter is not None:
                     model = add_adapter(model, train_rows(model, block, added), recipe.seed)
             train_part(model, stage)
+            tried[stage.name] = model
         except RecipeError as error:
             if error.__cause__ is None or isinstance(error.__cause__, ValueError | re.error):
                 raise RecipeError(f"stages.{stage.name}: {error}") from error
         except Exception:  # shapes alone do not tell
             continue
+    return tried
 
 
 def continue_adapter(model: Any, folder: str) -> PeftModel:

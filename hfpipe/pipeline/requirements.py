@@ -6,6 +6,7 @@ here costs nothing; a chain of hours must not end at its third stage over what i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from hfpipe.stages.pretrain import require_isolation
 from hfpipe.stages.samples import require_samples
 from hfpipe.stages.sharding import require_combinations
 from hfpipe.stages.trainer import divide_batch
+from hfpipe.stages.trial import require_trainer
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,11 @@ def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:
     ranks.on_main(partial(require_samples, recipe, tokenizer))
     for stage in recipe.stages:
         if stage.kind in REQUIREMENTS:
-            REQUIREMENTS[stage.kind](recipe, stage, tokenizer)
+            REQUIREMENTS[stage.kind](stage)
         divide_batch(stage)
-    require_adapters(recipe, model.config, loaded.added)
+    shapes = require_adapters(recipe, model.config, loaded.added)
+    for stage in recipe.stages:
+        require_trainer(recipe, stage, shapes.get(stage.name) or copy.deepcopy(model), tokenizer)
     require_isolation(recipe, model)
     hub = ranks.on_main(partial(check_access, recipe))
     samples = ranks.on_main(partial(require_rows, recipe, tokenizer))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from transformers import Trainer
+
 from hfpipe.data.preference import PairTokenizer
 from hfpipe.data.token_store import Tokenizes
-from hfpipe.recipe import Recipe, Stage
+from hfpipe.recipe import Stage
 from hfpipe.stages.classification import labelled_length, run_classification
 from hfpipe.stages.labels import labelled_tokens
-from hfpipe.stages.preference import pair_length, pair_rows, require_losses, run_preference
+from hfpipe.stages.preference import pair_length, pair_rows, preference_trainer, require_ranks, run_preference
 from hfpipe.stages.pretrain import run_pretrain
-from hfpipe.stages.sft import run_sft
+from hfpipe.stages.sft import run_sft, sft_trainer
 from hfpipe.stages.sft_rows import sft_length, sft_rows
 from hfpipe.stages.trainer import StageRun
 from hfpipe.stages.translation import pair_lengths, paired_tokens, run_translation
@@ -36,7 +38,13 @@ ROWS: dict[str, Callable[[StageRun, Any], object]] = {
 # Makes tokens of the rows of a kind that are no texts, of the run's tokenizer and the longest length.
 TOKENIZERS: dict[str, Callable[[Any, int | None], Tokenizes]] = {"preference": PairTokenizer}
 
-# Refuses what the trainer of a kind would refuse when the stage begins.
-REQUIREMENTS: dict[str, Callable[[Recipe, Stage, Any], None]] = {"preference": require_losses}
+# Makes the trainer of a kind that has one of its own, of the stage, its model, the arguments and the tokenizer.
+TRAINERS: dict[str, Callable[[Stage, Any, Any, Any], Trainer]] = {
+    "sft": sft_trainer,
+    "preference": preference_trainer,
+}
 
-__all__ = ["REQUIREMENTS", "ROWS", "STAGES", "TOKENIZERS", "StageRun"]
+# Refuses ways to start the ranks that a kind cannot be trained by.
+REQUIREMENTS: dict[str, Callable[[Stage], None]] = {"preference": require_ranks}
+
+__all__ = ["REQUIREMENTS", "ROWS", "STAGES", "TOKENIZERS", "TRAINERS", "StageRun"]

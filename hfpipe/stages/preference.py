@@ -10,14 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import DPOTrainer
 from trl.models import prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head
@@ -33,10 +31,10 @@ from hfpipe.model.head import backbone_of
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.spread import is_spread
-from hfpipe.recipe import Recipe, Sft, Source, Stage, hash_of
+from hfpipe.recipe import Sft, Source, Stage, hash_of
 from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.recipe.stage_config import Preference
-from hfpipe.stages.arguments import SHARDING_WORDS, clear_refusal, stage_arguments
+from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.nearness import OWN, NearParent, near_parent
 from hfpipe.stages.saving import is_sharded
 from hfpipe.stages.sft_rows import own_rows, tokens_of_source
@@ -72,7 +70,7 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation)
     adapted = with_adapter(run, model)
     with trained_weights_kept(adapted):
-        trainer = _trainer(stage, adapted, arguments, run.tokenizer)
+        trainer = preference_trainer(stage, adapted, arguments, run.tokenizer)
     collated = pair_collator(run.tokenizer.pad_token_id, arguments.pad_to_multiple_of)
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, collated=_beside(collated))
     as_it_is = stage.adapter is None or run.continued is not None or stage.changes_base
@@ -90,7 +88,7 @@ def run_preference(run: StageRun) -> dict[str, Any]:
     return facts
 
 
-def _trainer(stage: Preference, model: Any, arguments: Any, tokenizer: Any) -> DPOTrainer:
+def preference_trainer(stage: Stage, model: Any, arguments: Any, tokenizer: Any) -> DPOTrainer:
     """Makes the trainer; the one row that it is given is not read.
 
     Raises:
@@ -106,26 +104,7 @@ def _trainer(stage: Preference, model: Any, arguments: Any, tokenizer: Any) -> D
         )
 
 
-def require_losses(recipe: Recipe, stage: Stage, tokenizer: Any) -> None:
-    """Refuses what DPOTrainer would refuse when a preference stage begins, such as two words that do not go together.
-
-    It is tried on a model of one small layer. Every rank has to call this.
-
-    Raises:
-        RecipeError: It refuses a value, or the weights would be spread over ranks in a way that it was not tried with.
-    """
-    assert isinstance(stage, Preference)
-    _require_ranks(stage)
-    plain = {key: value for key, value in stage.training.items() if key not in SHARDING_WORDS}
-    alone = stage.model_copy(update={"training": plain})
-    arguments = stage_arguments(alone, Path("."), recipe.seed, 1)
-    small: dict[str, Any] = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
-    small |= dict.fromkeys(("hidden_size", "intermediate_size"), 8)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **small))
-    _trainer(stage, model, arguments, tokenizer)
-
-
-def _require_ranks(stage: Preference) -> None:
+def require_ranks(stage: Stage) -> None:
     """Refuses DeepSpeed, and under FSDP a reference that is no model of its own."""
     plan = plan_of_launch(stage)
     if plan.startswith("zero") or stage.training.get("deepspeed"):

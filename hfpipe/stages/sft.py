@@ -17,7 +17,7 @@ from hfpipe.data.dataloader import BatchLoader, RowSource, collate
 from hfpipe.data.row_order import PackedRows
 from hfpipe.data.stream.packing import isolation_leak
 from hfpipe.model.adapter import TOLERANCE
-from hfpipe.recipe import Sft
+from hfpipe.recipe import Sft, Stage
 from hfpipe.stages.arguments import clear_refusal
 from hfpipe.stages.causal_loss import WithFastLoss
 from hfpipe.stages.counterfactual import hold_together
@@ -48,17 +48,10 @@ def run_sft(run: StageRun) -> dict[str, Any]:
     length = sft_length(run, model)
     data = _streamed(run, model, length) if is_streamed(stage) else _tables(run, model, length)
     plan = data.plan
-    # Labels already mask untrained tokens; otherwise SFTTrainer would look for conversations.
-    labelled = {"assistant_only_loss": False, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation, **labelled)
+    arguments = trainer_arguments(run, plan.max_steps, plan.per_device, plan.accumulation)
     model = with_adapter(run, model)
-    with clear_refusal(stage, "SFTTrainer"), trained_weights_kept(model):
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}]),  # not read
-            processing_class=run.tokenizer,
-        )
+    with trained_weights_kept(model):
+        trainer = sft_trainer(stage, model, arguments, run.tokenizer)
     trainer.use_fast_loss()
     hold_near(run, trainer, data.parents_own)
     collated: Collated = _collate_marked if stage.kept.kl is not None else collate
@@ -70,6 +63,30 @@ def run_sft(run: StageRun) -> dict[str, Any]:
         epochs = {"epochs": round(facts["data"]["epochs"], 4)}
         facts["data"]["sources"] = {name: {**found, **epochs} for name, found in data.sources.items()}
     return facts
+
+
+def sft_trainer(stage: Stage, model: Any, arguments: Any, tokenizer: Any) -> _Trainer:
+    """Makes the trainer of a stage; the one row that it is given is not read.
+
+    Args:
+        stage: The stage.
+        model: Its model, with its adapter.
+        arguments: The trainer's own, which are changed.
+        tokenizer: The run's tokenizer.
+
+    Raises:
+        RecipeError: It refuses a value.
+    """
+    # Labels already mask untrained tokens; otherwise SFTTrainer would look for conversations.
+    arguments.assistant_only_loss = arguments.packing = False
+    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+    with clear_refusal(stage, "SFTTrainer"):
+        return _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}]),
+            processing_class=tokenizer,
+        )
 
 
 def _collate_marked(rows: Sequence[dict[str, Any]], pad_token_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:

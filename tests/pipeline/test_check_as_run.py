@@ -96,6 +96,10 @@ def sees_past_positions(recipe: dict[str, Any]) -> None:
     recipe["stages"][0]["training"] = {"max_steps": 1, "max_length": 64}
 
 
+def in_full(recipe: dict[str, Any]) -> None:
+    del recipe["stages"][0]["lora"]
+
+
 def no_classifier(recipe: dict[str, Any]) -> None:
     architecture = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
     tokenizer = train_tokenizer(["a b c d"], 300, 128)
@@ -150,6 +154,22 @@ CASES: dict[str, tuple[Fault, int]] = {
     "a base without weights": (files(lambda: Path("base/model.safetensors").unlink()), 2),
     "a base without a tokenizer": (files(lambda: [path.unlink() for path in Path("base").glob("tokenizer*")]), 2),
     "a base with a cut config": (files(lambda: Path("base/config.json").write_text("{")), 2),
+    "a loss of routers without routers": (training(router_aux_loss_coef=0.01), 2),
+    "an adapter of the head": (stage(lora={"r": 4, "target_modules": ["lm_head"]}), 2),
+    "checkpointing of no layer": (
+        training(activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 0}),
+        2,
+    ),
+    "a word that checkpointing has not": (
+        training(activation_checkpointing=True, activation_checkpointing_kwargs={"x": 1}),
+        2,
+    ),
+    "selective checkpointing that is off": (
+        training(activation_checkpointing=False, activation_checkpointing_kwargs={"selective": True}),
+        2,
+    ),
+    "selective checkpointing": (both(in_full, training(activation_checkpointing_kwargs={"selective": True})), 0),
+    "selective checkpointing of an adapter": (training(activation_checkpointing_kwargs={"selective": True}), 2),
     "no DeepSpeed file": (training(deepspeed="nothing.json"), 2),
     "modules that the model has not": (stage(lora={"r": 4, "target_modules": ["q_prj"]}), 2),
     "an unknown optimizer": (training(optim="best"), 2),
