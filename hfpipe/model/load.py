@@ -308,9 +308,7 @@ def load_model(
         options["device_map"] = {"": place or device()}
     spread = spread and _can_be_spread(ref)
     if spread:
-        with clear_errors("model", ref.path), torch.device("meta"):
-            trust = ref.options.trust_remote_code
-            shapes = AUTO_CLASSES[task].from_config(options.get("config") or config_of(ref), trust_remote_code=trust)
+        shapes = _shapes(ref, task, options.get("config") or config_of(ref))
         options["distributed_config"] = plan_for(shapes, frozen=frozen)
     # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
     fixed = torch.random.fork_rng() if task == "masked" else nullcontext()
@@ -339,6 +337,12 @@ def load_model(
         torch.nn.Module.to(model, place or device())
     model.eval()
     return (model, new) if with_new_modules else model
+
+
+def _shapes(ref: ModelRef, task: str, config: Any) -> Any:
+    """Builds a model of a config without memory for its weights."""
+    with clear_errors("model", ref.path), torch.device("meta"):
+        return AUTO_CLASSES[task].from_config(config, trust_remote_code=ref.options.trust_remote_code)
 
 
 def _options_of(ref: ModelRef, task: str, head: dict[str, Any] | None, *, frozen: bool) -> dict[str, Any]:

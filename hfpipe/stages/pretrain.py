@@ -106,10 +106,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         ranks.say(f"  {line}")
     max_steps = max_steps or _steps_of_epochs(run, {"lanes": stream.lanes}, stream.length, global_batch)
     trainer = _trainer(run, model, trainer_arguments(run, max_steps, per_device, accumulation))
-    collated: Collated = masking.collate if masking else collate
-    if stage.kept.kl is not None:
-        collated = partial(_collate_marked, len(parts) - len(texts))
-    collated = hold_together(run, trainer, collated)
+    collated = hold_together(run, trainer, _collated(stage, masking, len(parts) - len(texts)))
     loader = BatchLoader(stream, per_device, run.tokenizer.pad_token_id, collated=collated)
     facts = train(run, trainer, loader, tokens_per_step=global_batch * max_length, longest=(max_length, 0))
     for source, (_, removed) in zip(facts["data"]["sources"].values(), tables, strict=True):
@@ -138,6 +135,13 @@ def _trainer(run: StageRun, model: Any, arguments: TrainingArguments) -> _Traine
         trainer.use_fast_loss()
     hold_near(run, trainer, stage.kept.replay.share if stage.kept.replay is not None else 0.0)
     return trainer
+
+
+def _collated(stage: Pretrain, masking: Masking | None, first: int) -> Collated:
+    """Returns what makes a batch of rows; `first` is the number of the first source of the parent's own texts."""
+    if stage.kept.kl is not None:
+        return partial(_collate_marked, first)
+    return masking.collate if masking else collate
 
 
 def _collate_marked(
