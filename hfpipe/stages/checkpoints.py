@@ -7,11 +7,13 @@ another plan of the launch (saved in parts and read whole, or the other way roun
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from heapq import heapify, heapreplace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +33,7 @@ from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, SCHEDULER_NAME
 
 from hfpipe.core import peers, ranks, signals
 from hfpipe.core.errors import MachineError
-from hfpipe.core.files import fault_in, hashes_of, load_json, write_json
+from hfpipe.core.files import fault_in, hash_of_file, load_json, write_json
 from hfpipe.core.run_layout import EDITABLE
 from hfpipe.core.upstream import loss_sums, read_checkpoint_by, set_loss_sums
 from hfpipe.data.dataloader import BatchLoader
@@ -43,12 +45,45 @@ from hfpipe.stages.stage_run import StageRun
 MANIFEST = "manifest.json"
 DATA_STATE = "data_state.json"
 LOSS = "loss_state.json"
+# The rank that wrote a file: of torch's distributed checkpoint, DeepSpeed's states, Trainer's random states.
+BY_RANK = re.compile(r"(?:/__|zero_pp_rank_|^rng_state_)(\d+)[_.]")
 WEIGHTS, OPTIMIZER = f"{FSDP_MODEL_NAME}_0", "optimizer_0"  # accelerate's folders of parts
 
 
 def write_manifest(folder: Path, stage_hash: str) -> None:
-    """Declares a checkpoint whole; `stage_hash` says of which stage it is."""
-    write_json(folder / MANIFEST, {"stage": stage_hash, "files": hashes_of(folder, without=MANIFEST)})
+    """Declares a checkpoint whole; `stage_hash` says of which stage it is. Every rank has to call this."""
+    mine = shared_out(ranks.on_main(lambda: sizes_of(folder)), ranks.ranks())[ranks.rank()]
+    found = ranks.each(lambda: {name: [size, hash_of_file(folder / name)] for name, size in mine.items()})
+    files = {name: facts for part in found for name, facts in part.items()}
+    if ranks.is_main():
+        write_json(folder / MANIFEST, {"stage": stage_hash, "files": dict(sorted(files.items()))})
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint, by its path there."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def shared_out(sizes: Mapping[str, int], count: int) -> list[dict[str, int]]:
+    """Shares out the files of a checkpoint to the ranks: to each those that it wrote, of the others about as much.
+
+    Args:
+        sizes: Bytes by name.
+        count: Number of ranks.
+    """
+    shares: list[dict[str, int]] = [{} for _ in range(count)]
+    rest: dict[str, int] = {}
+    for name, size in sizes.items():
+        rank = int(named[1]) if (named := BY_RANK.search(name)) else count
+        (shares[rank] if rank < count else rest)[name] = size
+    loads = [(sum(share.values()), rank) for rank, share in enumerate(shares)]
+    heapify(loads)
+    for name, size in sorted(rest.items(), key=lambda one: (-one[1], one[0])):
+        load, rank = loads[0]
+        shares[rank][name] = size
+        heapreplace(loads, (load + size, rank))
+    return shares
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -64,17 +99,30 @@ def version_of(folder: Path) -> str | None:
 
 
 def fault_of(folder: Path, versions: Collection[str]) -> str | None:
-    """The reason why a checkpoint cannot be continued; None if it is whole and of one of its stage's versions."""
+    """The reason why a checkpoint cannot be continued; None if it is whole and of one of its stage's versions.
+
+    Every rank has to call this: each reads its share of the files.
+    """
+    files, fault = ranks.on_main(lambda: _listed(folder, versions))
+    if fault is not None:
+        return fault
+    whole = {name: facts for name, facts in files.items() if isinstance(facts, list) and len(facts) == 2}
+    sizes = {name: size for name, (size, _) in whole.items() if isinstance(size, int)}
+    mine = shared_out(dict.fromkeys(files, 0) | sizes, ranks.ranks())  # a manifest may be spoilt
+    faults = ranks.each(lambda: fault_in(folder, {name: files[name] for name in mine[ranks.rank()]}, EDITABLE))
+    return next(filter(None, faults), None)
+
+
+def _listed(folder: Path, versions: Collection[str]) -> tuple[dict[str, list[Any]], str | None]:
+    """The files that a manifest lists; and why they do not count, whatever is in them."""
     try:
         manifest = _manifest(folder)
-        stage, files = manifest["stage"], manifest["files"]
+        stage, files = manifest["stage"], dict(manifest["files"])
     except FileNotFoundError:
-        return "it has no manifest: writing it was cut short"
+        return {}, "it has no manifest: writing it was cut short"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest cannot be read"
-    if stage not in versions:
-        return "it belongs to another version of this stage"
-    return fault_in(folder, files, EDITABLE)
+        return {}, "its manifest cannot be read"
+    return files, None if stage in versions else "it belongs to another version of this stage"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -88,7 +136,7 @@ def by_step(stage_folder: Path) -> list[Path]:
 
 
 def newest_whole(stage_folder: Path, versions: Collection[str], last_step: int) -> tuple[Path | None, list[str]]:
-    """Finds the checkpoint to continue from.
+    """Finds the checkpoint to continue from. Every rank has to call this.
 
     Args:
         stage_folder: `stages/<stage>`.
@@ -99,7 +147,7 @@ def newest_whole(stage_folder: Path, versions: Collection[str], last_step: int) 
         The newest checkpoint that is whole, and a line on each newer one that was passed over.
     """
     passed_over: list[str] = []
-    for folder in by_step(stage_folder):
+    for folder in ranks.from_main(by_step(stage_folder)):
         if step_of(folder) > last_step:
             continue
         fault = fault_of(folder, versions)
@@ -175,13 +223,13 @@ class CheckpointCallback(TrainerCallback):
         if args.should_save:
             write_json(folder / LOSS, sums)
             write_json(folder / DATA_STATE, self.loader.source.merge_states(states))
-            # The last batch of an epoch may be filled with padding rows, and no longer run goes on from there.
-            write_manifest(folder, self.trajectory if self.loader.source.goes_on else self.stage_hash)
-            if self.keep is not None:
-                best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
-                for old in by_step(folder.parent)[max(self.keep, 1) :]:
-                    if old.name != best:  # which early stopping goes back to
-                        shutil.rmtree(old, ignore_errors=True)
+        # The last batch of an epoch may be filled with padding rows, and no longer run goes on from there.
+        write_manifest(folder, self.trajectory if self.loader.source.goes_on else self.stage_hash)
+        if args.should_save and self.keep is not None:
+            best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
+            for old in by_step(folder.parent)[max(self.keep, 1) :]:
+                if old.name != best:  # which early stopping goes back to
+                    shutil.rmtree(old, ignore_errors=True)
         ranks.wait()
         peers.keep()
         self.saved_at = time.monotonic()

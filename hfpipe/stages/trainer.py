@@ -300,7 +300,7 @@ def _add_callbacks(
 def _taken_up(run: StageRun, trainer: Trainer, loader: BatchLoader) -> Path | None:
     """Takes up the position of the newest whole checkpoint, and returns its folder; None at the start of a stage."""
     versions = {run.hash, run.trajectory}
-    checkpoint, passed_over = ranks.on_main(lambda: newest_whole(run.folder, versions, trainer.args.max_steps))
+    checkpoint, passed_over = newest_whole(run.folder, versions, trainer.args.max_steps)
     for line in passed_over:
         ranks.say(f"  {line}")
     if checkpoint:
