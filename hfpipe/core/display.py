@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CALM_SECONDS = 1.0  # work that is done sooner is not shown
 EVERY_SECONDS = 10.0  # between two `progress` objects of one piece of work
 SPARKS = "▁▂▃▄▅▆▇█"
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 @dataclass
@@ -36,9 +36,11 @@ class Work:
         begun: The clock at its beginning.
         done: Units done so far.
         total: All units; None where nobody knows.
+        unit: `B` for bytes; empty for what its label names.
     """
 
     label: str
+    unit: str = ""
     begun: float = field(default_factory=time.monotonic)
     done: int = 0
     total: int | None = None
@@ -148,7 +150,8 @@ def event(name: str, /, **fields: Any) -> None:
     """Writes an object of `--json`; nothing in any other mode."""
     if _state.out is not None:
         row = {"event": name, "time": round(time.time(), 3), **fields}
-        print(json.dumps(row, ensure_ascii=False, allow_nan=True), file=_state.out, flush=True)
+        _state.out.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")  # at once: a thread may tell too
+        _state.out.flush()
 
 
 def scored(text: str, row: dict[str, Any]) -> None:
@@ -181,20 +184,37 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], marks:
 @contextmanager
 def doing(label: str) -> Iterator[None]:
     """Shows a piece of work until the block ends; `count` says how far it is."""
-    work = Work(label)
-    _state.works.append(work)
+    work = begin(label)
     try:
         yield
     finally:
-        if work in _state.works:
-            _state.works.remove(work)
+        end(work)
 
 
-def count(done: int, total: int | None = None) -> None:
-    """Says how far the innermost piece of work is; cheap enough to be called for every batch."""
-    if not _state.works:
+def begin(label: str, unit: str = "") -> Work:
+    """Shows a piece of work until `end`; see `Work`."""
+    work = Work(label, unit)
+    _state.works.append(work)
+    return work
+
+
+def end(work: Work) -> None:
+    """Shows a piece of work no longer; nothing if it is not shown."""
+    if work in _state.works:
+        _state.works.remove(work)
+
+
+def count(done: int, total: int | None = None, work: Work | None = None) -> None:
+    """Says how far a piece of work is; cheap enough to be called for every batch.
+
+    Args:
+        done: Units done.
+        total: All units; None where nobody knows.
+        work: Which; the innermost one when None.
+    """
+    if work is None and not _state.works:
         return
-    work = _state.works[-1]
+    work = work or _state.works[-1]
     work.done, work.total = done, total
     if _state.out is not None and (now := time.monotonic()) - max(work.told, work.begun) > EVERY_SECONDS:
         work.told = now
@@ -351,10 +371,11 @@ def _work_line(work: Work, width: int, now: float) -> Any:
     passed = now - work.begun
     label = Text(f"  {work.label}", no_wrap=True, overflow="ellipsis")
     if not work.total:
-        many = f"  {work.done:,}" if work.done else ""
+        many = f"  {_counted(work, work.done)}" if work.done else ""
         return _row(label, Text(f"{many}  {clock(passed)}", style="dim"))
     left = passed * (work.total - work.done) / work.done if work.done else None
-    told = f"{work.done:,}/{work.total:,}  " + (f"{clock(left)} left" if left is not None else clock(passed))
+    told = f"{_counted(work, work.done).removesuffix(' MiB')}/{_counted(work, work.total)}  "
+    told += f"{clock(left)} left" if left is not None else clock(passed)
     label.truncate(max(4, width - len(told) - 12), overflow="ellipsis")
     return _row(label, _bar(work.done / work.total, max(8, width - label.cell_len - len(told) - 4)), told)
 
@@ -373,6 +394,10 @@ def speed_facts(row: Mapping[str, Any], memory: int) -> list[str]:
     facts += [f"{memory / GIB:.1f} GiB at most"] if memory else []
     facts += [f"{known['data_wait']:.0%} waiting for data"] if "data_wait" in known else []
     return facts
+
+
+def _counted(work: Work, many: int) -> str:
+    return f"{many / MIB:,.1f} MiB" if work.unit == "B" else f"{many:,}"
 
 
 def _training_lines(shown: Training, width: int) -> list[Any]:

@@ -285,6 +285,23 @@ def left_out_of_commit(operations: Iterable[Any]) -> list[str]:
     return [one.path_in_repo for one in operations if one._should_ignore]
 
 
+def show_downloads(bar: type) -> None:
+    """Has whatever is downloaded through an `HfApi` draw such a bar in place of huggingface_hub's own.
+
+    `datasets` downloads files so, and has no argument for the bar; transformers has one. No issue found.
+
+    Args:
+        bar: A class as `tqdm_class` takes it.
+    """
+    from functools import partialmethod
+
+    from huggingface_hub import HfApi
+
+    api: Any = HfApi
+    if not isinstance(vars(api)["hf_hub_download"], partialmethod):
+        api.hf_hub_download = partialmethod(api.hf_hub_download, tqdm_class=bar)
+
+
 # sacrebleu
 
 

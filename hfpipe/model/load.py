@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hfpipe.core import display, ranks
+from hfpipe.core.downloads import Download
 from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.core.files import load_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
@@ -323,6 +324,7 @@ def load_model(
             trust_remote_code=ref.options.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            tqdm_class=Download,
             **options,
         )
     require_token_ids(model, ref.path)

@@ -11,9 +11,11 @@ from typing import Any
 from huggingface_hub import get_local_safetensors_metadata
 
 from hfpipe.core import display, ranks
+from hfpipe.core.downloads import Download
 from hfpipe.core.files import GIB, hashes_of, read_json, read_jsonl, write_json, write_jsonl, write_text
 from hfpipe.core.http import limit_waiting
 from hfpipe.core.run_layout import MODEL, damage_of, model_of, predictions_of, strength_of
+from hfpipe.core.upstream import show_downloads
 from hfpipe.data.mixture import mixture
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.metrics import needs_of
@@ -37,11 +39,12 @@ DDP_TIMEOUT = 1800  # seconds, Trainer's own
 
 
 def quiet_libraries() -> None:
-    """Leaves the terminal to hfpipe: the libraries report errors only, draw no bars, and wait for no Hub for ever."""
+    """Leaves the terminal to hfpipe: libraries report errors only, draw no bars, and wait for no Hub for ever."""
     import datasets
     import transformers
 
     limit_waiting()
+    show_downloads(Download)
     if display.is_verbose():
         return
     transformers.utils.logging.set_verbosity_error()
