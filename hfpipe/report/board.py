@@ -17,13 +17,13 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from hfpipe.core.errors import MachineError, RecipeError, UserError
-from hfpipe.core.files import read_json, read_jsonl
+from hfpipe.core.files import read_json
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.report.content import about, by_key, how_trained, run_page
+from hfpipe.report.comparison import compare_runs, log_of
+from hfpipe.report.content import about, how_trained, run_page
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told, render
 from hfpipe.report.plots import loss_curve
-from hfpipe.scores.scorecard import Score, of_lineage, read_scorecard, stages_of
-from hfpipe.scores.wording import interval, number
+from hfpipe.scores.wording import number
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
@@ -112,8 +112,10 @@ class Board(ThreadingHTTPServer):
             shown = [
                 self._made(f"/{name}", folder, lambda n=name, f=folder: _shown(n, f)) for name, folder in runs.items()
             ]
-            table = self._made("scores", self.root, lambda: _comparison(runs), list(map(_signature, runs.values())))
-            return render("board.html", root=self.root.name, runs=shown, table=table, refresh=REFRESH_SECONDS)
+            signatures = [(name, _signature(folder)) for name, folder in runs.items()]
+            both = self._made("comparison", self.root, lambda: compare_runs(runs), signatures)
+            title = self.root.resolve().name
+            return render("board.html", root=title, runs=shown, comparison=both, refresh=REFRESH_SECONDS)
         found = next((folder for name, folder in runs.items() if path == f"/run/{quote(name, safe='')}"), None)
         return None if found is None else self._made(path, found, lambda: _run_html(found))
 
@@ -202,7 +204,7 @@ def _progress(folder: Path, recipe: Recipe) -> Table:
     rows: list[list[str | Cell]] = []
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
-        facts, log = read_json(place / "done.json"), _log(place)
+        facts, log = read_json(place / "done.json"), log_of(place)
         last = log[-1] if log else {}
         state = "done" if facts else "training" if log else "waiting"
         step = facts.get("steps", last.get("step"))
@@ -220,41 +222,10 @@ def _progress(folder: Path, recipe: Recipe) -> Table:
     return Table(HEAD, rows)
 
 
-def _log(place: Path) -> list[dict[str, Any]]:
-    file = place / "log.jsonl"
-    return [row for row in read_jsonl(file) if "loss" in row] if file.exists() else []
-
-
 def _curves(folder: Path, recipe: Recipe) -> list[str]:
-    logs = {stage.name: _log(folder / "stages" / stage.name) for stage in recipe.stages}
+    logs = {stage.name: log_of(folder / "stages" / stage.name) for stage in recipe.stages}
     return [
         loss_curve(name, [row["step"] for row in log], [row["loss"] for row in log], "")
         for name, log in logs.items()
         if log
     ]
-
-
-def _comparison(runs: dict[str, Path]) -> Table | None:
-    """The last score of each suite in each run, for the suites that two runs or more have."""
-    last: dict[str, dict[tuple[str, str], Score]] = {}
-    for name, folder in runs.items():
-        try:
-            scores = read_scorecard(folder / "scorecard.json")
-            recipe = load_recipe(folder / "recipe.yaml")
-            own = of_lineage(scores, recipe.lineage(stages_of(scores)[-1]))
-            last[name] = {line[-1].key: line[-1] for line in by_key(own)}
-        except (UserError, ValueError, KeyError, TypeError, OSError, IndexError):
-            continue
-    keys = [key for key in dict.fromkeys(key for one in last.values() for key in one)]
-    shared = [key for key in keys if sum(key in one for one in last.values()) > 1]
-    if not shared:
-        return None
-    rows = []
-    for name, one in last.items():
-        cells: list[str | Cell] = [name]
-        for key in shared:
-            score = one.get(key)
-            cells.append("" if score is None else Cell(number(score.value, score.metric), interval(score)))
-        rows.append(cells)
-    arrows = {key: next(one[key] for one in last.values() if key in one).arrow for key in shared}
-    return Table(["run", *(Number(f"{suite} {metric} {arrows[suite, metric]}") for suite, metric in shared)], rows)

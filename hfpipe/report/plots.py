@@ -22,6 +22,7 @@ from hfpipe.scores.tradeoff import Point
 
 INK = "#010203"  # drawn in this colour, written as currentColor: right on a light and on a dark page
 BLUE, ORANGE = "#3b76d6", "#d9742b"
+COLOURS = [BLUE, ORANGE, "#3a9a5b", "#b04fb8", "#c2a12a", "#7a8594"]
 STYLE: Any = {
     "text.parse_math": False,  # a name with two dollar signs is no formula
     "svg.fonttype": "none",  # text stays text: small, sharp, found by a search
@@ -38,7 +39,7 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, "#3a9a5b", "#b04fb8", "#c2a12a", "#7a8594"]),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
 
 
@@ -57,6 +58,33 @@ class Placed:
     parent: str
     method: str
     where: Point
+
+
+def loss_curves(stage: str, runs: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> str:
+    """The training losses of one stage in several runs.
+
+    Args:
+        stage: Name of the stage.
+        runs: By run its optimizer steps, (N,), and its losses, (N,).
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE)
+        axes = figure.subplots()
+        for number, (name, (steps, losses)) in enumerate(runs.items()):
+            axes.plot(steps, losses, linewidth=1.4, label=cut(name), linestyle=_line(number), **_look(number, steps))
+        axes.set(xlabel="step", ylabel="loss", title=cut(stage))
+        axes.grid(axis="y")
+        axes.legend(frameon=False, fontsize=8)
+        told = "; ".join(f"{name} {losses[-1]:.4f} at step {steps[-1]}" for name, (steps, losses) in runs.items())
+        return svg_of(figure, f"Training losses of stage {stage}: {told}")
+
+
+def _line(number: int) -> str:
+    return ("-", "--", ":")[number // len(COLOURS) % 3]
+
+
+def _look(number: int, steps: Sequence[int]) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": "." if len(steps) < 25 else None}
 
 
 def loss_curve(stage: str, steps: Sequence[int], losses: Sequence[float], unit: str) -> str:
@@ -164,28 +192,50 @@ def tradeoff_plots(stages: Sequence[Placed]) -> list[str]:
     return [_tradeoff(children, f"stages that start from {cut(parent)}") for parent, children in families.items()]
 
 
-def _tradeoff(stages: Sequence[Placed], title: str) -> str:
+def front(runs: Sequence[Placed]) -> str:
+    """Several runs on one plane, and the line of those of which no other one gained more and forgot less.
+
+    Args:
+        runs: The runs, with a gain and a forgetting each; their method is not shown.
+    """
+    return _tradeoff(runs, "runs, each against its base", line=True)
+
+
+def _tradeoff(stages: Sequence[Placed], title: str, *, line: bool = False) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         axes = figure.subplots()
-        told = []
+        told, places = [], []
         for number, one in enumerate(stages):
             gain, loss = one.where.gain, one.where.forgetting
             assert gain is not None
             assert loss is not None
+            places.append((loss.value, gain.value))
             look: dict[str, Any] = {
-                "color": f"C{number}",
-                "marker": "os^Dv*"[number % 6],
+                "color": COLOURS[number % len(COLOURS)],
+                "marker": "os^Dv*"[(number + number // len(COLOURS)) % 6],
                 "capsize": 3,
                 "elinewidth": 1,
             }
-            name = f"{cut(one.stage)} ({'all weights' if one.method == 'full' else one.method})"
+            how = {"full": " (all weights)", "": ""}.get(one.method, f" ({one.method})")
+            name = f"{cut(one.stage)}{how}"
             axes.errorbar(loss.value, gain.value, Z * gain.stderr, Z * loss.stderr, ls="none", label=name, **look)
             told.append(f"{one.stage}: gain {gain.value:.1%}, forgetting {loss.value:.1%}")
+        if line:
+            axes.plot(*zip(*undominated(places), strict=True), color=INK, alpha=0.4, linewidth=1, zorder=0)
         _plane(axes)
         axes.set_title(title)
         axes.legend(frameon=False, fontsize=9)
         return svg_of(figure, f"Gain against forgetting. {'; '.join(told)}")
+
+
+def undominated(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (forgetting, gain) of which no other has less of the one and more of the other, in order."""
+    found: list[tuple[float, float]] = []
+    for loss, gain in sorted(places, key=lambda place: (place[0], -place[1])):
+        if not found or gain > found[-1][1]:
+            found.append((loss, gain))
+    return found
 
 
 def dial_plots(dial: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import tiny
 
 from hfpipe.cli import main
 from hfpipe.report.board import Board
+from hfpipe.report.plots import undominated
 from hfpipe.scores.scorecard import Score, write_scorecard
 
 HOSTILE = "<img src=x onerror=alert(1)>&quot"
@@ -46,7 +47,7 @@ class Asked:
         self.port = board.server_port
 
     def __call__(self, path: str, method: str = "GET", host: str | None = None) -> tuple[int, str, dict[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         connection.request(method, path, headers={"Host": host or f"127.0.0.1:{self.port}"})
         answer = connection.getresponse()
         return answer.status, answer.read().decode(), dict(answer.getheaders())
@@ -84,7 +85,7 @@ def test_runs_their_scores_and_their_pages(root: Path, ask: Asked) -> None:
     status, page, headers = ask("/")
     assert status == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
-    for text in ("2.5000", "2.2500", "bits_per_byte ↓", "training", "waiting"):
+    for text in ("2.5000", "2.2500", "bits_per_byte\N{NO-BREAK SPACE}↓", "training", "waiting"):
         assert text in page
     links = [words["href"] for tag, words in elements(page) if tag == "a"]
     assert sorted(map(str, links)) == ["/run/one", "/run/two"]
@@ -93,6 +94,30 @@ def test_runs_their_scores_and_their_pages(root: Path, ask: Asked) -> None:
     assert "<svg" in page
     assert "Gained" in page
     assert "2.5000" in page
+
+
+def test_runs_are_compared_by_their_losses_and_on_the_front(root: Path, ask: Asked) -> None:
+    for name, general, task in (("small", 4.1, 3.0), ("large", 4.4, 2.0), ("worse", 4.5, 2.5)):
+        folder = add_run(root, name, None)
+        scores = [
+            Score(stage, suite, "bits_per_byte", at, 0.01, 300, False, low=at - 0.02, high=at + 0.02)
+            for stage, values in (("base", (4.0, 4.0)), ("prose", (general, task)))
+            for suite, at in zip(("general", "task"), values, strict=True)
+        ]
+        write_scorecard(scores, folder / "scorecard.json")
+    log(root / "large", [7.0, 6.0, 4.0])
+    add_run(root, "other", 2.5)
+    (root / "other" / "stages" / "prose" / "log.jsonl").unlink()
+    _, page, _ = ask("/")
+    told = {str(words["aria-label"]) for tag, words in elements(page) if tag == "svg"}
+    [losses] = [text for text in told if text.startswith("Training losses of stage prose")]
+    assert "large 4.0000 at step 30" in losses
+    assert "other" not in losses
+    [front] = [text for text in told if text.startswith("Gain against forgetting")]
+    assert "large: gain 50.0%, forgetting 10.0%" in front
+    assert "small: gain 25.0%, forgetting 2.5%" in front
+    assert "other" not in front
+    assert undominated([(0.1, 0.5), (0.025, 0.25), (0.125, 0.375)]) == [(0.025, 0.25), (0.1, 0.5)]
 
 
 def test_a_run_that_goes_on_is_seen(root: Path, ask: Asked) -> None:
