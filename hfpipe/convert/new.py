@@ -15,7 +15,7 @@ from typing import Any
 
 from hfpipe.convert.command import name_of
 from hfpipe.convert.render import render
-from hfpipe.convert.words import CHATML, source_of, turns
+from hfpipe.convert.words import CHATML, is_file, turns
 from hfpipe.core.errors import RecipeError, UserError
 
 LOOKED_AT = 1000  # rows
@@ -75,7 +75,7 @@ def run(answers: Mapping[str, str | None]) -> None:
     """Asks what the flags do not say, looks at the data, and writes the recipe.
 
     Args:
-        answers: `data`, `model`, `task`, `hardware` and `output`; None where the command line does not say it.
+        answers: `data`, `model`, `task`, `columns`, `hardware`, `output`; None where the command line does not say it.
 
     Raises:
         RecipeError: An answer is missing and there is nobody to ask, is none of the allowed, or the file exists.
@@ -91,7 +91,7 @@ def run(answers: Mapping[str, str | None]) -> None:
     asking = bool(lacking)
     data = answers.get("data") or _ask("data")
     model = answers.get("model") or _ask("model")
-    source = _source(data)
+    source = _source(data, answers.get("columns"))
     if (task := answers.get("task")) not in (None, *TASKS):
         raise RecipeError(f"found {task!r} as the task; allowed is one of {', '.join(TASKS)}.")
     look = look_at(source, task)
@@ -121,19 +121,24 @@ def _ask(key: str, default: str = "") -> str:
     return answer
 
 
-def _source(data: str) -> dict[str, Any]:
-    """The source of a file, a folder or a data set of the Hub.
+def _source(data: str, columns: str | None) -> dict[str, Any]:
+    """The source of a file, a folder or a data set of the Hub, and what its columns are, as the command line says it.
 
     Raises:
-        RecipeError: A path is named that is not there.
+        RecipeError: A path is named that is not there, or the columns are not written as they should be.
     """
-    path = Path(data).expanduser()
-    source = source_of(str(path) if path.exists() else data)
-    if "data_files" in source and not path.exists():
+    if is_file(data) and not Path(data).expanduser().exists():
         raise RecipeError(
             f"there is no file {data}. Name a file, a folder, or a data set of the Hub such as openai/gsm8k."
         )
-    return source
+    if columns is None:
+        return {"path": data}
+    pairs = [pair.partition("=") for pair in columns.split(",")]
+    if not all(role and column for role, _, column in pairs):
+        raise RecipeError(
+            f"found --columns {columns}; allowed is ROLE=COLUMN,..., as in prompt=Frage,completion=Antwort."
+        )
+    return {"path": data, "columns": {role.strip(): column.strip() for role, _, column in pairs}}
 
 
 def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
@@ -146,7 +151,14 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     Raises:
         DataError: They have no format that is known, or none for the task; the message says how to name the columns.
     """
-    opened = _opened(source, _FORMATS.get(TASKS.get(task or "", "")))
+    from hfpipe.data.sources.formats import UnknownColumns
+
+    try:
+        opened = _opened(source, _FORMATS.get(TASKS.get(task or "", "")))
+    except UnknownColumns as error:
+        words = ",".join(f"{role}={column}" for role, column in error.example.items())
+        told = f"{error} Or write --columns {words}, with the columns that are meant."
+        raise UnknownColumns(told, error.example) from error
     if task is None and opened.taken.format.name == "text":
         with suppress(UserError):  # a text without a label
             opened = _opened(source, ("classification",))
@@ -154,7 +166,7 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
 
     rows = list(opened.rows.take(LOOKED_AT))
     if not rows:
-        raise RecipeError(f"{source.get('data_files', source['path'])} has no row.")
+        raise RecipeError(f"{source['path']} has no row.")
     texts = [text_of(row) for row in rows]
     lengths = sorted(map(len, texts))
     labels = Counter(str(row["label"]) for row in rows if row.get("label") is not None)
@@ -230,6 +242,7 @@ def build(
         source["format"] = "alpaca_chat"
     elif task == "chat" and look.format in _ASKED:
         question, answer = (f"{{{look.columns[name]}}}" for name in _ASKED[look.format])
+        source.pop("columns", None)
         source["template"] = turns(question, answer)
     fitting = _FORMATS[kind]
     if look.end not in fitting:
@@ -284,7 +297,7 @@ def tokens_of(look: Look) -> int:
 
 def _head(name: str, source: Mapping[str, Any], task: str, look: Look, length: int) -> list[str]:
     """Returns the comment lines that describe the data and the next command."""
-    data = source.get("data_files", source["path"])
+    data = source["path"]
     more = "the first " if look.rows == LOOKED_AT else ""
     lines = [
         f"{name}: {task} on {data}, written by `hfpipe new`.",
@@ -300,4 +313,4 @@ def _head(name: str, source: Mapping[str, Any], task: str, look: Look, length: i
 
 def answers_of(options: Any) -> dict[str, str | None]:
     """The answers that the command line gives."""
-    return {key: getattr(options, key) for key in _QUESTIONS}
+    return {key: getattr(options, key) for key in (*_QUESTIONS, "columns")}

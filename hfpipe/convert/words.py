@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfpipe.convert.draft import Draft
+from hfpipe.recipe.row_formats import SAID_KEYS, SPEAKER_KEYS
 
 Trained = Literal["assistant", "last", "completion", "all"]
 Block = dict[str, Any]
@@ -38,7 +39,7 @@ def source_of(path: str, **more: Any) -> Block:
 
 def chat_rows(draft: Draft, source: Block, column: str, role: str = "role", content: str = "content") -> list[Block]:
     """Sources of conversations: a list of turns in one column."""
-    if (role, content) == ("from", "value"):
+    if (role, content) != ("role", "content") and role in SPEAKER_KEYS and content in SAID_KEYS:
         named = {} if column == "conversations" else {"columns": {"conversations": column}}
         return [{**source, "format": "sharegpt", **named}]
     if (role, content) != ("role", "content"):

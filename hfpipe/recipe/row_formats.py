@@ -14,6 +14,10 @@ from typing import Any
 COMPLETION_TURNS = (
     "completion_turns"  # of `messages`: how many of the last turns are the completion, where data says it
 )
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "thread", "turns", "chat")
+# Who speaks and what is said, by the keys of a turn in people's files; of several the first counts.
+SPEAKER_KEYS = ("from", "role", "author", "speaker", "sender")
+SAID_KEYS = ("value", "content", "text", "body", "message")
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # TRL's columns, which a chat template is given too
 
 
@@ -82,7 +86,7 @@ _FORMATS = (
         "messages",
         ("messages",),
         beside=("system", *BESIDE_MESSAGES),
-        aliases={"messages": ("conversations", "conversation")},
+        aliases={"messages": CONVERSATIONS[1:]},
         rank=1,
         trained_by=("sft",),
         texts=(("messages",),),
@@ -195,7 +199,7 @@ _FORMATS = (
         "sharegpt",
         ("conversations",),
         beside=("system", *BESIDE_MESSAGES),
-        aliases={"conversations": ("messages", "conversation")},
+        aliases={"conversations": tuple(name for name in CONVERSATIONS if name != "conversations")},
         rank=1,
         becomes="messages",
     ),

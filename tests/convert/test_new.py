@@ -115,3 +115,28 @@ def test_what_is_missing_is_asked_at_a_terminal(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     assert main(["new"]) == 0
     assert main(["check", "--fast", "my.yaml"]) == 0
+
+
+def test_files_of_other_people_become_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = [{"author": "customer", "body": "Where is it?", "at": "9:00"}, {"author": "agent", "body": "On its way."}]
+    written(tmp_path, [{"ticket": n, "thread": said} for n in range(40)], "desk.jsonl")
+    assert main(["new", "--data", "desk.jsonl", "--model", "team/base-1B", "--hardware", "24GB"]) == 0
+    content = yaml.safe_load((tmp_path / "desk.yaml").read_text())
+    assert content["stages"][0]["name"] == "chat"
+    assert content["stages"][0]["data"][0]["path"] == "desk.jsonl"
+    rows = "".join(f"What is {n}?;It is {n}.\n" for n in range(40))
+    (tmp_path / "faq.csv").write_text("question;answer\n" + rows, encoding="utf-8-sig")
+    assert main(["new", "--data", "faq.csv", "--model", "team/base-1B", "--hardware", "24GB"]) == 0
+    assert "40 rows of question_answer" in capsys.readouterr().out
+    (tmp_path / "faq.csv").write_text("Frage;Antwort\n" + rows, encoding="utf-8-sig")
+    assert main(["new", "--data", "faq.csv", "--model", "team/base-1B", "-o", "other.yaml"]) == 5
+    assert "--columns prompt=Frage,completion=Antwort" in capsys.readouterr().err
+    words = ["--task", "chat", "--columns", "prompt=Frage,completion=Antwort"]
+    assert main(["new", "--data", "faq.csv", "--model", "team/base-1B", *words, "-o", "other.yaml"]) == 0
+    content = yaml.safe_load((tmp_path / "other.yaml").read_text())
+    turns = content["stages"][0]["data"][0]["template"]["messages"]
+    assert [turn["content"] for turn in turns] == ["{Frage}", "{Antwort}"]
+    assert main(["check", "--fast", "other.yaml"]) == 0

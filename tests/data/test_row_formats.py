@@ -88,6 +88,14 @@ def test_sharegpt_under_any_of_its_names_becomes_messages(read: Any, column: str
     assert named["messages"] == [{"role": "user", "content": "Rome?"}]
 
 
+@pytest.mark.parametrize(("speaker", "said"), [("author", "body"), ("sender", "text"), ("role", "message")])
+def test_turns_with_other_keys_become_messages(read: Any, speaker: str, said: str) -> None:
+    turns = [{speaker: "customer", said: "Where is it?", "at": "9:00"}, {speaker: "Agent", said: "On its way."}]
+    [row] = read({"ticket": 7, "thread": turns})
+    spoken = [(turn["role"], turn["content"]) for turn in row["messages"]]
+    assert spoken == [("user", "Where is it?"), ("assistant", "On its way.")]
+
+
 @streamed
 def test_openai_messages_with_parts_calls_and_reasoning(read: Any, streaming: bool) -> None:
     parts = [{"type": "text", "text": "Rome"}, {"type": "text", "text": "?"}]

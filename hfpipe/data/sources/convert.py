@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from hfpipe.recipe.row_formats import BESIDE_MESSAGES, RowFormat
+from hfpipe.recipe.row_formats import BESIDE_MESSAGES, SAID_KEYS, SPEAKER_KEYS, RowFormat
 
 Row = dict[str, Any]
 
@@ -25,8 +25,8 @@ ALPACA_INPUT = (
 )
 # Who speaks in ShareGPT's and LLaMA-Factory's files, by the names of chat templates.
 SPEAKERS = {
-    **dict.fromkeys(("human", "user", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("human", "user", "prompter", "customer", "client"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "bard", "bing", "ai", "agent"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response", "function", "ipython"), "tool"),
     "function_call": "assistant",
     "system": "system",
@@ -166,8 +166,7 @@ def plain_turn(turn: Mapping[str, Any]) -> Row:
     arguments of `tool_calls` are JSON texts in many files; templates write them out themselves, so they are parsed.
     """
     kept = {key: value for key, value in turn.items() if value is not None}
-    speaker = str(kept.pop("from", kept.pop("role", "")))
-    content = kept.pop("value", kept.pop("content", ""))
+    speaker, content = str(_taken(kept, SPEAKER_KEYS)), _taken(kept, SAID_KEYS)
     if isinstance(content, list) and all(map(_is_text, content)):
         content = "".join(part["text"] for part in content)
     new = {"role": SPEAKERS.get(speaker.lower(), speaker), "content": content}
@@ -176,6 +175,12 @@ def plain_turn(turn: Mapping[str, Any]) -> Row:
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = [_with_arguments(call) for call in kept["tool_calls"]]
     return new | kept
+
+
+def _taken(turn: Row, keys: Sequence[str]) -> Any:
+    """Takes the value of the first of some keys out of a turn; of the two common ones, both go."""
+    known = [key for key in keys[:2] if key in turn] or [key for key in keys[2:] if key in turn][:1]
+    return next(iter([turn.pop(key) for key in known]), "")
 
 
 def _is_text(part: Any) -> bool:

@@ -29,7 +29,15 @@ from hfpipe.data.sources.templates import (
 )
 from hfpipe.recipe import Source
 from hfpipe.recipe.faults import did_you_mean, listed
-from hfpipe.recipe.row_formats import BESIDE_MESSAGES, ENDS, ROW_FORMATS, RowFormat, format_of
+from hfpipe.recipe.row_formats import (
+    BESIDE_MESSAGES,
+    ENDS,
+    ROW_FORMATS,
+    SAID_KEYS,
+    SPEAKER_KEYS,
+    RowFormat,
+    format_of,
+)
 
 Rows: TypeAlias = Dataset | IterableDataset
 Kind: TypeAlias = str  # the name of a format that is trained on or scored as it stands
@@ -38,6 +46,17 @@ NOT_TEXT = ("id", "label", "choices", "answer", "sentences", "answer_info", "add
 _NUMBER = re.compile(r"\s*[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?\s*")
 _DIALOGUE = re.compile(r"\s*Human:")  # as the dialogues of HH-RLHF begin
 TEXT_TYPES = ("string", "large_string", "string_view", "null")
+
+
+class UnknownColumns(DataError):
+    """The columns of a source fit no format; `example` is what the recipe might say they mean, by role."""
+
+    def __init__(self, message: str, example: dict[str, str]) -> None:
+        super().__init__(message)
+        self.example = example
+
+    def __reduce__(self) -> tuple[type[UnknownColumns], tuple[str, dict[str, str]]]:
+        return type(self), (str(self), self.example)  # ranks tell each other
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,7 @@ def _taken_for(rows: Rows, asked_for: _Asked) -> Taken:
         columns = _columns_of(one, features, renamed, templates)
         if end in allowed and one.is_recognized and columns is not None and _fits(one, columns, features, turns):
             fitting[one.name] = columns
-    if "messages" in named and "messages" in renamed and turns.keys_of(renamed["messages"]) >= {"from", "value"}:
+    if "messages" in named and "messages" in renamed and _has_other_keys(turns.keys_of(renamed["messages"])):
         columns = _columns_of(ROW_FORMATS["sharegpt"], features, {"conversations": renamed["messages"]}, {})
         fitting = {"sharegpt": columns or {}}
     if not fitting:
@@ -259,11 +278,11 @@ class _Turns:
 def _fits(format: RowFormat, columns: Mapping[str, str], features: Features, turns: _Turns) -> bool:
     """Returns True if columns fit a format; columns under our names are judged later, with a message."""
     if format.name == "sharegpt":
-        return turns.keys_of(columns["conversations"]) >= {"from", "value"}
+        return _has_other_keys(turns.keys_of(columns["conversations"]))
     if format.name == "messages" and "messages" in columns:
         keys = turns.keys_of(columns["messages"])
         is_alias = columns["messages"] in format.aliases["messages"]
-        return keys >= {"role", "content"} or not (is_alias or keys >= {"from", "value"})
+        return keys >= {"role", "content"} or not (is_alias or _has_other_keys(keys))
     if format.name == "hh_rlhf":
         sides = [turns.first(columns[name]) for name in format.columns]
         return all(isinstance(side, str) and _DIALOGUE.match(side) for side in sides)
@@ -276,6 +295,12 @@ def _fits(format: RowFormat, columns: Mapping[str, str], features: Features, tur
     return all(
         _is_text(features[column]) for name, column in columns.items() if name in format.columns and name != "label"
     )
+
+
+def _has_other_keys(keys: set[str]) -> bool:
+    """Returns True if turns say who speaks and what is said by other keys than `role` and `content`."""
+    told = keys & {*SPEAKER_KEYS} and keys & {*SAID_KEYS}
+    return bool(told) and not keys >= {"role", "content"}
 
 
 def _is_text(feature: Any) -> bool:
@@ -309,10 +334,14 @@ def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> D
         )
     wanted = [" with ".join(f"`{name}`" for name in ENDS[kind].columns) for kind in allowed[:4]]
     lacking = f"neither {' nor '.join(wanted)}" if len(wanted) > 1 else f"no {wanted[0]}"
-    first = ENDS[allowed[:4][-1]].columns
+    kind = "prompt_completion" if "prompt_completion" in allowed else allowed[:4][-1]
+    first = ENDS[kind].columns
     inner = [name for name in features.flatten() if name not in features]
-    places = (inner[0], inner[-1]) if inner else ("SOME_COLUMN", "OTHER_COLUMN")
-    example = ", ".join(f"{name}: {place}" for name, place in zip(first, places, strict=False))
+    texts = [name for name, feature in features.items() if _is_text(feature)]
+    others = [name for name, feature in features.items() if isinstance(feature, Value) and name not in texts]
+    places = (inner[0], inner[-1]) if inner and not texts else (*texts, *others, "SOME_COLUMN", "OTHER_COLUMN")
+    meant = dict(zip(first, places, strict=False))
+    example = ", ".join(f"{name}: {place}" for name, place in meant.items())
     elsewhere = [
         name
         for name, one in ROW_FORMATS.items()
@@ -323,10 +352,11 @@ def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> D
     if source.path == "csv" and len(features) == 1 and sign is not None:
         written = "\\t" if sign == "\t" else sign
         told = f' That is one column, so another sign seems to divide the cells: write `delimiter: "{written}"`.'
-    return DataError(
+    return UnknownColumns(
         f"source {source.path!r} has the columns {columns}: {lacking}.{told} Say what they mean: "
         f"`columns: {{{example}}}` renames, "
-        '`template: {prompt: "Question: {some_column}", completion: " {other_column}"}` builds.'
+        f'`template: {{prompt: "Question: {{{places[0]}}}\\nAnswer:", completion: " {{{places[1]}}}"}}` builds.',
+        meant,
     )
 
 
