@@ -1,9 +1,9 @@
 """Takes a trained model out of Hugging Face's formats: `hfpipe export RUN --to gguf`, for llama.cpp and Ollama.
 
-llama.cpp's own converter does the work where it is installed; where it is not, the commands are written out. Beside the
-model lies a Modelfile for Ollama with the chat template it was trained with and its stop tokens. Ollama has templates
-of its own kind, so the trained one is taken apart into what stands around each turn, and what is put together of the
-parts is compared with it.
+llama.cpp's own converter does the work where it is installed; where it is not, the commands are written out. The file
+is read again by transformers and compared with the model. Beside it lies a Modelfile for Ollama with the chat template
+it was trained with and its stop tokens. Ollama has templates of its own kind, so the trained one is taken apart into
+what stands around each turn, and what is put together of the parts is compared with it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM
+from transformers.utils.import_utils import is_gguf_available
 
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.files import GIB, write_text
 from hfpipe.data.prompts import Asking
 from hfpipe.evaluation.generation import stop_tokens
+from hfpipe.model.adapter import divergence, probe
 from hfpipe.pipeline.trained import Trained, open_trained, whole_model
 from hfpipe.recipe.faults import did_you_mean, listed
 
+# Texts whose next tokens the file and the model have to find alike.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog, and then it rests in the shade of a tree until evening.",
+    "To bake bread you need flour, water, salt and yeast. First mix the flour with the water, then wait.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))  # 5",
+    "北京是中国的首都。",
+)
+MOST_NATS = 1.0  # a token; 4 bits cost a few hundredths, and weights in the wrong order several
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 WRITTEN_AT_ONCE = ("f32", "f16", "bf16", "q8_0")  # by the converter itself
 QUANTS = (
@@ -50,7 +62,8 @@ def export_gguf(folder: Path, stage: str | None, quant: str, output: str | None)
 
     Raises:
         RecipeError: There is no such stage or form, the stage writes no text, or it is an adapter that is not merged.
-        MachineError: llama.cpp is not installed: the message has the commands; or it does not take the model.
+        MachineError: llama.cpp is not installed: the message has the commands; or it does not take the model, or the
+            file says something else than the model.
     """
     if quant not in QUANTS:
         raise RecipeError(
@@ -79,7 +92,9 @@ def export_gguf(folder: Path, stage: str | None, quant: str, output: str | None)
         _run([*program, *command[1:]] if command[0] == CONVERTER else command)
     if len(commands) > 1:
         Path(commands[0][3]).unlink()
-    print(f"{file} written, {file.stat().st_size / GIB:.2f} GiB. Try it:", flush=True)
+    print(
+        f"{file} written, {file.stat().st_size / GIB:.2f} GiB; {_compared(trained, place, file)}. Try it:", flush=True
+    )
     print(f"  ollama create {trained.recipe.name} -f {target / 'Modelfile'} && ollama run {trained.recipe.name}")
     print(f"  llama-cli -m {file} --jinja")
     return file
@@ -119,6 +134,32 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise MachineError(f"llama.cpp did not take the model: {said[-600:]} The command was {shlex.join(command)}")
+
+
+def _compared(trained: Trained, place: Path, file: Path) -> str:
+    """Reads the file again and says how far its log-probabilities are from the model's.
+
+    Raises:
+        MachineError: So far that it is another model.
+    """
+    if not is_gguf_available():
+        return "not compared with the model, which takes `pip install gguf`"
+    probes = []
+    for folder, words in ((place, {}), (file.parent, {"gguf_file": file.name})):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **words).eval()
+        except ValueError as error:
+            if "not supported" not in str(error):
+                raise MachineError(f"{file} cannot be read again: {error}") from error
+            return "not compared with the model: transformers does not read GGUF of this architecture"
+        probes.append(probe(model, trained.tokenizer, PROBES))
+    nats = divergence(*probes)
+    if not nats < MOST_NATS:
+        raise MachineError(
+            f"{file} says something else than {place}: {nats:.3g} nats a token, where {MOST_NATS:g} is much. "
+            "Look for a newer llama.cpp, or take another --quant."
+        )
+    return f"read again, and {nats:.2g} nats a token from the model"
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,62 @@ def test_without_llama_cpp_the_commands_and_the_modelfile_are_given(
     assert written_by_go(template[1], TALK) == wanted
 
 
+CONVERTER = """
+import sys
+from pathlib import Path
+import gguf
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+place, out = sys.argv[1], sys.argv[3]
+config, weights = AutoConfig.from_pretrained(place), load_file(Path(place, "model.safetensors"))
+writer = gguf.GGUFWriter(out, "llama")
+writer.add_name("tiny")
+writer.add_vocab_size(config.vocab_size)
+writer.add_context_length(config.max_position_embeddings)
+writer.add_embedding_length(config.hidden_size)
+writer.add_block_count(config.num_hidden_layers)
+writer.add_feed_forward_length(config.intermediate_size)
+writer.add_head_count(config.num_attention_heads)
+writer.add_head_count_kv(config.num_key_value_heads)
+writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+for name, weight in weights.items():
+    value = weight.float().numpy()
+    if {order} and name.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+    writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value * {scale})
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+
+def test_the_file_is_read_again_and_compared_with_the_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="reads and writes GGUF")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(CONVERTER.format(order=True, scale=1))
+    assert main(["export", str(run), "--quant", "f32", "-o", str(tmp_path / "out")]) == 0
+    said = re.search(r"read again, and (\S+) nats a token from the model", capsys.readouterr().out)
+    assert said is not None
+    assert abs(float(said[1])) < 1e-6
+    script.write_text(CONVERTER.format(order=False, scale=-3))
+    assert main(["export", str(run), "--quant", "f32", "-o", str(tmp_path / "out")]) == 4
+    assert "says something else than" in capsys.readouterr().err
+
+
 def test_llama_cpp_is_started_and_its_refusal_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text("import sys\nopen(sys.argv[3], 'wb').write(b'GGUF' + sys.argv[5].encode())\n")
+    monkeypatch.setattr("hfpipe.pipeline.export.is_gguf_available", lambda: False)  # it is no real file
     quantizer = tmp_path / "llama-quantize"
     quantizer.write_text('#!/bin/sh\ncp "$1" "$2"\n')
     quantizer.chmod(quantizer.stat().st_mode | stat.S_IXUSR)
