@@ -31,7 +31,7 @@ class TokenPairs:
         sides: Of each pair the tokens of the prompt with the chosen and with the rejected answer, (L,) each.
         begins: Of each pair the tokens before the answers.
         untrained: Pairs left out: their prompt fills `max_length`, or both answers are the same.
-        long: Pairs with a side longer than `max_length`, which lost its end.
+        long: Pairs with a prompt that lost its beginning, or a side longer than `max_length` that lost its end.
         refused: Of each row that the chat template refuses, its number among the rows given and the template's word.
     """
 
@@ -71,13 +71,14 @@ class PairTokenizer:
     Args:
         tokenizer: A fast tokenizer.
         max_length: Tokens of a prompt with an answer, whose end is cut; None for all.
+        max_prompt_length: Tokens of a prompt, whose beginning is cut before that; None for all.
 
     Raises:
         DataError: The rows are conversations and there is no chat template, or it takes none of them.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+    def __init__(self, tokenizer: Any, max_length: int | None, max_prompt_length: int | None = None) -> None:
+        self._tokenizer, self._max_length, self._max_prompt = tokenizer, max_length, max_prompt_length
         self._texts, self._chats = TextTokenizer(tokenizer), Chats(tokenizer)
 
     def encode(self, rows: Sequence[Row]) -> TokenPairs:
@@ -114,7 +115,10 @@ class PairTokenizer:
             if begin < 2:  # the first token of a row is never trained on, so it does not tell where the prompt ends
                 prompt = self._texts.ids(made[2 * number].prompt or "", special=special)
                 begin = min(shared_tokens(prompt, chosen), shared_tokens(prompt, rejected))
-            long += self._max_length is not None and max(len(chosen), len(rejected)) > self._max_length
+            left = 0 if self._max_prompt is None else max(0, begin - self._max_prompt)
+            chosen, rejected, begin = chosen[left:], rejected[left:], begin - left
+            too_long = self._max_length is not None and max(len(chosen), len(rejected)) > self._max_length
+            long += bool(left) or too_long
             chosen, rejected = chosen[: self._max_length], rejected[: self._max_length]
             if begin < min(len(chosen), len(rejected)) and not np.array_equal(chosen, rejected):
                 kept.append(((chosen, rejected), begin))

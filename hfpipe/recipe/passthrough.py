@@ -111,7 +111,11 @@ def length_fields(kind: str) -> dict[str, Field]:
             "max_length": Field("max_length", whole, help="tokens of a source at most"),
             "max_target_length": Field("max_target_length", whole, help="tokens of a target at most"),
         }
-    return {"max_length": Field("max_length", whole, help="tokens of a row at most")}
+    fields = {"max_length": Field("max_length", whole, help="tokens of a row at most")}
+    if kind == "preference":
+        most = "tokens of a prompt at most: it loses its beginning, before the end of an answer is cut"
+        fields["max_prompt_length"] = Field("max_prompt_length", ast.Constant("int | None"), help=most)
+    return fields
 
 
 def _training_of(stage: RawStage) -> Callable[[], Fields | None]:

@@ -7,12 +7,18 @@ from typing import Any
 
 from transformers import Trainer
 
-from hfpipe.data.preference import PairTokenizer
 from hfpipe.data.token_store import Tokenizes
 from hfpipe.recipe import Stage
 from hfpipe.stages.classification import labelled_length, run_classification
 from hfpipe.stages.labels import labelled_tokens
-from hfpipe.stages.preference import pair_length, pair_rows, preference_trainer, require_ranks, run_preference
+from hfpipe.stages.preference import (
+    pair_length,
+    pair_rows,
+    pair_tokenizer,
+    preference_trainer,
+    require_ranks,
+    run_preference,
+)
 from hfpipe.stages.pretrain import run_pretrain
 from hfpipe.stages.sft import run_sft, sft_trainer
 from hfpipe.stages.sft_rows import sft_length, sft_rows
@@ -35,8 +41,8 @@ ROWS: dict[str, Callable[[StageRun, Any], object]] = {
     "preference": lambda run, model: pair_rows(run, pair_length(run, model)),
 }
 
-# Makes tokens of the rows of a kind that are no texts, of the run's tokenizer and the longest length.
-TOKENIZERS: dict[str, Callable[[Any, int | None], Tokenizes]] = {"preference": PairTokenizer}
+# Makes tokens of the rows of a kind that are no texts, of the stage, the run's tokenizer and the longest length.
+TOKENIZERS: dict[str, Callable[[Stage, Any, int | None], Tokenizes]] = {"preference": pair_tokenizer}
 
 # Makes the trainer of a kind that has one of its own, of the stage, its model, the arguments and the tokenizer.
 TRAINERS: dict[str, Callable[[Stage, Any, Any, Any], Trainer]] = {

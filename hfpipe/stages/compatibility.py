@@ -292,7 +292,7 @@ def encode_rows(
         masked = [masking.row(frame.row(np.array(body[:size])), number) for number, body in enumerate(bodies)]
         return [{key: value.tolist() for key, value in row.items()} for row in masked]
     if stage.kind in TOKENIZERS:
-        return list(TOKENIZERS[stage.kind](tokenizer, max_length).encode(rows))
+        return list(TOKENIZERS[stage.kind](stage, tokenizer, max_length).encode(rows))
     if isinstance(stage, Sft):
         return list(sft_tokenizer(stage, tokenizer, max_length, source).encode(rows))
     return list(RowTokenizer(tokenizer, max_length, train_on="all").encode(rows))

@@ -132,6 +132,11 @@ def pair_length(run: StageRun, model: Any) -> int | None:
     return row_length(run, model, DEFAULT_MAX_LENGTH)
 
 
+def pair_tokenizer(stage: Stage, tokenizer: Any, length: int | None) -> PairTokenizer:
+    """Returns what makes tokens of the pairs of a stage."""
+    return PairTokenizer(tokenizer, length, stage.training.get("max_prompt_length"))
+
+
 def pair_rows(run: StageRun, length: int | None) -> tuple[Concatenated, dict[str, dict[str, Any]]]:
     """Returns the pairs of the stage as tokens, in a fixed order, and what was read of each source."""
     stage = run.stage
@@ -146,14 +151,16 @@ def pair_rows(run: StageRun, length: int | None) -> tuple[Concatenated, dict[str
 
 def _pairs_of(run: StageRun, source: Source, length: int | None) -> tuple[TokenStore, dict[str, Any]]:
     """Tokenizes a source, or finds its tokens from before; says which pairs were left out and which were cut."""
-    words = ["pairs", length, run.stage.max_dirty_share]
-    tokenizer = partial(PairTokenizer, run.tokenizer, length)
+    most = run.stage.training.get("max_prompt_length")
+    words = ["pairs", length, *([] if most is None else [most]), run.stage.max_dirty_share]
+    tokenizer = partial(pair_tokenizer, run.stage, run.tokenizer, length)
     store, found = tokens_of_source(run, source, formats_of_stage("preference"), tokenizer, words)
     if found["untrained"]:
         why = "their prompt fills max_length, or both answers are the same"
         ranks.say(f"  {source.title}: {found['untrained']:,} of {found['rows']:,} pairs are left out: {why}")
     if found["long"]:
-        ranks.say(f"  {source.title}: {found['long']:,} pairs have more than {length} tokens a side and are cut")
+        limits = f"{length} tokens a side" + (f", or {most} in the prompt," if most is not None else "")
+        ranks.say(f"  {source.title}: {found['long']:,} pairs have more than {limits} and are cut")
     return store, found
 
 

@@ -100,3 +100,14 @@ def test_turns_are_the_tokens_of_dpo_trainer_for_every_tokenizer(family: str, te
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_turns_are_the_tokens_of_dpo_trainer_under_every_template_of_trl(template: str, tmp_path: Path) -> None:
     assert_same(make("tiktoken's"), template, tmp_path)
+
+
+def test_a_prompt_loses_its_beginning_before_an_answer_its_end() -> None:
+    tokenizer = make("tiktoken's")
+    rows = [{"prompt": " one two three four five six seven", "chosen": " yes", "rejected": " no"}]
+    [whole], [begin] = (lambda found: (found.sides, found.begins))(PairTokenizer(tokenizer, None).encode(rows))
+    cut = PairTokenizer(tokenizer, None, 3).encode(rows)
+    assert (cut.begins, cut.long) == ([3], 1)
+    for ours, theirs in zip(cut.sides[0], whole, strict=True):
+        assert ours.tolist() == theirs[begin - 3 :].tolist()
+    assert PairTokenizer(tokenizer, None, begin).encode(rows).long == 0

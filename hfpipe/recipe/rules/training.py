@@ -128,6 +128,12 @@ def _check_preference(stage: RawStage, training: Block) -> Iterator[Fault]:
         yield Fault((*training.steps, "label_smoothing"), text)
     lora = stage.at("lora")
     if lora.data.get("lora_dropout") and training.data.get("disable_dropout") is not False:
+    prompt, row = (training.data.get(key) for key in ("max_prompt_length", "max_length"))
+    if isinstance(prompt, int) and isinstance(row, int) and prompt >= row:
+        text = (
+            f"found {prompt}, and `max_length`, of the prompt and an answer, is {row}: a prompt would leave an answer"
+        )
+        yield Fault((*training.steps, "max_prompt_length"), f"{text} no room. Write less than that.")
         text = "has no effect: DPOTrainer turns every dropout off. Write `training: {disable_dropout: false}` to keep"
         yield Fault((*lora.steps, "lora_dropout"), f"{text} it, or leave this out.")
 
@@ -196,6 +202,7 @@ RANGES: dict[str, Range] = {
             "gradient_accumulation_steps",
             "max_length",
             "max_target_length",
+            "max_prompt_length",
             "save_total_limit",
             "pad_to_multiple_of",
             "torch_empty_cache_steps",
