@@ -24,7 +24,7 @@ from hfpipe.core.errors import DataError, MachineError, RecipeError
 from hfpipe.core.files import read_json, whole_folder, write_json
 from hfpipe.data.cleaning.text_rules import Read, tidy_rows
 from hfpipe.data.sources.load import load_rows
-from hfpipe.model.create import create_model, train_tokenizer
+from hfpipe.model.create import architecture_of, create_model, train_tokenizer
 from hfpipe.model.load import (
     AUTO_CLASSES,
     ModelRef,
@@ -107,7 +107,7 @@ def rows_of_embeddings(ref: ModelRef) -> int:
 
 def _create(recipe: Recipe, folder: Path) -> None:
     """Trains the tokenizer where the recipe asks for it, and writes a model with fresh weights."""
-    block, architecture = recipe.model.tokenizer, recipe.model.architecture or {}
+    block, architecture = recipe.model.tokenizer, architecture_of(recipe.model)
     assert block is not None  # the recipe's check requires it with an architecture
     task = task_of_type(str(architecture.get("model_type")))
     if block.train is not None:

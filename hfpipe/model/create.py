@@ -16,7 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.machine import machine_error
 from hfpipe.core.upstream import attention_of
-from hfpipe.model.load import AUTO_CLASSES, task_of_type
+from hfpipe.model.load import AUTO_CLASSES, clear_errors, task_of_type
+from hfpipe.recipe import Model
+from hfpipe.recipe.passthrough import check_config
+from hfpipe.recipe.raw import Block
 
 END_OF_TEXT = "<|endoftext|>"
 BEGIN, END, PAD, MASK = "[CLS]", "[SEP]", "[PAD]", "[MASK]"
@@ -77,6 +80,29 @@ def train_tokenizer(
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def architecture_of(options: Model) -> dict[str, Any]:
+    """Returns the fields of the config of a model that is made from nothing.
+
+    Args:
+        options: The recipe's model block; `from` in its `architecture` names a model of the Hub, or a folder, whose
+            config is taken, with the other fields in place of its own.
+
+    Raises:
+        UserError: The config cannot be had.
+    """
+    fields = dict(options.architecture or {})
+    named = fields.pop("from", None)
+    if named is None:
+        return fields
+    with clear_errors("model", named):
+        config = AutoConfig.from_pretrained(named, trust_remote_code=options.trust_remote_code)
+    check = Block(("model",), {"config": fields})
+    for fault in check_config(check, config.model_type):
+        raise RecipeError(f"model.architecture.{fault.steps[-1]}: {fault.text}")
+    of_its_files = ("architectures", "dtype", "quantization_config", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in of_its_files} | fields
 
 
 def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:

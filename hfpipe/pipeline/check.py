@@ -22,7 +22,7 @@ from hfpipe.data.mixture import mixture
 from hfpipe.data.sources.load import open_source
 from hfpipe.evaluation.suites import suite_rows
 from hfpipe.model.base import shapes_of, texts_for_tokenizer
-from hfpipe.model.create import create_model, train_tokenizer
+from hfpipe.model.create import architecture_of, create_model, train_tokenizer
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.pipeline.context import quiet_libraries
@@ -156,7 +156,7 @@ def _task(recipe: Recipe) -> str:
     """Returns the task of the base, a key of `AUTO_CLASSES`."""
     options = recipe.model
     if options.architecture is not None:
-        return task_of_type(str(options.architecture.get("model_type")))
+        return task_of_type(str(architecture_of(options).get("model_type")))
     return task_of(ModelRef(options.id or "", options, revision=options.revision))
 
 
@@ -167,7 +167,7 @@ def _loaded(recipe: Recipe) -> Loaded:
         model = shapes_of(ModelRef(options.id, options, revision=options.revision))
     else:
         with torch.device("meta"):  # shapes without memory, and tied weights stay one
-            model = create_model(options.architecture or {}, tokenizer, recipe.seed)
+            model = create_model(architecture_of(options), tokenizer, recipe.seed)
     added = added_ids(tokenizer, options.tokenizer, model.config.get_text_config().vocab_size)
     suites = {name: suite_rows(suite) for name, suite in recipe.evaluate.items()}
     return Loaded(recipe, tokenizer, added, model, _task(recipe), suites)

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from hfpipe.core.errors import MachineError
 from hfpipe.core.files import GIB
+from hfpipe.model.create import architecture_of
 from hfpipe.model.load import ModelRef, config_of
 from hfpipe.recipe import Recipe
 from hfpipe.stages.memory import DEFAULT_LENGTH, predicted, setting_of
@@ -117,7 +118,7 @@ def _config(recipe: Recipe) -> Any:
     options = recipe.model
     if options.id is not None:
         return config_of(ModelRef(options.id, options, revision=options.revision))
-    fields = dict(options.architecture or {})
+    fields = architecture_of(options)
     if options.tokenizer is not None and options.tokenizer.train is not None:
         fields.setdefault("vocab_size", options.tokenizer.train.vocab_size)
     return AutoConfig.for_model(**fields)

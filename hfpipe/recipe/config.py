@@ -120,7 +120,9 @@ class Model(StrictBlock):
         "main", description="branch, tag or commit of the model's repository; a run records the commit"
     )
     architecture: dict[str, Any] | None = Field(
-        None, description="fields of a transformers config, with `model_type`: start from nothing"
+        None,
+        description="start from nothing: fields of a transformers config with `model_type`, or those of a model's by "
+        "`from`, its name on the Hub or its folder",
     )
     config: dict[str, Any] | None = Field(
         None, description="fields of the model's transformers config that are changed, e.g. {rope_scaling: {...}}"

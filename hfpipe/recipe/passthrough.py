@@ -196,7 +196,9 @@ def _type_in(folder: Any) -> str | None:
 
 
 def _check_architecture(architecture: Block) -> Iterator[Fault]:
-    model_type = architecture.data.get("model_type")
+    model_type, named = (architecture.data.get(key) for key in ("model_type", "from"))
+    if named is not None and (not isinstance(named, str) or not named):
+        yield Fault((*architecture.steps, "from"), found_and_allowed(named, "text, such as Qwen/Qwen3-0.6B"))
     if model_type is None:
         return
     if not isinstance(model_type, str):
@@ -208,4 +210,5 @@ def _check_architecture(architecture: Block) -> Iterator[Fault]:
         yield Fault(
             (*architecture.steps, "model_type"), f"found '{model_type}', which transformers does not know.{near}"
         )
-    yield from check_block(architecture, fields, f"the {model_type} config", exact=True)
+    own = Block(architecture.steps, {key: value for key, value in architecture.data.items() if key != "from"})
+    yield from check_block(own, fields, f"the {model_type} config", exact=True)

@@ -52,7 +52,8 @@ def run_page(folder: Path) -> Page:
 
 def about(recipe: Recipe) -> str:
     """The base and the stages, in a line."""
-    fresh = (recipe.model.architecture or {}).get("model_type", "model")
+    architecture = recipe.model.architecture or {}
+    fresh = architecture.get("model_type") or architecture.get("from", "model")
     base = recipe.model.id or f"a {fresh} with fresh weights"
     return " → ".join([base, *(f"{one.name} ({one.kind}, {how_trained(one)})" for one in recipe.stages)])
 

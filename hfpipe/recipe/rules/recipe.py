@@ -106,8 +106,13 @@ def _check_model(model: Block) -> Iterator[Fault]:
     elif not has_id and not has_architecture:
         text = "needs `id` (a model on the Hub or in a folder) or `architecture` (a model made from nothing)."
         yield Fault(model.steps, text)
-    if has_architecture and model.at("architecture").data.get("model_type") is None:
-        yield Fault((*model.steps, "architecture", "model_type"), "missing; the kind of model, such as llama or gpt2.")
+    named = [key for key in ("model_type", "from") if model.at("architecture").data.get(key) is not None]
+    if has_architecture and not named:
+        text = "missing; the kind of model, such as llama or gpt2, or `from`: a model whose config is taken."
+        yield Fault((*model.steps, "architecture", "model_type"), text)
+    if len(named) == 2:
+        text = "is that of the model which `from` names. Keep one of the two."
+        yield Fault((*model.steps, "architecture", "model_type"), text)
     if has_architecture and not has_id and model.data.get("tokenizer") is None:
         text = "missing; a model made from nothing needs a tokenizer, `{id: ...}` or `{train: {vocab_size: ...}}`."
         yield Fault((*model.steps, "tokenizer"), text)
