@@ -22,6 +22,7 @@ from hfpipe.recipe.signatures import (
     lora_fields,
     masking_fields,
     model_types,
+    muon_fields,
     peft_fields,
     peft_types,
     tokenizer_fields,
@@ -37,6 +38,7 @@ def check_passed_through(data: dict[str, Any]) -> Iterator[Fault]:
         yield from _check_training(stage)
         training = {"below `training:`": _training_of(stage)}
         yield from check_block(stage.at("lora"), lora_fields(), "LoraConfig", training)
+        yield from check_block(stage.at("muon"), muon_fields(), "torch.optim.Muon", training)
         yield from check_block(stage.at("masking"), masking_fields(), "DataCollatorForLanguageModeling", training)
         peft = stage.at("peft")
         kind = str(peft.data.get("type"))

@@ -15,6 +15,7 @@ from hfpipe.recipe.signatures import (
     load_dataset_fields,
     lora_fields,
     masking_fields,
+    muon_fields,
     peft_types,
     tokenizer_fields,
 )
@@ -29,6 +30,7 @@ def json_schema() -> dict[str, Any]:
         properties = blocks[words.__name__]["properties"]
         _close(properties["training"], stage_fields(kind))
         _close(properties["lora"]["anyOf"][0], lora_fields())
+        _close(properties["muon"]["anyOf"][0], muon_fields())
         peft = properties["peft"]["anyOf"][0]  # the fields depend on the type; `check` looks at them
         peft["properties"], peft["required"] = {"type": {"enum": list(peft_types())}}, ["type"]
     _close(blocks["Pretrain"]["properties"]["masking"]["anyOf"][0], masking_fields())

@@ -98,6 +98,16 @@ def lora_fields() -> Fields | None:
 
 
 @cache
+def muon_fields() -> Fields | None:
+    """Arguments of torch.optim.Muon, without the weights that it trains."""
+    located = find_class("torch.optim", "Muon")
+    init = next((one for one in methods_of(*located) if one.name == "__init__"), None) if located else None
+    if located is None or init is None:
+        return None
+    return {one.arg: Field(one.arg, one.annotation, located[0]) for one in init.args.args[2:]}
+
+
+@cache
 def peft_types() -> dict[str, str]:
     """The config class of every type of adapter that the installed PEFT registers; empty when they cannot be read."""
     folder = package("peft")

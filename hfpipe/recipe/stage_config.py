@@ -232,6 +232,11 @@ class StageBase(StrictBlock):
         """The task of the model that the stage leaves: `causal`, `masked` or `classification`."""
         return "causal"
 
+    muon: dict[str, Any] | None = Field(
+        None,
+        description="arguments of torch.optim.Muon, which trains the matrices of the layers; `optim` trains the rest",
+    )
+
     @property
     def method(self) -> str:
         """Names in a word what is trained: full, LoRA, or PEFT's name of another adapter."""

@@ -22,6 +22,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.data.masking import Masking, frame_of
 from hfpipe.model.load import compute_dtype
+from hfpipe.model.muon import require_muon
 from hfpipe.recipe import Pretrain, Recipe, Stage
 from hfpipe.stages.trackers import require_login
 
@@ -125,6 +126,9 @@ def require_arguments(recipe: Recipe, tokenizer: Any) -> None:
         ranks.on_main(partial(require_login, stage.name, arguments.report_to))
         with clear_refusal(stage, f"optim {_word(arguments.optim)}"):
             optimizer = _optimizer(arguments)
+        if stage.muon is not None:
+            with clear_refusal(stage, "torch.optim.Muon"):
+                require_muon(stage.muon)
         with clear_refusal(stage, "lr_scheduler_type or its kwargs"):
             _rates(arguments, optimizer, arguments.lr_scheduler_kwargs)
             _require_effect(stage, arguments, optimizer)

@@ -28,6 +28,7 @@ from hfpipe.data.dataloader import BatchLoader, ResumableSampler
 from hfpipe.data.row_order import PackedRows, ShuffledRows, count_rows
 from hfpipe.model.adapter import add_adapter, continue_adapter, original_state
 from hfpipe.model.load import copies_weights, load_model
+from hfpipe.model.muon import with_muon
 from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
@@ -224,7 +225,7 @@ def train(
     checkpoint = _taken_up(run, trainer, loader)
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)
-    if run.stage.learning_rates:
+    if run.stage.learning_rates or run.stage.muon is not None:
         override(trainer, create_optimizer=partial(_create_optimizer, trainer, trainer.create_optimizer, run.stage))
     if trainer.is_fsdp_enabled:
         _hold_to_plan(trainer)
@@ -313,7 +314,10 @@ def _taken_up(run: StageRun, trainer: Trainer, loader: BatchLoader) -> Path | No
 def _create_optimizer(trainer: Trainer, create: Callable[..., Any], stage: Stage, model: Any = None) -> Any:
     """Makes the trainer's own optimizer, once, with the learning rates of the stage."""
     if trainer.optimizer is None:
-        set_learning_rates(create(model), trainer.model if model is None else model, stage.learning_rates or {})
+        made, own = create(model), trainer.model if model is None else model
+        set_learning_rates(made, own, stage.learning_rates or {})
+        if stage.muon is not None:
+            trainer.optimizer = with_muon(made, own, stage.muon)
     return trainer.optimizer
 
 

@@ -98,9 +98,11 @@ def _check_parts(stage: RawStage, training: Block) -> Iterator[Fault]:
             text = f"an adapter trains its own weights, and all others stay as they are. Remove it, or `{adapter}`."
             yield Fault((*stage.steps, word), text)
     optimizer = str(training.data.get("optim", ""))
-    if stage.data.get("learning_rates") and ("optim_target_modules" in training.data or "lomo" in optimizer):
-        text = f"`optim: {optimizer}` divides the weights itself, with one learning rate. Take another, or remove this."
-        yield Fault((*stage.steps, "learning_rates"), text)
+    for word in ("learning_rates", "muon"):
+        asked = stage.data.get(word) is not None
+        if asked and ("optim_target_modules" in training.data or "lomo" in optimizer):
+            text = f"`optim: {optimizer}` divides the weights itself, with one learning rate. Take another, or remove"
+            yield Fault((*stage.steps, word), f"{text} this.")
 
 
 def preference_losses() -> tuple[str, ...]:
@@ -126,14 +128,14 @@ def _check_preference(stage: RawStage, training: Block) -> Iterator[Fault]:
     if training.data.get("label_smoothing") and not {"robust", "exo_pair", "aot", "aot_unpaired"} & {*map(str, losses)}:
         text = "belongs to the losses robust, exo_pair, aot and aot_unpaired, and this is none of them. Leave it out."
         yield Fault((*training.steps, "label_smoothing"), text)
-    lora = stage.at("lora")
-    if lora.data.get("lora_dropout") and training.data.get("disable_dropout") is not False:
     prompt, row = (training.data.get(key) for key in ("max_prompt_length", "max_length"))
     if isinstance(prompt, int) and isinstance(row, int) and prompt >= row:
         text = (
             f"found {prompt}, and `max_length`, of the prompt and an answer, is {row}: a prompt would leave an answer"
         )
         yield Fault((*training.steps, "max_prompt_length"), f"{text} no room. Write less than that.")
+    lora = stage.at("lora")
+    if lora.data.get("lora_dropout") and training.data.get("disable_dropout") is not False:
         text = "has no effect: DPOTrainer turns every dropout off. Write `training: {disable_dropout: false}` to keep"
         yield Fault((*lora.steps, "lora_dropout"), f"{text} it, or leave this out.")
 

@@ -1,0 +1,88 @@
+"""`muon`: torch's Muon trains the matrices of the layers, and the trainer's optimizer all other weights."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from hfpipe.cli import main
+
+
+def write(folder: Path, stage: dict[str, Any], **training: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny.write_data(folder)
+    recipe = tiny.recipe(folder, merge=False, evaluate={})
+    chosen = recipe["stages"][0]
+    chosen["training"] |= {"save_strategy": "no", "lr_scheduler_type": "constant", "warmup_steps": 0, **training}
+    recipe["stages"] = [{**chosen, **stage}]
+    return tiny.write(folder, recipe)
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run/stages/prose/model/model.safetensors")
+
+
+def run(folder: Path, stage: dict[str, Any], **training: Any) -> dict[str, torch.Tensor]:
+    assert main(["run", str(write(folder, stage, **training))]) == 0
+    return trained(folder)
+
+
+@pytest.mark.slow
+def test_a_step_is_orthogonal_in_matrices_and_of_adamw_elsewhere(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", {}, max_steps=1, learning_rate=1e-30)
+    words = {"max_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.0}
+    stage = {"muon": {"adjust_lr_fn": "original"}, "learning_rates": {r"layers\.1\.mlp\.down": 2e-3}}
+    after = run(tmp_path / "after", stage, **words)
+    for name, rate in (("layers.0.mlp.down_proj", 1e-3), ("layers.1.mlp.down_proj", 2e-3)):  # wide: not adjusted
+        (key,) = (one for one in after if name in one)
+        values = torch.linalg.svdvals((after[key] - first[key]).float()) / rate
+        assert values.median() > 0.5, name  # five steps of Newton and Schulz leave the smallest behind
+        assert values.max() < 1.3, name
+    (embeddings,) = (one for one in after if "embed_tokens" in one)
+    assert (after[embeddings] - first[embeddings]).abs().max().item() == pytest.approx(1e-3, rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_interrupted_stage_goes_on_with_the_momentum_of_both(tmp_path: Path) -> None:
+    stage, words = {"muon": {}}, {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    words["lr_scheduler_type"] = "cosine"
+    whole = run(tmp_path / "whole", stage, **words)
+    path = write(tmp_path / "cut", stage, **words)
+    process = tiny.start("run", str(path))
+    tiny.wait_for(tmp_path / "cut/run/stages/prose/checkpoint-2/manifest.json", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 75
+    assert main(["run", str(path)]) == 0
+    after = trained(tmp_path / "cut")
+    assert all(torch.equal(whole[name], after[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ({"muon": {"momemtum": 0.9}}, "Did you mean momentum?"),
+        ({"muon": {"ns_steps": "five"}}, "ns_steps"),
+        ({"muon": {}, "training": {"max_steps": 1, "optim": "lomo"}}, "divides the weights itself"),
+    ],
+)
+def test_words_that_cannot_be(
+    stage: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--fast", str(write(tmp_path, stage))]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_torch_refuses_is_told_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, {"muon": {"adjust_lr_fn": "no such"}})
+    for command in ("check", "run"):
+        assert main([command, str(path)]) == 2
+        said = capsys.readouterr()
+        assert "torch.optim.Muon refuses it" in " ".join((said.out + said.err).split())
