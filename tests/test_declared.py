@@ -27,7 +27,7 @@ BOUND = {  # break what hfpipe does between major versions; below 1, between min
         "peft",
         "pydantic",
     ),
-    *("sacrebleu", "torch", "transformers", "trl"),
+    *("sacrebleu", "torch", "torchao", "transformers", "trl"),
 }
 
 

@@ -35,7 +35,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         require_ranks()
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel that it can spare
+        for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # imported, they warn of what they can spare
+            logging.getLogger(name).setLevel(logging.ERROR)
         display.start(options.voice)
         options.command(options)
         display.clear()

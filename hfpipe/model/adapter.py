@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.classifier import is_classifier
+from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.load import AUTO_CLASSES, task_of_type
 from hfpipe.model.load_errors import clear_errors
 from hfpipe.model.parameters import train_part
@@ -131,7 +132,8 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> dic
     """
     tried = {}
     for stage in recipe.stages:
-        chosen = stage.adapter or stage.train_only or stage.freeze or stage.learning_rates
+        rounding = stage.fake_quantized
+        chosen = stage.adapter or stage.train_only or stage.freeze or stage.learning_rates or rounding
         if not chosen or stage.parent_adapter == "continue":
             continue
         block = {key: value for key, value in (stage.adapter or {}).items() if key != "init_lora_weights"}
@@ -141,6 +143,7 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> dic
             with torch.device("meta"):
                 trust = recipe.model.trust_remote_code
                 model = AUTO_CLASSES[stage.task].from_config(copy.deepcopy(config), trust_remote_code=trust)
+                fake_quantize(model, rounding)
                 if stage.adapter is not None:
                     model = add_adapter(model, train_rows(model, block, added), recipe.seed)
             train_part(model, stage)

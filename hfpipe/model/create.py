@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.machine import machine_error
 from hfpipe.core.upstream import attention_of
-from hfpipe.model.load import AUTO_CLASSES, clear_errors, task_of_type
+from hfpipe.model.load import AUTO_CLASSES, task_of_type
+from hfpipe.model.load_errors import clear_errors
 from hfpipe.recipe import Model
 from hfpipe.recipe.passthrough import check_config
 from hfpipe.recipe.raw import Block

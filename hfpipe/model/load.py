@@ -33,10 +33,11 @@ from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.core.files import load_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
+from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.load_errors import clear_errors, pickles_only
 from hfpipe.model.spread import draw_fresh, each_rank_reads, end_reading, launched, make_trained_whole, plan_for
 from hfpipe.model.tokenizer import give_words, make_room
-from hfpipe.recipe import Model, Quantization
+from hfpipe.recipe import Model, Qat, Quantization
 from hfpipe.recipe.annotations import explain, fits
 from hfpipe.recipe.passthrough import check_config
 from hfpipe.recipe.raw import Block
@@ -64,6 +65,7 @@ class ModelRef:
         revision: Commit or branch of a Hub id.
         quantization: How the weights (of an adapter: its base's) are stored.
         vocabulary: Tokens that the embeddings must have rows for; they grow where they have fewer.
+        qat: The quantization that it was trained for (of an adapter: with its base), which rounds in each pass.
     """
 
     path: str
@@ -71,6 +73,7 @@ class ModelRef:
     revision: str | None = None
     quantization: Quantization | None = None
     vocabulary: int | None = None
+    qat: Qat | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -335,6 +338,7 @@ def load_model(
         end_reading(model)
     make_room(model, ref.vocabulary)
     _leave_packing(model)
+    fake_quantize(model, ref.qat)
     if not ref.quantization and not spread:
         torch.nn.Module.to(model, place or device())
     model.eval()
@@ -385,7 +389,7 @@ def copies_weights(adapter: Mapping[str, Any]) -> bool:
 
 def _can_be_spread(ref: ModelRef) -> bool:
     """Returns True if each rank of this launch can read its own part of a model: as it is, without rounding it."""
-    if not launched() or ref.quantization is not None:
+    if not launched() or ref.quantization is not None or ref.qat is not None:
         return False
     config = config_of(ref)
     return not is_quantized(config) and (ref.vocabulary or 0) <= config.get_text_config().vocab_size

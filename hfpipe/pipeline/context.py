@@ -91,7 +91,8 @@ class Run:
             return self.base.ref
         stage = next(stage for stage in self.recipe.stages if stage.name == name)
         folder, tokens = self.stage_folder(name) / MODEL, len(self.base.tokenizer)
-        return ModelRef(str(folder), self.recipe.model, quantization=stage.quantized, vocabulary=tokens)
+        stored: dict[str, Any] = {"quantization": stage.quantized, "qat": stage.fake_quantized}
+        return ModelRef(str(folder), self.recipe.model, vocabulary=tokens, **stored)
 
     def handed_on(self, name: str) -> ModelRef:
         """The model that a stage hands on: what it trained, or that at the strength it was dialled to."""

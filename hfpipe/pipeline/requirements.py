@@ -22,6 +22,8 @@ from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.hub import check_access
 from hfpipe.model.adapter import require_adapters
 from hfpipe.model.base import require_loadable, require_task
+from hfpipe.model.fake_quantized import require_fake_quantization
+from hfpipe.model.load import device
 from hfpipe.model.tokenizer import require_room
 from hfpipe.recipe import Recipe
 from hfpipe.stages import REQUIREMENTS
@@ -86,6 +88,7 @@ def require_start(recipe: Recipe) -> None:
     for suite in recipe.evaluate.values():
         suite_metrics(suite)
     require_loadable(recipe)
+    require_fake_quantization(recipe, device())
 
 
 def require_training(loaded: Loaded, folder: Path | None = None) -> Answers:

@@ -211,7 +211,7 @@ def _train_once(run: Run, stage: Stage, start: ModelRef, continued: ModelRef | N
             StageRun(
                 recipe=run.recipe,
                 stage=stage,
-                parent=dataclasses.replace(start, quantization=stage.quantized),
+                parent=dataclasses.replace(start, quantization=stage.quantized, qat=stage.fake_quantized),
                 continued=continued,
                 tokenizer=run.base.tokenizer,
                 added_tokens=run.base.added,

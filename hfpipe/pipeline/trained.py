@@ -91,7 +91,7 @@ def model_named(name: str, options: Model, stage: str | None = None) -> ModelRef
     chosen = finished_stage(folder, load_recipe(folder / "recipe.yaml"), stage)
     place = model_of(folder / "stages" / chosen.name)
     ranks.on_main(partial(require_whole, place))
-    return ModelRef(str(place), options, quantization=chosen.quantized)
+    return ModelRef(str(place), options, quantization=chosen.quantized, qat=chosen.fake_quantized)
 
 
 def tokenizer_named(ref: ModelRef) -> Any:

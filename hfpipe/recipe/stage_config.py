@@ -43,6 +43,26 @@ class Quantization(StrictBlock):
     llm_int8_skip_modules: list[str] | None = Field(None, description="of int8: names of modules left as they are")
 
 
+class Qat(StrictBlock):
+    """Trains for a quantization: weights and activations are rounded in each pass as it will round them.
+
+    Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877; torchao does it.
+    """
+
+    weights: Literal["int4", "int8", "float8", "nvfp4", "mxfp4"] = Field(description="what weights are rounded to")
+    activations: Literal["int8", "float8", "nvfp4", "mxfp4"] | None = Field(
+        None, description="what the inputs of layers are rounded to, token by token; nothing when absent"
+    )
+    group_size: int = Field(32, gt=0, description="of integers: weights of a row that share a scale")
+    target_modules: Annotated[
+        Annotated[Literal["all-linear", "all"], Tag(WORD)] | Annotated[list[str], Tag(LIST)],
+        Discriminator(list_or_word),
+    ] = Field(
+        "all-linear", description="names of the linear layers that round; all-linear: all but the head, all: with it"
+    )
+    after_steps: int = Field(0, ge=0, description="of integers: steps in full precision before the first that rounds")
+
+
 class Replay(StrictBlock):
     """Mixes the data of an earlier stage into this one."""
 
@@ -150,6 +170,7 @@ KeepWord = Annotated[
 ]
 
 
+QatWord = Annotated[Qat | None, Field(description="train for a quantization, which rounds weights in each pass")]
 CounterfactualWord = Annotated[
     Counterfactual | None,
     Field(description="learn the same predictions for a row and for its form with words such as he and she swapped"),
@@ -206,6 +227,11 @@ class StageBase(StrictBlock):
         description="learning rates by patterns of weights' names, e.g. {embed_tokens: 1e-5}",
     )
 
+    muon: dict[str, Any] | None = Field(
+        None,
+        description="arguments of torch.optim.Muon, which trains the matrices of the layers; `optim` trains the rest",
+    )
+
     @property
     def adapter(self) -> dict[str, Any] | None:
         """The adapter that is trained: PEFT's `type` and the fields of its config; None for all weights."""
@@ -228,14 +254,14 @@ class StageBase(StrictBlock):
         return Keep.good() if keep == "self" else keep or Keep.model_validate({})
 
     @property
+    def fake_quantized(self) -> Qat | None:
+        """Returns the quantization that the stage trains for."""
+        return getattr(self, "qat", None)
+
+    @property
     def task(self) -> str:
         """The task of the model that the stage leaves: `causal`, `masked` or `classification`."""
         return "causal"
-
-    muon: dict[str, Any] | None = Field(
-        None,
-        description="arguments of torch.optim.Muon, which trains the matrices of the layers; `optim` trains the rest",
-    )
 
     @property
     def method(self) -> str:
@@ -274,6 +300,7 @@ class Pretrain(StageBase):
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
     keep: KeepWord = None
     counterfactual: CounterfactualWord = None
+    qat: QatWord = None
     samples: SamplesWord = None
 
     @property
@@ -302,6 +329,7 @@ class Sft(StageBase):
     replay: Replay | None = Field(None, description="mix data of an earlier stage in, against forgetting")
     keep: KeepWord = None
     counterfactual: CounterfactualWord = None
+    qat: QatWord = None
     samples: SamplesWord = None
 
 

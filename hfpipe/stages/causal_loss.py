@@ -14,6 +14,7 @@ from transformers import Trainer
 from trl.trainer import add_fused_lm_head
 
 from hfpipe.data.tokenize import IGNORED
+from hfpipe.model.fake_quantized import is_fake_quantized
 from hfpipe.model.head import head_of
 from hfpipe.model.linear_loss import LinearLoss, linear_loss
 from hfpipe.model.spread import is_spread
@@ -33,6 +34,7 @@ class WithFastLoss(Base):
 
     linear: LinearLoss | None = None
     fused = False
+    rounds = False  # the head, which TRL's form would pass by
 
     def use_fast_loss(self) -> None:
         """Chooses the form; call it once, before the training."""
@@ -45,7 +47,8 @@ class WithFastLoss(Base):
             # A mixture of experts adds the loss of its routers to that of the tokens.
             and not getattr(config, "output_router_logits", False)
         )
-        if not plain:
+        self.rounds = is_fake_quantized(head_of(model))
+        if not plain or self.rounds:
             return
         if not is_sharded(self):  # the head's weight is whole within the model's own forward pass alone
             self.linear = linear_loss(model)
@@ -60,6 +63,8 @@ class WithFastLoss(Base):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Returns the sum over the trained tokens divided by those of the global batch, as Trainer scales it."""
+        if self.rounds:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
         if return_outputs or not (self.fused or self.linear is not None):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[safe-super]
         if self.linear is not None:

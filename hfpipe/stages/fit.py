@@ -206,7 +206,7 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] 
                 {"lora": lora, "training": {"optim": fit.setting.optim}},
                 setting,
             )
-    if setting.adapter is not None and setting.bits is None and has_bitsandbytes:
+    if setting.adapter is not None and setting.bits is None and has_bitsandbytes and setting.qat is None:
         setting = replace(setting, bits=4, compute=setting.autocast)
         yield "quantization: nf4", "the base is rounded to 4 bits; slower", {"quantization": "nf4"}, setting
     if setting.bits is None:

@@ -16,13 +16,14 @@ from hfpipe.core import ranks
 from hfpipe.core.files import GIB
 from hfpipe.core.upstream import layer_classes
 from hfpipe.model.adapter import add_adapter
+from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.head import backbone_of, head_of
 from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
 from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
 from hfpipe.model.parameters import freeze
 from hfpipe.model.tokenizer import make_room
-from hfpipe.recipe import Recipe, Stage
+from hfpipe.recipe import Qat, Recipe, Stage
 from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.pretrain import masked_loss
 from hfpipe.stages.sharding import SPREADING, plan_of_launch
@@ -93,6 +94,7 @@ class Setting:
     forms: int = 1
     pairs: bool = False
     beside: float = 0.0
+    qat: Qat | None = None
 
     @property
     def has_linear_loss(self) -> bool:
@@ -146,6 +148,7 @@ def setting_of(
         forms=2 if getattr(stage, "counterfactual", None) else 1,
         pairs=stage.PAIRS,
         beside=stage.kept.replay.share / (1 - stage.kept.replay.share) if stage.PAIRS and stage.kept.replay else 0.0,
+        qat=stage.fake_quantized,
     )
 
 
@@ -216,6 +219,7 @@ def _model(config: Any, setting: Setting) -> Any:
         # A copy: embeddings that grow write their size into it.
         model = AUTO_CLASSES[task].from_config(copy.deepcopy(config), dtype=setting.dtype, **options)
         make_room(model, setting.vocabulary)
+        fake_quantize(model, setting.qat)
         if setting.bits:
             quantize(model, setting.bits, setting.compute, keep=("score", "classifier"))
         if setting.adapter is not None:

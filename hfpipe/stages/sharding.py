@@ -58,7 +58,7 @@ def _size(name: str) -> int:
 
 def reads_whole(stage: Stage) -> bool:
     """Returns True if every rank reads all weights of the stage's model under FSDP, or asks it part by part."""
-    return bool(stage.quantized or stage.kept.replay is not None or stage.task == "seq2seq")
+    return bool(stage.quantized or stage.fake_quantized or stage.kept.replay is not None or stage.task == "seq2seq")
 
 
 def _takes_part(stage: Stage) -> bool:
@@ -99,6 +99,17 @@ REFUSALS = (
         "PiSSA, OLoRA and other `init_lora_weights` that change the base, with FSDP or ZeRO-3",
         lambda stage, plan: plan in SPREADING and _takes_part(stage),
         "the adapter could not be turned back into one for the base as it came. Start plain ranks, or leave it out.",
+    ),
+    Refusal(
+        "`muon` with FSDP or ZeRO-3",
+        lambda stage, plan: plan in SPREADING and stage.muon is not None,
+        "it works on whole matrices, of which a rank has a part. Start plain ranks, or leave it out.",
+    ),
+    Refusal(
+        "`qat` with FSDP or ZeRO-3",
+        lambda stage, plan: plan in SPREADING and stage.fake_quantized is not None,
+        "the rounding of weights that are spread over ranks was never compared with that of whole ones here. Start "
+        "plain ranks, or leave it out.",
     ),
     Refusal(
         "`modules_to_save` or `trainable_token_indices` of an adapter, with FSDP",

@@ -40,6 +40,7 @@ from hfpipe.stages.arguments import stage_arguments
 from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, newest_whole, read_across
 from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.progress import LogCallback
+from hfpipe.stages.rounding import RoundingFrom
 from hfpipe.stages.samples import Sampling, samples_of
 from hfpipe.stages.saving import is_sharded, make_saveable, rehearse, save
 from hfpipe.stages.scored import ScoredWhileTraining, Selection
@@ -293,6 +294,8 @@ def _add_callbacks(
     looks: list[TrainerCallback] = [ScoredWhileTraining(run, trainer)]
     if samples_of(run.stage) is not None:
         looks.append(Sampling(run, trainer))
+    if run.stage.fake_quantized is not None and run.stage.fake_quantized.after_steps:
+        trainer.add_callback(RoundingFrom(trainer, run.stage.fake_quantized.after_steps))
     for callback in (_Rehearsal(run, trainer), watch, checkpoints, *run.callbacks, run.cost, log, *looks):
         trainer.add_callback(callback)
     return checkpoints
@@ -312,7 +315,7 @@ def _taken_up(run: StageRun, trainer: Trainer, loader: BatchLoader) -> Path | No
 
 
 def _create_optimizer(trainer: Trainer, create: Callable[..., Any], stage: Stage, model: Any = None) -> Any:
-    """Makes the trainer's own optimizer, once, with the learning rates of the stage."""
+    """Makes the trainer's own optimizer, once, with the learning rates of the stage, and Muon beside it if asked."""
     if trainer.optimizer is None:
         made, own = create(model), trainer.model if model is None else model
         set_learning_rates(made, own, stage.learning_rates or {})

@@ -27,6 +27,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         FSDP,
         {"lora": LORA | {"modules_to_save": ["lm_head"]}},
     ),
+    "`muon` with FSDP or ZeRO-3": (FSDP, {"muon": {}}),
+    "`qat` with FSDP or ZeRO-3": (ZERO3, {"qat": {"weights": "int4"}}),
     "`kl` or `l2` of `keep:` with FSDP or DeepSpeed": (FSDP, {"keep": {"l2": {"weight": 0.1}}}),
     "own texts of the parent (`keep:`) with ZeRO-3": (ZERO3, {"keep": {"replay": {}}}),
     "`early_stopping` with DeepSpeed": (ZERO3, {"early_stopping": {"suite": "sounds"}}),

@@ -66,6 +66,7 @@ def check_adapter(stage: RawStage) -> Iterator[Fault]:
     elif isinstance(stage.data.get("peft"), dict):
         yield from _check_type(stage, stage.at("peft"))
     yield from _check_quantization(stage)
+    yield from _check_qat(stage)
     adapter = adapter_of(stage)
     if adapter is not None and adapter.data.get("type") == "lora":
         yield from _check_init(stage, adapter)
@@ -100,6 +101,26 @@ def _check_quantization(stage: RawStage) -> Iterator[Fault]:
         bits = "4-bit" if form == "nf4" else "8-bit"
         text = f"a full fine-tune of a {bits} model is not possible: its weights cannot be trained."
         yield Fault((*stage.steps, "quantization"), f"{text} Add `lora: {{r: 16}}`, or remove `quantization`.")
+
+
+_ROUNDED_TO = {"int4": ("int8", None), "int8": ("int8", None)}  # weights, and what activations go with them
+
+
+def _check_qat(stage: RawStage) -> Iterator[Fault]:
+    """Yields what a stage says wrongly of the quantization that it trains for."""
+    block = stage.at("qat")
+    weights, activations = (block.data.get(key) for key in ("weights", "activations"))
+    if not block.data or not isinstance(weights, str):
+        return
+    if _form(stage) is not None:
+        text = "rounds the weights of the base in each pass, and `quantization` stores them rounded. Keep one of the"
+        yield Fault((*stage.steps, "qat"), f"{text} two.")
+    if activations not in _ROUNDED_TO.get(weights, (weights,)):
+        text = "leave it out, or write int8" if weights in _ROUNDED_TO else f"write {weights}"
+        yield Fault((*block.steps, "activations"), f"with `weights: {weights}`, {text}.")
+    for key in ("group_size", "after_steps") if weights not in _ROUNDED_TO else ():
+        if key in block.data:
+            yield Fault((*block.steps, key), f"is of integers, and `weights` is {weights}. Leave it out.")
 
 
 def _form(stage: RawStage) -> str | None:
