@@ -77,7 +77,12 @@ def _linear(draft: Draft, value: Any) -> None:
 
 
 def _optimizer(draft: Draft, value: Any) -> None:
-    if value:
+    if value == "muon":
+        draft.put("stage.muon", {})
+        draft.note(
+            "changed", "optimizer", "torch's Muon takes the place of axolotl's, with AdamW for the other weights"
+        )
+    elif value:
         draft.train("optimizer", "training.optim", _OPTIMIZERS.get(value, value))
 
 
@@ -162,7 +167,53 @@ def _packing(draft: Draft, value: Any) -> None:
 def _quantized_experts(draft: Draft, value: Any) -> None:
     if value:
         why = "bitsandbytes leaves experts as they are, so the base keeps its precision, which takes memory"
-        draft.note("changed", "quantize_moe_experts", why)
+        word = "quantize_moe_experts" if draft.config.get("quantize_moe_experts") else "llama4_linearized_experts"
+        draft.note("changed", word, why)
+
+
+def _linear_experts(draft: Draft) -> None:
+    """Experts as linear layers can be quantized, and be the targets of an adapter."""
+    if any("experts." in str(name) for name in draft.config.get("lora_target_modules") or ()):
+        draft.note("lost", "llama4_linearized_experts", "experts stay as transformers has them, and are no such layers")
+    else:
+        _quantized_experts(draft, True)
+
+
+def _qat(draft: Draft, value: dict[str, Any]) -> None:
+    names = {"fp8": "float8", "float8_e4m3fn": "float8"}
+    given = (value.get("weight_dtype") or "int8", value.get("activation_dtype"))
+    weights, activations = (one and names.get(one, one) for one in given)
+    if activations not in ((None, "int8") if weights in ("int4", "int8") else (weights,)):
+        draft.note("lost", "qat", f"a stage does not round weights to {weights} with activations {activations}")
+        return
+    block: words.Block = {
+        "weights": weights,
+        **({"activations": activations} if activations else {}),
+        "target_modules": "all",
+    }
+    if weights in ("int4", "int8"):
+        block["group_size"] = value.get("group_size") or 32
+        if value.get("fake_quant_after_n_steps"):
+            block["after_steps"] = value["fake_quant_after_n_steps"]
+    if weights == "int4":
+        why = (
+            "weights are rounded as torchao's quantization for this pair rounds them, not as its kernel for int4 alone"
+        )
+        draft.note("changed", "qat.weight_dtype", why)
+    if value.get("quantize_embedding"):
+        draft.note("lost", "qat.quantize_embedding", "embeddings keep their precision")
+    draft.put("stage.qat", block)
+
+
+def _fp8(draft: Draft, value: Any) -> None:
+    if value:
+        draft.note("changed", "fp8", words.EIGHT_BIT_FLOATS)
+
+
+def _packed_length(draft: Draft, value: Any) -> None:
+    """The word for packing of axolotl's first versions."""
+    draft.train("max_packed_sequence_len", "training.packing", True)
+    draft.put("stage.training.max_length", value)
 
 
 def _base_config(draft: Draft, value: Any) -> None:
@@ -212,6 +263,7 @@ TABLE: Table = {
     "process_reward_model": Out("for a reward model"),
     "num_labels": Out("for a classifier, whose labels a stage of `kind: classification` has", (None, False)),
     "skip_prepare_dataset": Out(_IMAGES),
+    "hatchery.reward_funcs": Out("for reinforcement learning"),
     # Model
     "base_model": "model.id",
     "revision_of_model": "model.revision",
@@ -253,9 +305,9 @@ TABLE: Table = {
     "rope_scaling": if_set(lambda draft, value: words.model_config(draft, {"rope_scaling": value})),
     "model_quantization_config": Unneeded("a base that comes quantized is read as its files are"),
     "model_quantization_config_kwargs": Unneeded("a base that comes quantized is read as its files are"),
-    "reinit_weights": Lost("write `model: {architecture: {...}, tokenizer: {id: ...}}` to start from fresh weights"),
+    "reinit_weights": with_another,
     "use_onebitllms": Lost("hfpipe has no 1.58-bit layers"),
-    "llama4_linearized_experts": Lost("experts stay as transformers has them"),
+    "llama4_linearized_experts": if_set(lambda draft, value: _linear_experts(draft)),
     "quantize_moe_experts": _quantized_experts,
     "use_kernels": _SPEED,
     "use_scattermoe": _SPEED,
@@ -299,7 +351,7 @@ TABLE: Table = {
     "sample_packing_*": PREPARED,
     "multipack_real_batches": PREPARED,
     "batch_flattening": _SPEED,
-    "max_packed_sequence_len": Lost("write `training: {packing: true, max_length: N}`"),
+    "max_packed_sequence_len": if_set(_packed_length),
     "pad_to_sequence_len": _SPEED,
     "pad_to_multiple_of": _SPEED,
     "total_num_tokens": PREPARED,
@@ -393,10 +445,9 @@ TABLE: Table = {
     "float32": if_set(lambda draft, value: draft.put("model.dtype", "float32")),
     "torch_dtype": "model.dtype",
     "fp32_norms": Lost("norms have the precision of the other weights"),
-    "fp8": Lost("hfpipe does not compute in 8-bit floats"),
+    "fp8": _fp8,
     "fp8_*": Unneeded("see fp8"),
-    "qat": Lost("hfpipe does not train for a quantization"),
-    "qat.*": Lost("hfpipe does not train for a quantization"),
+    "qat": if_set(lambda draft, value: _qat(draft, value)),
     "quantization": Unneeded("quantize the finished model"),
     "nvfp4_merge_aware": Unneeded("quantize the finished model"),
     "torch_compile": words.compiled,
@@ -498,6 +549,8 @@ def convert(draft: Draft) -> None:
         add_sources(draft)
     words.hold_out(draft, "val_set_size", config.get("val_set_size"))
     draft.apply(TABLE)
+    if config.get("reinit_weights"):
+        words.fresh(draft)
     _defaults(draft)
     if draft.stage["kind"] == "preference":
         preferences.with_sft(draft, "rpo_alpha", config.get("rpo_alpha"))

@@ -84,8 +84,8 @@ _SOURCE: Table = {
     "drop_system_message": Lost("the system message of a row is kept"),
     "message_field_training": Lost("a message is trained on by its role; a message's own `train: false` is honoured"),
     "message_field_training_detail": Lost("a message is trained on whole"),
-    "shards": Lost("write `fold: {of: N, keep: 1}` at the source"),
-    "shards_idx": Unneeded("see shards"),
+    "shards": with_another,
+    "shards_idx": with_another,
     "template_thinking_key": with_another,
     "split_thinking": Lost("a message is rendered as it stands"),
     "conversation": Unneeded("the chat template says it"),
@@ -106,6 +106,8 @@ def add_sources(draft: Draft) -> None:
         source = words.source_of(
             one["path"], **{key: one.get(key) for key in ("name", "data_files", "split", "revision")}
         )
+        if one.get("shards"):
+            source["fold"] = {"of": int(one["shards"]), "keep": 1 + int(one.get("shards_idx") or 0)}
         draft.stage["data"] += _rows(draft, before, one, source, kind.removesuffix(".load_qa"), style)
         rules = {f"{before}.{key}": rule for key, rule in _SOURCE.items()}
         if kind == "user_defined":
@@ -132,6 +134,15 @@ def _pairs(draft: Draft, before: str, one: dict[str, Any]) -> dict[str, Any]:
     return source
 
 
+# Of axolotl's styles of alpaca: the system message, and the turn of a user without an input and with one.
+_STYLES = {
+    "chat": ("SYSTEM: {system}\n", "USER: {instruction}\nASSISTANT:", "USER: {instruction}\n{input}\nASSISTANT:"),
+    "phi": (
+        "<|system|>\n{system}<|end|>\n",
+        "<|user|>\n{instruction}<|end|>\n<|assistant|>\n",
+        "<|user|>\n{instruction}<|end|>{input}<|assistant|>",
+    ),
+}
 _OWN_PROMPT = ("system_prompt", "system_format", "format", "no_input_format", "field_instruction")
 
 
@@ -143,11 +154,14 @@ def _rows(
         return _conversations(draft, before, one, source, kind)
     if kind == "alpaca" and style == "":
         return [{**source, "format": "alpaca"}]
-    if kind == "alpaca" and style == "chat":
-        plain, with_input = "USER: {instruction}\nASSISTANT:", "USER: {instruction}\n{input}\nASSISTANT:"
-        plain, with_input = f"{words.ALPACA_SYSTEM}\n{plain}", f"{words.ALPACA_SYSTEM_WITH_INPUT}\n{with_input}"
-        pair = [{"prompt": prompt, "completion": "{output}"} for prompt in (plain, with_input)]
-        return words.with_and_without_input(source, *pair)
+    if kind == "alpaca" and style in _STYLES:
+        system, plain, with_input = _STYLES[style]
+        said = (words.ALPACA_SYSTEM, words.ALPACA_SYSTEM_WITH_INPUT)
+        prompts = (system.format(system=one) + form for one, form in zip(said, (plain, with_input), strict=True))
+        return words.with_and_without_input(source, *({"prompt": one, "completion": "{output}"} for one in prompts))
+    if kind == "jeopardy":
+        asked = words.ALPACA_PROMPT_WITH_INPUT.format(instruction="{question}", input="{category}")
+        return [{**source, "template": {"prompt": asked, "completion": "what is {answer}"}}]
     if kind == "completion":
         column = one.get("field") or "text"
         return [source if column == "text" else {**source, "columns": {"text": column}}]

@@ -62,6 +62,7 @@ def recipe_of(draft: Draft, path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} names no data to train on, so it is no config of a training.")
     words.streams_need_steps(draft)
     words.warmup_of_constant(draft)
+    words.warmup_within_steps(draft)
     recipe = {"name": name_of(path), **draft.recipe, "stages": [draft.stage]}
     if draft.suites:
         recipe["evaluate"] = draft.suites

@@ -11,7 +11,7 @@ from typing import Any
 
 from hfpipe.convert import llama_factory_v1, preferences, words
 from hfpipe.convert.draft import Draft, Lost, OutOfScope, Said, Table, Unneeded, if_set, with_another
-from hfpipe.convert.trainer_keys import trainer_table
+from hfpipe.convert.trainer_keys import MEGATRON, trainer_table
 
 _SPEED = Unneeded("speed and memory only")
 _ROWS = Unneeded("hfpipe makes the rows itself")
@@ -41,7 +41,7 @@ _RANKINGS = {
 }
 _DEMOS = ("identity", "alpaca_en_demo", "alpaca_zh_demo")  # files beside dataset_info.json
 _TEXTS = {"wiki_demo": "wiki_demo.txt", "c4_demo": "c4_demo.jsonl"}
-_OPTIMIZERS = {"use_adam_mini": "Adam-mini", "use_badam": "BAdam", "use_muon": "Muon"}
+_OPTIMIZERS = {"use_adam_mini": "Adam-mini", "use_badam": "BAdam"}
 
 
 def _method(draft: Draft, value: Any) -> None:
@@ -200,9 +200,7 @@ TABLE: Table = {
     "shift_attn": Lost("attention is the model's own"),
     "mixture_of_depths": Lost("hfpipe has no mixture of depths"),
     "moe_aux_loss_coef": _routing,
-    "train_from_scratch": Lost(
-        "write `model: {architecture: {...}, tokenizer: {id: ...}}` to start from fresh weights"
-    ),
+    "train_from_scratch": with_another,
     "upcast_*": _SPEED,
     "low_cpu_mem_usage": _SPEED,
     "use_unsloth*": _SPEED,
@@ -256,13 +254,14 @@ TABLE: Table = {
     "use_apollo": _galore,
     "apollo_*": with_another,
     **{key: _optimizer(key) for key in _OPTIMIZERS},
+    "use_muon": if_set(lambda draft, value: words.muon(draft, {})),
     "badam_*": Unneeded("see use_badam"),
     "use_dft_loss": _dft,
     "use_asft_loss": Lost("the loss is cross-entropy"),
     "asft_alpha": Unneeded("see use_asft_loss"),
     "use_eaft_loss": Lost("the loss is cross-entropy"),
     "eaft_alpha": Unneeded("see use_eaft_loss"),
-    "fp8": Lost("hfpipe does not compute in 8-bit floats"),
+    "fp8": if_set(lambda draft, value: draft.note("changed", "fp8", words.EIGHT_BIT_FLOATS)),
     "fp8_*": Unneeded("see fp8"),
     "freeze_vision_tower": _IMAGES,
     "freeze_multi_modal_projector": _IMAGES,
@@ -284,8 +283,8 @@ TABLE: Table = {
     "simpo_gamma": with_another,
     "ref_model": Lost("the reference is the stage's parent"),
     "ref_model_*": Lost("the reference is the stage's parent"),
-    "use_mca": Unneeded("how a model is split over processes is no part of a recipe"),
-    "use_megatron_bridge": Unneeded("how a model is split over processes is no part of a recipe"),
+    **MEGATRON,
+    "use_packed_sequences": lambda draft, value: _packing(draft, value),
     "disable_shuffling": Lost("rows are shuffled"),
     "early_stopping_steps": _early,
     "compute_accuracy": _ELSEWHERE,
@@ -357,6 +356,8 @@ def convert(draft: Draft) -> None:
     words.hold_out(draft, "val_size", config.get("val_size"))
     _held_out_sets(draft)
     draft.apply(trainer_table(draft.stage["kind"], TABLE))
+    if config.get("train_from_scratch"):
+        words.fresh(draft)
     _defaults(draft)
     preferences.finish(draft)
 

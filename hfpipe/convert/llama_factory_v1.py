@@ -49,8 +49,19 @@ def _quantization(draft: Draft, value: Any) -> None:
 
 
 def _optimizer(draft: Draft, value: Any) -> None:
-    name = (value or {}).get("name")
-    draft.note("lost", "optim_config", f"transformers has no optimizer '{name}'")
+    block = dict(value)
+    name = block.pop("name", None)
+    if name != "muon":
+        draft.note("lost", "optim_config", f"transformers has no optimizer '{name}'")
+        return
+    words.muon(draft, {key: block.pop(key) for key in ("momentum", "nesterov", "ns_steps") if key in block})
+    betas = block.pop("adamw_betas", (0.9, 0.95))
+    named = {"weight_decay": block.pop("wd", 0.1), "adam_beta1": betas[0], "adam_beta2": betas[1]}
+    named["adam_epsilon"] = block.pop("adamw_eps", 1e-8)
+    for key, one in named.items():
+        draft.train("optim_config", f"training.{key}", one)
+    for key in block:
+        draft.note("lost", f"optim_config.{key}", "torch's Muon has no such word")
 
 
 def _schedule(draft: Draft, value: Any) -> None:

@@ -55,14 +55,11 @@ _PAIRS = {
 }
 
 
-def _fresh(draft: Draft, value: Any) -> None:
-    if value is False:
-        name = draft.config["model"]["model_name"]
-        if str(name).rsplit("/", 1)[-1] == "gpt2":
-            draft.recipe["model"] = {"architecture": {"model_type": "gpt2"}, "tokenizer": {"id": name}}
-        else:
-            why = "write `model: {architecture: {...}, tokenizer: {id: ...}}` with the fields of its config.json"
-            draft.note("lost", "model.load_pretrained_weights", f"the recipe starts from trained weights; {why}")
+def _no_dropout(draft: Draft, value: Any) -> None:
+    if value and str(draft.config["model"].get("model_name")).rsplit("/", 1)[-1].startswith("gpt2"):
+        words.model_config(draft, dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0))
+    elif value:
+        draft.note("lost", "model.model_kwargs.disable_dropout", "write the fields of its config in `model.config`")
 
 
 def _dtype(draft: Draft, value: Any) -> None:
@@ -165,7 +162,7 @@ TABLE: Table = {
     "model.tokenizer_kwargs": _tokenizer,
     "model.processor_kwargs*": Out("for images, and hfpipe trains on text"),
     "model.model_max_length": "stage.training.max_length",
-    "model.load_pretrained_weights": _fresh,
+    "model.load_pretrained_weights": with_another,
     "model.trust_remote_code": "model.trust_remote_code",
     "model.torch_dtype_str": _dtype,
     "model.compile": _SPEED,
@@ -175,6 +172,7 @@ TABLE: Table = {
     "model.device_map": _LAUNCH,
     "model.model_kwargs.rope_scaling": lambda draft, value: words.model_config(draft, {"rope_scaling": value}),
     "model.model_kwargs.quantization_config": Unneeded("a base that comes quantized is read as its files are"),
+    "model.model_kwargs.disable_dropout": _no_dropout,
     "model.model_kwargs.*": Lost("the model is made by its own config"),
     "model.enable_liger_kernel": _SPEED,
     "model.shard_for_eval": _SPEED,
@@ -285,6 +283,8 @@ def convert(draft: Draft) -> None:
         draft.stage["data"] += _rows(draft, one, bool(data.get("stream")))
     _split(draft, data)
     draft.apply(TABLE)
+    if config["model"].get("load_pretrained_weights") is False:
+        words.fresh(draft)
     _defaults(draft, data)
     preferences.finish(draft)
 

@@ -17,6 +17,18 @@ _SAVED = Unneeded("hfpipe keeps whole checkpoints and continues by the same comm
 _LOGGED = Unneeded("`training.report_to` takes wandb, tensorboard, trackio and others; see docs/trackers.md")
 _LAUNCH = Unneeded("how processes are launched belongs in the file of `accelerate launch --config_file`")
 _FILES = Unneeded("the folder of the model says it")
+_SIZES = (
+    "vocab_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "embed_dim",
+    "intermediate_dim",
+    "max_seq_len",
+    "norm_eps",
+    "rope_base",
+)
+_TIED = ("llama3_2", "gemma", "qwen2_5_0_5b", "qwen2_5_1_5b", "qwen2_5_3b", "qwen3_0_6b", "qwen3_1_7b", "qwen3_4b")
 _OPTIMIZERS = {
     "torch.optim.AdamW": "adamw_torch",
     "torch.optim.SGD": "sgd",
@@ -198,16 +210,17 @@ TABLE: Table = {
     "low_cpu_ram": _SPEED,
     "device": _LAUNCH,
     "dtype": Said("model.dtype", {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}.get),
-    "quantizer": Lost("hfpipe does not train for a quantization"),
-    "quantizer.*": Lost("hfpipe does not train for a quantization"),
-    "fake_quant_after_n_steps": Unneeded("see quantizer"),
+    "quantizer": with_another,
+    "quantizer.*": with_another,
+    "fake_quant_after_n_steps": with_another,
     "output_dir": _FOLDER,
     "name": _FOLDER,
     "metric_logger.*": _LOGGED,
     "log_*": _LOGGED,
     "profiler.*": _LOGGED,
     "model.decoder_trainable": Out("for images, and hfpipe trains on text", (None,)),
-    "model.vocab_size": Out("for a model of other sizes than its files have"),
+    "model.attn_dropout": Lost("the model's own files say its dropout", (None, 0, 0.0)),
+    **{f"model.{size}": Unneeded("the model's own files say its sizes") for size in _SIZES},
     "inference.*": Out("for reinforcement learning"),
 }
 
@@ -227,11 +240,31 @@ def convert(draft: Draft) -> None:
     if len(trained) > 1:
         draft.note("lost", "train_on_input", "sources of one stage are all trained on alike")
     _held_out(draft)
+    _qat(draft)
     _defaults(draft)
     if draft.stage["kind"] == "preference":
         preferences.finish(draft)
         return
     words.train_on(draft, "all" if True in trained else "assistant")
+
+
+def _qat(draft: Draft) -> None:
+    """torchtune rounds the layers below its adapters, or all linear layers: a head that is the embeddings is none."""
+    block = draft.config.get("quantizer") or {}
+    name = str(block.get("_component_", "")).rsplit(".", 1)[-1].removesuffix("ModuleSwap")
+    if not name:
+        return
+    if name not in ("Int8DynActInt4WeightQATQuantizer", "Int4WeightOnlyQATQuantizer"):
+        draft.note("lost", "quantizer", f"{name} is not among the quantizers that are converted")
+        return
+    model = str((draft.config.get("model") or {}).get("_component_", "")).rsplit(".", 1)[-1]
+    every = "all-linear" if any(tied in model for tied in _TIED) else "all"
+    made = {"weights": "int4", **({"activations": "int8"} if name.startswith("Int8") else {})}
+    made["group_size"] = block.get("groupsize", 256)
+    made["target_modules"] = draft.take("stage.lora.target_modules") or every
+    if draft.config.get("fake_quant_after_n_steps"):
+        made["after_steps"] = draft.config["fake_quant_after_n_steps"]
+    draft.put("stage.qat", made)
 
 
 def _defaults(draft: Draft) -> None:

@@ -120,6 +120,31 @@ TRAINER: Table = {
     "auto_find_batch_size": Lost("the batches follow from the recipe; write `per_device_train_batch_size`"),
 }
 
+MEGATRON: Table = dict.fromkeys(
+    (
+        "use_mca",
+        "use_megatron_bridge",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "sequence_parallel",
+        "use_distributed_optimizer",
+        "overlap_*",
+        "bias_activation_fusion",
+        "apply_rope_fusion",
+        "masked_softmax_fusion",
+        "cross_entropy_loss_fusion",
+        "moe_grouped_gemm",
+        "moe_token_dispatcher_type",
+        "recompute_*",
+        "mixed_precision",
+        "export_hf_on_finish",
+    ),
+    Unneeded("how Megatron splits a model and computes it is no part of a recipe"),
+)
+
 
 def trainer_table(kind: str, taken: Table) -> Table:
     """The table of a tool that hands its keys to the trainer: its own rules, the shared ones, and every other field.

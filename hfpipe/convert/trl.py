@@ -125,7 +125,7 @@ PREFERENCE: Table = {
     "loss_type": lambda draft, value: preferences.loss(draft, "loss_type", value) if value else None,
     "loss_weights": "stage.training.loss_weights",
     "rpo_alpha": with_another,
-    "max_prompt_length": Lost("prompt and answer share `max_length`, and the end of an answer is cut"),
+    "max_prompt_length": "stage.training.max_prompt_length",  # a word of older TRLs
     "max_completion_length": Lost("prompt and answer share `max_length`, and the end of an answer is cut"),
     "ref_model": Lost("the reference is the stage's parent"),
     "ref_adapter_name": Lost("the reference is the stage's parent"),
@@ -151,6 +151,10 @@ def convert(draft: Draft) -> None:
     """
     config = draft.config
     command = str(config.get("command") or ("dpo" if any(config.get(key) is not None for key in _OF_DPO) else "sft"))
+    if "ORPOTrainer" in draft.text:  # its keys are those of a DPO config
+        raise OutOfScope(
+            "this TRL config is for the loss ORPO (it names the ORPOTrainer), for which there is no stage."
+        )
     if command not in ("sft", "dpo"):
         raise OutOfScope(
             f"this is a config of `trl {command}`, for which a recipe has no stage; `trl sft` and `trl dpo` are "

@@ -12,6 +12,7 @@ from hfpipe.recipe.row_formats import SAID_KEYS, SPEAKER_KEYS
 Trained = Literal["assistant", "last", "completion", "all"]
 Block = dict[str, Any]
 HELD_OUT = "held-out"
+EIGHT_BIT_FLOATS = "matrices are multiplied in bfloat16, which is more exact than 8-bit floats, and slower"
 _BUILDERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "text": "text", "arrow": "arrow"}
 _BUILDERS |= {"txt": "text", "tsv": "csv"}
 _ALPACA = "Below is an instruction that describes a task{context}. "
@@ -167,6 +168,35 @@ def warmup_of_constant(draft: Draft) -> None:
     if draft.take("stage.training.lr_scheduler_type") == "constant" and draft.take("stage.training.warmup_steps"):
         draft.stage["training"].pop("warmup_steps")
         draft.note("unneeded", "warmup", "transformers' constant schedule has none (constant_with_warmup has)")
+
+
+def warmup_within_steps(draft: Draft) -> None:
+    """Ends a warm-up with the last step, where it is longer than the training; each step has the rate that it had."""
+    steps, warm = (draft.take(f"stage.training.{name}") for name in ("max_steps", "warmup_steps"))
+    rate = draft.take("stage.training.learning_rate")
+    if isinstance(steps, int) and isinstance(warm, int) and isinstance(rate, int | float) and warm > steps > 0:
+        draft.put("stage.training.warmup_steps", steps)
+        draft.put("stage.training.learning_rate", float(f"{rate * steps / warm:.6g}"))
+        why = f"the training ends amid a warm-up of {warm} steps: `learning_rate` is what it reaches by then"
+        draft.note("changed", "warmup", why)
+
+
+def fresh(draft: Draft) -> None:
+    """Starts from fresh weights, by the config of the model that the draft names."""
+    model = draft.recipe["model"]
+    named = model.pop("id")
+    if model.pop("revision", None):
+        draft.note("lost", "revision", "a config is taken as the main branch has it")
+    model["architecture"] = {"from": named, **(model.pop("config", None) or {})}
+    model.setdefault("tokenizer", {}).setdefault("id", named)
+
+
+def muon(draft: Draft, options: Block) -> None:
+    """Trains matrices by Muon, scaled so that it takes AdamW's learning rate (Moonlight's way).
+
+    Source: Liu et al. 2025, https://arxiv.org/abs/2502.16982.
+    """
+    draft.put("stage.muon", {"adjust_lr_fn": "match_rms_adamw", **options})
 
 
 def checkpointing(draft: Draft, value: Any) -> None:

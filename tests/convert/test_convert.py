@@ -458,8 +458,12 @@ def test_the_second_form_of_llama_factory(here: Path, capsys: pytest.CaptureFixt
     assert (stage["training"]["packing"], stage["training"]["lr_scheduler_type"]) == (True, "constant")
     assert "dist_config" in written
     assert "LOST" not in said
-    _, _, said = converted(LLAMA_FACTORY_V1 + "optim_config: {name: muon}\n", capsys)
-    assert "no optimizer 'muon'" in said
+    recipe, _, said = converted(LLAMA_FACTORY_V1 + "optim_config: {name: muon, wd: 0.2, ns_steps: 6}\n", capsys)
+    assert recipe["stages"][0]["muon"] == {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 6}
+    assert recipe["stages"][0]["training"]["weight_decay"] == 0.2
+    assert "LOST" not in said
+    _, _, said = converted(LLAMA_FACTORY_V1 + "optim_config: {name: own}\n", capsys)
+    assert "no optimizer 'own'" in said
 
 
 def test_parts_of_the_weights_and_their_rates_are_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -476,6 +480,73 @@ def test_parts_of_the_weights_and_their_rates_are_said(here: Path, capsys: pytes
     assert "LOST" not in said
     _, _, said = converted(full.replace("weight$'", "weight$[32000:]'"), capsys)
     assert "some of its rows" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "words"),
+    [
+        (
+            TORCHTUNE,
+            "quantizer: {_component_: torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer}",
+            {"qat": {"weights": "int4", "activations": "int8", "group_size": 256}},
+        ),
+        (
+            AXOLOTL_PRETRAIN,
+            "qat: {activation_dtype: nvfp4, weight_dtype: nvfp4, group_size: 16}",
+            {"qat": {"weights": "nvfp4", "activations": "nvfp4", "target_modules": "all"}},
+        ),
+        (AXOLOTL_PRETRAIN, "optimizer: muon", {"muon": {}}),
+        (LLAMA_FACTORY, "use_muon: true", {"muon": {"adjust_lr_fn": "match_rms_adamw"}}),
+    ],
+)
+def test_words_of_a_stage(
+    config: str, change: str, words: dict[str, Any], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, written, said = converted(f"{config}\n{change}\n", capsys)
+    [stage] = recipe["stages"]
+    for word, value in words.items():
+        assert stage[word].items() >= value.items()
+    assert stage.get("qat", {}).get("target_modules") in (None, "all", stage.get("lora", {}).get("target_modules"))
+    assert "LOST" not in said
+    Path("recipe.yaml").write_text(written)
+    assert main(["check", "--fast", "recipe.yaml"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AXOLOTL_PRETRAIN + "reinit_weights: true\n",
+        OUMI.replace("{model_name", "{load_pretrained_weights: false, model_name"),
+    ],
+)
+def test_fresh_weights_begin_from_the_config_of_a_model(
+    config: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, written, said = converted(config, capsys)
+    assert recipe["model"]["architecture"] == {"from": "team/base-1b"}
+    assert recipe["model"]["tokenizer"] == {"id": "team/base-1b"}
+    assert "id" not in recipe["model"]
+    assert "LOST" not in said
+    Path("recipe.yaml").write_text(written)
+    assert main(["check", "--fast", "recipe.yaml"]) == 0, capsys.readouterr().err
+
+
+def test_a_warm_up_beyond_the_end_keeps_the_rate_of_each_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = AXOLOTL_PRETRAIN.replace("max_steps: 100", "max_steps: 10\nwarmup_steps: 30")
+    training = converted(config, capsys)[0]["stages"][0]["training"]
+    assert (training["warmup_steps"], training["learning_rate"]) == (10, pytest.approx(0.0003 / 3))
+
+
+def test_a_limit_of_prompts_is_said_and_another_trainer_is_not_taken_for_dpo(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = HANDBOOK_DPO + "max_prompt_length: 512\n"
+    recipe, _, said = converted(text, capsys)
+    assert recipe["stages"][0]["training"]["max_prompt_length"] == 512
+    assert "LOST" not in said
+    Path("config.yaml").write_text(f"# ORPOTrainer arguments\n{text}")
+    assert main(["convert", "config.yaml"]) == 2
+    assert "ORPO" in capsys.readouterr().err
 
 
 def test_every_key_of_a_config_is_in_the_recipe_or_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
