@@ -1,5 +1,6 @@
 """`muon`: torch's Muon trains the matrices of the layers, and the trainer's optimizer all other weights."""
 
+import copy
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hfpipe.cli import main
+from hfpipe.model.muon import with_muon
 
 
 def write(folder: Path, stage: dict[str, Any], **training: Any) -> Path:
@@ -61,6 +63,51 @@ def test_an_interrupted_stage_goes_on_with_the_momentum_of_both(tmp_path: Path) 
     assert main(["run", str(path)]) == 0
     after = trained(tmp_path / "cut")
     assert all(torch.equal(whole[name], after[name]) for name in whole)
+
+
+class Small(torch.nn.Module):
+    """An embedding, a matrix and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer, self.head = (
+            torch.nn.Embedding(10, 8),
+            torch.nn.Linear(8, 16),
+            torch.nn.Linear(16, 10),
+        )
+        matrices = torch.optim.AdamW([{"params": list(self.parameters()), "weight_decay": 0.1}], lr=1e-2)
+        self.optimizer = with_muon(matrices, self, {})
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def learn(self, steps: int) -> None:
+        for _ in range(steps):
+            self.head(self.layer(self.embedding.weight).relu()).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+
+    def state(self) -> tuple[Any, ...]:
+        return copy.deepcopy((self.state_dict(), self.optimizer.state_dict(), self.schedule.state_dict()))
+
+    def take_up(self, state: tuple[Any, ...]) -> None:
+        for part, saved in zip((self, self.optimizer, self.schedule), state, strict=True):
+            part.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_saved_state_has_the_momentum_and_the_rates_of_both(whole: bool) -> None:
+    straight, first, second = Small(), Small(), Small()
+    straight.learn(4)
+    first.learn(2)
+    state = first.state()
+    second.take_up(state if whole else (state[0], second.optimizer.state_dict(), state[2]))
+    second.learn(2)
+    same = [torch.equal(one, other) for one, other in zip(straight.parameters(), second.parameters(), strict=True)]
+    assert all(same) if whole else not any(same)
 
 
 @pytest.mark.parametrize(
