@@ -25,6 +25,7 @@ from hfpipe.recipe.raw import Block
 END_OF_TEXT = "<|endoftext|>"
 BEGIN, END, PAD, MASK = "[CLS]", "[SEP]", "[PAD]", "[MASK]"
 T5_PAD, T5_END = "<pad>", "</s>"
+FEW_WEIGHTS = 30_000_000  # of a copy, where the number of heads can be halved until it has no more
 MOST_WEIGHTS = 300_000_000  # of a copy: 1.2 GB in float32, made in about three seconds
 LARGER = 4  # times the fresh weights, which attend to nothing much
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")  # and names that end so
@@ -156,7 +157,7 @@ LAYERS, WIDTH, TOKENS = 1, 64, 64
 
 @torch.no_grad()
 def small_copy(model: Any) -> Any:
-    """Returns a model of the same architecture, whose attention is as wide and whose layers are few.
+    """Returns a model of the same architecture, whose heads are as wide and whose layers are few.
 
     Args:
         model: A causal model of transformers; its shapes are enough.
@@ -171,9 +172,9 @@ def small_copy(model: Any) -> Any:
         if attention_of(model) not in ("eager", "sdpa"):
             return None
         _cut(config.get_text_config())
-        with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(config, **words)
-        if shapes.num_parameters() > MOST_WEIGHTS:
+        while (size := _size(config, words)) > FEW_WEIGHTS and _halve(config.get_text_config()):
+            pass
+        if size > MOST_WEIGHTS:
             return None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -186,6 +187,24 @@ def small_copy(model: Any) -> Any:
         if machine_error(error) is not None:
             raise
         return None
+
+
+def _size(config: Any, words: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **words).num_parameters()
+
+
+def _halve(config: Any) -> bool:
+    """Gives a config half as many heads, each as wide as before; False where their number cannot be halved."""
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if heads % 2 or config.hidden_size % 2:
+        return False
+    if shared not in (None, 1):
+        if shared % 2:
+            return False
+        config.num_key_value_heads = shared // 2
+    config.hidden_size, config.num_attention_heads = config.hidden_size // 2, heads // 2
+    return True
 
 
 def _cut(config: Any) -> None:
