@@ -146,6 +146,7 @@ def generation_fields() -> Fields | None:
         if method.name == "_get_default_generation_params":
             returned = literal(getattr(method.body[-1], "value", None))
             defaults = returned if isinstance(returned, dict) else {}
+    defaults |= {"max_new_tokens": 0, "min_new_tokens": 0}  # they have none there
     numbers = {int: ast.Constant("int | None"), float: ast.Constant("float | None")}
     names = {*_taken_from_kwargs(module, node), *_own_fields(node, module)}
     return {

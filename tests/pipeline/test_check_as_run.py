@@ -155,6 +155,9 @@ CASES: dict[str, tuple[Fault, int]] = {
     "a base without a tokenizer": (files(lambda: [path.unlink() for path in Path("base").glob("tokenizer*")]), 2),
     "a base with a cut config": (files(lambda: Path("base/config.json").write_text("{")), 2),
     "a loss of routers without routers": (training(router_aux_loss_coef=0.01), 2),
+    "a block of an adapter that is none": (stage(lora={"r": 4, "velora_config": 3}), 2),
+    "a pattern of an adapter that is null": (stage(lora={"r": 4, "alpha_pattern": None}), 2),
+    "an answer of a text's length": (suite(generation={"max_new_tokens": "x"}), 2),
     "an adapter of the head": (stage(lora={"r": 4, "target_modules": ["lm_head"]}), 2),
     "checkpointing of no layer": (
         training(activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 0}),
