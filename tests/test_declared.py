@@ -22,6 +22,7 @@ BOUND = {  # break what hfpipe does between major versions; below 1, between min
         "codecarbon",
         "datasets",
         "datasketch",
+        "datatrove",
         "httpx2",
         "huggingface_hub",
         "peft",

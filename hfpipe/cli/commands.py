@@ -71,6 +71,12 @@ def prepare(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
+    if options.engine == "datatrove":
+        with alone(recipe.run_folder):
+            from hfpipe.pipeline.clean_sources import clean_sources
+
+            if not clean_sources(recipe, options.tasks, options.workers, options.slurm):
+                return
     from hfpipe.pipeline.prepare import prepare_recipe
 
     prepare_recipe(recipe)

@@ -63,10 +63,23 @@ def _training_commands(command: AddCommand) -> None:
     cure.add_argument("--stage", help="which stage; the last one that trains on next tokens when absent")
     cure.add_argument("--steps", type=int, metavar="N", help="steps of the stage, each time; the recipe's when absent")
     cure.add_argument("--no-dial", action="store_true", help="score none of them between its parent and itself")
-    command("prepare", "read, clean and tokenize the data, on a machine without a GPU", "RECIPE")
+    prepare = command("prepare", "read, clean and tokenize the data, on a machine without a GPU", "RECIPE")
+    _engine_options(prepare)
     preview = command("preview", "show the first rows as the model sees them, trained tokens coloured", "RECIPE")
     preview.add_argument("--rows", type=int, default=2, help="number of rows of each stage (default: 2)")
     preview.add_argument("--html", metavar="FILE", help="write a page of HTML, token by token, in place of printing")
+
+
+def _engine_options(prepare: argparse.ArgumentParser) -> None:
+    """Adds the options on who cleans the sources of pretraining."""
+    text = "who cleans the sources of pretraining: each stage before it trains, or datatrove now (docs/stream.md)"
+    prepare.add_argument("--engine", choices=["hfpipe", "datatrove"], default="hfpipe", help=text)
+    text = "datatrove: tasks that share the work; as many as workers when absent"
+    prepare.add_argument("--tasks", type=int, metavar="N", help=text)
+    text = "datatrove: tasks that run at a time; as many as cores when absent, on SLURM all"
+    prepare.add_argument("--workers", type=int, metavar="N", help=text)
+    text = "datatrove: run on SLURM, by arguments of its SlurmPipelineExecutor, e.g. partition=cpu time=24:00:00"
+    prepare.add_argument("--slurm", nargs="+", metavar="KEY=VALUE", help=text)
 
 
 def _scoring_commands(command: AddCommand) -> None:

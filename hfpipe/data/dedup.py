@@ -20,10 +20,12 @@ from datasets import Dataset, IterableDataset
 
 from hfpipe.core import display, ranks
 from hfpipe.core.errors import MachineError
+from hfpipe.data.cleaning.cleaned import Cleaned
 from hfpipe.data.cleaning.contamination import SuiteIndex
 from hfpipe.data.cleaning.minhash import Row, counts_of, judge, remove_sketch, write_sketch
 from hfpipe.data.cleaning.text_rules import LISTED, Read, tidy_rows
-from hfpipe.data.sources.formats import roles_of
+from hfpipe.data.sources.formats import Rows, roles_of
+from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream.shard_reader import ShardReader
 from hfpipe.recipe import Recipe, Source, hash_of
 from hfpipe.recipe.row_formats import text_of
@@ -87,9 +89,22 @@ class Cleaner:
         key: str,
         suites: Mapping[str, Sequence[dict[str, Any]]],
         groups: Sequence[Sequence[Source]] = (),
+        cleaned: Mapping[int, Cleaned] | None = None,
     ) -> None:
         self._folder, self._key, self._suites, self._groups = folder, key, suites, groups
+        self._cleaned = cleaned or {}
         self._done: dict[int, Judged] = {}  # by the identity of the source: two may say the same
+
+    def documents(self, source: Source, rows: Callable[[], Rows]) -> tuple[Rows, dict[str, Any]]:
+        """The documents of a source, cleaned before or as `tables` cleans them, and facts for the report.
+
+        Args:
+            source: The source.
+            rows: Opens it.
+        """
+        if (found := self._cleaned.get(id(source))) is not None:
+            return load_rows(found.source, kinds=("text",)), found.facts
+        return self.tables(rows(), source)
 
     def tables(
         self, rows: Dataset | IterableDataset, source: Source
@@ -128,7 +143,7 @@ class Cleaner:
             tokens: What each lane will read, so that a stream may be longer than anyone can look at; None for all. Far
                 more is looked at, and a lane that comes to the end of that begins its share anew.
         """
-        if not source.cleaned:
+        if not source.cleaned or id(source) in self._cleaned:
             return None
         characters = None if tokens is None else tokens * CHARACTERS
         texts = [_rows_of_share(rows, lane, lanes, source, characters) for lane in range(lanes)]

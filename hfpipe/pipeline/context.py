@@ -16,6 +16,7 @@ from hfpipe.core.files import GIB, hashes_of, read_json, read_jsonl, write_json,
 from hfpipe.core.http import limit_waiting
 from hfpipe.core.run_layout import MODEL, damage_of, model_of, predictions_of, strength_of
 from hfpipe.core.upstream import show_downloads
+from hfpipe.data.cleaning.cleaned import is_cleaned, key_of
 from hfpipe.data.mixture import mixture
 from hfpipe.evaluation.answers import can_score
 from hfpipe.evaluation.metrics import needs_of
@@ -114,6 +115,8 @@ class Run:
                 seen.append(self.hashes[stage.replay.stage])  # type: ignore[union-attr]
             if any(part.source.decontaminate for part in mixture(self.recipe, stage)):
                 seen.append({name: suite.data for name, suite in self.recipe.evaluate.items()})
+            if is_cleaned(self.folder, stage, self.recipe.evaluate):
+                seen.append({"cleaned": key_of(stage, self.recipe.evaluate)})
             if stage.early_stopping is not None:
                 seen.append(_without_budget(self.recipe.evaluate[stage.early_stopping.suite]))
             if (strength := strength_of(self.stage_folder(parent))) is not None:

@@ -76,7 +76,7 @@ def run_pretrain(run: StageRun) -> dict[str, Any]:
         max_steps = _steps_of_epochs(run, {}, partial(_rows_of_epochs, run, max_length), global_batch)
     texts = own_texts(run, model, max(max_length, LONGEST), _own_tokens(stage, max_steps, global_batch * max_length))
     parts = mixture(run.recipe, stage, texts)
-    tables = [run.cleaner.tables(documents_of(part, run.tokenizer), part.source) for part in parts]
+    tables = [run.cleaner.documents(part.source, partial(documents_of, part, run.tokenizer)) for part in parts]
 
     def cleaned(number: int, rows: IterableDataset, lanes: int) -> list[np.ndarray] | None:
         """The reasons why rows of a stream are removed, as far as the stage will read it."""
@@ -259,7 +259,7 @@ def _rows_of_epochs(run: StageRun, length: int) -> float:
     tokens, own = 0, sum(part.share for part in mixture(run.recipe, run.stage) if not part.replayed)
     special = run.stage.task == "causal"  # a row's, and not a document's, with a masked model
     for source in run.stage.data:
-        rows, _ = run.cleaner.tables(load_rows(source, kinds=("text",)), source)
+        rows, _ = run.cleaner.documents(source, partial(load_rows, source, kinds=("text",)))
         if not hasattr(rows, "num_rows"):
             raise RecipeError(
                 f"stages.{run.stage.name}.training: a streamed source has no known end, so epochs cannot be counted; "

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hfpipe.data.cleaning.cleaned import find_cleaned
 from hfpipe.data.dedup import Cleaner
 from hfpipe.data.mixture import mixture
 from hfpipe.model.adapter import ProbeText
@@ -56,4 +57,5 @@ class StageRun:
         """Cleans the sources of the stage, and those that it replays as they are cleaned in their own."""
         parts = mixture(self.recipe, self.stage)
         groups = [[part.source for part in parts if part.replayed == replayed] for replayed in (False, True)]
-        return Cleaner(self.folder / "cleaning", self.hash, self.rows, groups)
+        cleaned = find_cleaned(self.folder.parents[1], self.recipe, self.stage)
+        return Cleaner(self.folder / "cleaning", self.hash, self.rows, groups, cleaned)

@@ -223,11 +223,13 @@ class Read:
         return {"rows": self.rows, **dirty, "mended": self.mended.counts, "mended_ids": self.mended.ids}
 
 
-def tidy_rows(rows: Dataset | IterableDataset, source: Source, read: Read) -> Iterator[dict[str, Any]]:
+def tidy_rows(
+    rows: Dataset | IterableDataset, source: Source, read: Read, limit: int = ROW_CHARACTERS
+) -> Iterator[dict[str, Any]]:
     """The rows of a source one after the other as they are trained on; what was found is counted in `read`."""
     for block in blocks_of(rows, source):
         for values in zip(*block.values(), strict=True):
-            row, found = tidy_row(dict(zip(block, values, strict=True)))
+            row, found = tidy_row(dict(zip(block, values, strict=True)), limit)
             read.rows += 1
             if found:
                 name = values[list(block).index("id")] if "id" in block else None
