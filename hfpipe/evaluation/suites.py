@@ -214,8 +214,9 @@ def compare_rows(suite: Suite, before: list[dict[str, Any]], after: list[dict[st
     earlier = {record["row"]: record for record in before}
     found = {}
     for name, metric in suite_metrics(suite).items():
-        need = needs_of(metric)
-        both = [(earlier[row["row"]], row) for row in after if need in row and need in earlier.get(row["row"], {})]
+        need, takes = needs_of(metric), getattr(metric, "takes", ())
+        pairs = [(earlier.get(row["row"], {}), row) for row in after]
+        both = [pair for pair in pairs if all(set(takes) <= (record.get(need) or {}).keys() for record in pair)]
         if isinstance(metric, RowMetric) and both:
             old, new = ([pair[side] for pair in both] for side in (0, 1))
             found[name] = paired_test(metric, _pairs(metric, old), _pairs(metric, new))

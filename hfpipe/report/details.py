@@ -143,8 +143,8 @@ def _confusion_sections(folder: Path, recipe: Recipe) -> list[Section]:
 def _class_pairs(file: Path) -> list[tuple[str, str]]:
     """The right class and the predicted one of each row that has one of each."""
     records = [record.get("choice", {}) for record in read_jsonl(file)]
-    pairs = [(record["reference"], record["prediction"]) for record in records if record]
-    return [pair for pair in pairs if all(isinstance(side, str) for side in pair)]
+    pairs = [(record.get("reference"), record.get("prediction")) for record in records]
+    return [(right, said) for right, said in pairs if isinstance(right, str) and isinstance(said, str)]
 
 
 def _confusion(pairs: list[tuple[str, str]], names: list[str]) -> Table:
