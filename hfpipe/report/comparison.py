@@ -97,7 +97,7 @@ def _scores(runs: Sequence[Compared]) -> Section | None:
 
 
 def _front(runs: Sequence[Compared]) -> Section | None:
-    """What runs that have the same scores gained and forgot, each against its own base."""
+    """Returns the gain and the forgetting of runs that have the same scores, each against its own base."""
     scored = [run for run in runs if run.line and run.line[-1].stage != BASE]
     alike = {frozenset(run.last): [one for one in scored if one.last.keys() == run.last.keys()] for run in scored}
     placed = [_placed(family[:MOST_RUNS]) for family in alike.values()]

@@ -21,10 +21,12 @@ import pytest
 import torch
 from datasets import DownloadConfig, IterableDataset, load_dataset
 from datasets.utils.file_utils import xopen
+from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, HfApi
 from packaging.requirements import Requirement
 from packaging.version import Version
 from sacrebleu.metrics import BLEU, CHRF, TER
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -225,6 +227,24 @@ def test_transformers_draws_the_weights_of_a_module_by_a_private_method_alone() 
     upstream.draw_weights(model, layer)
     assert layer.weight.detach().std() == pytest.approx(model.config.initializer_range, rel=0.2)
     assert torch.equal(other.weight, before)
+
+
+def test_datasets_has_no_argument_for_the_bar_of_a_download(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bar(tqdm):
+        bytes_told = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            Bar.bytes_told += int(n or 0)
+            return super().update(n)
+
+    assert "tqdm_class" not in {field.name for field in fields(DownloadConfig)}
+    monkeypatch.setattr(HfApi, "hf_hub_download", HfApi.hf_hub_download)  # as it was, after the test
+    upstream.show_downloads(Bar)
+    hub.add_repo("dataset", "me/data", {"rows.jsonl": b'{"text": "a"}\n'})
+    HfApi(endpoint=hub.url).hf_hub_download("me/data", "rows.jsonl", repo_type="dataset", cache_dir=tmp_path)
+    assert Bar.bytes_told == 14
 
 
 def test_transformers_maps_the_files_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def key_of(stage: Stage, suites: Mapping[str, Suite]) -> str:
 
 
 def folder_of(run_folder: Path, stage: Stage, suites: Mapping[str, Suite]) -> Path:
-    """Where the cleaned text of a stage lies."""
+    """Returns the folder of a stage's cleaned text."""
     return run_folder / "cleaned" / key_of(stage, suites)
 
 
@@ -77,5 +77,5 @@ def find_cleaned(run_folder: Path, recipe: Recipe, stage: Stage) -> dict[int, Cl
 
 
 def text_folder(folder: Path, number: int) -> Path:
-    """Where the text of a stage's source lies, by its number among those that are cleaned."""
+    """Returns the folder of the text of a source, by its number among those of the stage that are cleaned."""
     return folder / "text" / str(number)

@@ -66,7 +66,7 @@ Documents = Iterator[Document]
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads.
+    """The part of a source that one task reads.
 
     Args:
         source: The source.
@@ -332,7 +332,7 @@ def _exact(work: Path, tasks: int) -> tuple[list[Pipeline], PipelineStep]:
 
 
 def _near(work: Path, threshold: float) -> tuple[list[Pipeline], PipelineStep]:
-    """As `_exact`, for documents from a similarity on."""
+    """Returns the same steps as `_exact`, for documents from a similarity on."""
     buckets, hashes = buckets_of(threshold)
     config = MinhashConfig(n_grams=NGRAM, num_buckets=buckets, hashes_per_bucket=hashes)
     signatures, pairs, removed = work / "signatures", work / "pairs", work / "near"
