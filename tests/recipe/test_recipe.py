@@ -383,6 +383,8 @@ def test_a_wrong_override_is_reported_as_such(tmp_path: Path, override: str, wor
         ("{path: json, data_files: {train: a, test: b}}", "{path: json, data_files: {train: a, test: b}}", False),
         ("{path: builtin}", "{path: builtin, name: text, split: train}", True),
         ("{path: builtin, split: test}", "{path: builtin}", True),
+        ("{path: a, fold: {of: 9, leave: 1}}", "{path: a, split: train, fold: {of: 9, keep: 1}}", False),
+        ("{path: a, fold: {of: 9, leave: 1}}", "{path: a, split: train, take: 9, fold: {of: 9, keep: 1}}", True),
     ],
 )
 def test_nothing_is_trained_on_what_a_suite_holds(tmp_path: Path, trained: str, held_out: str, shared: bool) -> None:
@@ -402,6 +404,7 @@ def test_nothing_is_trained_on_what_a_suite_holds(tmp_path: Path, trained: str, 
     message = faults_of(tmp_path, text)
     assert "recipe.yaml:6: evaluate.general.data: " in message
     assert "stages.a.data.0" in message
+    assert ("Give both folds the same" in message) == ("fold" in held_out)
     assert load_recipe(write(tmp_path, text + "overlap: report\n"))
 
 

@@ -164,7 +164,9 @@ def check_overlap(data: dict[str, Any]) -> Iterator[Fault]:
         shared = next((source for source in trained if _share_rows(source.data, suite.source.data)), None)
         if shared is not None:
             where = dotted(shared.steps, data)
-            text = f"has rows of {where}, and nothing is trained on what a suite holds. Take another split, or `skip:`,"
+            folds = shared.data.get("fold") and suite.source.data.get("fold")
+            remedy = "Give both folds the same `skip` and `take`" if folds else "Take another split, or `skip:`"
+            text = f"has rows of {where}, and nothing is trained on what a suite holds. {remedy},"
             yield Fault(suite.source.steps, f"{text} or write `overlap: report` to go on and have it in the report.")
 
 
