@@ -113,11 +113,9 @@ def length_fields(kind: str) -> dict[str, Field]:
             "max_length": Field("max_length", whole, help="tokens of a source at most"),
             "max_target_length": Field("max_target_length", whole, help="tokens of a target at most"),
         }
-    fields = {"max_length": Field("max_length", whole, help="tokens of a row at most")}
-    if kind == "preference":
-        most = "tokens of a prompt at most: it loses its beginning, before the end of an answer is cut"
-        fields["max_prompt_length"] = Field("max_prompt_length", ast.Constant("int | None"), help=most)
-    return fields
+    others = KINDS[kind].LENGTHS.items() if kind in KINDS else ()
+    fields = {name: Field(name, ast.Constant("int | None"), help=told) for name, told in others}
+    return {"max_length": Field("max_length", whole, help="tokens of a row at most")} | fields
 
 
 def _training_of(stage: RawStage) -> Callable[[], Fields | None]:

@@ -185,6 +185,7 @@ class StageBase(StrictBlock):
     """
 
     ARGUMENTS: ClassVar[tuple[str, str]]
+    LENGTHS: ClassVar[dict[str, str]] = {}  # keys of `training` beside `max_length`, with their meaning
     WITHOUT_EFFECT: ClassVar[dict[str, str]] = {}
     PAIRS: ClassVar[bool] = False
 
@@ -366,6 +367,9 @@ class Preference(StageBase):
     """Preference training (DPO and its kin) on pairs of a chosen and a rejected answer."""
 
     ARGUMENTS = ("trl.trainer.dpo_config", "DPOConfig")
+    LENGTHS: ClassVar = {
+        "max_prompt_length": "tokens of a prompt at most: it loses its beginning, before the end of an answer is cut"
+    }
     WITHOUT_EFFECT: ClassVar[dict[str, str]] = {
         "label_smoothing_factor": "DPOTrainer computes no cross-entropy; `label_smoothing` is for its losses robust "
         "and exo_pair",
