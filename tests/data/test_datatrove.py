@@ -79,6 +79,7 @@ def by_hfpipe(path: Path, folder: Path) -> list[list[str]]:
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_same_copies_and_the_same_overlap_are_removed_as_by_hfpipe(tmp_path: Path, streaming: bool) -> None:
     chance = random.Random(0)
@@ -106,6 +107,7 @@ def test_the_same_copies_and_the_same_overlap_are_removed_as_by_hfpipe(tmp_path:
     assert facts[1]["dirty"] == {"empty": 1, "missing": 1}
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_those_of_hfpipe_within_the_error_of_the_method(tmp_path: Path) -> None:
     threshold = 0.8
     chance = removed_share(np.linspace(0, 1, 1001), *buckets_of(threshold))
@@ -133,6 +135,7 @@ def test_near_duplicates_are_those_of_hfpipe_within_the_error_of_the_method(tmp_
     assert sum(one == other for one, other in zip(*gone, strict=True)) >= 0.85 * len(similar)
 
 
+@pytest.mark.slow
 def test_run_reads_the_cleaned_text_and_the_recipe_needs_no_other_word(tmp_path: Path, capsys) -> None:
     texts = [prose(seed % 40, 30) for seed in range(120)]
     path = recipe(tmp_path, [web(tmp_path, texts, 1, deduplicate="exact")], [prose(999, 20)])

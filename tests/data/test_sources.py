@@ -292,7 +292,7 @@ def test_a_mistake_is_one_paragraph(folder: Path, words: dict, error: type[UserE
     source = Source(**{"path": "json", **words})
     with pytest.raises(UserError) as caught, friendly(source):
         list(load_rows(source))
-    assert type(caught.value) is error
+    assert isinstance(caught.value, error)
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith((".", "?", ")"))

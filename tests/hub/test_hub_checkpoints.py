@@ -12,7 +12,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.hub import checkpoints
 from hfpipe.hub.checkpoints import PushCheckpoints
-from hfpipe.model.load import ModelRef
 from hfpipe.recipe import load_recipe
 
 
@@ -38,8 +37,7 @@ def test_a_checkpoint_that_cannot_be_pushed_is_told_and_the_next_one_is_pushed(
     push = {"repo_id": "me/toy", "checkpoints": "every_save", "deadline_seconds": 20.0}
     run = make_run(tmp_path / "run", RECIPE | {"push": push})
     recipe = load_recipe(run / "recipe.yaml")
-    parent = ModelRef(str(run / "stages/law/model"), recipe.model)
-    callback = PushCheckpoints(run, recipe, recipe.stages[1], parent)
+    callback = PushCheckpoints(run, recipe, recipe.stages[1], (str(run / "stages/law/model"), None))
     hub.fail("/preupload/", 403)
     save(callback, run, 1)
     assert "step 1 was not pushed, training goes on: the token may not write" in capsys.readouterr().out
@@ -69,6 +67,6 @@ def test_no_checkpoint_of_an_adapter_that_fits_no_other_base(hub: HubServer, tmp
     content["stages"][1]["lora"]["init_lora_weights"] = "pissa"
     run = make_run(tmp_path / "run", content)
     recipe = load_recipe(run / "recipe.yaml")
-    callback = PushCheckpoints(run, recipe, recipe.stages[1], ModelRef("me/base", recipe.model))
+    callback = PushCheckpoints(run, recipe, recipe.stages[1], ("me/base", None))
     save(callback, run, 1)
     assert hub.requests == []

@@ -193,7 +193,10 @@ def _taken_for(rows: Rows, asked_for: _Asked) -> Taken:
     for one in asked or ROW_FORMATS.values():
         end = one.becomes or one.name
         columns = _columns_of(one, features, renamed, templates)
-        if end in allowed and one.is_recognized and columns is not None and _fits(one, columns, features, turns):
+        if end not in allowed or not one.is_recognized or columns is None:
+            continue
+        is_said = one.name == "messages" and "messages" in renamed  # turns of other keys are told when they are read
+        if is_said or _fits(one, columns, features, turns):
             fitting[one.name] = columns
     if "messages" in named and "messages" in renamed and _has_other_keys(turns.keys_of(renamed["messages"])):
         columns = _columns_of(ROW_FORMATS["sharegpt"], features, {"conversations": renamed["messages"]}, {})
@@ -339,7 +342,9 @@ def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> D
     inner = [name for name in features.flatten() if name not in features]
     texts = [name for name, feature in features.items() if _is_text(feature)]
     others = [name for name, feature in features.items() if isinstance(feature, Value) and name not in texts]
-    places = (inner[0], inner[-1]) if inner and not texts else (*texts, *others, "SOME_COLUMN", "OTHER_COLUMN")
+    places = (
+        (inner[0], inner[-1]) if inner and len(texts) < len(first) else (*texts, *others, "SOME_COLUMN", "OTHER_COLUMN")
+    )
     meant = dict(zip(first, places, strict=False))
     example = ", ".join(f"{name}: {place}" for name, place in meant.items())
     elsewhere = [
