@@ -28,17 +28,23 @@ def finished(folder: Path) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.3), (["check", "--fast", "RECIPE"], 0.6)])
+@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 3), (["check", "--fast", "RECIPE"], 12)])
 def test_what_should_be_instant_is(folder: Path, arguments: list[str], limit: float) -> None:
+    """The limit is in imports of pydantic and yaml, about 0.1 s each time on a machine that is not slow."""
     recipe = str(tiny.write(folder, tiny.recipe(folder)))
     command = [sys.executable, "-m", "hfpipe", *(recipe if word == "RECIPE" else word for word in arguments)]
+    assert processor_seconds(command) < limit * processor_seconds([sys.executable, "-c", "import pydantic, yaml"])
+
+
+def processor_seconds(command: list[str]) -> float:
+    """Returns those of the fastest of five runs: a busy machine may delay any one of them."""
     seconds = []
-    for _ in range(5):  # the fastest, of the processor: a busy machine may delay any one of them
+    for _ in range(5):
         begin = os.times()
         subprocess.run(command, check=True, capture_output=True)
         end = os.times()
         seconds.append(end.children_user + end.children_system - begin.children_user - begin.children_system)
-    assert min(seconds) < limit
+    return min(seconds)
 
 
 def test_letters_that_the_terminal_has_not_are_written_out(tmp_path: Path) -> None:
