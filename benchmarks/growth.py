@@ -56,7 +56,7 @@ def write_rows(path: Path, rows: range) -> str:
 def recipe(folder: Path, kind: str, columns: dict[str, Any], training: dict[str, Any], **source: Any) -> list[str]:
     """Writes a recipe of one stage, and returns its path and the options of the command."""
     stage = {
-        "name": "work",
+        "name": "grown",
         "kind": kind,
         "data": [{"columns": columns, **source}],
         "global_batch_size": 8,
@@ -105,12 +105,12 @@ def suites(folder: Path, size: int) -> list[str]:
     suite = {"data": {"path": data, "columns": TEXT}, "metrics": ["perplexity"], "max_length": 64}
     path = folder / "suites.yaml"
     path.write_text(yaml.safe_dump({"evaluate": {f"suite{number}": suite for number in range(size)}}))
-    return ["evaluate", str(run / "stages/work/model"), str(path)]
+    return ["evaluate", str(run / "stages/grown/model"), str(path)]
 
 
 def log_rows(folder: Path, size: int) -> list[str]:
     run = trained(folder)
-    log = run / "stages/work/log.jsonl"
+    log = run / "stages/grown/log.jsonl"
     row = json.loads(log.read_text().splitlines()[0])
     log.write_text("".join(json.dumps({**row, "step": number + 1}) + "\n" for number in range(size)))
     return ["report", str(run)]

@@ -310,8 +310,7 @@ def load_model(
     options = _options_of(ref, task, head, frozen=frozen)
     if ref.quantization or place is not None:
         options["device_map"] = {"": place or device()}
-    spread = spread and _can_be_spread(ref)
-    if spread:
+    if spread := spread and _can_be_spread(ref):
         shapes = _shapes(ref, task, options.get("config") or config_of(ref))
         options["distributed_config"] = plan_for(shapes, frozen=frozen)
     # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
