@@ -162,6 +162,8 @@ def _run_here(chain: Sequence[Any], folder: Path, workers: int) -> None:
 
     from hfpipe.data.cleaning.datatrove_steps import QuietExecutor
 
+    # datatrove's queue of tasks would be in a fork of this process, which has threads by now: such a fork may die.
+    multiprocess.set_start_method("forkserver", force=True)
     multiprocess.set_forkserver_preload(["hfpipe.data.cleaning.datatrove_steps"])  # imported once for all tasks
     executor = LocalPipelineExecutor if display.is_verbose() else QuietExecutor
     for one in chain:
