@@ -25,6 +25,7 @@ from hfpipe.recipe.raw import Block
 END_OF_TEXT = "<|endoftext|>"
 BEGIN, END, PAD, MASK = "[CLS]", "[SEP]", "[PAD]", "[MASK]"
 T5_PAD, T5_END = "<pad>", "</s>"
+LAYERS, WIDTH, TOKENS = 1, 64, 64  # of a copy, at most
 FEW_WEIGHTS = 30_000_000  # of a copy, where the number of heads can be halved until it has no more
 MOST_WEIGHTS = 300_000_000  # of a copy: 1.2 GB in float32, made in about three seconds
 LARGER = 4  # times the fresh weights, which attend to nothing much
@@ -150,9 +151,6 @@ def create_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         message = kind + str(error).strip().split("\n")[0]
         raise RecipeError(f"model.architecture cannot be built as a {model_type} language model: {message}") from error
-
-
-LAYERS, WIDTH, TOKENS = 1, 64, 64
 
 
 @torch.no_grad()
