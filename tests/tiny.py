@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -130,6 +131,18 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def run_interrupted(recipe: Path, file: Path) -> None:
+    """Runs a recipe until a file is there, stops it as a scheduler does, and runs it again to its end."""
+    process = start("run", str(recipe))
+    wait_for(file, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 75
+    again = start("run", str(recipe))
+    said = again.communicate()[0]
+    assert again.returncode == 0, said
 
 
 def scores(run: Path) -> dict:

@@ -1,7 +1,6 @@
 """`muon`: torch's Muon trains the matrices of the layers, and the trainer's optimizer all other weights."""
 
 import copy
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,7 @@ def test_an_interrupted_stage_goes_on_with_the_momentum_of_both(tmp_path: Path) 
     words["lr_scheduler_type"] = "cosine"
     whole = run(tmp_path / "whole", stage, **words)
     path = write(tmp_path / "cut", stage, **words)
-    process = tiny.start("run", str(path))
-    tiny.wait_for(tmp_path / "cut/run/stages/prose/checkpoint-2/manifest.json", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 75
-    assert main(["run", str(path)]) == 0
+    tiny.run_interrupted(path, tmp_path / "cut/run/stages/prose/checkpoint-2/manifest.json")
     after = trained(tmp_path / "cut")
     assert all(torch.equal(whole[name], after[name]) for name in whole)
 

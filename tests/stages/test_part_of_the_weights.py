@@ -1,6 +1,5 @@
 """`train_only`, `freeze` and `learning_rates`: a part of the weights is trained, and at rates of its own."""
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +75,7 @@ def test_an_interrupted_stage_goes_on_with_its_rates(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", stage, **words)
     (tmp_path / "cut").mkdir()
     path = write(tmp_path / "cut", stage, **words)
-    process = tiny.start("run", str(path))
-    tiny.wait_for(tmp_path / "cut/run/stages/prose/checkpoint-2/manifest.json", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 75
-    assert main(["run", str(path)]) == 0
+    tiny.run_interrupted(path, tmp_path / "cut/run/stages/prose/checkpoint-2/manifest.json")
     assert not moved(whole, weights(tmp_path / "cut"))
 
 

@@ -1,6 +1,5 @@
 """`qat`: a stage trains for a quantization, is scored with its rounding, and saves weights that it rounds so."""
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +83,7 @@ def test_an_interrupted_stage_rounds_from_the_same_step(tmp_path: Path) -> None:
     late = {**INT4, "after_steps": 5}
     whole = run(tmp_path / "whole", late, **words)
     path = write(tmp_path / "cut", late, **words)
-    process = tiny.start("run", str(path))
-    tiny.wait_for(tmp_path / "cut/run/stages/prose/checkpoint-2/manifest.json", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 75
-    assert main(["run", str(path)]) == 0
+    tiny.run_interrupted(path, tmp_path / "cut/run/stages/prose/checkpoint-2/manifest.json")
     assert not differs(whole, trained(tmp_path / "cut"))
     assert differs(whole, run(tmp_path / "never", None, **words))
     assert differs(whole, run(tmp_path / "always", INT4, **words))
