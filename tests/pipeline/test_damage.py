@@ -47,6 +47,15 @@ def test_scores_under_the_name_of_another_suite_are_worked_out_again(finished: P
     assert json.loads(path.read_text()) == whole
 
 
+def test_a_record_that_lacks_what_a_metric_takes_is_not_compared(finished: Path, tmp_path: Path) -> None:
+    stages, again = copied(finished, tmp_path)
+    path = stages / "base" / "predictions" / "general.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    del records[0]["likelihood"]["bytes"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main(again) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", [False, True])
 def test_damaged_weights_are_used_by_no_command_and_trained_again(
