@@ -91,6 +91,7 @@ def run(answers: Mapping[str, str | None]) -> None:
     asking = bool(lacking)
     data = answers.get("data") or _ask("data")
     model = answers.get("model") or _ask("model")
+    _require_model(model)
     source = _source(data, answers.get("columns"))
     if (task := answers.get("task")) not in (None, *TASKS):
         raise RecipeError(f"found {task!r} as the task; allowed is one of {', '.join(TASKS)}.")
@@ -119,6 +120,12 @@ def _ask(key: str, default: str = "") -> str:
     while not answer:
         answer = input(f"{_QUESTIONS[key]}{f' [{default}]' if default else ''}: ").strip() or default
     return answer
+
+
+def _require_model(model: str) -> None:
+    """Raises a RecipeError where the model is written as a folder, and there is none."""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise RecipeError(f"there is no folder {model}. Name a folder with a model, or its id on the Hub.")
 
 
 def _source(data: str, columns: str | None) -> dict[str, Any]:
@@ -157,8 +164,8 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
         opened = _opened(source, _FORMATS.get(TASKS.get(task or "", "")))
     except UnknownColumns as error:
         words = ",".join(f"{role}={column}" for role, column in error.example.items())
-        told = f"{error} Or write --columns {words}, with the columns that are meant."
-        raise UnknownColumns(told, error.example) from error
+        remedy = f"Say which column is which: --columns {words}, with the columns that are meant."
+        raise UnknownColumns(error.found, error.example, remedy) from error
     if task is None and opened.taken.format.name == "text":
         with suppress(UserError):  # a text without a label
             opened = _opened(source, ("classification",))
@@ -171,8 +178,8 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     lengths = sorted(map(len, texts))
     labels = Counter(str(row["label"]) for row in rows if row.get("label") is not None)
     characters = (lengths[len(lengths) // 2], lengths[min(len(lengths) - 1, len(lengths) * 99 // 100)])
-    format, why = opened.taken.format, opened.taken.why
-    end, columns = format.becomes or format.name, opened.taken.columns
+    format, columns = opened.taken.format, opened.taken.columns
+    end, why = format.becomes or format.name, f"columns {', '.join(columns.values())}"
     repeats = len(texts) - len(set(texts))
     return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats)
 

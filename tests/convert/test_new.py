@@ -75,6 +75,7 @@ def test_without_flags_and_without_a_terminal_one_paragraph_says_what_to_write(
         (["--task", "chatt"], "allowed is one of chat"),
         (["--hardware", "big"], "such as 24GB"),
         (["--data", "nowhere.jsonl"], "there is no file"),
+        (["--model", "./nowhere"], "there is no folder ./nowhere"),
         (["-o", "here.yaml"], "exists already"),
     ],
 )
@@ -136,7 +137,19 @@ def test_files_of_other_people_become_recipes(
     assert "--columns prompt=Frage,completion=Antwort" in capsys.readouterr().err
     words = ["--task", "chat", "--columns", "prompt=Frage,completion=Antwort"]
     assert main(["new", "--data", "faq.csv", "--model", "team/base-1B", *words, "-o", "other.yaml"]) == 0
+    assert "prompt_completion (columns Frage, Antwort)" in capsys.readouterr().out
     content = yaml.safe_load((tmp_path / "other.yaml").read_text())
     turns = content["stages"][0]["data"][0]["template"]["messages"]
     assert [turn["content"] for turn in turns] == ["{Frage}", "{Antwort}"]
     assert main(["check", "--fast", "other.yaml"]) == 0
+
+
+def test_columns_that_are_not_known_are_told_with_those_that_hold_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"ticket": f"T{n}", "customer": f"Where is parcel {n}?", "agent": "On its way."} for n in range(40)]
+    assert main(["new", "--data", written(tmp_path, rows), "--model", "team/base", "--task", "chat"]) == 5
+    said = capsys.readouterr().err
+    assert "--columns prompt=customer,completion=agent" in said
+    assert "`template:" not in said  # there is no recipe yet in which it could stand

@@ -49,14 +49,20 @@ TEXT_TYPES = ("string", "large_string", "string_view", "null")
 
 
 class UnknownColumns(DataError):
-    """The columns of a source fit no format; `example` is what the recipe might say they mean, by role."""
+    """The columns of a source fit no format.
 
-    def __init__(self, message: str, example: dict[str, str]) -> None:
-        super().__init__(message)
-        self.example = example
+    Args:
+        found: What is there, and what is wanted.
+        example: What the recipe might say that the columns mean, by role.
+        remedy: How it says so.
+    """
 
-    def __reduce__(self) -> tuple[type[UnknownColumns], tuple[str, dict[str, str]]]:
-        return type(self), (str(self), self.example)  # ranks tell each other
+    def __init__(self, found: str, example: dict[str, str], remedy: str) -> None:
+        super().__init__(f"{found} {remedy}")
+        self.found, self.example, self.remedy = found, example, remedy
+
+    def __reduce__(self) -> tuple[type[UnknownColumns], tuple[str, dict[str, str], str]]:
+        return type(self), (self.found, self.example, self.remedy)  # ranks tell each other
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def _taken_for(rows: Rows, asked_for: _Asked) -> Taken:
         columns = _columns_of(ROW_FORMATS["sharegpt"], features, {"conversations": renamed["messages"]}, {})
         fitting = {"sharegpt": columns or {}}
     if not fitting:
-        raise _unknown(features, source, allowed)
+        raise _unknown(rows, features, source, allowed)
     best = min((not named <= {*ROW_FORMATS[name].all_columns}, ROW_FORMATS[name].rank) for name in fitting)
     equal = [
         name for name in fitting if (not named <= {*ROW_FORMATS[name].all_columns}, ROW_FORMATS[name].rank) == best
@@ -322,7 +328,7 @@ def _has_odd_turns(features: Features, columns: Mapping[str, str]) -> bool:
     return "system" in columns or "tool_calls" in turn or not isinstance(turn["content"], Value)
 
 
-def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> DataError:
+def _unknown(rows: Rows, features: Features, source: Source, allowed: tuple[Kind, ...]) -> DataError:
     """Returns the error for columns that fit no allowed format."""
     columns = listed(features)
     preference = ROW_FORMATS["preference"]
@@ -340,7 +346,7 @@ def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> D
     kind = "prompt_completion" if "prompt_completion" in allowed else allowed[:4][-1]
     first = ENDS[kind].columns
     inner = [name for name in features.flatten() if name not in features]
-    texts = [name for name, feature in features.items() if _is_text(feature)]
+    texts = _prose_first(rows, [name for name, feature in features.items() if _is_text(feature)])
     others = [name for name, feature in features.items() if isinstance(feature, Value) and name not in texts]
     places = (
         (inner[0], inner[-1]) if inner and len(texts) < len(first) else (*texts, *others, "SOME_COLUMN", "OTHER_COLUMN")
@@ -358,11 +364,18 @@ def _unknown(features: Features, source: Source, allowed: tuple[Kind, ...]) -> D
         written = "\\t" if sign == "\t" else sign
         told = f' That is one column, so another sign seems to divide the cells: write `delimiter: "{written}"`.'
     return UnknownColumns(
-        f"source {source.path!r} has the columns {columns}: {lacking}.{told} Say what they mean: "
-        f"`columns: {{{example}}}` renames, "
-        f'`template: {{prompt: "Question: {{{places[0]}}}\\nAnswer:", completion: " {{{places[1]}}}"}}` builds.',
+        f"source {source.path!r} has the columns {columns}: {lacking}.{told}",
         meant,
+        f"Say what they mean: `columns: {{{example}}}` renames, "
+        f'`template: {{prompt: "Question: {{{places[0]}}}\\nAnswer:", completion: " {{{places[1]}}}"}}` builds.',
     )
+
+
+def _prose_first(rows: Rows, columns: list[str]) -> list[str]:
+    """Columns of text: those whose first values have several words stand before numbers of tickets and the like."""
+    first = list(rows.take(LABELS_LOOKED_AT // 50))
+    has_words = {name: sum(" " in str(row.get(name)).strip() for row in first) * 2 > len(first) for name in columns}
+    return sorted(columns, key=lambda name: not has_words[name])
 
 
 def _with_inner_columns(rows: Rows, features: Features, source: Source) -> tuple[Rows, Features]:
