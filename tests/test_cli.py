@@ -67,6 +67,29 @@ def test_a_full_disk_behind_the_output_is_told_in_a_line() -> None:
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chekc", "x.yaml"], "hfpipe: there is no command 'chekc'. Did you mean check? `hfpipe --help` lists them."),
+        (["recipes", "--copy", "smollm"], "Did you mean preference-smollm2 or smollm2-fineweb?"),
+        (["run", "rows.jsonl"], "holds rows, not a recipe. For a recipe that trains on them: hfpipe new --data rows"),
+    ],
+)
+def test_a_word_that_is_none_is_told_in_a_paragraph_with_what_is_meant(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    try:
+        code = main(words)
+    except SystemExit as error:  # as argparse ends
+        code = error.code  # type: ignore[assignment]
+    assert code == 2
+    told = capsys.readouterr().err.strip()
+    assert said in told
+    assert "\n" not in told
+
+
 def test_five_mistakes_are_told_at_once_and_nothing_is_begun(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = tiny.recipe(folder, output_dir=str(folder / "never"))
     content["stages"][0]["training"]["learing_rate"] = 1e-3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Protocol
+import difflib
+import re
+from typing import NoReturn, Protocol
 
 from hfpipe.cli import commands
 from hfpipe.core.errors import exit_codes
@@ -15,9 +17,21 @@ CONVERTED_TOOLS = ("axolotl", "llama-factory", "trl", "torchtune", "oumi", "ms-s
 LONG_WORK = ("run", "cure", "prepare", "evaluate", "dial", "merge", "generate", "push")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that answers a misspelt word with the nearest one, in place of the list of all."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+        if found and found[1] == "COMMAND":
+            near = difflib.get_close_matches(found[2], re.findall(r"'([^']*)'", found[3]), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            self.exit(2, f"hfpipe: there is no command {found[2]!r}.{hint} `hfpipe --help` lists them.\n")
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hfpipe",
         description="One recipe from raw text to a scored adapter on the Hub.",
         epilog="exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in exit_codes().items()),
@@ -38,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
             _voice_options(sub)
         return sub
 
-    for add in (_training_commands, _scoring_commands, _using_commands, _keeping_commands, _writing_commands):
+    for add in (_writing_commands, _training_commands, _scoring_commands, _using_commands, _keeping_commands):
         add(command)
     return parser
 

@@ -34,6 +34,7 @@ _RESOLVERS = (
     ),
     ("merge", r"<<", "<"),
 )
+_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")  # files of data
 _REMEDIES = {
     r"'\t'": "Indent with spaces; YAML takes no tabs.",
     "mapping values are not allowed here": "Put a value that contains ': ' in quotes, and give a key one value only.",
@@ -83,6 +84,10 @@ def read_document(path: Path) -> Document:
     Raises:
         RecipeError: The file is missing, is not UTF-8, not YAML, empty, or no mapping.
     """
+    if path.suffix.lower() in _ROWS and path.is_file():
+        raise RecipeError(
+            f"{path} holds rows, not a recipe. For a recipe that trains on them: hfpipe new --data {path}"
+        )
     document = Document(str(path), {}, {})
     node = _compose(_read_text(path), str(path))
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null"):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
 from hfpipe.core.errors import RecipeError
@@ -21,10 +24,13 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def list_recipes() -> str:
-    """One line a recipe: its name and the first sentence of its opening comment."""
+    """One line a recipe, on a terminal broken at its width: its name and the first sentence of its opening comment."""
     found = shipped_recipes()
     widest = max(map(len, found))
     lines = [f"{name:{widest}}  {_first_sentence(path)}" for name, path in found.items()]
+    if sys.stdout.isatty():
+        columns = max(shutil.get_terminal_size().columns, widest + 20)
+        lines = [textwrap.fill(line, columns, subsequent_indent=" " * (widest + 2)) for line in lines]
     return "\n".join([*lines, "", "start from one: hfpipe recipes --copy NAME"])
 
 
@@ -47,8 +53,8 @@ def copy_recipe(name: str) -> str:
     """
     found = shipped_recipes()
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(name, found, n=1) or [one for one in found if name and name in one]
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"there is no recipe {name!r}; there are {', '.join(found)}.{hint}")
     target = Path(f"{name}.yaml")
     if target.exists():
