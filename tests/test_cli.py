@@ -72,7 +72,7 @@ def test_a_full_disk_behind_the_output_is_told_in_a_line() -> None:
     [
         (["chekc", "x.yaml"], "hfpipe: there is no command 'chekc'. Did you mean check? `hfpipe --help` lists them."),
         (["recipes", "--copy", "smollm"], "Did you mean preference-smollm2 or smollm2-fineweb?"),
-        (["run", "rows.jsonl"], "holds rows, not a recipe. For a recipe that trains on them: hfpipe new --data rows"),
+        (["run", "rows.jsonl"], "holds rows, not a recipe. A recipe for them: hfpipe new --data rows"),
     ],
 )
 def test_a_word_that_is_none_is_told_in_a_paragraph_with_what_is_meant(

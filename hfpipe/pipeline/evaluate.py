@@ -40,7 +40,7 @@ def chosen_suites(suites: Suites, names: Sequence[str] | None, limit: int | None
         if name not in suites.evaluate:
             known = list(suites.evaluate)
             raise RecipeError(
-                f"--suite {name}: there is no such suite; there are {listed(known)}.{did_you_mean(name, known)}"
+                f"--suite {name}: there is no such suite; the file has {listed(known)}.{did_you_mean(name, known)}"
             )
     kept = {name: suite for name, suite in suites.evaluate.items() if not names or name in names}
     if limit is not None:

@@ -58,7 +58,8 @@ def run_recipe(recipe: Recipe) -> Path:
     quiet_libraries()
     open_ranks(recipe)
     folder = recipe.run_folder
-    ranks.say(f"{recipe.name}: {len(recipe.stages)} stages, into {folder}")
+    stages = f"{len(recipe.stages)} stage{'s' if len(recipe.stages) > 1 else ''}"
+    ranks.say(f"{recipe.name}: {stages}, into {folder}")
     require_start(recipe)
     ranks.require_shared(folder)
     if any(folder.glob("stages/*/checkpoint-*/manifest.json")) or any(folder.glob("stages/*/done.json")):

@@ -85,9 +85,7 @@ def read_document(path: Path) -> Document:
         RecipeError: The file is missing, is not UTF-8, not YAML, empty, or no mapping.
     """
     if path.suffix.lower() in _ROWS and path.is_file():
-        raise RecipeError(
-            f"{path} holds rows, not a recipe. For a recipe that trains on them: hfpipe new --data {path}"
-        )
+        raise RecipeError(f"{path} holds rows, not a recipe. A recipe for them: hfpipe new --data {path}")
     document = Document(str(path), {}, {})
     node = _compose(_read_text(path), str(path))
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null"):
