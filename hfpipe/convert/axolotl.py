@@ -9,8 +9,16 @@ import re
 from typing import Any
 
 from hfpipe.convert import preferences, words
-from hfpipe.convert.axolotl_data import PREPARED, add_documents, add_sources, follow_template, is_chat
-from hfpipe.convert.draft import OFF, Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, with_another
+from hfpipe.convert.axolotl_data import (
+    PREPARED,
+    add_documents,
+    add_sources,
+    deduplicate,
+    follow_template,
+    is_chat,
+    note_end_of_turn,
+)
+from hfpipe.convert.draft import OFF, Draft, Lost, Out, OutOfScope, Said, Table, Unneeded, if_set, same, with_another
 from hfpipe.convert.trainer_keys import TRAINER
 
 _LOGGED = Unneeded("`training.report_to` takes wandb, tensorboard, trackio and others; see docs/trackers.md")
@@ -133,12 +141,6 @@ def _tokens(draft: Draft, value: Any) -> None:
         draft.put("model.tokenizer.add_tokens", tokens)
 
 
-def _eot(draft: Draft, value: Any) -> None:
-    if value:
-        why = f"the end of a turn is what the chat template writes after it ({', '.join(map(str, value))})"
-        draft.note("changed", "eot_tokens", why)
-
-
 def _early(draft: Draft, value: Any) -> None:
     if value and draft.config.get("val_set_size"):
         draft.put("stage.early_stopping", {"suite": next(iter(draft.suites)), "patience": int(value)})
@@ -230,17 +232,12 @@ def _unfrozen(draft: Draft, value: Any) -> None:
         if _ROWS_OF_A_WEIGHT.search(pattern):
             draft.note("lost", "unfrozen_parameters", f"`{pattern}`: a weight is trained whole, not some of its rows")
     if patterns:
-        words.train_only(draft, [_ROWS_OF_A_WEIGHT.sub("", pattern) for pattern in patterns])
+        draft.put("stage.train_only", [_ROWS_OF_A_WEIGHT.sub("", pattern) for pattern in patterns])
 
 
 def _half(draft: Draft, value: Any) -> None:
     if value and not draft.config.get("bf16"):
         draft.train("fp16", "training.fp16", True)
-
-
-def _deduplicate(draft: Draft, value: Any) -> None:
-    for source in draft.stage["data"] if value else ():
-        source["deduplicate"] = "exact"
 
 
 TABLE: Table = {
@@ -254,44 +251,27 @@ TABLE: Table = {
     "dpo_loss_type": if_set(lambda draft, value: preferences.loss(draft, "dpo_loss_type", value)),
     "dpo_loss_weights": "stage.training.loss_weights",
     "dpo_norm_loss": Lost("write `loss: sigmoid_norm`"),
-    "dpo_padding_free": _SPEED,
     "precompute_ref_log_probs": "stage.training.precompute_ref_log_probs",
     "rpo_alpha": with_another,
     "processor_type": Out(_IMAGES),
     "freeze_mm_modules": Unneeded("only the text part of a model is loaded"),
-    "reward_model": Out("for a reward model"),
-    "process_reward_model": Out("for a reward model"),
+    **same(Out("for a reward model"), "reward_model process_reward_model"),
     "num_labels": Out("for a classifier, whose labels a stage of `kind: classification` has", (None, False)),
     "skip_prepare_dataset": Out(_IMAGES),
     "hatchery.reward_funcs": Out("for reinforcement learning"),
     # Model
     "base_model": "model.id",
     "revision_of_model": "model.revision",
-    "base_model_ignore_patterns": _ELSEWHERE,
     "trust_remote_code": "model.trust_remote_code",
     "tokenizer_config": "model.tokenizer.id",
     "base_model_config": _base_config,
-    "model_type": Unneeded("the class follows from the model's config"),
-    "type_of_model": Unneeded("the class follows from the model's config"),
-    "cls_model_config": Unneeded("the class follows from the model's config"),
+    **same(Unneeded("the class follows from the model's config"), "model_type type_of_model cls_model_config is_*"),
     "tokenizer_type": Unneeded("the class follows from the tokenizer's files"),
-    "is_*": Unneeded("the class follows from the model's config"),
     "tokenizer_use_fast": Unneeded("the tokenizer's fast form is taken where there is one"),
     "tokenizer_legacy": Unneeded("the tokenizer's own files say it"),
     "tokenizer_use_mistral_common": Unneeded("the model's own chat template is taken"),
-    "tokenizer_save_jinja_files": _ELSEWHERE,
     "attn_implementation": _attention,
-    "flash_attention": _SPEED,
-    "flash_attn_*": _SPEED,
-    "flash_optimum": _SPEED,
-    "sdp_attention": _SPEED,
-    "xformers_attention": _SPEED,
-    "flex_attention": _SPEED,
-    "flex_attn_compile_kwargs": _SPEED,
-    "eager_attention": _SPEED,
     "sage_attention": Lost("its attention is quantized"),
-    "gemma4_hybrid_attn_impl": _SPEED,
-    "fused_attn_kernel": _SPEED,
     "s2_attention": Lost("hfpipe attends to the whole row"),
     "special_tokens": _special_tokens,
     "tokens": _tokens,
@@ -299,75 +279,55 @@ TABLE: Table = {
     "resize_token_embeddings_to_32x": Unneeded("rows of the embeddings without a token are never trained"),
     "mean_resizing_embeddings": Unneeded("new embeddings begin around the mean of the others"),
     "shrink_embeddings": Lost("embeddings keep the rows that the model has"),
-    "overrides_of_model_config": lambda draft, value: words.model_config(draft, value),
+    "overrides_of_model_config": words.model_config,
     "model_config.*": with_another,
-    "model_config": lambda draft, value: words.model_config(draft, value),
+    "model_config": words.model_config,
     "rope_scaling": if_set(lambda draft, value: words.model_config(draft, {"rope_scaling": value})),
-    "model_quantization_config": Unneeded("a base that comes quantized is read as its files are"),
-    "model_quantization_config_kwargs": Unneeded("a base that comes quantized is read as its files are"),
+    **same(
+        Unneeded("a base that comes quantized is read as its files are"),
+        "model_quantization_config model_quantization_config_kwargs gptq gptq_*",
+    ),
     "reinit_weights": with_another,
     "use_onebitllms": Lost("hfpipe has no 1.58-bit layers"),
     "llama4_linearized_experts": if_set(lambda draft, value: _linear_experts(draft)),
     "quantize_moe_experts": _quantized_experts,
-    "use_kernels": _SPEED,
-    "use_scattermoe": _SPEED,
-    "use_sonicmoe": _SPEED,
-    "experts_implementation": _SPEED,
-    "use_dsv4_kernels": _SPEED,
-    "use_glm_dsa_kernels": _SPEED,
-    "dsv4_*": _SPEED,
     # Data
     "datasets": with_another,
     "pretraining_dataset": with_another,
     "test_datasets": with_another,
     "val_set_size": with_another,
-    "dataset_prepared_path": PREPARED,
-    "push_dataset_to_hub": PREPARED,
-    "hf_use_auth_token": PREPARED,
-    "dataset_processes": PREPARED,
-    "dataset_keep_in_memory": PREPARED,
-    "dataset_exact_deduplication": _deduplicate,
+    "dataset_exact_deduplication": deduplicate,
     "shuffle_merged_datasets": Lost("rows are shuffled", (None, True)),
     "shuffle_before_merging_datasets": Unneeded("rows are shuffled over all sources"),
     "dataset_shard_num": Lost("write `fold: {of: N, keep: M}` at the source"),
     "dataset_shard_idx": Unneeded("see dataset_shard_num"),
     "streaming": with_another,
-    "streaming_multipack_buffer_size": PREPARED,
-    "pretrain_multipack_*": PREPARED,
     "chat_template": follow_template,
     "chat_template_jinja": "model.tokenizer.chat_template",
     "chat_template_kwargs": Lost("the template is rendered with its own defaults"),
-    "eot_tokens": _eot,
+    "eot_tokens": note_end_of_turn,
     "default_system_message": Lost("rows keep the system message that they have, or none"),
     "train_on_inputs": with_another,
     "sequence_len": "stage.training.max_length",
-    "eval_sequence_len": _SCORED,
     "excess_length_strategy": with_another,
     "min_sample_len": Lost("short rows are kept"),
     "sample_packing": _packing,
-    "eval_sample_packing": _SCORED,
     "sample_packing_sequentially": Lost("rows are shuffled"),
     "curriculum_sampling": Lost("rows are shuffled"),
-    "sample_packing_*": PREPARED,
-    "multipack_real_batches": PREPARED,
-    "batch_flattening": _SPEED,
     "max_packed_sequence_len": if_set(_packed_length),
-    "pad_to_sequence_len": _SPEED,
-    "pad_to_multiple_of": _SPEED,
-    "total_num_tokens": PREPARED,
     # Adapter
     "adapter": _adapter,
     "load_in_8bit": with_another,
     "load_in_4bit": with_another,
     "bnb_config_kwargs": with_another,
     "lora_model_dir": Lost("a stage starts from the base, or from a stage before it"),
-    "lora_r": lambda draft, value: _lora("r")(draft, value),
+    "lora_r": _lora("r"),
     "lora_alpha": _lora("lora_alpha"),
     "lora_dropout": _lora("lora_dropout"),
     "lora_target_modules": _modules,
     "lora_target_linear": _linear,
     "lora_target_parameters": _lora("target_parameters"),
-    "lora_modules_to_save": if_set(lambda draft, value: _lora("modules_to_save")(draft, value)),
+    "lora_modules_to_save": if_set(_lora("modules_to_save")),
     "lora_fan_in_fan_out": _lora("fan_in_fan_out"),
     "lora_rank_pattern": _lora("rank_pattern"),
     "lora_alpha_pattern": _lora("alpha_pattern"),
@@ -379,24 +339,13 @@ TABLE: Table = {
     "peft_init_lora_weights": _lora("init_lora_weights"),
     "peft_trainable_token_indices": _lora("trainable_token_indices"),
     "peft_ensure_weight_tying": _lora("ensure_weight_tying"),
-    "peft_autocast_adapter_dtype": _SPEED,
     "peft.loftq_config": Lost("LoftQ quantizes the base by a call of its own"),
-    "lora_*_kernel": _SPEED,
-    "lora_mlp_kernel": _SPEED,
-    "lora_qkv_kernel": _SPEED,
-    "lora_o_kernel": _SPEED,
-    "lora_embedding_kernel": _SPEED,
-    "lora_on_cpu": _SPEED,
-    "qlora_sharded_model_loading": _SPEED,
-    "gptq": Unneeded("a base that comes quantized is read as its files are"),
-    "gptq_*": Unneeded("a base that comes quantized is read as its files are"),
     "loraplus_lr_ratio": if_set(lambda draft, value: words.lora_plus(draft, "loraplus_lr_ratio", value)),
     "loraplus_lr_embedding": Unneeded("see loraplus_lr_ratio"),
     "relora": Lost("an adapter is trained once"),
     "relora_*": Unneeded("see relora"),
     "jagged_restart_*": Lost("the learning rate starts anew"),
     "merge_lora": words.merge,
-    "merge_method": _SPEED,
     "unfrozen_parameters": _unfrozen,
     "lisa_n_layers": Lost("LISA trains other layers in turn"),
     "lisa_*": Unneeded("see lisa_n_layers"),
@@ -404,7 +353,6 @@ TABLE: Table = {
     "micro_batch_size": "stage.training.per_device_train_batch_size",
     "gradient_accumulation_steps": "stage.training.gradient_accumulation_steps",
     "batch_size": Unneeded("micro_batch_size and gradient_accumulation_steps say it"),
-    "eval_batch_size": _SCORED,
     "num_epochs": "stage.training.num_train_epochs",
     "max_steps": words.max_steps,
     "learning_rate": Said("stage.training.learning_rate", float),
@@ -416,7 +364,6 @@ TABLE: Table = {
     "optimizer": _optimizer,
     "optim_args": "stage.training.optim_args",
     "optim_target_modules": "stage.training.optim_target_modules",
-    "torchdistx_path": _SPEED,
     "lr_scheduler": _schedule,
     "lr_scheduler_kwargs": "stage.training.lr_scheduler_kwargs",
     "cosine_min_lr_ratio": _lowest,
@@ -435,9 +382,6 @@ TABLE: Table = {
     "neftune_noise_alpha": "stage.training.neftune_noise_alpha",
     "noisy_embedding_alpha": "stage.training.neftune_noise_alpha",
     "gradient_checkpointing": _checkpointing,
-    "activation_offloading": _SPEED,
-    "selective_checkpointing": _SPEED,
-    "layer_offloading": _SPEED,
     "dataloader_drop_last": "stage.training.dataloader_drop_last",
     "bfloat16": Unneeded("the weights keep the precision of their files; `model.dtype` asks for another"),
     "float16": if_set(lambda draft, value: draft.put("model.dtype", "float16")),
@@ -447,11 +391,9 @@ TABLE: Table = {
     "fp32_norms": Lost("norms have the precision of the other weights"),
     "fp8": _fp8,
     "fp8_*": Unneeded("see fp8"),
-    "qat": if_set(lambda draft, value: _qat(draft, value)),
-    "quantization": Unneeded("quantize the finished model"),
-    "nvfp4_merge_aware": Unneeded("quantize the finished model"),
+    "qat": if_set(_qat),
+    **same(Unneeded("quantize the finished model"), "quantization nvfp4_merge_aware"),
     "torch_compile": words.compiled,
-    "torch_compile_*": _SPEED,
     "use_eaft": Lost("the loss is cross-entropy"),
     "eaft_*": Unneeded("see use_eaft"),
     "scaling_softmax*": Lost("attention is the model's own"),
@@ -459,67 +401,48 @@ TABLE: Table = {
     "early_stopping_patience": _early,
     "plugins": _plugins,
     "llmcompressor.*": Unneeded("see plugins"),
-    "cut_cross_entropy": _SPEED,
-    "chunked_cross_entropy*": _SPEED,
-    "tiled_mlp*": _SPEED,
-    "unsloth_*": _SPEED,
     "loss_watchdog_*": Unneeded("a loss that is not a number ends the run"),
-    "evals_per_epoch": _SCORED,
-    "eval_table_size": _SCORED,
-    "eval_max_new_tokens": _SCORED,
-    "do_causal_lm_eval": _SCORED,
-    "eval_causal_lm_metrics": _SCORED,
-    "do_bench_eval": _SCORED,
-    "bench_*": _SCORED,
-    "saves_per_epoch": _SAVED,
-    "save_first_step": _SAVED,
-    "auto_resume_from_checkpoints": _SAVED,
     "logging_steps": "stage.training.logging_steps",
-    "wandb_*": _LOGGED,
-    "use_wandb": _LOGGED,
-    "mlflow_*": _LOGGED,
-    "use_mlflow": _LOGGED,
-    "comet_*": _LOGGED,
-    "use_comet": _LOGGED,
-    "swanlab_*": _LOGGED,
-    "use_swanlab": _LOGGED,
-    "trackio_*": _LOGGED,
-    "use_trackio": _LOGGED,
-    "use_tensorboard": _LOGGED,
-    "use_otel_metrics": _LOGGED,
-    "otel_*": _LOGGED,
-    "profiler_*": _LOGGED,
-    "gradio_*": _ELSEWHERE,
-    "generate_samples": _ELSEWHERE,
-    "generation_*": _ELSEWHERE,
-    "num_generation_samples": _ELSEWHERE,
-    # Launch
-    "fsdp_version": _LAUNCH,
-    "dp_shard_size": _LAUNCH,
-    "dp_replicate_size": _LAUNCH,
-    "tensor_parallel_size": _LAUNCH,
-    "context_parallel_size": _LAUNCH,
-    "sequence_parallel_degree": _LAUNCH,
-    "expert_parallel_*": _LAUNCH,
-    "ring_attn_func": _LAUNCH,
-    "heads_k_stride": _LAUNCH,
-    "device": _LAUNCH,
-    "device_map": _LAUNCH,
-    "device_map.*": _LAUNCH,
-    "max_memory": _LAUNCH,
-    "gpu_memory_limit": _LAUNCH,
-    "world_size": _LAUNCH,
-    "ddp": _LAUNCH,
-    "use_ray": _LAUNCH,
-    "ray_*": _LAUNCH,
-    "low_cpu_mem_usage": _LAUNCH,
-    "experimental_skip_move_to_device": _LAUNCH,
-    "gc_steps": _SPEED,
-    "gc_collect_steps": _SPEED,
-    "strict": _ELSEWHERE,
-    "debug": _ELSEWHERE,
-    "project_name": _ELSEWHERE,
     "remove_unused_columns": Unneeded("hfpipe makes the rows itself"),
+    # Without a part in a recipe, by the reason
+    **same(
+        _SPEED,
+        "dpo_padding_free flash_attention flash_attn_* flash_optimum sdp_attention xformers_attention flex_attention "
+        "flex_attn_compile_kwargs eager_attention gemma4_hybrid_attn_impl fused_attn_kernel use_kernels "
+        "use_scattermoe use_sonicmoe experts_implementation use_dsv4_kernels use_glm_dsa_kernels dsv4_* "
+        "batch_flattening pad_to_sequence_len pad_to_multiple_of peft_autocast_adapter_dtype lora_*_kernel "
+        "lora_on_cpu qlora_sharded_model_loading merge_method torchdistx_path activation_offloading "
+        "selective_checkpointing layer_offloading torch_compile_* cut_cross_entropy chunked_cross_entropy* tiled_mlp* "
+        "unsloth_* gc_steps gc_collect_steps",
+    ),
+    **same(
+        _ELSEWHERE,
+        "base_model_ignore_patterns tokenizer_save_jinja_files gradio_* generate_samples generation_* "
+        "num_generation_samples strict debug project_name",
+    ),
+    **same(
+        PREPARED,
+        "dataset_prepared_path push_dataset_to_hub hf_use_auth_token dataset_processes dataset_keep_in_memory "
+        "streaming_multipack_buffer_size pretrain_multipack_* sample_packing_* multipack_real_batches "
+        "total_num_tokens",
+    ),
+    **same(
+        _SCORED,
+        "eval_sequence_len eval_sample_packing eval_batch_size evals_per_epoch eval_table_size eval_max_new_tokens "
+        "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_*",
+    ),
+    **same(_SAVED, "saves_per_epoch save_first_step auto_resume_from_checkpoints"),
+    **same(
+        _LOGGED,
+        "wandb_* use_wandb mlflow_* use_mlflow comet_* use_comet swanlab_* use_swanlab trackio_* use_trackio "
+        "use_tensorboard use_otel_metrics otel_* profiler_*",
+    ),
+    **same(
+        _LAUNCH,
+        "fsdp_version dp_shard_size dp_replicate_size tensor_parallel_size context_parallel_size "
+        "sequence_parallel_degree expert_parallel_* ring_attn_func heads_k_stride device device_map device_map.* "
+        "max_memory gpu_memory_limit world_size ddp use_ray ray_* low_cpu_mem_usage experimental_skip_move_to_device",
+    ),
 }
 
 
@@ -569,18 +492,9 @@ def _defaults(draft: Draft) -> None:
         draft.note("changed", "warmup_steps", "axolotl warms up over 3 % of the steps, but at most 100 of them")
     draft.default("stage.training.max_length", 512)
     if draft.stage["kind"] == "sft":
-        rows_too_long(draft, config.get("excess_length_strategy") or "drop")
-        inputs = config.get("train_on_inputs")
-        words.train_on(draft, "all" if inputs else _trained(draft))
+        words.too_long(draft, "cut" if config.get("excess_length_strategy") == "truncate" else "drop")
+        answers: words.Trained = "assistant" if is_chat(draft) else "completion"
+        words.train_on(draft, "all" if config.get("train_on_inputs") else answers)
     if not config.get("adapter") and config.get("bf16") not in (False, None):
         draft.default("model.dtype", "bfloat16")
     draft.default("seed", 42)
-
-
-def _trained(draft: Draft) -> words.Trained:
-    return "assistant" if is_chat(draft) else "completion"
-
-
-def rows_too_long(draft: Draft, what: str) -> None:
-    """Converts the word for rows that are longer than `max_length`."""
-    words.too_long(draft, "cut" if what == "truncate" else "drop")

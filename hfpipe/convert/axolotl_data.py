@@ -36,6 +36,19 @@ def follow_template(draft: Draft, value: Any) -> None:
         words.own_template(draft, "chat_template", name)
 
 
+def note_end_of_turn(draft: Draft, value: Any) -> None:
+    """`eot_tokens`, which training follows without being told."""
+    if value:
+        why = f"the end of a turn is what the chat template writes after it ({', '.join(map(str, value))})"
+        draft.note("changed", "eot_tokens", why)
+
+
+def deduplicate(draft: Draft, value: Any) -> None:
+    """`dataset_exact_deduplication`."""
+    for source in draft.stage["data"] if value else ():
+        source["deduplicate"] = "exact"
+
+
 def is_chat(draft: Draft) -> bool:
     return any(
         str((one or {}).get("type", "")).startswith("chat_template") for one in draft.config.get("datasets") or []

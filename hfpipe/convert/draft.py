@@ -205,6 +205,11 @@ def with_another(draft: Draft, value: Any) -> None:
     """The rule of a key that is read together with another one."""
 
 
+def same(rule: Rule, keys: str) -> Table:
+    """One rule for each of these keys, which a blank separates."""
+    return dict.fromkeys(keys.split(), rule)
+
+
 def if_set(follow: Callable[[Draft, Any], None]) -> Callable[[Draft, Any], None]:
     """The rule of a key that asks for nothing by its `OFF` values."""
 

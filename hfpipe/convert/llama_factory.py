@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.convert import llama_factory_v1, preferences, words
-from hfpipe.convert.draft import Draft, Lost, OutOfScope, Said, Table, Unneeded, if_set, with_another
+from hfpipe.convert.draft import Draft, Lost, OutOfScope, Said, Table, Unneeded, if_set, same, with_another
 from hfpipe.convert.trainer_keys import MEGATRON, trainer_table
 
 _SPEED = Unneeded("speed and memory only")
@@ -201,26 +201,11 @@ TABLE: Table = {
     "mixture_of_depths": Lost("hfpipe has no mixture of depths"),
     "moe_aux_loss_coef": _routing,
     "train_from_scratch": with_another,
-    "upcast_*": _SPEED,
-    "low_cpu_mem_usage": _SPEED,
-    "use_unsloth*": _SPEED,
-    "enable_liger_kernel": _SPEED,
-    "use_v1_kernels": _SPEED,
-    "use_kt": _SPEED,
-    "kt_*": _SPEED,
-    "kt_config.*": _SPEED,
-    "use_reentrant_gc": _SPEED,
     "disable_gradient_checkpointing": lambda draft, value: words.checkpointing(draft, not value),
-    "infer_*": _ELSEWHERE,
-    "offload_folder": _SPEED,
-    "use_kv_cache": _ELSEWHERE,
     "hf_hub_token": Unneeded("log in with `hf auth login`"),
     "ms_hub_token": Unneeded("data comes from the Hugging Face Hub"),
     "om_hub_token": Unneeded("data comes from the Hugging Face Hub"),
-    "print_param_status": _ELSEWHERE,
     "pure_bf16": if_set(lambda draft, value: draft.put("model.dtype", "bfloat16")),
-    "compute_dtype": _SPEED,
-    "device_map": _SPEED,
     # Method
     "stage": with_another,
     "finetuning_type": with_another,
@@ -247,7 +232,6 @@ TABLE: Table = {
     "quantization_method": with_another,
     "quantization_type": with_another,
     "double_quantization": with_another,
-    "quantization_device_map": _SPEED,
     "use_llama_pro": Lost("hfpipe adds no layers"),
     "use_galore": _galore,
     "galore_*": with_another,
@@ -263,15 +247,6 @@ TABLE: Table = {
     "eaft_alpha": Unneeded("see use_eaft_loss"),
     "fp8": if_set(lambda draft, value: draft.note("changed", "fp8", words.EIGHT_BIT_FLOATS)),
     "fp8_*": Unneeded("see fp8"),
-    "freeze_vision_tower": _IMAGES,
-    "freeze_multi_modal_projector": _IMAGES,
-    "freeze_language_model": _IMAGES,
-    "image_*": _IMAGES,
-    "video_*": _IMAGES,
-    "audio_*": _IMAGES,
-    "media_dir": _IMAGES,
-    "crop_to_patches": _IMAGES,
-    "use_audio_in_video": _IMAGES,
     "pref_beta": "stage.training.beta",
     "pref_loss": _loss,
     "pref_ftx": with_another,
@@ -284,16 +259,9 @@ TABLE: Table = {
     "ref_model": Lost("the reference is the stage's parent"),
     "ref_model_*": Lost("the reference is the stage's parent"),
     **MEGATRON,
-    "use_packed_sequences": lambda draft, value: _packing(draft, value),
+    "use_packed_sequences": _packing,
     "disable_shuffling": Lost("rows are shuffled"),
     "early_stopping_steps": _early,
-    "compute_accuracy": _ELSEWHERE,
-    "plot_loss": _ELSEWHERE,
-    "use_swanlab": _ELSEWHERE,
-    "swanlab_*": _ELSEWHERE,
-    "ray_*": _ELSEWHERE,
-    "placement_strategy": _ELSEWHERE,
-    "resources_per_worker": _ELSEWHERE,
     # Data
     "dataset": with_another,
     "dataset_dir": with_another,
@@ -305,28 +273,38 @@ TABLE: Table = {
     "train_on_prompt": with_another,
     "mask_history": with_another,
     "streaming": with_another,
-    "buffer_size": _ROWS,
     "mix_strategy": with_another,
     "interleave_probs": with_another,
     "max_samples": with_another,
-    "overwrite_cache": _ROWS,
-    "preprocessing_*": _ROWS,
-    "tokenized_path": _ROWS,
-    "data_shared_file_system": _ROWS,
-    "ignore_pad_token_for_loss": _ROWS,
     "tool_format": Unneeded("the chat template writes tools"),
     "enable_thinking": Unneeded("the chat template writes what the rows hold"),
     "preserve_thinking": Unneeded("the chat template writes what the rows hold"),
     "packing": _packing,
     "neat_packing": _neat,
-    "eval_*": _ELSEWHERE,
-    "max_new_tokens": _ELSEWHERE,
-    "top_p": _ELSEWHERE,
-    "temperature": _ELSEWHERE,
     "command": with_another,
     "learning_rate": Said("stage.training.learning_rate", float),
     "num_train_epochs": "stage.training.num_train_epochs",
     "max_steps": words.max_steps,
+    # Without a part in a recipe, by the reason
+    **same(
+        _SPEED,
+        "upcast_* low_cpu_mem_usage use_unsloth* enable_liger_kernel use_v1_kernels use_kt kt_* kt_config.* "
+        "use_reentrant_gc offload_folder compute_dtype device_map quantization_device_map",
+    ),
+    **same(
+        _ELSEWHERE,
+        "infer_* use_kv_cache print_param_status compute_accuracy plot_loss use_swanlab swanlab_* ray_* "
+        "placement_strategy resources_per_worker eval_* max_new_tokens top_p temperature",
+    ),
+    **same(
+        _IMAGES,
+        "freeze_vision_tower freeze_multi_modal_projector freeze_language_model image_* video_* audio_* media_dir "
+        "crop_to_patches use_audio_in_video",
+    ),
+    **same(
+        _ROWS,
+        "buffer_size overwrite_cache preprocessing_* tokenized_path data_shared_file_system ignore_pad_token_for_loss",
+    ),
 }
 
 

@@ -103,12 +103,12 @@ def _packing(draft: Draft, value: Any) -> None:
 
 def _trainable(draft: Draft, value: Any) -> None:
     if value:
-        words.train_only(draft, _patterns(value))
+        draft.put("stage.train_only", _patterns(value))
 
 
 def _trainable_by_pattern(draft: Draft, value: Any) -> None:
     if value:
-        words.train_only(draft, [value])
+        draft.put("stage.train_only", [value])
 
 
 def _loss(draft: Draft, value: Any) -> None:
@@ -161,8 +161,8 @@ TABLE: Table = {
     "quant_bits": _bits,
     "quant_method": with_another,
     "bnb_4bit_*": with_another,
-    "freeze_parameters": if_set(lambda draft, value: words.freeze(draft, _patterns(value))),
-    "freeze_parameters_regex": if_set(lambda draft, value: words.freeze(draft, [value])),
+    "freeze_parameters": if_set(lambda draft, value: draft.put("stage.freeze", _patterns(value))),
+    "freeze_parameters_regex": if_set(lambda draft, value: draft.put("stage.freeze", [value])),
     "freeze_parameters_ratio": Lost("write `freeze: [PATTERN]` with the names of the parameters", (None, 0, 0.0)),
     "trainable_parameters": _trainable,
     "trainable_parameters_regex": _trainable_by_pattern,

@@ -176,14 +176,14 @@ TABLE: Table = {
     "model.model_kwargs.*": Lost("the model is made by its own config"),
     "model.enable_liger_kernel": _SPEED,
     "model.shard_for_eval": _SPEED,
-    "model.freeze_layers": if_set(lambda draft, value: words.freeze(draft, value)),
+    "model.freeze_layers": if_set(lambda draft, value: draft.put("stage.freeze", value)),
     "model.model_revision": "model.revision",
     # Data
     "data.*": with_another,
     # Training
     "training.trainer_type": with_another,
     "training.use_peft": with_another,
-    "training.enable_gradient_checkpointing": lambda draft, value: words.checkpointing(draft, value),
+    "training.enable_gradient_checkpointing": words.checkpointing,
     "training.gradient_checkpointing_kwargs*": _SPEED,
     "training.output_dir": _FOLDER,
     "training.per_device_train_batch_size": "stage.training.per_device_train_batch_size",

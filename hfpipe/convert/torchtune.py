@@ -195,7 +195,7 @@ TABLE: Table = {
     "gradient_accumulation_steps": "stage.training.gradient_accumulation_steps",
     "clip_grad_norm": "stage.training.max_grad_norm",
     "compile": words.compiled,
-    "enable_activation_checkpointing": lambda draft, value: words.checkpointing(draft, value),
+    "enable_activation_checkpointing": words.checkpointing,
     "enable_activation_offloading": _SPEED,
     "ac_*": _SPEED,
     "custom_sharded_layers": _LAUNCH,

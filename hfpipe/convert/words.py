@@ -210,16 +210,6 @@ def own_template(draft: Draft, key: str, name: str) -> None:
     draft.note("changed", key, why + "`model.tokenizer.chat_template`")
 
 
-def train_only(draft: Draft, patterns: list[str]) -> None:
-    """Trains the weights whose names match, and freezes the others."""
-    draft.put("stage.train_only", patterns)
-
-
-def freeze(draft: Draft, patterns: list[str]) -> None:
-    """Freezes the weights whose names match."""
-    draft.put("stage.freeze", patterns)
-
-
 def lora_plus(draft: Draft, key: str, ratio: float) -> None:
     """LoRA+: the second matrix of an adapter learns at a multiple of the first one's rate.
 
