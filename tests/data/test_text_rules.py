@@ -135,6 +135,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_bad_byte_costs_its_row_in_a_data_set_of_the_hub_too(tmp_path: Path, hub: HubServer) -> None:
     """Streamed, as a table, and from the cache without a network."""
     lines = [b"one line", b"caf\xe9", b"\xc3\xa9 and \x01 more"]

@@ -308,7 +308,7 @@ def test_a_run_that_could_not_be_pushed_is_not_begun(hub: HubServer, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lists_discussions", [True, False])
+@pytest.mark.parametrize("lists_discussions", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_pull_request_is_opened_once(pusher: Pusher, hub: HubServer, lists_discussions: bool) -> None:
     if not lists_discussions:  # then ours is the one that has our files
         hub.fail("GET /api/models/me/toy/discussions", 404, times=99)

@@ -34,7 +34,7 @@ display.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("xet", [True, False])
+@pytest.mark.parametrize("xet", [pytest.param(True, marks=pytest.mark.long), False])
 def test_the_bytes_of_a_download_are_told(hub: HubServer, tmp_path: Path, xet: bool) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}

@@ -83,7 +83,9 @@ def test_the_base_in_files_is_the_one_that_was_trained_on_to_the_bit(family: str
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("kind", "in_files"), [("nf4", False), ("nf4", True), ("int8", False)])
+@pytest.mark.parametrize(
+    ("kind", "in_files"), [("nf4", False), ("nf4", True), pytest.param("int8", False, marks=pytest.mark.long)]
+)
 def test_a_merge_of_a_quantized_base_is_pefts_on_the_rounded_weights_and_holds_a_layer(
     kind: str, in_files: bool, tmp_path: Path
 ) -> None:

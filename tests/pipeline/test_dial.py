@@ -161,6 +161,7 @@ def test_what_is_scored_is_not_scored_again(dialled: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_dial_that_was_interrupted_ends_as_one_that_was_not(dialled: Path, tmp_path: Path) -> None:
     shutil.copytree(dialled, tmp_path / "run")
     stage = tmp_path / "run" / "stages" / "sounds"
@@ -224,6 +225,7 @@ def test_what_cannot_be_dialled_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_quantized_base_and_a_classifier_are_dialled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     from test_classification import written

@@ -142,7 +142,7 @@ def killed_and_continued(folder: Path, stage: str, step: int, number: signal.Sig
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "step", "number", "code"),
-    [("prose", 2, signal.SIGKILL, -9), ("sounds", 3, signal.SIGTERM, 75)],
+    [("prose", 2, signal.SIGKILL, -9), pytest.param("sounds", 3, signal.SIGTERM, 75, marks=pytest.mark.long)],
     ids=["kill -9", "SIGTERM"],
 )
 def test_interrupted_is_uninterrupted(
@@ -227,6 +227,7 @@ def test_qlora_trains_on_a_cpu_and_merges(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_merge_that_would_lose_too_much_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In bfloat16 the sum of base and adapter is rounded, so a merge loses something."""
     tiny.write_data(tmp_path)

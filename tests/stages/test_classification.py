@@ -27,6 +27,8 @@ from transformers import (
 from hfpipe.cli import main
 from hfpipe.data.labels import known_names, plain_labels
 
+LONG = pytest.mark.long
+
 
 def written(folder: Path, problem: str, *, skewed: bool = False, **stage: Any) -> dict:
     """A recipe with one classification stage on made-up rows, whose animals say the label."""
@@ -156,6 +158,7 @@ def test_several_classes_at_once_by_an_encoder_in_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_number_by_qlora_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     content = written(tmp_path, "number", lora={"r": 4, "target_modules": "all-linear"}, quantization="nf4")
@@ -171,6 +174,7 @@ def test_a_number_by_qlora_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
 def test_a_head_stays_whole_on_a_quantized_body(model_type: str, tmp_path: Path) -> None:
     """BERT's pooler lies in its body, and T5's head has a name of its own."""
@@ -313,7 +317,9 @@ def test_a_mistake_gets_one_paragraph(
     ("family", "block"),
     [
         ("roberta", {"peft": {"type": "ia3"}}),  # whose head has layers of its own
-        ("roberta", {"peft": {"type": "ln_tuning", "target_modules": ["LayerNorm"]}}),
+        pytest.param(
+            "roberta", {"peft": {"type": "ln_tuning", "target_modules": ["LayerNorm"]}}, marks=pytest.mark.long
+        ),
         ("bert", {"lora": {"r": 4}, "quantization": "nf4"}),  # whose head begins within its body
     ],
 )
@@ -339,7 +345,8 @@ def test_every_adapter_of_an_encoder_merges_with_its_head(family: str, block: di
         )
 
 
-@pytest.mark.parametrize("problem", ["one", "several", "number"])
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["one", pytest.param("several", marks=LONG), pytest.param("number", marks=LONG)])
 def test_sentences_are_tokenized_once_and_by_prepare(
     problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

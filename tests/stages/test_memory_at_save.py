@@ -30,7 +30,7 @@ def alive() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("adapter", [pytest.param(False, marks=pytest.mark.long), True])
 def test_no_second_model_stands_beside_trainer_and_optimizer(
     adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

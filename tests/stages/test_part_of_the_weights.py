@@ -60,6 +60,7 @@ def test_learning_rates_of_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_rate_for_all_is_the_learning_rate(tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", {}, kind="sounds", learning_rate=1e-3)
     named = run(tmp_path / "named", {"learning_rates": {"lora": 1e-3}}, kind="sounds", learning_rate=5e-2)
