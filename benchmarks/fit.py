@@ -1,6 +1,6 @@
-"""Writes the table of docs/benchmarks.md: what trains in which memory, predicted from the models' shapes. Needs no GPU.
+"""Writes two tables of docs/benchmarks.md from the models' shapes: what trains in which memory, and how fast.
 
-python benchmarks/fit.py > table.md      # some minutes
+python benchmarks/fit.py > table.md      # some minutes, no GPU
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpipe.core.files import GIB
+from hfpipe.stages.cost import flops_per_token, peak_flops
 from hfpipe.stages.memory import CONTEXT, Setting, predict
 
 CARDS = (8, 12, 16, 24, 48, 80, 141)  # GB as they are sold
@@ -19,6 +20,8 @@ BF16 = torch.bfloat16
 LORA = {"type": "lora", "r": 16, "target_modules": "all-linear"}
 TOKENS = 2048
 GLOBAL_BATCH = 16
+DEVICES = {"T4": 16, "RTX 3090": 24, "RTX 4090": 24, "L40S": 48, "A100": 80, "H100": 80, "H200": 141}
+SHARE = 0.4  # of a device's peak, which a good training of rows of this length reaches
 
 
 def shape(hidden: int, inner: int, layers: int, heads: int, keys: int, vocabulary: int, tied: bool = False) -> dict:
@@ -74,17 +77,52 @@ def needed(name: str, way: Setting, rows: int) -> float:
     return more + (layers - 16) * (more - few) / 8 + CONTEXT
 
 
+def most_rows(name: str, way: Setting, sizes: list[float]) -> tuple[list[int], float]:
+    """Returns the largest micro-batch, up to 16 rows, that fits in each of `sizes` bytes, and the bytes of one row."""
+    one, eight, sixteen = (needed(name, way, rows) for rows in (1, 8, 16))
+    a_row = (sixteen - eight) / 8  # the same each time, once the rows are what takes most
+    takes = {rows: max(one, sixteen - (16 - rows) * a_row) for rows in (1, 2, 4, 8, 16)}
+    return [max((rows for rows, taken in takes.items() if taken <= size), default=0) for size in sizes], one
+
+
+def flops(name: str, way: Setting) -> float:
+    """Returns the FLOPs for each token: those of a step, and of the second forward pass of checkpointing.
+
+    An adapter's own weights, and 4-bit weights that are made whole again, are left out.
+    """
+    kind, fields = MODELS[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields))
+    if way.adapter is not None:
+        model.requires_grad_(False)
+    trained = flops_per_token(model)
+    forward = trained / (2 if way.adapter is not None else 3)
+    return trained + (forward if way.checkpointing is not None else 0)
+
+
+def rounded(number: float) -> str:
+    """Two digits, as an estimate has no more."""
+    return f"{int(float(f'{number:.1e}')):,}"
+
+
 def main() -> None:
     print("| model | way | " + " | ".join(f"{card} GB" for card in CARDS) + " | GiB at 1 row |")
     print("| --- | --- | " + " | ".join("---" for _ in CARDS) + " | --- |")
+    speeds = []
     for name in MODELS:
         for way, setting in WAYS.items():
-            one, eight, sixteen = (needed(name, setting, rows) for rows in (1, 8, 16))
-            a_row = (sixteen - eight) / 8  # the same each time, once the rows are what takes most
-            takes = {rows: max(one, sixteen - (16 - rows) * a_row) for rows in (1, 2, 4, 8, 16)}
-            fits = [max((rows for rows, size in takes.items() if size <= card * USABLE), default=0) for card in CARDS]
-            if any(fits):
-                print(f"| {name} | {way} | {' | '.join(str(n or '') for n in fits)} | {one / GIB:.1f} |", flush=True)
+            sizes = [card * USABLE for card in (*CARDS, *DEVICES.values())]
+            rows, one = most_rows(name, setting, sizes)
+            if not any(rows):
+                continue
+            fits, runs = rows[: len(CARDS)], rows[len(CARDS) :]
+            print(f"| {name} | {way} | {' | '.join(str(n or '') for n in fits)} | {one / GIB:.1f} |", flush=True)
+            a_second = {device: SHARE * (peak_flops(device) or 0) / flops(name, setting) for device in DEVICES}
+            cells = [rounded(a_second[device]) if n else "" for device, n in zip(DEVICES, runs, strict=True)]
+            speeds.append(f"| {name} | {way} | {' | '.join(cells)} |")
+    print("\n| model | way | " + " | ".join(f"{device}, {size} GB" for device, size in DEVICES.items()) + " |")
+    print("| --- | --- | " + " | ".join("---" for _ in DEVICES) + " |")
+    print("\n".join(speeds))
 
 
 if __name__ == "__main__":
