@@ -12,7 +12,7 @@ from typing import Any
 from hfpipe.core.errors import MachineError
 from hfpipe.core.files import write_text
 from hfpipe.core.output import has_colours, painted
-from hfpipe.data.cleaning.text_rules import Read, tidy_rows
+from hfpipe.data.cleaning.text_rules import Read, refuse_dirt, tidy_rows
 from hfpipe.data.labels import plain_labels
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.tokenize import IGNORED
@@ -108,7 +108,10 @@ def first_rows(recipe: Recipe, count: int) -> Iterator[Row]:
             opened = load_rows(source, kinds=formats_of_stage(stage.kind))
             if isinstance(stage, Classification):
                 opened, _ = plain_labels(opened, source.path, stage.labels)
-            rows = list(islice(tidy_rows(opened, source, Read()), count))
+            read = Read()
+            rows = list(islice(tidy_rows(opened, source, read), count))
+            if not rows:
+                refuse_dirt(source, read.dirty, read.rows, 0.0)
             limit = stage.training.get("max_length") or 1024
             encoded = encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)
             if len(encoded) < len(rows):

@@ -272,6 +272,8 @@ def encode_rows(
         seed: Of the run, for what is masked.
         source: Where the rows are from.
     """
+    if not rows:
+        return []
     if stage.kind == "translation":  # a source, and its target behind it
         set_languages(tokenizer, source)
         limits = max_length or sys.maxsize, stage.training.get("max_target_length") or max_length or sys.maxsize

@@ -47,3 +47,13 @@ def test_run_says_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert "50% of the first rows have `tools` that the chat template leaves out" in said
     assert "tool_calls" not in said
+
+
+def test_preview_of_rows_that_are_all_dirty_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sentences.csv").write_bytes(b"sentence,label\none \xc3S,even\n,odd\n")
+    tiny.write_data(tmp_path)
+    stage = {"name": "kinds", "kind": "classification", "data": [{"path": str(tmp_path / "sentences.csv")}]}
+    stage["training"] = {"max_steps": 1, "learning_rate": 1e-3, "max_length": 32}
+    path = tiny.write(tmp_path, {**tiny.recipe(tmp_path, merge=False, evaluate={}), "stages": [stage]})
+    assert main(["preview", str(path)]) == 5
+    assert "2 of 2 rows read are dirty" in capsys.readouterr().err
