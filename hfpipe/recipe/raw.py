@@ -58,6 +58,10 @@ def sequence(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def texts(value: Any) -> list[str]:
+    return [one for one in sequence(value) if isinstance(one, str)]
+
+
 def as_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 

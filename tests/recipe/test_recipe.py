@@ -331,6 +331,14 @@ def test_overrides_reach_every_key(tmp_path: Path) -> None:
     assert (recipe.model.id, recipe.model.tokenizer.id, recipe.push) == ("me/other", "me/tokens", None)
 
 
+def test_a_metric_that_is_no_text_is_told_beside_early_stopping(tmp_path: Path) -> None:
+    text = GOOD.replace("metrics: [rougeL]", "metrics: [{rougeL: 1}]")
+    message = faults_of(
+        tmp_path, text, "stages.chat.early_stopping={suite: chat}", "stages.chat.training.eval_strategy=null"
+    )
+    assert "evaluate.chat.metrics" in message
+
+
 def test_an_override_can_drop_a_whole_stage_and_later_lines_stay_right(tmp_path: Path) -> None:
     text = GOOD.replace("replay: {stage: law, share: 5%}", "global_batch_size: 8")
     assert [stage.name for stage in load_recipe(write(tmp_path, text), ["stages.law=null"]).stages] == ["chat"]

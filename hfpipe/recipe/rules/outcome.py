@@ -14,7 +14,7 @@ from hfpipe.core.upstream import countries
 from hfpipe.recipe.faults import Fault, Steps, did_you_mean, found, listed
 from hfpipe.recipe.metric_table import OUR_METRICS, WITH_IDEAL, is_elsewhere, parts_of
 from hfpipe.recipe.push_plan import NEEDS_AN_ADAPTER, ONLY_OF
-from hfpipe.recipe.raw import Block, RawStage, RawSuite, as_text, mapping, sequence, stages, suites
+from hfpipe.recipe.raw import Block, RawStage, RawSuite, as_text, mapping, sequence, stages, suites, texts
 from hfpipe.recipe.rules.adapters import adapter_of
 from hfpipe.recipe.stage_config import KEEPING
 
@@ -76,8 +76,7 @@ def _check_early_stopping(stage: RawStage, by_name: dict[str, RawSuite]) -> Iter
         text = f"'{name}' is not a suite; allowed: {listed(by_name)}." if by_name else "the recipe has no suite."
         yield Fault((*block.steps, "suite"), text + did_you_mean(name, by_name))
     elif name is not None and metric is not None:
-        named = [other for other in sequence(by_name[name].data.get("metrics")) if isinstance(other, str)]
-        metrics = [part for other in named for part in parts_of(other)]
+        metrics = [part for other in texts(by_name[name].data.get("metrics")) for part in parts_of(other)]
         if metric not in metrics:
             text = f"'{metric}' is not a metric of {name}; allowed: {listed(metrics)}.{did_you_mean(metric, metrics)}"
             yield Fault((*block.steps, "metric"), text)
@@ -86,7 +85,7 @@ def _check_early_stopping(stage: RawStage, by_name: dict[str, RawSuite]) -> Iter
         yield Fault(
             (*block.steps, "suite"), f"'{name}' is a task of lm-eval, which chooses no checkpoint. Take another."
         )
-    elif (metric or next(iter(sequence(suite.get("metrics"))), None)) in WITH_IDEAL:
+    elif (metric or next(iter(texts(suite.get("metrics"))), None)) in WITH_IDEAL:
         text = "can be too high and too low, so it chooses no checkpoint. Take another metric."
         yield Fault((*block.steps, "metric"), text)
     for key in ("eval_strategy", "save_strategy", "save_steps", "load_best_model_at_end", "metric_for_best_model"):

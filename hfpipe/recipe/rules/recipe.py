@@ -8,7 +8,7 @@ from typing import Any
 from hfpipe.recipe.config import Model
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
-from hfpipe.recipe.raw import Block, RawStage, RawSuite, as_text, mapping, sequence, stages, suites
+from hfpipe.recipe.raw import Block, RawStage, RawSuite, as_text, mapping, sequence, stages, suites, texts
 from hfpipe.recipe.row_formats import SUITE_COLUMNS, TRAINED_COLUMNS, columns_of_stage
 from hfpipe.recipe.rules.adapters import (
     adapter_of,
@@ -282,7 +282,7 @@ def _check_weights(stage: RawStage) -> Iterator[Fault]:
 
 
 def _check_metrics(suite: RawSuite) -> Iterator[Fault]:
-    names = [name for name in sequence(suite.data.get("metrics")) if isinstance(name, str)]
+    names = texts(suite.data.get("metrics"))
     if (masked := [name for name in names if name in MASKED_METRICS]) and len(masked) < len(names):
         other = next(name for name in names if name not in MASKED_METRICS)
         text = f"{masked[0]} asks an encoder and {other} does not, so no model has both. Make two suites of them."
@@ -326,7 +326,7 @@ def _check_lm_eval(suite: RawSuite) -> Iterator[Fault]:
 
 def _check_swap(suite: RawSuite) -> Iterator[Fault]:
     swap, steps = suite.data.get("swap"), (*suite.steps, "swap")
-    asked = "flip_rate" in sequence(suite.data.get("metrics"))
+    asked = "flip_rate" in texts(suite.data.get("metrics"))
     if asked and swap is None:
         text = "missing; flip_rate needs the words to swap: [[he, she], [his, her]], or {name: {women: [Anna], ...}}."
         yield Fault(steps, text)
