@@ -58,6 +58,7 @@ class Look:
         labels: How often each label occurs; empty where there are none.
         columns: The data's column for each of the format's.
         repeats: Rows that stood there before.
+        alike: Whether one half of the rows has some that the other half has too, or nearly.
     """
 
     format: str
@@ -69,6 +70,7 @@ class Look:
     labels: Mapping[str, int]
     columns: Mapping[str, str]
     repeats: int = 0
+    alike: bool = False
 
 
 def run(answers: Mapping[str, str | None]) -> None:
@@ -169,6 +171,7 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     if task is None and opened.taken.format.name == "text":
         with suppress(UserError):  # a text without a label
             opened = _opened(source, ("classification",))
+    from hfpipe.data.cleaning.contamination import SuiteIndex
     from hfpipe.recipe.row_formats import text_of
 
     rows = list(opened.rows.take(LOOKED_AT))
@@ -180,8 +183,9 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     characters = (lengths[len(lengths) // 2], lengths[min(len(lengths) - 1, len(lengths) * 99 // 100)])
     format, columns = opened.taken.format, opened.taken.columns
     end, why = format.becomes or format.name, f"columns {', '.join(columns.values())}"
-    repeats = len(texts) - len(set(texts))
-    return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats)
+    repeats, shared = len(texts) - len(set(texts)), SuiteIndex(rows[::2]).look_in(rows[1::2])
+    alike = bool(repeats or shared.exact or shared.partly)
+    return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats, alike)
 
 
 def _opened(source: Mapping[str, Any], kinds: tuple[str, ...] | None) -> Any:
@@ -261,9 +265,10 @@ def build(
     adapter = kind in ("sft",) or (kind == "pretrain" and bool(size) and size > 1)
     stage: dict[str, Any] = {"name": task, "kind": kind, "data": [{**source, "fold": {"of": 20, "leave": 1}}]}
     comments = {"data": f"{look.format}: {look.why}", "evaluate.held-out": "a twentieth of the rows, never trained on"}
-    if look.repeats:  # else `check` would find the held-out rows among those that are trained on
+    if look.alike:  # else `check` would find the held-out rows among those that are trained on
         stage["data"][0]["decontaminate"] = True
-        comments["data"] += f"; {look.repeats:,} rows stand there twice, and none like a held-out one is trained on"
+        told = f"{look.repeats:,} rows stand there twice" if look.repeats else "rows are like each other"
+        comments["data"] += f"; {told}, and none like a held-out one is trained on"
     if adapter:
         stage["lora"] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
         if gigabytes and size * 2 > gigabytes * 0.5:

@@ -51,6 +51,32 @@ def test_rows_that_stand_there_twice_are_kept_out_of_the_training(
     assert "stand there twice" in text
 
 
+def test_rows_of_one_pattern_are_kept_out_of_the_training_where_one_of_them_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    thing = ("lamp", "chair", "shoe", "tent", "coat")
+    answer = "Yes. You have thirty days to return it: print the label, put it on the parcel, and take it to the post."
+    rows = [{"question": f"{n}. Can I send the {thing[n % 5]} back?", "answer": answer} for n in range(10)]
+    told = "Number {0} tells of {0} days and {0} nights at sea, on ship {0} with {0} sailors and {0} barrels of fish."
+    rows += [{"question": f"What is number {n}?", "answer": told.format(n)} for n in range(200)]
+    assert main(["new", "--data", written(tmp_path, rows), "--model", "team/base-Instruct", "--task", "chat"]) == 0
+    text = (tmp_path / "my.yaml").read_text()
+    assert yaml.safe_load(text)["stages"][0]["data"][0]["decontaminate"] is True
+    assert "rows are like each other" in text
+    assert "decontaminate" not in _recipe_of_different_rows(tmp_path)
+
+
+def _recipe_of_different_rows(folder: Path) -> str:
+    words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
+    rows = [
+        {"question": " ".join(words[n : n + 6]), "answer": " ".join(words[n + 6 : n + 12])} for n in range(0, 130, 12)
+    ]
+    file = written(folder, rows, "different.jsonl")
+    assert main(["new", "--data", file, "--model", "team/base-Instruct", "--task", "chat"]) == 0
+    return (folder / "different.yaml").read_text()
+
+
 def test_an_alpaca_file_is_a_chat_when_a_chat_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = written(tmp_path, [{"instruction": f"Add {n}", "input": "", "output": "x"} for n in range(40)])
