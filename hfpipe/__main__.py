@@ -16,12 +16,12 @@ sys.path[:] = [*(path for path in sys.path if path not in ("", _here, _package))
 
 def start() -> int:
     """Runs the command line; signals are handled before anything else is imported."""
-    both = {_signal.SIGINT, _signal.SIGTERM}
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, both)
+    all_of_them = {_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP}
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, all_of_them)
     from hfpipe.core import signals
 
     signals.install()
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, both)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, all_of_them)
     several = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
     if several and os.environ.get("RANK", "0") != "0":  # the main process alone talks; faults go to the error output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

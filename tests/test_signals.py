@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -116,6 +118,35 @@ def test_a_signal_at_the_last_step_is_heeded_and_nothing_is_trained_twice(tmp_pa
     assert main(["run", str(path)]) == 0
     log = (tmp_path / "run" / "stages" / "prose" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_terminal_that_goes_away_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """As when a connection breaks: the terminal takes no more, and SIGHUP comes."""
+    path, log = recipe(tmp_path), tmp_path / "run" / "stages" / "prose" / "log.jsonl"
+    mine, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*HFPIPE, "run", str(path)], stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    end = time.monotonic() + 180
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        if select.select([mine], [], [], 0.1)[0]:
+            os.read(mine, 65536)
+    os.close(mine)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(BOUND) == 75
+    assert list((tmp_path / "run" / "stages" / "prose").glob("checkpoint-*/manifest.json"))
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hangup_ends_a_command_unless_nohup_says_otherwise(ignored: bool) -> None:
+    start = "from hfpipe.core import signals; signals.install(); import os, signal, time"
+    code = f"{start}; os.kill(os.getpid(), signal.SIGHUP); time.sleep(1); print('went on')"
+    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); " if ignored else ""
+    found = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=False)
+    assert ("went on" in found.stdout) == ignored
 
 
 def test_a_reader_that_goes_away_is_no_fault() -> None:

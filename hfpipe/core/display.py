@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TextIO
@@ -120,7 +120,8 @@ def close() -> None:
 def leave() -> None:
     """Ends the line below which a process that ends at once says why."""
     if _state.screen is not None:
-        os.write(1, b"\n")
+        with suppress(OSError):  # there may be no terminal any more
+            os.write(1, b"\n")
 
 
 def is_verbose() -> bool:

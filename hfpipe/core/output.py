@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -11,7 +12,9 @@ STDERR = 2  # where there is no place left to tell of it
 
 
 class _Forgiving(io.FileIO):
-    """Writes to a file descriptor, and to nowhere once its reader is gone or its disk full, which is an error once."""
+    """Writes to a file descriptor; to nowhere once its reader or terminal is gone, or its disk full: an error once."""
+
+    is_terminal = False
 
     def write(self, data: Any) -> int:
         try:
@@ -20,7 +23,8 @@ class _Forgiving(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            if not isinstance(error, BrokenPipeError) and self.fileno() != STDERR:
+            is_gone = isinstance(error, BrokenPipeError) or (self.is_terminal and error.errno == errno.EIO)
+            if not is_gone and self.fileno() != STDERR:
                 raise
             return len(data)
 
@@ -33,6 +37,7 @@ def forgive_closed_pipes() -> None:
             continue
         stream.flush()
         raw = _Forgiving(stream.fileno(), "wb", closefd=False)
+        raw.is_terminal = stream.isatty()
         text = io.TextIOWrapper(
             io.BufferedWriter(raw),
             encoding=stream.encoding,

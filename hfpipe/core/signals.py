@@ -1,9 +1,10 @@
 """Signals, from the first line of the program to the last: an end within seconds, one line, the right exit code.
 
-SIGINT (Ctrl-C) and SIGTERM raise `Interrupted` in the main thread. While a stage trains and is saved (`held`) the first
-one only asks: training saves a checkpoint at the end of its step, and a second Ctrl-C ends it at once. A thread reads
-each signal too: where the main thread does not come to its end in time (it waits inside a library, or a library has
-swallowed the exception) the thread ends the process. Imports nothing heavy: it comes before everything else.
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal or the connection is gone) raise `Interrupted` in the main thread.
+While a stage trains and is saved (`held`) the first one only asks: training saves a checkpoint at the end of its step,
+and a second Ctrl-C ends it at once. A thread reads each signal too: where the main thread does not come to its end in
+time (it waits inside a library, or a library has swallowed the exception) the thread ends the process. Imports nothing
+heavy: it comes before everything else.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from hfpipe.core import display, ending
 
 BOUND = 8.0  # seconds from a signal to the end of the process
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 LINES = {
     signal.SIGINT: "interrupted; run the same command again to continue",
     signal.SIGTERM: "stopped by SIGTERM; what was finished stays. Run the same command again to continue",
+    signal.SIGHUP: "the terminal is gone; what was finished stays. Run the same command again to continue",
 }
 _IMPORTING = "<frozen importlib._bootstrap>"
 
@@ -99,7 +101,8 @@ def install() -> dict[int, Any]:
     os.set_blocking(writing, False)
     _state.wakeup = writing
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
-    before: dict[int, Any] = {number: signal.signal(number, _on_signal) for number in EXIT_CODES}
+    wanted = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before: dict[int, Any] = {number: signal.signal(number, _on_signal) for number in wanted}
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
     return before
@@ -110,7 +113,8 @@ def _forget() -> None:
     if _state.wakeup >= 0 and signal.getsignal(signal.SIGINT) is _on_signal:
         signal.set_wakeup_fd(-1)
         for number in EXIT_CODES:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is _on_signal:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -187,7 +191,8 @@ def tell(number: int | None = None) -> None:
     if _state.told or number is None or os.environ.get("RANK", "0") != "0":
         return
     _state.told = True
-    os.write(2, f"hfpipe: {LINES[signal.Signals(number)]}\n".encode())
+    with suppress(OSError):  # there may be no terminal any more
+        os.write(2, f"hfpipe: {LINES[signal.Signals(number)]}\n".encode())
 
 
 def finish(code: int) -> int:
