@@ -208,7 +208,7 @@ class Cleaner:
             with beside.open("wb") as file:
                 np.savez_compressed(file, reasons=reasons, sizes=sizes)
             beside.replace(path)
-            found = ", ".join(f"{count:,} {why}" for why, count in counts_of(reasons).items()) or "nothing"
+            found = ", ".join(f"{count:,} ({why})" for why, count in counts_of(reasons).items()) or "nothing"
             seconds = time.perf_counter() - begin
             ranks.say(f"  {source.title}: {len(reasons):,} rows cleaned in {seconds:.0f} s, removed: {found}")
 

@@ -143,7 +143,7 @@ def _clean(
         return
     _run_here(chain, folder, workers)
     for source, facts in zip(sources, read_json(folder / DONE)["sources"], strict=True):
-        removed = ", ".join(f"{count:,} {why}" for why, count in facts["removed"].items()) or "nothing"
+        removed = ", ".join(f"{count:,} ({why})" for why, count in facts["removed"].items()) or "nothing"
         display.say(f"  {source.title}: {facts['cleaned_rows']:,} rows cleaned, removed: {removed}")
 
 
