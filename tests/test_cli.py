@@ -122,6 +122,15 @@ def test_check_tells_rows_tokens_steps_memory_and_disk(folder: Path, capsys: pyt
         assert line in page
 
 
+@pytest.mark.slow
+def test_the_end_of_a_run_names_the_merge_before_what_needs_it(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(finished.parent / "tiny.yaml")]) == 0
+    told = capsys.readouterr().out.split("use it:")[1]
+    assert told.index("hfpipe merge") < told.index("hfpipe export")
+
+
 def test_preview_shows_what_is_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", str(tiny.write(folder, tiny.recipe(folder))), "--rows", "1"]) == 0
     page = capsys.readouterr().out

@@ -93,11 +93,11 @@ def preview(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_suites
+    from hfpipe.recipe.choose import chosen_suites
 
-    suites = load_suites(options.suites, options.set)
-    from hfpipe.pipeline.evaluate import chosen_suites, evaluate_model
+    suites = chosen_suites(load_suites(options.suites, options.set), options.suite, options.limit)
+    from hfpipe.pipeline.evaluate import evaluate_model
 
-    suites = chosen_suites(suites, options.suite, options.limit)
     evaluate_model(options.model, suites, options.output, options.against, options.stage)
 
 

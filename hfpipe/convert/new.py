@@ -265,6 +265,7 @@ def build(
     adapter = kind in ("sft",) or (kind == "pretrain" and bool(size) and size > 1)
     stage: dict[str, Any] = {"name": task, "kind": kind, "data": [{**source, "fold": {"of": 20, "leave": 1}}]}
     comments = {"data": f"{look.format}: {look.why}", "evaluate.held-out": "a twentieth of the rows, never trained on"}
+    comments["evaluate"] = "what is forgotten shows on text of another kind: docs/how-to.md, Keep what the base can do"
     if look.alike:  # else `check` would find the held-out rows among those that are trained on
         stage["data"][0]["decontaminate"] = True
         told = f"{look.repeats:,} rows stand there twice" if look.repeats else "rows are like each other"

@@ -254,7 +254,8 @@ def evaluate(
     assert loaded is not None
     name = model.folder if isinstance(model, Run) else model
     with _plainly():
-        from hfpipe.pipeline.evaluate import chosen_suites, evaluate_model
+        from hfpipe.pipeline.evaluate import evaluate_model
+        from hfpipe.recipe.choose import chosen_suites
 
         names = [suite] if isinstance(suite, str) else suite
         other = None if against is None else str(against)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from hfpipe.scores.wording import change_words, describe, interval, number, with
 from hfpipe.stages.pretrain import require_isolation
 
 PROBE_TEXTS = 4
+ROUNDED = 0.01  # of a score: a merge that changes it by more has lost some of what was learned
 DDP_TIMEOUT = 1800  # seconds, Trainer's own
 
 
@@ -274,9 +276,22 @@ def _score_merged(run: Run, name: str, merged: ModelRef) -> None:
             row = {"suite": suite_name, "metric": score.metric, "adapter": before[score.metric], "merged": score.value}
             found.append(row)
             ranks.say(f"  {suite_name} {score.metric}: {row['adapter']:.4f} by the adapter, {score.value:.4f} merged")
+    warn_of_rounding(run.stage_folder(name), found)
     if ranks.is_main():
         path = run.stage_folder(name) / "merge.json"
         write_json(path, read_json(path) | {"suites": found})
+
+
+def warn_of_rounding(folder: Path, suites: Sequence[Mapping[str, Any]]) -> None:
+    """Says what to do where the precision of the merged weights takes away a part of what the adapter learned."""
+    dtype = read_json(folder / "merge.json").get("dtype") if ranks.is_main() else None
+    lost = max((abs(one["merged"] / one["adapter"] - 1) for one in suites if one["adapter"]), default=0.0)
+    if dtype not in (None, "float32") and lost > ROUNDED:
+        ranks.say(
+            f"  warning: the merged weights are {dtype}, as the base's files are, which rounds small changes away: up "
+            f"to {lost:.1%} of a score. The adapter itself loses nothing: use it unmerged, or train it further first.",
+            "warning",
+        )
 
 
 def _loaded_if_it_fits(merged: ModelRef) -> Any:

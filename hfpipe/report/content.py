@@ -241,7 +241,8 @@ def closing_lines(folder: Path) -> list[str]:
     if merged.exists():
         lines.append(f"merged     {merged}")
     lines.append(f"report     {folder / 'report.html'}")
-    lines += ["", "use it:", *(f"  {line}" for line in _commands_to_use(folder, recipe.stages[-1].task))]
+    to_merge = is_adapter and not merged.exists()
+    lines += ["", "use it:", *(f"  {line}" for line in _commands_to_use(folder, recipe.stages[-1].task, to_merge))]
     lines += [f"  {line}" for line in lines_to_use(folder, recipe, recipe.stages[-1].name)]
     what = "merged" if merged.exists() else "adapter" if is_adapter else "model"
     push = f"  {our_command()} push {folder} --repo-id YOU/{recipe.name} --what {what}"
@@ -251,13 +252,20 @@ def closing_lines(folder: Path) -> list[str]:
     return [*lines, "", "next:", *nexts] if nexts else lines
 
 
-def _commands_to_use(folder: Path, task: str) -> list[str]:
-    """The commands of hfpipe that let a trained model speak; none for a model that writes no text."""
+def _commands_to_use(folder: Path, task: str, to_merge: bool) -> list[str]:
+    """The commands of hfpipe that let a trained model speak; none for a model that writes no text.
+
+    Args:
+        folder: The run folder.
+        task: What the model is for.
+        to_merge: Whether it is an adapter that is not merged yet.
+    """
     if task != "causal":
         return []
     commands = {
         f"chat {folder} --base": "talk to it, with its base beside it",
         f"generate {folder} PROMPTS.txt": "answer a file of prompts",
+        **({f"merge {folder}": "one model of adapter and base, for what comes next"} if to_merge else {}),
         f"export {folder} --to gguf": "for llama.cpp and Ollama",
     }
     longest = max(map(len, commands))

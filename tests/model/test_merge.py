@@ -16,6 +16,7 @@ from hfpipe.cli import main
 from hfpipe.model.create import train_tokenizer
 from hfpipe.model.load import ModelRef
 from hfpipe.model.merge import merge_adapter
+from hfpipe.pipeline.context import warn_of_rounding
 from hfpipe.recipe import Model, Quantization
 
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -133,6 +134,15 @@ def test_what_a_merge_costs_is_said_on_every_suite_of_likelihood(
     assert main(["merge", str(tmp_path / "run")]) == 0
     assert "not scored: the merged model takes 0.0 GiB, which are not free" in capsys.readouterr().out
     assert json.loads(said.read_text()) == merge | {"suites": []}
+
+
+@pytest.mark.parametrize(("dtype", "merged", "told"), [("bfloat16", 1.2, True), ("bfloat16", 1.0, False)])
+def test_what_rounding_takes_away_is_told_with_what_to_do(
+    dtype: str, merged: float, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "merge.json").write_text(json.dumps({"dtype": dtype}))
+    warn_of_rounding(tmp_path, [{"adapter": 1.0, "merged": merged}])
+    assert ("up to 20.0% of a score. The adapter itself loses nothing" in capsys.readouterr().out) == told
 
 
 @pytest.mark.slow
