@@ -123,7 +123,7 @@ def test_a_signal_at_the_last_step_is_heeded_and_nothing_is_trained_twice(tmp_pa
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_terminal_that_goes_away_leaves_a_checkpoint(tmp_path: Path) -> None:
-    """As when a connection breaks: the terminal takes no more, and SIGHUP comes."""
+    """A connection breaks: the terminal takes no more, and SIGHUP comes."""
     path, log = recipe(tmp_path), tmp_path / "run" / "stages" / "prose" / "log.jsonl"
     mine, theirs = pty.openpty()
     process = subprocess.Popen(
