@@ -67,8 +67,11 @@ def _parts(stage: Stage, share: float, *, replayed: bool) -> list[Part]:
 
 
 def documents_of(part: Part, tokenizer: Any) -> Rows:
-    """Rows with a column `text`; a replayed prompt and completion, or a conversation, as the text that a model sees."""
-    rows = load_rows(part.source, kinds=TEXT_KINDS if part.replayed else ("text",))
+    """Rows with a column `text`; a replayed prompt and completion, or a conversation, as the text that a model sees.
+
+    Every rank has to call this.
+    """
+    rows = load_rows(part.source, kinds=TEXT_KINDS if part.replayed else ("text",), together=True)
     kind = roles_of(rows) if part.replayed else "text"
     if kind == "text":
         return rows

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
                 _create(recipe, folder / "model")
             commit = None
         else:
-            commit = _commit_of(options.id or "", options.revision, options)
+            commit = ranks.on_main(partial(_commit_of, options.id or "", options.revision, options))
         known = {"hash": key, "revision": options.revision, "commit": commit}
         ranks.wait()
         if ranks.is_main():
@@ -92,7 +93,9 @@ def prepare_base(recipe: Recipe, folder: Path) -> PreparedBase:
         if options.architecture is not None
         else ModelRef(options.id or "", options, revision=commit)
     )
-    tokenizer = _tokenizer(recipe, ref)
+    # The Hub counts the requests of all ranks together; what needs code of the Hub cannot be sent.
+    make = partial(_tokenizer, recipe, ref)
+    tokenizer = make() if options.trust_remote_code else ranks.on_main(make)
     if warning := template_warning(tokenizer, options.tokenizer):
         ranks.say(f"warning: {warning}", "warning")
     added = added_ids(tokenizer, options.tokenizer, rows_of_embeddings(ref))

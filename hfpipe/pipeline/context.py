@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,7 @@ def open_run(recipe: Recipe, folder: Path) -> Run:
         base = prepare_base(recipe, folder / "stages" / BASE)
     if ranks.is_main():
         write_json(folder / "environment.json", environment(base.ref, recipe.evaluate))
-    with ranks.main_first():
-        rows = {name: suite_rows(suite) for name, suite in recipe.evaluate.items()}
+    rows = {name: ranks.on_main(partial(suite_rows, suite)) for name, suite in recipe.evaluate.items()}
     run = Run(recipe, folder, base, rows, {BASE: base.hash})
     run.record()
     run.hash_stages()

@@ -87,7 +87,7 @@ def require_start(recipe: Recipe) -> None:
     require_cleaning(recipe)
     for suite in recipe.evaluate.values():
         suite_metrics(suite)
-    require_loadable(recipe)
+    ranks.on_main(partial(require_loadable, recipe))
     require_fake_quantization(recipe, device())
 
 

@@ -259,7 +259,7 @@ def _rows_of_epochs(run: StageRun, length: int) -> float:
     tokens, own = 0, sum(part.share for part in mixture(run.recipe, run.stage) if not part.replayed)
     special = run.stage.task == "causal"  # a row's, and not a document's, with a masked model
     for source in run.stage.data:
-        rows, _ = run.cleaner.documents(source, partial(load_rows, source, kinds=("text",)))
+        rows, _ = run.cleaner.documents(source, partial(load_rows, source, kinds=("text",), together=True))
         if not hasattr(rows, "num_rows"):
             raise RecipeError(
                 f"stages.{run.stage.name}.training: a streamed source has no known end, so epochs cannot be counted; "

@@ -261,7 +261,10 @@ def sft_stream(run: StageRun, length: int | None, *, packed: bool) -> TokenStrea
     stage, seed = run.stage, run.recipe.seed
     assert isinstance(stage, Sft)
     parts = mixture(run.recipe, stage)
-    tables = [run.cleaner.documents(one.source, partial(load_rows, one.source, kinds=TEXT_KINDS)) for one in parts]
+    tables = [
+        run.cleaner.documents(one.source, partial(load_rows, one.source, kinds=TEXT_KINDS, together=True))
+        for one in parts
+    ]
     per_device, accumulation = divide_batch(stage)
     step = per_device * accumulation * ranks.ranks()
     room = length or DEFAULT_MAX_LENGTH

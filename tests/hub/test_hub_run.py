@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -240,3 +241,33 @@ def test_trained_but_not_pushed_and_data_that_moved_on(finished: Finished) -> No
     code, output = command(finished, "push", str(finished.run))
     assert code == 0, output
     assert len(hub.commits("me/other")) == 2
+
+
+def questions(folder: Path, ranks: int) -> Counter[str]:
+    """The Hub's requests for a short run that streams, apart from those for the data itself."""
+    folder.mkdir()
+    with HubServer() as hub:
+        tiny.write_data(folder)
+        hub.add_repo("model", "someone/base", base_model(folder))
+        hub.add_repo("dataset", "HuggingFaceFW/fineweb", fineweb(folder))
+        source = {"path": "HuggingFaceFW/fineweb", "name": "sample-10BT"}
+        content = tiny.recipe(folder, model={"id": "someone/base"}, merge=False, shift=False, energy=False)
+        content["stages"] = content["stages"][:1]
+        content["stages"][0]["data"] = [{**source, "skip": 20, "streaming": True}]
+        content["evaluate"] = {"web": {"data": {**source, "split": "train", "take": 8}, "metrics": ["bits_per_byte"]}}
+        content["stages"][0]["training"]["max_steps"] = 1
+        launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
+        environment = {**hub.env(folder / "home"), "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+        process = tiny.start("run", str(tiny.write(folder, content)), launch=launch, **environment)
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+        return Counter(one.partition("?")[0] for one in hub.requests if not one.endswith(".parquet"))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_more_ranks_ask_the_hub_no_more_than_one(tmp_path: Path) -> None:
+    one, two = questions(tmp_path / "one", 1), questions(tmp_path / "two", 2)
+    more = two - one
+    assert all(name.endswith("generation_config.json") for name in more), more
+    assert one.total() > 20

@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from hfpipe.core import display
+from hfpipe.core import display, ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.upstream import builder_names
 from hfpipe.data.builtin.corpus import builtin
@@ -49,7 +49,9 @@ class Opened:
     taken: Taken
 
 
-def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Kind, ...] = tuple(ENDS)) -> Opened:
+def open_source(
+    source: Source, *, default_split: str = "train", kinds: tuple[Kind, ...] = tuple(ENDS), together: bool = False
+) -> Opened:
     """Opens a source and gives its rows with the columns of one format, and `id` where there is one.
 
     First `skip` and `take` cut the rows by their place, so that two sources which share no place share no row; then
@@ -60,6 +62,8 @@ def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Ki
         source: The source as the recipe gives it.
         default_split: The split where the recipe names none; files that are not given by split are `train`.
         kinds: The formats of rows that will do: `TEXT_KINDS` for a language model.
+        together: Whether every rank calls this. A stream is then opened by the main process, and the others take it
+            from there: the Hub counts the requests of all ranks together.
 
     Raises:
         RecipeError: The file, split or configuration does not exist, `where` or `template` is written wrongly, or two
@@ -67,8 +71,13 @@ def open_source(source: Source, *, default_split: str = "train", kinds: tuple[Ki
         MachineError: The Hub cannot be reached or refuses.
         DataError: The data cannot be read, or lacks the columns.
     """
-    with friendly(source, opening=True), display.doing(f"opening {source.title}"):
-        parts = _open(source, default_split)
+
+    def parts_of() -> list[tuple[Rows, FileGroup | None]]:
+        with friendly(source, opening=True), display.doing(f"opening {source.title}"):
+            return _open(source, default_split)
+
+    shared = together and bool(source.passed_through.get("streaming"))
+    parts = ranks.on_main(parts_of) if shared else parts_of()
     with friendly(source):
         files = ", ".join(str(group) for _, group in parts if group is not None)
         if len(parts) == 1 or all(rows.features == parts[0][0].features for rows, _ in parts):
@@ -142,9 +151,11 @@ def _concatenated(parts: list[Any]) -> Rows:
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def load_rows(source: Source, *, default_split: str = "train", kinds: tuple[Kind, ...] = tuple(ENDS)) -> Rows:
+def load_rows(
+    source: Source, *, default_split: str = "train", kinds: tuple[Kind, ...] = tuple(ENDS), together: bool = False
+) -> Rows:
     """The rows of a source; see `open_source`."""
-    return open_source(source, default_split=default_split, kinds=kinds).rows
+    return open_source(source, default_split=default_split, kinds=kinds, together=together).rows
 
 
 def _open(source: Source, default_split: str) -> list[tuple[Rows, FileGroup | None]]:
