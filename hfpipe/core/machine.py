@@ -7,11 +7,13 @@ Each entry says how an error is recognized, and the paragraph that is shown inst
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 
 from hfpipe.core.errors import MachineError
 
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # variables that Python's ssl reads
 # By the number that the operating system gives an error; {file} is where it happened.
 BY_NUMBER: dict[tuple[int, ...], str] = {
     (errno.ENOSPC, errno.EDQUOT): "the disk is full ({file}). Free some space and run again.",
@@ -86,12 +88,23 @@ def machine_error(error: BaseException) -> MachineError | None:
         if isinstance(one, OSError) and one.errno is not None:
             for numbers, told in BY_NUMBER.items():
                 if one.errno in numbers:
-                    return MachineError(told.format(file=one.filename or "while files were written"))
+                    return MachineError(told.format(file=_file_of(one)))
         name, text = type(one).__name__, str(one)
         for names, pattern, told in BY_TEXT:
             if (names == "*" or name in names.split("|")) and re.search(pattern, text):
                 return MachineError(told)
     return None
+
+
+def _file_of(error: OSError) -> str:
+    """Returns the file of an error; Python's ssl does not name the certificates that it was told to read."""
+    if error.filename:
+        return str(error.filename)
+    if error.errno == errno.ENOENT:
+        for name in CERTIFICATES:
+            if (path := os.environ.get(name)) and not os.path.exists(path):
+                return f"{path}, which the variable {name} names,"
+    return "a file without a name in the error"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

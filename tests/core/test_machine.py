@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import ssl
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_the_cause_tells_where_the_error_itself_does_not() -> None:
     error = RuntimeError("the worker failed")
     error.__cause__ = OSError(errno.EMFILE, "Too many open files", "/data/x")
     assert "ulimit -n" in str(machine_error(error))
+
+
+def test_certificates_that_a_variable_names_and_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/missing/ca.pem")
+    with pytest.raises(FileNotFoundError) as caught:
+        ssl.create_default_context(cafile="/missing/ca.pem")
+    told = str(machine_error(caught.value))
+    assert "/missing/ca.pem, which the variable SSL_CERT_FILE names, is missing" in told
 
 
 def test_a_fault_of_ours_is_none_of_the_machine() -> None:
