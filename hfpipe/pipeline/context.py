@@ -197,7 +197,7 @@ def show_scores(scores: list[Score], stage: str) -> None:
     for score in (score for score in scores if score.stage == stage):
         change = last_change(scores, stage, score.key)
         told = None if change is None else change_words(change)
-        arrow = "" if change is None else "▲ " if change.difference > 0 else "▼ " if change.difference < 0 else ""
+        arrow = {"better": "▲ ", "worse": "▼ "}.get(told.mark, "") if told is not None else ""
         size = "" if told is None else told.note or with_interval(told.size, told.interval)
         before = "" if change is None else number(change.before.value, score.metric)
         now = with_interval(number(score.value, score.metric), interval(score))
