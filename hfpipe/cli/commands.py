@@ -147,9 +147,16 @@ def serve(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
+    if options.to == "onnx":
+        if options.quant is not None:
+            raise RecipeError("--quant is of gguf; an ONNX graph keeps float32. Leave it out.")
+        from hfpipe.pipeline.export_onnx import export_onnx
+
+        export_onnx(folder, options.stage, options.output)
+        return
     from hfpipe.pipeline.export import export_gguf
 
-    export_gguf(folder, options.stage, options.quant, options.output)
+    export_gguf(folder, options.stage, options.quant or "q8_0", options.output)
 
 
 def env(options: argparse.Namespace) -> None:

@@ -136,13 +136,13 @@ def _using_commands(command: AddCommand) -> None:
     serve = command("serve", "serve a trained model on this machine, for any client of OpenAI's protocol", "RUN")
     serve.add_argument("--stage", help="which stage's model, of an adapter the merged one; the last one when absent")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="the port on 127.0.0.1 (default: 8000)")
-    export = command("export", "write a trained model as one file for llama.cpp and Ollama, with a Modelfile", "RUN")
-    export.add_argument("--to", choices=["gguf"], default="gguf", help="the format")
-    export.add_argument(
-        "--quant", default="q8_0", metavar="FORM", help="f16, q8_0 (default), q4_k_m or another of llama.cpp"
-    )
+    text = "write a trained model for llama.cpp and Ollama, with a Modelfile, or as an ONNX graph"
+    export = command("export", text, "RUN")
+    export.add_argument("--to", choices=["gguf", "onnx"], default="gguf", help="the format (default: gguf)")
+    export.add_argument("--quant", metavar="FORM", help="of gguf: f16, q8_0 (default), q4_k_m or another of llama.cpp")
     export.add_argument("--stage", help="which stage's model, of an adapter the merged one; the last one when absent")
-    export.add_argument("-o", "--output", metavar="FOLDER", help="where it is written; RUN/export when absent")
+    text = "where it is written; RUN/export or RUN/export/onnx when absent"
+    export.add_argument("-o", "--output", metavar="FOLDER", help=text)
     push = command("push", "upload an adapter or a model with its card to the Hub", "RUN")
     _push_options(push)
 
