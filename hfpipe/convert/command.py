@@ -69,10 +69,10 @@ def recipe_of(draft: Draft, path: Path) -> dict[str, Any]:
     return recipe
 
 
-def name_of(path: Path) -> str:
-    """A name for the run, of the file's name."""
+def name_of(path: Path, otherwise: str = "converted") -> str:
+    """A name for the run, of the file's name; another one where that has no Latin letter or digit."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
-    return name or "converted"
+    return name or otherwise
 
 
 def _head(draft: Draft, path: Path) -> list[str]:

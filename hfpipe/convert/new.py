@@ -102,7 +102,7 @@ def run(answers: Mapping[str, str | None]) -> None:
     task = task or (_ask("task", guess) if asking else guess)
     found = found_hardware()
     hardware = answers.get("hardware") or (_ask("hardware", found) if asking else found)
-    name = name_of(Path(data))
+    name = name_of(Path(data), "my-data")
     output = Path(answers.get("output") or (_ask("output", f"{name}.yaml") if asking else f"{name}.yaml"))
     recipe, head, comments = build(name, source, model, task, memory_of(hardware), look)
     try:
@@ -316,7 +316,7 @@ def _head(name: str, source: Mapping[str, Any], task: str, look: Look, length: i
         f"{name}: {task} on {data}, written by `hfpipe new`.",
         f"{more}{look.rows} rows of {look.format} ({look.why}); the median has {look.characters[0]:,} characters, "
         f"99 of 100 have at most {look.characters[1]:,}: rows of {length} tokens. Letters are mostly "
-        f"{look.script.capitalize()}.",
+        f"{look.script if look.script == 'CJK' else look.script.capitalize()}.",
     ]
     if look.labels:
         counts = ", ".join(f"{label} {count}" for label, count in Counter(look.labels).most_common(8))

@@ -179,3 +179,16 @@ def test_columns_that_are_not_known_are_told_with_those_that_hold_sentences(
     said = capsys.readouterr().err
     assert "--columns prompt=customer,completion=agent" in said
     assert "`template:" not in said  # there is no recipe yet in which it could stand
+
+
+def test_a_file_with_a_chinese_name_and_chinese_columns_becomes_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"问题": f"第{n}个问题", "回答": f"答案是{n}。"} for n in range(40)]
+    command = ["new", "--data", written(tmp_path, rows, "客服.jsonl"), "--model", "team/base", "--task", "chat"]
+    assert main(command) == 5
+    assert "--columns prompt=问题,completion=回答" in capsys.readouterr().err
+    assert main([*command, "--columns", "prompt=问题,completion=回答"]) == 0
+    assert "Letters are mostly CJK." in capsys.readouterr().out
+    assert main(["check", "--fast", "my-data.yaml"]) == 0
