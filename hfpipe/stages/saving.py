@@ -17,6 +17,7 @@ from hfpipe.core import ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.files import load_json, whole_folder, write_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
+from hfpipe.core.upstream import override
 from hfpipe.model.adapter import TOLERANCE, adapter_state, probe, require_equal, save_adapter, verify_tensors
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
@@ -128,6 +129,8 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, 
         if run.stage.adapter is not None and not sharded:
             save_adapter(model, beside, original)
         else:
+            if sharded and run.stage.adapter is None:
+                _leave_out_tied(trainer, model)
             trainer.save_model(str(beside))
         (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no one should have to load
         run.tokenizer.save_pretrained(beside)
@@ -144,6 +147,16 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, 
             again = load_model(saved, frozen=run.stage.adapter is not None)
             require_equal(trained, probe(again, run.tokenizer, run.probe_texts), coarsest, f"stage {run.stage.name}")
     ranks.wait()
+
+
+def _leave_out_tied(trainer: Trainer, model: Any) -> None:
+    """Keeps a weight of several names, gathered once for each, from being saved more than once."""
+    gather, tied = trainer.accelerator.get_state_dict, set(model.all_tied_weights_keys)
+
+    def once(*arguments: Any, **words: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in gather(*arguments, **words).items() if name not in tied}
+
+    override(trainer.accelerator, get_state_dict=once)
 
 
 def _save_spread(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> None:
