@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from hfpipe.core.errors import RecipeError
@@ -60,6 +61,23 @@ def hidden_of(model: Any) -> Iterator[list[torch.Tensor]]:
         yield seen
     finally:
         hook.remove()
+
+
+def hidden_by(model: Any, **words: torch.Tensor) -> torch.Tensor:
+    """Returns the last hidden states (B, L, H) of a pass through a model without its head.
+
+    Where FSDP2 has divided the weights, they are gathered as in any other pass, in which every rank has to take part.
+
+    Args:
+        model: A causal model, with its adapter.
+        words: What it reads, as `forward` takes it.
+    """
+    model.hidden_alone = lambda **given: backbone_of(model)(**given, use_cache=False)[0]
+    register_fsdp_forward_method(model, "hidden_alone")
+    try:
+        return model.hidden_alone(**words)
+    finally:
+        del model.hidden_alone
 
 
 def sum_in_chunks(

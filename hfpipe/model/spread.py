@@ -130,6 +130,19 @@ def end_reading(model: Any) -> None:
     leave_training_to_accelerate(model)
 
 
+def gather_head(model: Any, head: torch.nn.Module) -> None:
+    """Makes the head of a spread model whole on each rank until its next pass, or until its gradient is there.
+
+    Args:
+        model: A causal model after its pass; of one that is spread every rank has to call this.
+        head: Its head.
+    """
+    weights = {id(weight) for weight in head.parameters()}
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and any(id(weight) in weights for weight in module.parameters()):
+            module.unshard()
+
+
 @contextmanager
 def in_step(model: Any) -> Iterator[None]:
     """Lets each rank make as many passes through a model as it has to, inside the block; every rank has to call this.

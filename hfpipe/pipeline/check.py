@@ -31,7 +31,7 @@ from hfpipe.pipeline.requirements import Loaded, require_start, require_training
 from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.stages.compatibility import Sample, long_rows
 from hfpipe.stages.fit import Fit, fitted, require_memory
-from hfpipe.stages.memory import copies_of
+from hfpipe.stages.memory import copies
 from hfpipe.stages.own_texts import MOST_TEXTS, opening_of
 from hfpipe.stages.trainer import divide_batch, warmup_warning
 
@@ -93,7 +93,7 @@ def preflight(recipe: Recipe, note: Note) -> None:
     for stage, fit in zip(recipe.stages, answers.fits, strict=True):
         if warning := long_rows(stage, model):
             note.look("length", warning)
-        _tell_stage(recipe, stage, tokenizer, answers.samples, parameters, note)
+        _tell_stage(recipe, stage, tokenizer, answers.samples, fit, note)
         _tell_memory(recipe, fit, note)
     for pair, line in zip(answers.overlap, overlap_lines(answers.overlap), strict=True):
         if pair["which"]:
@@ -178,7 +178,7 @@ def _tell_stage(
     stage: Stage,
     tokenizer: Any,
     samples: Mapping[tuple[str, int], Sample],
-    parameters: int,
+    fit: Fit,
     note: Note,
 ) -> None:
     """Tells of rows, tokens and steps of a stage."""
@@ -210,7 +210,7 @@ def _tell_stage(
     if kept is not None:
         whole = steps * global_batch * max_length if stage.kind == "pretrain" else trained_known / left
         _tell_kept(recipe, stage, tokenizer, whole * kept.share, note)
-    _tell_near(recipe, stage, parameters, note)
+    _tell_near(fit, note)
     batch = f"{global_batch} rows ({per_device} x {accumulation}) on one rank"
     note.fine("stage", f"{stage.name}: {steps:,} steps of {batch}")
     if warning := warmup_warning(stage, steps):
@@ -253,16 +253,16 @@ def _tell_kept(recipe: Recipe, stage: Stage, tokenizer: Any, tokens: float, note
     note.fine("keep", f"{stage.name}: {told}: {size}")
 
 
-def _tell_near(recipe: Recipe, stage: Stage, parameters: int, note: Note) -> None:
+def _tell_near(fit: Fit, note: Note) -> None:
     """Tells what holding a stage near its parent takes."""
+    stage = fit.stage
     if stage.kept.kl is None and stage.kept.l2 is None:
         return
-    copies = copies_of(recipe, stage)
     takes = "the parent is the model with its adapter off, so there is no second one"
-    if copies:
-        size = parameters * sum(dtype.itemsize for dtype in copies)
-        many = f"{len(copies)} frozen copies" if len(copies) > 1 else "a frozen copy"
-        takes = f"{many} of the parent, {size / GIB:.2f} GiB (counted in memory below)"
+    if many := sum(one is not None for one in (fit.setting.parent, fit.setting.drawn)):
+        takes = f"{many} frozen copies of the parent" if many > 1 else "a frozen copy of the parent"
+        if fit.memory is not None:
+            takes += f", {sum(copies(fit.config, fit.setting)) / GIB:.2f} GiB (counted in memory below)"
     held = " and ".join(word for word in ("kl", "l2") if getattr(stage.kept, word) is not None)
     note.fine("keep", f"{stage.name}: {held}: {takes}")
 

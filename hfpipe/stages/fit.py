@@ -199,7 +199,7 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] 
         kept_whole = isinstance(stage, Pretrain) or (recipe.push is not None and recipe.push.what == "model")
         if not kept_whole:
             lora = {"r": 16}
-            setting = replace(setting, adapter={"type": "lora", **lora}, optim=fit.setting.optim)
+            setting = replace(setting, adapter={"type": "lora", **lora}, optim=fit.setting.optim, parent=None)
             yield (
                 "lora: {r: 16}",
                 "an adapter is trained, and not all weights",

@@ -63,7 +63,8 @@ class Setting:
         vocabulary: Rows that the embeddings grow to; None.
         packed: Whether several examples of `sft` share a row, which takes a mask.
         plain_loss: Whether a causal model's loss is plain cross-entropy, without label smoothing or `loss_type`.
-        copies: Dtypes of the copies of the parent's weights that a full stage is held near by.
+        parent: Dtype of a frozen copy of the parent, which is asked; None without.
+        drawn: Dtype of a copy of the parent's weights, towards which those that are trained are drawn; None without.
         forms: Forms of a row: 2 where each may have a swapped one beside it.
         pairs: Whether a row is a pair of texts, whose probabilities are compared with those of the parent.
         beside: Of a stage of pairs, the parent's own texts for each side of one.
@@ -90,7 +91,8 @@ class Setting:
     vocabulary: int | None = None
     packed: bool = False
     plain_loss: bool = True
-    copies: tuple[torch.dtype, ...] = ()
+    parent: torch.dtype | None = None
+    drawn: torch.dtype | None = None
     forms: int = 1
     pairs: bool = False
     beside: float = 0.0
@@ -120,6 +122,7 @@ def setting_of(
     block = stage.quantized
     given = block.bnb_4bit_compute_dtype if block else None
     kind = stage.kind if stage.kind in _STEPS else stage.task  # a kind without a step of its own is like its task
+    full = stage.adapter is None  # an adapter is switched off to ask the parent
     return Setting(
         kind=kind,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -144,7 +147,8 @@ def setting_of(
         vocabulary=vocabulary,
         packed=kind == "sft" and bool(stage.training.get("packing")),
         plain_loss=not arguments.label_smoothing_factor and getattr(arguments, "loss_type", "nll") == "nll",
-        copies=copies_of(recipe, stage),
+        parent=weights_dtype(recipe.model, frozen=True) if full and stage.kept.kl else None,
+        drawn=weights_dtype(recipe.model, frozen=False) if full and stage.kept.l2 else None,
         forms=2 if getattr(stage, "counterfactual", None) else 1,
         pairs=stage.PAIRS,
         beside=stage.kept.replay.share / (1 - stage.kept.replay.share) if stage.PAIRS and stage.kept.replay else 0.0,
@@ -152,12 +156,24 @@ def setting_of(
     )
 
 
-def copies_of(recipe: Recipe, stage: Stage) -> tuple[torch.dtype, ...]:
-    """Returns the dtypes of the copies of its parent that a stage holds; none where an adapter is switched off."""
-    if stage.adapter is not None:
-        return ()
-    frozen, trained = (weights_dtype(recipe.model, frozen=frozen) for frozen in (True, False))
-    return (*([frozen] if stage.kept.kl else []), *([trained] if stage.kept.l2 else []))
+def copies(config: Any, setting: Setting) -> list[int]:
+    """Bytes of each copy of its parent that a stage holds beside its model.
+
+    Args:
+        config: transformers' config of the model.
+        setting: How it is trained.
+    """
+    return _copies(_model(config, setting), setting)
+
+
+def _copies(model: Any, setting: Setting) -> list[int]:
+    weights = list(model.parameters())
+    found = []
+    if setting.parent is not None:
+        found.append(sum(weight.numel() for weight in weights) * setting.parent.itemsize)
+    if setting.drawn is not None:
+        found.append(sum(weight.numel() for weight in weights if weight.requires_grad) * setting.drawn.itemsize)
+    return found
 
 
 def predict(config: Any, setting: Setting) -> Memory:
@@ -189,8 +205,7 @@ def predict(config: Any, setting: Setting) -> Memory:
         accumulate=setting.accumulation > 1,
         share=MASKED_SHARE if setting.kind == "masked" else 1.0,
     )
-    copies = sum(weight.numel() for weight in trained) * sum(dtype.itemsize for dtype in setting.copies)
-    found = replace(found, weights=found.weights + copies)
+    found = replace(found, weights=found.weights + sum(_copies(model, setting)))
     states, host, moment = _optimizer_bytes(setting, trained)
     gradients = sum(weight.nbytes for weight in trained)
     backward = replace(found, optimizer=states)
@@ -198,6 +213,9 @@ def predict(config: Any, setting: Setting) -> Memory:
     if setting.ranks > 1:
         backward, step_end = (_spread(one, setting, gradients, _unit(model, setting)) for one in (backward, step_end))
     peak = max(backward, step_end, key=lambda one: one.total)
+    if setting.parent is not None and setting.ranks > 1 and setting.sharding in SPREADING:
+        head = head_of(model).weight.numel() * setting.parent.itemsize  # gathered too
+        peak = replace(peak, weights=peak.weights + head)
     if setting.device == "cuda":
         return replace(peak, framework=round(CACHED * peak.total), host=host)
     return replace(peak, framework=peak.framework + LIBRARIES, host=host)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core.upstream import override
 from hfpipe.data.tokenize import IGNORED
-from hfpipe.model.head import Scale, backbone_of, head_of, hidden_of, require_known_head, sum_in_chunks
+from hfpipe.model.head import Scale, head_of, hidden_by, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.load import load_model
+from hfpipe.model.spread import gather_head, is_spread
 from hfpipe.stages.stage_run import StageRun
 
 OWN = "parents_own"  # (B, L), True where a token is of the parent's own texts
@@ -44,10 +46,10 @@ def near_parent(run: StageRun, trainer: Trainer, share: float) -> NearParent | N
     """
     keep = run.stage.kept
     if keep.l2 is not None:
-        trainer.add_callback(_DrawnToParent(trainer.model, keep.l2.weight))
+        trainer.add_callback(_DrawnToParent(trainer, keep.l2.weight))
     if keep.kl is None:
         return None
-    parent = None if run.stage.adapter is not None else load_model(run.parent, frozen=True)
+    parent = None if run.stage.adapter is not None else load_model(run.parent, frozen=True, spread=True)
     return NearParent(trainer, parent, keep.kl.weight, share)
 
 
@@ -89,7 +91,7 @@ class NearParent:
         wanted[:, 0] = False
         inputs["labels"] = labels.masked_fill(own, IGNORED)
         inner = self._trainer.accelerator.unwrap_model(model)
-        rows = wanted.any(dim=1)
+        rows = self._read(wanted.any(dim=1))
         parents = self.parents(inner, inputs, rows) if rows.any() else None
         with hidden_of(inner) as seen:
             found = self._loss(model, inputs, return_outputs, num_items_in_batch)
@@ -105,47 +107,98 @@ class NearParent:
             loss = loss + self._weight * ranks * total / count / self._share
         return (loss, outputs) if return_outputs else loss
 
+    def _read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the rows (B,) that the parent reads, given those with a token of its own.
+
+        All ranks take part where weights are gathered: if one has such a row, each reads one.
+        """
+        if self._trainer.is_fsdp_enabled:
+            anywhere = rows.any().int()
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+            if anywhere and not rows.any():
+                rows[0] = True
+        return rows
+
     @torch.no_grad()
     def parents(self, inner: Any, inputs: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        """Returns the parent's hidden states (R, L, H) on some rows, without its logits."""
+        """Returns the parent's hidden states (R, L, H) on some rows, without its logits.
+
+        Where its weights are spread, every rank has to call this.
+        """
         words = {key: inputs[key][rows] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
         parent, off = self._parent, nullcontext()
         if parent is None:
-            parent, off = inner, inner.disable_adapter()
+            parent, off = inner, _switched_off(inner)
         training = parent.training
         with off, self._trainer.accelerator.autocast():
             parent.eval()
-            hidden = backbone_of(parent)(**words, use_cache=False)[0]
+            hidden = hidden_by(parent, **words)
             parent.train(training)
         return hidden
 
     def divergence(self, inner: Any, hidden: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over tokens of KL(parent || model), from hidden states (T, H) of both."""
-        head, parents_head = head_of(inner), head_of(inner if self._parent is None else self._parent)
+        """Returns the sum over tokens of KL(parent || model), from hidden states (T, H) of both.
+
+        Where weights are spread, every rank has to call this, after the passes that made the states.
+        """
+        parent = inner if self._parent is None else self._parent
+        head, parents_head = head_of(inner), head_of(parent)
+        gather_head(inner, head)
+        gather_head(parent, parents_head)
         if isinstance(parents_head, AuxiliaryTrainingWrapper):
             parents_head = parents_head.original_module
+        elif isinstance(parents_head, BaseTunerLayer):
+            parents_head = parents_head.get_base_layer()
         scale = Scale(inner.config)
 
         def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            # By `forward`, without FSDP2's hooks, in which every rank takes part: each has chunks of its own.
             with torch.no_grad():
-                expected = scale(parents_head(theirs)).float().log_softmax(-1)
-            predicted = scale(head(ours)).float().log_softmax(-1)
+                expected = scale(parents_head.forward(theirs)).float().log_softmax(-1)
+            predicted = scale(head.forward(ours)).float().log_softmax(-1)
             return (expected.exp() * (expected - predicted)).sum()
 
         with self._trainer.accelerator.autocast():
             return sum_in_chunks(chunk, hidden, parents, inner.config.get_text_config().vocab_size)
 
 
+@contextmanager
+def _switched_off(model: Any) -> Iterator[None]:
+    """Switches an adapter off inside the block, and leaves its weights as ones that are trained.
+
+    PEFT marks them as frozen meanwhile, and FSDP2 keeps that mark for what it gathers so and holds on to.
+    """
+    trained = [one for one in model.parameters() if one.requires_grad]
+    with model.disable_adapter():
+        for one in trained:
+            one.requires_grad_(True)
+        yield
+
+
 class _DrawnToParent(TrainerCallback):
     """Adds the gradient of weight / 2 x |weights - the parent's|^2 once a step, after the clipping of the others.
 
     Args:
-        model: The model, as its parent left it.
+        trainer: The trainer, with its model as the parent left it.
         weight: Of the penalty.
     """
 
-    def __init__(self, model: Any, weight: float) -> None:
+    def __init__(self, trainer: Trainer, weight: float) -> None:
         self._weight = weight
+        if trainer.is_fsdp_enabled and not is_spread(trainer.model):
+            # Accelerate divides the weights, then the schedule is made, then a checkpoint is read.
+            make = trainer.create_scheduler
+
+            def take_and_make(*arguments: Any, **words: Any) -> Any:
+                self._take(trainer.model)
+                return make(*arguments, **words)
+
+            override(trainer, create_scheduler=take_and_make)
+        else:
+            self._take(trainer.model)
+
+    def _take(self, model: Any) -> None:
+        """Copies the weights that are trained, of spread ones the part of this rank."""
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._parents = [(one, one.detach().clone()) for one in trained.values()]
 

@@ -27,7 +27,7 @@ from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import SIDES, BatchLoader, collate
 from hfpipe.data.preference import PairTokenizer, pair_collator
 from hfpipe.data.token_store import Concatenated, TokenStore
-from hfpipe.model.head import backbone_of
+from hfpipe.model.head import hidden_by
 from hfpipe.model.load import load_model
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.spread import is_spread
@@ -256,7 +256,7 @@ class PairsAndOwn:
         del words["labels"]
         parents = self._near.parents(inner, own, torch.ones_like(wanted[:, 0]))
         with self._trainer.accelerator.autocast():
-            hidden = backbone_of(inner)(**words, use_cache=False)[0]
+            hidden = hidden_by(inner, **words)
         return self._near.divergence(inner, hidden[:, :-1][wanted], parents[:, :-1][wanted])
 
 

@@ -117,10 +117,10 @@ REFUSALS = (
         "what it trained was not the same as on one rank when it was tried. Start plain ranks, or train all weights.",
     ),
     Refusal(
-        "`kl` or `l2` of `keep:` with FSDP or DeepSpeed",
-        lambda stage, plan: plan != "none" and (stage.kept.kl is not None or stage.kept.l2 is not None),
-        "they compare weights, or what the head says, outside of a pass through the model. Leave them out: "
-        "`keep: {replay: {}}` alone works with FSDP.",
+        "`kl` or `l2` of `keep:` with DeepSpeed",
+        lambda stage, plan: plan.startswith("zero") and (stage.kept.kl is not None or stage.kept.l2 is not None),
+        "they compare weights, or what the head says, outside of a pass through the model. Use FSDP2, or leave them "
+        "out.",
     ),
     Refusal(
         "own texts of the parent (`keep:`) with ZeRO-3",

@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": {"lora": {"r": 4}},
     "full and kept": {"keep": {"replay": {"share": 0.3, "rows": 24}}},
+    "full and near": {"keep": {"replay": {"share": 0.3, "rows": 24}, "kl": {"weight": 2.0}, "l2": {"weight": 0.5}}},
+    "LoRA and near": {"lora": {"r": 4}, "keep": {"replay": {"share": 0.3, "rows": 24}, "kl": {"weight": 2.0}}},
 }
 
 

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     ),
     "`muon` with FSDP or ZeRO-3": (FSDP, {"muon": {}}),
     "`qat` with FSDP or ZeRO-3": (ZERO3, {"qat": {"weights": "int4"}}),
-    "`kl` or `l2` of `keep:` with FSDP or DeepSpeed": (FSDP, {"keep": {"l2": {"weight": 0.1}}}),
+    "`kl` or `l2` of `keep:` with DeepSpeed": (ZERO3, {"keep": {"l2": {"weight": 0.1}}}),
     "own texts of the parent (`keep:`) with ZeRO-3": (ZERO3, {"keep": {"replay": {}}}),
     "`early_stopping` with DeepSpeed": (ZERO3, {"early_stopping": {"suite": "sounds"}}),
     "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole": (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,53 @@ def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any) -> None:
         else:
             spread(path, ranks)
     assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", [stage["name"] for stage in content["stages"]])
+
+
+def kept_near(folder: Path, place: str, tied: bool, count: int = 4) -> Path:
+    """Steps of three stages that are held near prose: by both words, by its weights alone, and beside an adapter."""
+    content = tiny.recipe(folder, merge=False, output_dir=str(folder / place), **QUIET)
+    content["model"]["architecture"]["tie_word_embeddings"] = tied
+    prose, sounds = content["stages"]
+    # AdamW whose steps follow the size of the gradients: else those that are nothing but rounding make full ones.
+    plain = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    plain |= {"max_steps": count, "save_steps": 2, "logging_steps": 1, "max_length": 64}
+    plain |= {"per_device_train_batch_size": 1}  # micro-batches with and without a text of the parent's own
+    held = {"parent": "prose", "global_batch_size": 8, "training": plain}
+    kl, l2 = {"weight": 2.0}, {"weight": 0.5}
+    few, many = {"share": "25%", "rows": 24}, {"share": "80%", "rows": 24}
+    with_head = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
+    content["stages"] = [
+        prose,
+        {**prose, **held, "name": "near", "keep": {"replay": few, "kl": kl, "l2": l2}},
+        {**prose, **held, "name": "drawn", "keep": {"l2": l2}},
+        {**sounds, **held, "name": "beside", "keep": {"replay": many, "kl": kl}}
+        if tied
+        else {**prose, **held, "name": "beside", "keep": {"replay": few, "kl": kl}, "lora": with_head},
+    ]
+    for suite in content["evaluate"].values():
+        suite["metrics"] = ["bits_per_byte"]
+        suite["data"]["take"] = 8
+    return tiny.write(folder, content, f"{place}.yaml")
+
+
+@pytest.mark.parametrize(("tied", "policy"), [(False, "TRANSFORMER_BASED_WRAP"), (True, "NO_WRAP")])
+def test_stages_held_near_their_parent_are_those_of_one_rank_and_continue_exactly(
+    tmp_path: Path, tied: bool, policy: str
+) -> None:
+    tiny.write_data(tmp_path)
+    assert main(["run", str(kept_near(tmp_path, "one", tied))]) == 0
+    for place, counts in (("two", [4]), ("halves", [2, 4])):
+        for name in ("base", "prose"):  # the parent is the same to the last bit, and so are its own texts
+            shutil.copytree(tmp_path / "one/stages" / name, tmp_path / place / "stages" / name)
+        for count in counts:
+            said = spread(kept_near(tmp_path, place, tied, count), 2, FSDP_AUTO_WRAP_POLICY=policy)
+            assert said.count("continuing from checkpoint-2") == (3 if place == "halves" and count == 4 else 0)
+    held = ["near", "drawn", "beside"]
+    assert_same(tmp_path / "two", tmp_path / "one", held)
+    for stage in held:
+        (file,) = (tmp_path / "two/stages" / stage / "model").glob("*.safetensors")
+        found, again = (load_file(tmp_path / place / file.relative_to(tmp_path / "two")) for place in ("two", "halves"))
+        assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 def steps(folder: Path, count: int) -> Path:
