@@ -46,10 +46,12 @@ def check(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.set)
     if options.fast:
+        display.clear()
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         print(f"{options.recipe}: no fault found. Stages: {stages}.")
         return
-    from hfpipe.pipeline.check import check_recipe, launch_line
+    with display.doing("importing torch, transformers and trl"):
+        from hfpipe.pipeline.check import check_recipe, launch_line
 
     check_recipe(recipe, launch_line(options.recipe, options.set))
 
@@ -86,7 +88,8 @@ def preview(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    from hfpipe.pipeline.preview import preview
+    with display.doing("importing torch, transformers and trl"):
+        from hfpipe.pipeline.preview import preview
 
     preview(recipe, options.rows, options.html)
 

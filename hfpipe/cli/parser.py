@@ -15,6 +15,7 @@ LAUNCHERS = ("torchrun", "slurm", "k8s", "sky")  # see `hfpipe/pipeline/launch_f
 CONVERTED_TOOLS = ("axolotl", "llama-factory", "trl", "torchtune", "oumi", "ms-swift")  # see `hfpipe/convert`
 
 LONG_WORK = ("run", "cure", "prepare", "evaluate", "dial", "merge", "generate", "push")
+SHOWN_WORK = ("check", "preview", "export")  # a line says what they wait for; then they print what they found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
             _set_option(sub, "override a key, e.g. stages.chat.lora.r=8")
         if name in LONG_WORK:
             _voice_options(sub)
+        elif name in SHOWN_WORK:
+            sub.set_defaults(voice="auto")
         return sub
 
     for add in (_writing_commands, _training_commands, _scoring_commands, _using_commands, _keeping_commands):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hfpipe.core import display
 from hfpipe.core.command import our_command
 from hfpipe.core.errors import MachineError, UserError
 from hfpipe.core.files import GIB
@@ -316,10 +317,12 @@ class Note:
 
     def stop(self) -> None:
         """Ends the note of a recipe that would not run; the error itself is printed after it."""
+        display.clear()
         print(f"\n{self._marked(WRONG)} a run would stop here:", flush=True)
 
     def close(self, launch: str) -> None:
         """Ends the note of a recipe that can be run, with the line that does it."""
+        display.clear()
         many = f"{self.to_look_at} thing{'s' if self.to_look_at > 1 else ''}"
         told = f"no fault found, {many} to look at (!)" if self.to_look_at else "no fault found"
         mark = LOOK if self.to_look_at else FINE

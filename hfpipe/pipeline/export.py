@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_gguf_available
 
+from hfpipe.core import display
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.files import GIB, write_text
 from hfpipe.data.prompts import Asking
@@ -74,7 +75,7 @@ def export_gguf(folder: Path, stage: str | None, quant: str, output: str | None)
     target = Path(output) if output else folder / "export"
     file = target / f"{trained.recipe.name}-{trained.stage.name}-{quant}.gguf"
     write_text(target / "Modelfile", modelfile(trained, place, file.name))
-    print(f"{target / 'Modelfile'} written, for Ollama", flush=True)
+    display.say(f"{target / 'Modelfile'} written, for Ollama", "result")
     commands = _commands(place, file, quant)
     program = _program()
     if program is None:
@@ -89,12 +90,14 @@ def export_gguf(folder: Path, stage: str | None, quant: str, output: str | None)
             f"{quant} is made by llama.cpp's {QUANTIZER}, which is not on the PATH. Take --quant q8_0, or add it."
         )
     for command in commands:
-        _run([*program, *command[1:]] if command[0] == CONVERTER else command)
+        with display.doing(command[0]):
+            _run([*program, *command[1:]] if command[0] == CONVERTER else command)
     if len(commands) > 1:
         Path(commands[0][3]).unlink()
-    print(
-        f"{file} written, {file.stat().st_size / GIB:.2f} GiB; {_compared(trained, place, file)}. Try it:", flush=True
-    )
+    with display.doing(f"comparing {file.name} with the model"):
+        compared = _compared(trained, place, file)
+    display.clear()
+    print(f"{file} written, {file.stat().st_size / GIB:.2f} GiB; {compared}. Try it:", flush=True)
     print(f"  ollama create {trained.recipe.name} -f {target / 'Modelfile'} && ollama run {trained.recipe.name}")
     print(f"  llama-cli -m {file} --jinja")
     return file

@@ -69,7 +69,10 @@ def export_onnx(folder: Path, stage: str | None, output: str | None) -> Path:
     tokenizer.save_pretrained(target)
     file = target / "model.onnx"
     size = sum(part.stat().st_size for part in target.glob("model.onnx*")) / GIB
-    print(f"{file} written, {size:.2f} GiB with its weights; {_compared(model, tokenizer, target)}. In Python:")
+    with display.doing("comparing it with the model"):
+        compared = _compared(model, tokenizer, target)
+    display.clear()
+    print(f"{file} written, {size:.2f} GiB with its weights; {compared}. In Python:")
     print("  from transformers import AutoTokenizer\n  from transformers.exporters import ExportedModel")
     print(f'  tokenizer = AutoTokenizer.from_pretrained("{target}")')
     print(f'  model = ExportedModel.from_pretrained("{target}")  # on ONNX Runtime')

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfpipe.core import display
 from hfpipe.core.errors import MachineError
 from hfpipe.core.files import write_text
 from hfpipe.core.output import has_colours, painted
@@ -80,10 +81,11 @@ def preview(recipe: Recipe, count: int, page: str | None = None) -> None:
             write_text(Path(page), text)
         except OSError as error:
             raise MachineError(f"{page} cannot be written: {error.strerror}.") from error
-        print(f"written to {page}")
+        display.say(f"written to {page}", "result")
         return
-    coloured = has_colours(sys.stdout)
-    for row in first_rows(recipe, count):
+    coloured, rows = has_colours(sys.stdout), list(first_rows(recipe, count))
+    display.clear()
+    for row in rows:
         print(f"{row.stage}, {row.source}, row {row.number}: {len(row.tokens)} tokens, {row.learned}")
         print(_painted(row.runs[0], coloured))
         if row.rejected:
@@ -116,7 +118,7 @@ def first_rows(recipe: Recipe, count: int) -> Iterator[Row]:
             encoded = encode_rows(rows, stage, tokenizer, limit, recipe.seed, source)
             if len(encoded) < len(rows):
                 left = f"{len(rows) - len(encoded)} of {len(rows)} rows have no token to train on"
-                print(f"{stage.name}, {source.title}: {left} within max_length ({limit}), and are not shown\n")
+                display.say(f"{stage.name}, {source.title}: {left} within max_length ({limit}), and are not shown\n")
             for number, row in enumerate(encoded):
                 ids, labels = row["input_ids"], row["labels"]
                 learned = f"{sum(label != IGNORED for label in labels)} trained"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import terminal
 import tiny
 
 from hfpipe.cli import main
@@ -87,3 +88,13 @@ def test_a_terminal_has_colours_and_short_lines(tmp_path: Path, monkeypatch: pyt
     assert ("\x1b[33m!" in page) is not plain
     note = re.sub(r"\x1b\[\d+m", "", page).partition("\n\n")[0].splitlines()
     assert max(len(line) for line in note if "/" not in line) <= 70, "a path is not broken"
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_what_check_waits_for_and_keeps_the_marks_in_colour(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    shown = terminal.Terminal(["-m", "hfpipe", "check", str(tiny.write(tmp_path, tiny.recipe(tmp_path)))])
+    assert shown.end() == 0, shown.text
+    assert "importing torch, transformers and trl" in shown.text
+    assert "\x1b[32m\u2713\x1b[0m model" in shown.raw
+    assert "start it with:" in shown.text.splitlines()[-2]
