@@ -80,14 +80,14 @@ def export_onnx(folder: Path, stage: str | None, output: str | None) -> Path:
     return file
 
 
-def _inputs(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+def _inputs(model: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     """The tokens of texts with their mask, as the model takes them."""
     taken = inspect.signature(model.forward).parameters
     found = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
     return {name: value for name, value in found.items() if name in taken}
 
 
-def _write(model: Any, inputs: dict[str, torch.Tensor], target: Path) -> None:
+def _write(model: Any, inputs: dict[str, Any], target: Path) -> None:
     """Writes the graph of a model for any number of rows of any length.
 
     Raises:
