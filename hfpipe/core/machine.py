@@ -13,6 +13,27 @@ from collections.abc import Iterator
 
 from hfpipe.core.errors import MachineError
 
+# Variables that libraries read, and values that an error may say for a reason of its own.
+VARIABLES = ("ACCELERATE_", "DATASETS_", "FSDP_", "HF_", "LOGLEVEL", "PYTORCH_", "TORCH", "TRANSFORMERS_")
+USUAL = {
+    "",
+    "0",
+    "1",
+    "2",
+    "3",
+    "true",
+    "false",
+    "yes",
+    "no",
+    "on",
+    "off",
+    "auto",
+    "none",
+    "cpu",
+    "cuda",
+    "fp16",
+    "bf16",
+}
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # variables that Python's ssl reads
 # By the number that the operating system gives an error; {file} is where it happened.
 BY_NUMBER: dict[tuple[int, ...], str] = {
@@ -93,6 +114,21 @@ def machine_error(error: BaseException) -> MachineError | None:
         for names, pattern, told in BY_TEXT:
             if (names == "*" or name in names.split("|")) and re.search(pattern, text):
                 return MachineError(told)
+        if named := _variable_of(text):
+            return MachineError(
+                f"a library does not take the variable {named}={os.environ[named]!r} of the environment "
+                f"({name}: {text}). Correct it, or remove it (`unset {named}`)."
+            )
+    return None
+
+
+def _variable_of(text: str) -> str | None:
+    """Returns the variable of a library whose value an error quotes; None where there is none."""
+    for name, value in os.environ.items():
+        if not name.startswith(VARIABLES) or "TOKEN" in name or value.lower() in USUAL or os.path.exists(value):
+            continue
+        if re.search(rf"(?<![\w./-]){re.escape(value)}(?![\w./-])", text):
+            return name
     return None
 
 

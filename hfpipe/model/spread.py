@@ -139,7 +139,7 @@ def gather_head(model: Any, head: torch.nn.Module) -> None:
     """
     weights = {id(weight) for weight in head.parameters()}
     for module in model.modules():
-        if isinstance(module, FSDPModule) and any(id(weight) in weights for weight in module.parameters()):
+        if any(id(weight) in weights for weight in module.parameters()) and isinstance(module, FSDPModule):
             module.unshard()
 
 

@@ -117,7 +117,8 @@ def _compared(model: Any, tokenizer: Any, target: Path) -> str:
     """
     from transformers.exporters import ExportedModel
 
-    graph, apart, largest = ExportedModel.from_pretrained(target, device="cpu"), 0.0, 0.0
+    graph: Any = ExportedModel.from_pretrained(target, device="cpu")
+    apart = largest = 0.0
     for texts in (list(PROBES), *([text] for text in PROBES)):
         inputs = _inputs(model, tokenizer, texts)
         with torch.no_grad():

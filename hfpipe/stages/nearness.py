@@ -126,9 +126,8 @@ class NearParent:
         Where its weights are spread, every rank has to call this.
         """
         words = {key: inputs[key][rows] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
-        parent, off = self._parent, nullcontext()
-        if parent is None:
-            parent, off = inner, _switched_off(inner)
+        parent = inner if self._parent is None else self._parent
+        off = _switched_off(inner) if self._parent is None else nullcontext()
         training = parent.training
         with off, self._trainer.accelerator.autocast():
             parent.eval()

@@ -63,6 +63,22 @@ def test_certificates_that_a_variable_names_and_are_not_there_are_told(monkeypat
     assert "/missing/ca.pem, which the variable SSL_CERT_FILE names, is missing" in told
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "abc", ValueError("invalid literal for int() with base 10: 'abc'")),
+        ("ACCELERATE_USE_CPU", "maybe", ValueError("invalid truth value maybe")),
+        ("LOGLEVEL", "weird", ValueError("Unknown level: 'weird'")),
+    ],
+)
+def test_a_variable_that_a_library_refuses_is_named(
+    name: str, value: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine_error(error) is None
+    monkeypatch.setenv(name, value)
+    assert f"{name}='{value}'" in str(machine_error(error))
+
+
 def test_a_fault_of_ours_is_none_of_the_machine() -> None:
     assert machine_error(KeyError("stages")) is None
     assert machine_error(RuntimeError("shapes do not match")) is None
