@@ -65,9 +65,15 @@ SHIFT = {
     "bits_per_byte": ([INTERVAL], MAYBE),
 }
 _TOTALS = ("device_hours", "tokens", "flops", "kwh", "kg_co2", "tokens_per_second", "mfu", "data_wait")
-COST = {"seconds": NUMBER, "attempts": int, "measured": int, "energy_by": (str, MAYBE), "country": (str, MAYBE)} | {
-    f"?{name}": (*NUMBER, MAYBE) for name in (*_TOTALS, "peak_memory", "predicted_memory")
-}
+COST = {
+    "seconds": NUMBER,
+    "attempts": int,
+    "measured": int,
+    "device": str,
+    "devices": int,
+    "energy_by": (str, MAYBE),
+    "country": (str, MAYBE),
+} | {f"?{name}": (*NUMBER, MAYBE) for name in (*_TOTALS, "peak_memory", "predicted_memory")}
 POINT = {"strength": NUMBER, "scores": [SCORE], "?over": [str], "?inside": (bool, MAYBE)} | dict.fromkeys(
     ("?gain", "?forgetting", "?gain_stderr", "?forgetting_stderr"), (*NUMBER, MAYBE)
 )

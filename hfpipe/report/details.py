@@ -237,7 +237,7 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
     summed = ("device_hours", "tokens", "flops", "kwh", "kg_co2", "attempts")
     sums: dict[str, Any] = {"tokens_per_second": None}
     for key in ("seconds", *summed):
-        known = [total[key] for total in totals.values() if total[key] is not None]
+        known = [total[key] for total in totals.values() if total.get(key) is not None]
         sums[key] = sum(known) if known else None
     rows = []
     for name, total in [*totals.items(), *([("all stages", sums)] if len(totals) > 1 else [])]:
