@@ -192,10 +192,12 @@ def require_loadable(recipe: Recipe) -> None:
         MachineError: A stage quantizes, and bitsandbytes is not installed.
     """
     quantized = [stage.name for stage in recipe.stages if stage.quantized]
-    if quantized and importlib.util.find_spec("bitsandbytes") is None:
+    needing = [f"{name}.quantization" for name in quantized]
+    needing += [f"{stage.name}.keep.kl.parent" for stage in recipe.stages if stage.kept.kl and stage.kept.kl.parent]
+    if needing and importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
-            f"stages.{quantized[0]}.quantization needs bitsandbytes, which is not installed: "
-            "pip install 'hfpipe[quantization]'. Or remove `quantization`."
+            f"stages.{needing[0]} needs bitsandbytes, which is not installed: pip install 'hfpipe[quantization]'. Or "
+            f"remove `{needing[0].rpartition('.')[2]}`."
         )
     options = recipe.model
     if options.id is None:

@@ -262,6 +262,7 @@ def _tell_near(fit: Fit, note: Note) -> None:
     takes = "the parent is the model with its adapter off, so there is no second one"
     if many := sum(one is not None for one in (fit.setting.parent, fit.setting.drawn)):
         takes = f"{many} frozen copies of the parent" if many > 1 else "a frozen copy of the parent"
+        takes += " (that of kl in 4 bits)" if fit.setting.rounded else ""
         if fit.memory is not None:
             takes += f", {sum(copies(fit.config, fit.setting)) / GIB:.2f} GiB (counted in memory below)"
     held = " and ".join(word for word in ("kl", "l2") if getattr(stage.kept, word) is not None)

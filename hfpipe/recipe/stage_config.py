@@ -96,6 +96,9 @@ class KeepKl(StrictBlock):
         description="factor of the mean divergence that is added to the stage's mean loss",
     )
     on: Literal["replay"] = Field("replay", description="where it is measured: on the parent's own texts")
+    parent: Literal["nf4"] | None = Field(
+        None, description="nf4: the frozen copy of the parent that a full fine-tune holds is rounded to 4 bits"
+    )
 
 
 class KeepL2(StrictBlock):

@@ -42,7 +42,8 @@ def how_kept(stage: Stage) -> list[str]:
     """Returns how a stage is kept near its parent, in words."""
     keep = stage.kept
     near = [] if keep.replay is None else [f"{percent(keep.replay.share)} of it on its parent's own texts"]
-    near += [f"KL to the parent there by {keep.kl.weight:g}"] if keep.kl is not None else []
+    if keep.kl is not None:
+        near.append(f"KL to the parent{' in 4 bits' if keep.kl.parent else ''} there by {keep.kl.weight:g}")
     near += [f"L2 to its weights by {keep.l2.weight:g}"] if keep.l2 is not None else []
     return near
 

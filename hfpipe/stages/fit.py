@@ -188,6 +188,11 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] 
             setting,
         )
     has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    if setting.parent is not None and not setting.rounded and has_bitsandbytes:
+        setting = replace(setting, rounded=True)
+        assert stage.kept.kl is not None
+        keep = stage.kept.model_copy(update={"kl": stage.kept.kl.model_copy(update={"parent": "nf4"})})
+        yield "keep: kl: parent: nf4", "the parent is asked in 4 bits; slower", {"keep": keep}, setting
     if setting.adapter is None:
         for optim in (
             ("adamw_8bit", "paged_adamw_8bit") if setting.device == "cuda" and has_bitsandbytes else ("adafactor",)
@@ -199,7 +204,9 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] 
         kept_whole = isinstance(stage, Pretrain) or (recipe.push is not None and recipe.push.what == "model")
         if not kept_whole:
             lora = {"r": 16}
-            setting = replace(setting, adapter={"type": "lora", **lora}, optim=fit.setting.optim, parent=None)
+            setting = replace(
+                setting, adapter={"type": "lora", **lora}, optim=fit.setting.optim, parent=None, rounded=False
+            )
             yield (
                 "lora: {r: 16}",
                 "an adapter is trained, and not all weights",

@@ -64,6 +64,7 @@ class Setting:
         packed: Whether several examples of `sft` share a row, which takes a mask.
         plain_loss: Whether a causal model's loss is plain cross-entropy, without label smoothing or `loss_type`.
         parent: Dtype of a frozen copy of the parent, which is asked; None without.
+        rounded: Whether that copy is in 4 bits, whole on each rank.
         drawn: Dtype of a copy of the parent's weights, towards which those that are trained are drawn; None without.
         forms: Forms of a row: 2 where each may have a swapped one beside it.
         pairs: Whether a row is a pair of texts, whose probabilities are compared with those of the parent.
@@ -92,6 +93,7 @@ class Setting:
     packed: bool = False
     plain_loss: bool = True
     parent: torch.dtype | None = None
+    rounded: bool = False
     drawn: torch.dtype | None = None
     forms: int = 1
     pairs: bool = False
@@ -148,6 +150,7 @@ def setting_of(
         packed=kind == "sft" and bool(stage.training.get("packing")),
         plain_loss=not arguments.label_smoothing_factor and getattr(arguments, "loss_type", "nll") == "nll",
         parent=weights_dtype(recipe.model, frozen=True) if full and stage.kept.kl else None,
+        rounded=bool(full and stage.kept.kl and stage.kept.kl.parent),
         drawn=weights_dtype(recipe.model, frozen=False) if full and stage.kept.l2 else None,
         forms=2 if getattr(stage, "counterfactual", None) else 1,
         pairs=stage.PAIRS,
@@ -163,17 +166,17 @@ def copies(config: Any, setting: Setting) -> list[int]:
         config: transformers' config of the model.
         setting: How it is trained.
     """
-    return _copies(_model(config, setting), setting)
-
-
-def _copies(model: Any, setting: Setting) -> list[int]:
-    weights = list(model.parameters())
-    found = []
-    if setting.parent is not None:
-        found.append(sum(weight.numel() for weight in weights) * setting.parent.itemsize)
+    found = [] if setting.parent is None else [weight_bytes(_parent(config, setting))]
     if setting.drawn is not None:
-        found.append(sum(weight.numel() for weight in weights if weight.requires_grad) * setting.drawn.itemsize)
+        weights = [weight.numel() for weight in _model(config, setting).parameters() if weight.requires_grad]
+        found.append(sum(weights) * setting.drawn.itemsize)
     return found
+
+
+def _parent(config: Any, setting: Setting) -> Any:
+    """The frozen copy of the parent, on the meta device."""
+    plain = Setting(setting.kind, dtype=setting.parent or setting.dtype, vocabulary=setting.vocabulary)
+    return _model(config, replace(plain, bits=4 if setting.rounded else None, attention=setting.attention))
 
 
 def predict(config: Any, setting: Setting) -> Memory:
@@ -205,17 +208,19 @@ def predict(config: Any, setting: Setting) -> Memory:
         accumulate=setting.accumulation > 1,
         share=MASKED_SHARE if setting.kind == "masked" else 1.0,
     )
-    found = replace(found, weights=found.weights + sum(_copies(model, setting)))
+    held = copies(config, setting)
+    whole = held.pop(0) if setting.rounded else 0
+    found = replace(found, weights=found.weights + sum(held))
     states, host, moment = _optimizer_bytes(setting, trained)
     gradients = sum(weight.nbytes for weight in trained)
     backward = replace(found, optimizer=states)
     step_end = Memory(found.weights, gradients, states, temporary=moment, framework=found.framework)
     if setting.ranks > 1:
         backward, step_end = (_spread(one, setting, gradients, _unit(model, setting)) for one in (backward, step_end))
+        if setting.parent is not None and setting.sharding in SPREADING and not setting.rounded:
+            whole += head_of(model).weight.numel() * setting.parent.itemsize  # gathered too
     peak = max(backward, step_end, key=lambda one: one.total)
-    if setting.parent is not None and setting.ranks > 1 and setting.sharding in SPREADING:
-        head = head_of(model).weight.numel() * setting.parent.itemsize  # gathered too
-        peak = replace(peak, weights=peak.weights + head)
+    peak = replace(peak, weights=peak.weights + whole)
     if setting.device == "cuda":
         return replace(peak, framework=round(CACHED * peak.total), host=host)
     return replace(peak, framework=peak.framework + LIBRARIES, host=host)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.head import Scale, head_of, hidden_by, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.load import load_model
 from hfpipe.model.spread import gather_head, is_spread
+from hfpipe.recipe import Quantization
 from hfpipe.stages.stage_run import StageRun
 
 OWN = "parents_own"  # (B, L), True where a token is of the parent's own texts
@@ -49,7 +51,10 @@ def near_parent(run: StageRun, trainer: Trainer, share: float) -> NearParent | N
         trainer.add_callback(_DrawnToParent(trainer, keep.l2.weight))
     if keep.kl is None:
         return None
-    parent = None if run.stage.adapter is not None else load_model(run.parent, frozen=True, spread=True)
+    parent = None
+    if run.stage.adapter is None:
+        block = None if keep.kl.parent is None else Quantization.model_validate({"type": keep.kl.parent})
+        parent = load_model(replace(run.parent, quantization=block), frozen=True, spread=True)
     return NearParent(trainer, parent, keep.kl.weight, share)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from transformers import AutoConfig
 
 from hfpipe.cli import main
-from hfpipe.recipe import Pretrain
-from hfpipe.stages.fit import Fit, with_checkpointing
+from hfpipe.recipe import Pretrain, load_recipe
+from hfpipe.stages.fit import Fit, fitted, with_checkpointing
 from hfpipe.stages.memory import Setting, predict
 
 
@@ -87,6 +88,39 @@ def test_a_gpu_recomputes_activations_only_where_they_do_not_fit(room: float, ch
     if chosen:
         assert re.search(r"activation checkpointing: without it [\d.]+ of [\d.]+ GiB would be taken", fit.chosen)
         assert fit.memory.total < needed.total
+
+
+def test_a_copy_of_the_parent_is_counted_and_may_be_in_4_bits() -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    config = AutoConfig.for_model("llama", vocab_size=1000, tie_word_embeddings=False, **sizes)
+    linear = 4 * (4 * 512**2 + 3 * 512 * 2048)
+    ends = 2 * 1000 * 512 + 512
+    whole, rounded = 4 * (linear + ends + 4 * 2 * 512), linear // 2 + linear // 64 * 4 + 4 * (ends + 4 * 2 * 512)
+
+    def weights(**words: Any) -> int:
+        return predict(config, Setting("causal", rows=2, tokens=64, **words)).weights
+
+    fsdp = {"ranks": 4, "sharding": "fsdp"}
+    copy: dict[str, Any] = {"parent": torch.float32}
+    assert weights(**copy) - weights() == pytest.approx(whole, abs=100_000)
+    assert weights(**copy, rounded=True) - weights() == pytest.approx(rounded, abs=100_000)
+    assert weights(**copy, **fsdp) - weights(**fsdp) == pytest.approx(whole / 4 + 4 * 1000 * 512, abs=100_000)
+    assert weights(**copy, **fsdp, rounded=True) - weights(**fsdp) == pytest.approx(rounded, abs=100_000)
+
+
+def test_a_parent_in_4_bits_is_a_remedy(content: dict[str, Any], tmp_path: Path) -> None:
+    prose = content["stages"][0]
+    content["stages"] = [prose, {**prose, "name": "more", "keep": {"replay": {}, "kl": {}}}]
+    recipe = load_recipe(tiny.write(tmp_path, content))
+    config = AutoConfig.for_model("llama", vocab_size=1000, hidden_size=512, num_hidden_layers=4)
+    setting = Setting("causal", rows=1, tokens=64, checkpointing={}, parent=torch.float32)
+    needed, rounded = (predict(config, replace(setting, rounded=rounded)) for rounded in (False, True))
+    fit = Fit(recipe.stages[1], config, setting, needed, "", rounded.total, "GPU")
+    stage, (told,) = fitted(recipe.model_copy(update={"fit": "auto"}), fit)
+    assert told.startswith("keep: kl: parent: nf4")
+    assert stage.kept.kl is not None
+    assert stage.kept.kl.parent == "nf4"
+    assert stage.kept.replay == recipe.stages[1].kept.replay
 
 
 OUT_OF_MEMORY = """

@@ -160,6 +160,46 @@ def test_a_stage_that_is_drawn_to_the_weights_of_its_parent_stays_nearer(tmp_pat
     assert 0 < moved["drawn"] < moved["free"] / 2
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_parent_in_4_bits_moves_the_weights_as_the_whole_one_does_and_a_killed_run_continues(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False, energy=False, shift=False)
+    prose, sounds = content["stages"]
+    prose["training"] |= {"max_steps": 60}
+    training = {**prose["training"], **DOWNHILL, "learning_rate": 0.005, "max_steps": 6}
+    data = [{**sounds["data"][0], "template": {"text": "{note}: {animal} {sound}"}}]
+    replay = {"share": "50%", "rows": 100}
+    rounded = {"replay": replay, "kl": {"weight": 10.0, "parent": "nf4"}}
+    keeps: dict[str, Any] = {
+        "whole": {"replay": replay, "kl": {"weight": 10.0}},
+        "tokens": {"replay": replay},
+        "rounded": rounded,
+        "killed": rounded,
+    }
+    for name, keep in keeps.items():
+        held = {**prose, "name": "held", "data": data, "global_batch_size": 8, "training": training, "keep": keep}
+        words = {"output_dir": str(tmp_path / name / "run"), "stages": [prose, held]}
+        path = tiny.write(tmp_path, content | words, f"{name}.yaml")
+        for stage in ("base", "prose") if name != "whole" else ():
+            shutil.copytree(tmp_path / "whole/run/stages" / stage, tmp_path / name / "run/stages" / stage)
+        if name == "killed":
+            tiny.run_interrupted(path, tmp_path / name / "run/stages/held/checkpoint-2/manifest.json")
+        else:
+            assert main(["run", str(path)]) == 0
+    start = weights(tmp_path / "whole", "prose")
+
+    def moved(name: str) -> torch.Tensor:
+        new = weights(tmp_path / name, "held")
+        return torch.cat([(new[key] - start[key]).double().flatten() for key in start])
+
+    likeness = {name: float(torch.cosine_similarity(moved(name), moved("whole"), dim=0)) for name in keeps}
+    print(likeness)
+    assert likeness["rounded"] >= 0.97 > likeness["tokens"]
+    assert not torch.equal(moved("rounded"), moved("whole"))
+    assert torch.equal(moved("rounded"), moved("killed"))
+
+
 class Loss:
     """The loss of one micro-batch by NearParent, and by a formula over whole logits."""
 
@@ -239,6 +279,8 @@ def test_a_loss_of_micro_batches_is_that_of_the_whole(adapter: Any) -> None:
         ({"replay": {"stage": "prose", "share": "50%"}}, {"replay": {"share": "50%"}}, "nothing is left"),
         ({"parent": "base"}, "self", "nothing to keep"),
         ({"lora": {"r": 4}}, {"l2": {"weight": 1}}, "no effect on an adapter"),
+        ({"lora": {"r": 4}}, {"replay": {}, "kl": {"parent": "nf4"}}, "beside an adapter the parent is the model"),
+        ({}, {"replay": {}, "kl": {"parent": "int8"}}, "nf4"),
         ({"objective": "masked"}, "self", "masked tokens"),
         ({"kind": "classification"}, "self", "is a key of a pretrain stage, not of a classification stage"),
     ],

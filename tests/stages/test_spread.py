@@ -143,11 +143,12 @@ def kept_near(folder: Path, place: str, tied: bool, count: int = 4) -> Path:
     plain |= {"per_device_train_batch_size": 1}  # micro-batches with and without a text of the parent's own
     held = {"parent": "prose", "global_batch_size": 8, "training": plain}
     kl, l2 = {"weight": 2.0}, {"weight": 0.5}
+    asked = kl | ({"parent": "nf4"} if tied else {})
     few, many = {"share": "25%", "rows": 24}, {"share": "80%", "rows": 24}
     with_head = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
     content["stages"] = [
         prose,
-        {**prose, **held, "name": "near", "keep": {"replay": few, "kl": kl, "l2": l2}},
+        {**prose, **held, "name": "near", "keep": {"replay": few, "kl": asked, "l2": l2}},
         {**prose, **held, "name": "drawn", "keep": {"l2": l2}},
         {**sounds, **held, "name": "beside", "keep": {"replay": many, "kl": kl}}
         if tied

@@ -29,6 +29,10 @@ def check_keep(stage: RawStage, first: bool, model: Block) -> Iterator[Fault]:
     if stage.data.get("objective") == "masked":
         text = "needs a model that says texts by itself, and one of masked tokens does not. Remove it, or mix in"
         yield Fault(keep.steps, f"{text} general text as a source.")
+    kl = keep.at("kl")
+    if kl.data.get("parent") is not None and adapter_of(stage) is not None:
+        text = "rounds a copy of the parent, and beside an adapter the parent is the model itself. Leave it out"
+        yield Fault((*kl.steps, "parent"), f"{text} (`quantization: nf4` of the stage rounds the model).")
     if keep.data.get("kl") is not None:
         if keep.data.get("replay") is None:
             text = "is measured on the parent's own texts, and the stage has none. Add `replay: {share: 10%}`"
