@@ -18,7 +18,7 @@ from hfpipe.report.price import price_sections, price_sentences
 from hfpipe.report.samples import sample_section, training_samples
 from hfpipe.report.usage import lines_to_use
 from hfpipe.scores.scorecard import BASE, Score, judge_budget, last_change, of_lineage, read_scorecard, stages_of
-from hfpipe.scores.tradeoff import from_baseline, gains_and_losses, is_first
+from hfpipe.scores.tradeoff import Change, from_baseline, gains_and_losses, is_first
 from hfpipe.scores.wording import change_words, describe, interval, number, percent
 
 MOST_IN_A_VERDICT = 6  # changes that a person still reads in a list
@@ -83,8 +83,8 @@ def _verdict(folder: Path, recipe: Recipe, scores: list[Score]) -> list[Told]:
     gained, lost = gains_and_losses(line)
     by = f" by {last}" if set(stages_of(scores)) - set(recipe.lineage(last)) else ""  # there are stages beside it
     told = [
-        Told(f"Gained{by}", _some([str(change_words(change)) for change in gained]), "better" if gained else ""),
-        Told(f"Forgotten{by}", _some([str(change_words(change)) for change in lost]), "worse" if lost else ""),
+        Told(f"{title}{by}", _some(_changes(changes, line)), how if changes else "")
+        for title, changes, how in (("Gained", gained, "better"), ("Forgotten", lost, "worse"))
     ]
     if first := first_scores(line):
         told.append(Told("Scored for the first time", _some([f"{score.suite} {describe(score)}" for score in first])))
@@ -111,8 +111,16 @@ def _verdict(folder: Path, recipe: Recipe, scores: list[Score]) -> list[Told]:
 def _some(items: list[str]) -> list[str]:
     """The first few, and how many more there are."""
     more = len(items) - MOST_IN_A_VERDICT
-    shown = items[:MOST_IN_A_VERDICT] + ([f"and {more} more, see the scores"] if more > 0 else [])
-    return shown or ["nothing beyond the noise"]
+    return items[:MOST_IN_A_VERDICT] + ([f"and {more} more, see the scores"] if more > 0 else [])
+
+
+def _changes(changes: Sequence[Change], scores: Sequence[Score]) -> list[str]:
+    """The changes in words; where there is none, the suites on which one could have been seen."""
+    last = [score for score in scores if score.stage == scores[-1].stage and not is_first(scores, score)]
+    suites = list(dict.fromkeys(score.suite for score in last))
+    named = ", ".join(suites) if len(suites) <= MOST_IN_A_VERDICT else f"{len(suites)} suites"
+    none = f"nothing beyond the noise on {named}" if suites else "no suite says, as none was scored before"
+    return [str(change_words(change)) for change in changes] or [none]
 
 
 def first_scores(scores: Sequence[Score]) -> list[Score]:
@@ -229,8 +237,7 @@ def closing_lines(folder: Path) -> list[str]:
     if scores:
         own = of_lineage(scores, recipe.lineage(stages_of(scores)[-1]))
         for title, changes in zip(("gained", "forgotten"), gains_and_losses(own), strict=True):
-            found = [str(change_words(change)) for change in changes] or ["nothing beyond the noise"]
-            lines += [f"{title:9}  {text}" for text in found]
+            lines += [f"{title:9}  {text}" for text in _changes(changes, own)]
         lines += [f"scored     {score.suite} {describe(score)}" for score in first_scores(own)]
     last = folder / "stages" / recipe.stages[-1].name
     model, merged = model_of(last), last / "merged"

@@ -100,6 +100,15 @@ def test_without_a_budget_the_scores_say_what_was_forgotten(tmp_path: Path) -> N
     assert "Biderman" not in report, "that is about models as they were trained"
 
 
+def test_where_nothing_changed_the_suites_that_could_say_so_are_named(tmp_path: Path) -> None:
+    run = made_up(tmp_path, START | {"full": {"general": 1.0, "sounds": 0.8}, "lora": {"general": 1.0, "sounds": 0.8}})
+    scores = [row for row in json.loads((run / "scorecard.json").read_text()) if row["suite"] == "sounds"]
+    (run / "scorecard.json").write_text(json.dumps(scores))
+    assert main(["report", str(run)]) == 0
+    report = (run / "report.md").read_text()
+    assert "**Forgotten by lora:** nothing beyond the noise on sounds\n" in report
+
+
 def test_bias_is_nothing_to_gain_on_and_rounding_is_no_change(tmp_path: Path) -> None:
     run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
     assert main(["report", str(run)]) == 0
