@@ -15,7 +15,7 @@ LAUNCHERS = ("torchrun", "slurm", "k8s", "sky")  # see `hfpipe/pipeline/launch_f
 CONVERTED_TOOLS = ("axolotl", "llama-factory", "trl", "torchtune", "oumi", "ms-swift")  # see `hfpipe/convert`
 
 LONG_WORK = ("run", "cure", "prepare", "evaluate", "dial", "merge", "generate", "push")
-SHOWN_WORK = ("check", "preview", "export")  # a line says what they wait for; then they print what they found
+SHOWN_WORK = ("check", "preview", "export", "chat")  # a line says what they wait for; then they print what they found
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer, set_seed
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.files import write_jsonl
 from hfpipe.core.run_layout import MODEL
@@ -81,12 +81,15 @@ def generation_words(words: Sequence[str]) -> dict[str, Any]:
 
 def _speakers(trained: Trained, strength: float | None, base: bool) -> Iterator[Speaker]:
     """Loads the trained model, and its base after it where it is asked for and lies not below the adapter."""
-    model = _model_of(trained, strength)
+    with display.doing("loading the model"):
+        model = _model_of(trained, strength)
     yield Speaker(trained.stage.name, model)
     if base and trained.is_on_base:
         yield Speaker("base", model, model.disable_adapter)
     elif base:
-        yield Speaker("base", load_model(trained.base))
+        with display.doing("loading the base"):
+            parent = load_model(trained.base)
+        yield Speaker("base", parent)
 
 
 def _model_of(trained: Trained, strength: float | None) -> Any:
@@ -219,6 +222,7 @@ def chat(
     if not typed:
         _row_of(trained, text, [])
     speakers = [*_speakers(trained, strength, base)]
+    display.clear()  # the answers are written word by word
     talks = [Talk(one, trained, options, named=len(speakers) > 1) for one in speakers]
     if not typed:
         for talk in talks:
