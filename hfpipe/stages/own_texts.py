@@ -9,6 +9,7 @@ Source: Context-Free Synthetic Data Mitigates Forgetting (https://arxiv.org/abs/
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfpipe.core import ranks
+from hfpipe.core import display, ranks
 from hfpipe.core.errors import DataError
 from hfpipe.core.files import read_json, read_jsonl, write_json, write_jsonl
 from hfpipe.data.chat import chat_text
@@ -35,6 +36,7 @@ LONGEST = 1024  # tokens of a text, where the model reads as many
 BATCH_TOKENS = 16_384  # that are sampled at once, and at most
 BATCH_TEXTS = 64
 SHOWN = 4  # texts that the report shows
+LONG = 10.0  # seconds of making texts that are told before
 _MARK = "\u2060hfpipe\u2060"
 
 
@@ -184,15 +186,21 @@ def _made(
     if not done:
         ranks.say(f"  keep: the parent makes {maker.name} of itself")
 
-    def whole() -> bool:
-        return len(texts) >= most or sum(row["tokens"] for row in texts) >= enough
+    def share() -> float:
+        """Returns the part of the wanted texts that is there."""
+        return max(len(texts) / most, sum(row["tokens"] for row in texts) / enough) if most else 1.0
 
-    while not whole():
+    first, begun, is_told = share(), time.monotonic(), False
+    while share() < 1:
         mine = done + ranks.rank()
         for batch in ranks.each(_later(maker, mine)):
-            if whole():
+            if share() >= 1:
                 break  # so that as many texts are made by any number of ranks
             done, texts = done + 1, texts + batch
+        if (new := share() - first) > 0 and not is_told:
+            is_told, left = True, (time.monotonic() - begun) / new * (1 - share())
+            if left >= LONG:
+                ranks.say(f"  keep: {len(texts):,} {maker.name} so far, about {display.clock(left)} for the rest")
         if done >= 8 and not texts and maker.name == "texts":
             raise DataError(
                 f"stages.{run.stage.name}.keep: the parent says nothing where a text begins: {done * maker.rows} times "
@@ -201,7 +209,7 @@ def _made(
         if done >= 4 and len(texts) < done * maker.rows / 16 and maker.name == "chats":
             ranks.say("  keep: the parent writes no question and answer by itself, so no chats are made")
             texts, most = [], 0
-        _write(path, told, texts[:most], done, ended=whole())
+        _write(path, told, texts[:most], done, ended=share() >= 1)
     _write(path, told, texts[:most], done, ended=True)
     return ranks.from_main(read_json(told) if ranks.is_main() else None)
 

@@ -1,6 +1,7 @@
 """A stage keeps its parent by texts of the parent's own, by the divergence there, and by distance of weights."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hfpipe.cli import main
 from hfpipe.model import head
+from hfpipe.stages import own_texts
 from hfpipe.stages.nearness import OWN, NearParent
 
 STAGES = ("prose", "more", "sounds")
@@ -93,6 +95,23 @@ def test_own_texts_take_their_share_and_are_told(finished: Path, capsys: pytest.
     assert "more: 25.0% of the trained tokens from texts that prose makes of itself first: 150 of them" in told
     assert "more: kl and l2: 2 frozen copies of the parent" in told
     assert "sounds: kl: the parent is the model with its adapter off" in told
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_rest_of_a_long_making_of_texts_is_told_from_its_first_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(own_texts, "LONG", 0.001)
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False, energy=False, shift=False)
+    prose = {**content["stages"][0], "training": {"max_steps": 1, "max_length": 64}}
+    content["stages"] = [prose, {**prose, "name": "more", "keep": {"replay": {"rows": 150}}}]
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    told = re.findall(r"keep: (\d+) texts so far, about (\d+):(\d\d) for the rest", capsys.readouterr().out)
+    assert len(told) == 1
+    assert 0 < int(told[0][0]) <= own_texts.BATCH_TEXTS
+    assert int(told[0][1]) < 5
 
 
 @pytest.mark.slow
