@@ -144,7 +144,7 @@ def test_a_terminal_that_goes_away_leaves_a_checkpoint(tmp_path: Path) -> None:
 def test_a_hangup_ends_a_command_unless_nohup_says_otherwise(ignored: bool) -> None:
     start = "from hfpipe.core import signals; signals.install(); import os, signal, time"
     code = f"{start}; os.kill(os.getpid(), signal.SIGHUP); time.sleep(1); print('went on')"
-    before = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); " if ignored else ""
+    before = f"import signal; signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'}); "
     found = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=False)
     assert ("went on" in found.stdout) == ignored
 
