@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hfpipe-installed
 
-.PHONY: install quickstart test-fast test test-all test-oldest faults lint docs site clean
+.PHONY: install quickstart test-fast test test-all test-oldest faults test-faults lint docs site clean
 
 install: $(STAMP)
 
@@ -53,7 +53,10 @@ site: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 faults: install
-	$(BIN)/python tests/faults.py  # 12,000 spoilt inputs, an hour or two of one core; a share of them is in `make test`
+	$(BIN)/python tests/faults.py  # 12,000 spoilt inputs, about half an hour of one core
+
+test-faults: install  # a tenth of them
+	$(PYTEST) tests/test_faults.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,11 +1,11 @@
 """Spoilt inputs against the command line: none may end in a traceback, exit code 1, a crash or a hang.
 
-`make faults` runs all of them (about an hour of one core): 10,000 recipes, 1,000 data files, 500 run folders and 500
+`make faults` runs all of them (about half an hour of one core): 10,000 recipes, 1,000 data files, 500 run folders and 500
 model folders, each with something wrong. Every input is made from its number alone, so that a fault comes again with
 
     python tests/faults.py recipes --first 4711 --count 1 --show
 
-tests/test_faults.py runs a share of them. Commands run in one process after another, for speed; a process that dies is
+tests/test_faults.py runs a tenth of them. Commands run in one process after another, for speed; a process that dies is
 told by the number that it was at, and the next one goes on behind it.
 """
 
