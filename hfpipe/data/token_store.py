@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -28,12 +29,15 @@ from hfpipe.core.files import load_json, write_json
 from hfpipe.core.version import __version__
 from hfpipe.data.text_tokens import IGNORED, TokenRows, untrimmed
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
 Columns = dict[str, pa.Array]
 LABEL = "label"  # what a sentence is, in numbers that are no tokens
 _NO_TOKENS = ("trained", LABEL)
 _BLOCK = 1_000  # rows hashed at a time
 _RELEASED_AFTER = 10  # blocks of a source
 _RELEASED_EVERY = 32 << 20  # bytes of tokens read
+_MAPPED_AT_ONCE = 512 << 10  # bytes that Linux maps around the one that is read, where they are in its cache
 _TOLD_EVERY = 10.0  # seconds
 
 
@@ -205,6 +209,7 @@ class TokenStore:
         self._file = pa.memory_map(str(path))
         empty = path.stat().st_size == 0
         reader = None if empty else pa.ipc.open_file(self._file)
+        self._mapped = pa.py_buffer(b"") if empty else self._file.read_buffer()
         self._blocks: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
         lengths, sizes, self.tokens = [np.zeros(0, np.int32)], [0], 0
         for number in range(reader.num_record_batches if reader is not None else 0):
@@ -265,11 +270,11 @@ class TokenStore:
             for begin, end in runs.reshape(-1, 2):
                 labels[begin:end] = row["input_ids"][begin:end]
             row["labels"] = labels
-        self._read += 4096 + row["input_ids"].nbytes
+        self._read += len(row) * _MAPPED_AT_ONCE + row["input_ids"].nbytes
         if self._read > _RELEASED_EVERY:
             row = {name: np.array(values) for name, values in row.items()}
             self._read = 0
-            release_mapped()
+            _release(self._mapped.address, self._mapped.size)
         return row
 
 
@@ -306,10 +311,15 @@ def release_mapped() -> None:
     """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
-        libc = ctypes.CDLL(None, use_errno=True)
     except OSError:
         return
     for line in lines:
         if line.endswith(".arrow") and line.split(" ", 2)[1] in ("r--s", "r--p"):  # pyarrow's maps, shared or private
             begin, end = (int(place, 16) for place in line.split(" ", 1)[0].split("-"))
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED
+            _release(begin, end - begin)
+
+
+def _release(begin: int, size: int) -> None:
+    """Gives the pages of a map back that begins at an address of this process."""
+    if _LIBC is not None:
+        _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), 4)  # MADV_DONTNEED

@@ -9,9 +9,10 @@ import pytest
 from hfpipe.data.token_store import TokenStore
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system tells nothing of its maps")
 def test_tokens_that_were_read_leave_the_memory(tmp_path: Path) -> None:
-    """A process that reads 160 MB of tokens once holds at most 64 MB of them."""
+    """A process that reads 160 MB of tokens, in whatever order, holds at most 80 MB of them."""
     tokens = np.zeros(400, np.int32)
 
     def mapped() -> int:
@@ -27,8 +28,8 @@ def test_tokens_that_were_read_leave_the_memory(tmp_path: Path) -> None:
         writer.write_table(table)
     del table, lists, runs
     store, before, most = TokenStore(tmp_path / "t.arrow"), mapped(), 0
-    for number in range(len(store)):
-        store[number]
-        if number % 5_000 == 0:
+    for count, number in enumerate(np.random.default_rng(0).permutation(len(store))):
+        store[int(number)]["labels"].sum()
+        if count % 203 == 0:
             most = max(most, mapped())
-    assert most - before < 64
+    assert most - before < 80
