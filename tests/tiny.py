@@ -121,14 +121,7 @@ def start(*arguments: str, launch: tuple[str, ...] = (), **environment: str) -> 
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        preexec_fn=heed_signals,
     )
-
-
-def heed_signals() -> None:
-    """Undoes in a child what nohup, or a shell that starts the tests in the background, lets it ignore."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
