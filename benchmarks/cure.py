@@ -59,6 +59,7 @@ CURES: dict[str, dict[str, Any]] = {
     "self 50 %": {"keep": {"replay": {"share": 0.5}}},
     "kl": {"keep": {"replay": {"share": 0.125}, "kl": {"weight": 1.0}}},
     "kl 25 %": {"keep": {"replay": {"share": 0.25}, "kl": {"weight": 1.0}}},
+    "kl 25 %, parent in 4 bits": {"keep": {"replay": {"share": 0.25}, "kl": {"weight": 1.0, "parent": "nf4"}}},
     "kl 25 %, weight 3": {"keep": {"replay": {"share": 0.25}, "kl": {"weight": 3.0}}},
     "l2": {"keep": {"l2": {"weight": 0.01}}},
     "a quarter of the rate": {"rate": RATE / 4},

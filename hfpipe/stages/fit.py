@@ -192,7 +192,12 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] 
         setting = replace(setting, rounded=True)
         assert stage.kept.kl is not None
         keep = stage.kept.model_copy(update={"kl": stage.kept.kl.model_copy(update={"parent": "nf4"})})
-        yield "keep: kl: parent: nf4", "the parent is asked in 4 bits; slower", {"keep": keep}, setting
+        yield (
+            "keep: kl: parent: nf4",
+            "the parent is rounded to 4 bits: a little more is forgotten",
+            {"keep": keep},
+            setting,
+        )
     if setting.adapter is None:
         for optim in (
             ("adamw_8bit", "paged_adamw_8bit") if setting.device == "cuda" and has_bitsandbytes else ("adafactor",)
