@@ -1,7 +1,7 @@
 """Spoilt inputs against the command line: none may end in a traceback, exit code 1, a crash or a hang.
 
-`make faults` runs all of them (about half an hour of one core): 10,000 recipes, 1,000 data files, 500 run folders and 500
-model folders, each with something wrong. Every input is made from its number alone, so that a fault comes again with
+`make faults` runs all of them (about half an hour of one core): 10,000 recipes, 1,000 data files, 500 run folders and
+500 model folders, each with something wrong. Every input is made from its number alone, so that a fault comes again by
 
     python tests/faults.py recipes --first 4711 --count 1 --show
 
