@@ -69,8 +69,8 @@ COST = {
     "seconds": NUMBER,
     "attempts": int,
     "measured": int,
-    "device": str,
-    "devices": int,
+    "?device": str,
+    "?devices": int,
     "energy_by": (str, MAYBE),
     "country": (str, MAYBE),
 } | {f"?{name}": (*NUMBER, MAYBE) for name in (*_TOTALS, "peak_memory", "predicted_memory")}

@@ -101,7 +101,8 @@ def install() -> dict[int, Any]:
     os.set_blocking(writing, False)
     _state.wakeup = writing
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
-    wanted = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    goes_on = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    wanted = [number for number in EXIT_CODES if number != signal.SIGHUP or not goes_on]
     before: dict[int, Any] = {number: signal.signal(number, _on_signal) for number in wanted}
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)

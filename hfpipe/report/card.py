@@ -145,11 +145,11 @@ def _hub_task(recipe: Recipe, stage: Stage) -> str:
 def _emissions(spent: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """`co2_eq_emissions` of the Hub, in grams; nothing when an attempt at a stage was not measured."""
     totals = list(spent.values())
-    if not totals or any(total["kg_co2"] is None or total["measured"] < total["attempts"] for total in totals):
+    if not totals or any(total.get("kg_co2") is None or total["measured"] < total["attempts"] for total in totals):
         return {}
     grams = 1000 * sum(total["kg_co2"] for total in totals)
     last = totals[-1]
-    facts = {"emissions": float(f"{grams:.3g}"), "source": last["energy_by"], "hardware_used": last["device"]}
+    facts = {"emissions": float(f"{grams:.3g}"), "source": last["energy_by"], "hardware_used": last.get("device")}
     return {"co2_eq_emissions": {**facts, "geographical_location": last["country"]}}
 
 

@@ -233,7 +233,7 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
     """
     if not totals:
         return None
-    unit = "GPU hours" if any(total["device"] != "CPU" for total in totals.values()) else "CPU process hours"
+    unit = "GPU hours" if any(total.get("device", "CPU") != "CPU" for total in totals.values()) else "CPU process hours"
     summed = ("device_hours", "tokens", "flops", "kwh", "kg_co2", "attempts")
     sums: dict[str, Any] = {"tokens_per_second": None}
     for key in ("seconds", *summed):
@@ -241,7 +241,7 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
         sums[key] = sum(known) if known else None
     rows = []
     for name, total in [*totals.items(), *([("all stages", sums)] if len(totals) > 1 else [])]:
-        device = f"{total['devices']} x {total['device']}" if "device" in total else ""
+        device = f"{total['devices']} x {total['device']}" if {"device", "devices"} <= total.keys() else ""
         shares = [percent(total[key]) if total.get(key) is not None else "" for key in ("mfu", "data_wait")]
         hours, tokens, *others = (_short(total.get(key)) for key in summed)
         rows.append([name, device, _clock(total["seconds"]), hours, tokens, _speed(total), *shares, *others])
