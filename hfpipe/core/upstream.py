@@ -60,6 +60,23 @@ def end_streams_at_the_first_fault() -> None:
     datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 
 
+@contextmanager
+def count_no_load() -> Iterator[None]:
+    """Keeps `datasets` from asking a server to count a load, inside the block.
+
+    It counts files of this machine too, under the name of their builder, and waits for the answer: five seconds where
+    no name server answers. Its variable for that is read once, at its import; no issue found.
+    """
+    import datasets.config
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
 def builder_names() -> Collection[str]:
     """Returns the names that `load_dataset` takes for its own builders, such as json; no issue found."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES

@@ -45,6 +45,8 @@ from transformers import (
 from transformers.distributed import fsdp, mixin
 
 from hfpipe.core import upstream
+from hfpipe.data.sources.load import load_rows
+from hfpipe.recipe import Source
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
 PYPROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"
@@ -127,6 +129,27 @@ def test_datasets_opens_a_stream_again_as_often_as_a_variable_says(monkeypatch: 
 def test_datasets_has_no_public_list_of_its_builders() -> None:
     assert {"json", "csv", "text", "parquet", "arrow"} <= set(upstream.builder_names())
     assert not [name for name in dir(datasets) if re.search("list_|builders$", name)]
+
+
+def test_datasets_counts_the_loads_of_local_files_and_hfpipe_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    asked: list[str] = []
+
+    def no_network(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise OSError("no name server")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    rows = load_rows(Source.model_validate({"path": str(tmp_path / "rows.jsonl")}))
+    assert (list(rows["text"]), asked) == (["a"], [])
+    with upstream.count_no_load():
+        load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
+    assert not asked
+    load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
+    assert asked, "datasets counts no longer: `count_no_load` can go"
 
 
 def test_datasets_shares_no_file_among_shards_and_has_no_public_way_in(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -17,6 +18,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.text.text import Text
 
+from hfpipe.core.upstream import builder_names, count_no_load
 from hfpipe.data.sources import decoding
 from hfpipe.data.sources.builders import base, csv, json, text
 
@@ -42,6 +44,11 @@ HASH = hashlib.sha256(
 
 def load_dataset(path: str, **arguments: Any) -> Dataset | IterableDataset:
     """The rows of a data set; takes the arguments of `datasets.load_dataset`, `split` among them."""
+    with count_no_load() if path in builder_names() else nullcontext():
+        return _load_dataset(path, arguments)
+
+
+def _load_dataset(path: str, arguments: dict[str, Any]) -> Dataset | IterableDataset:
     own = {name: value for name, value in arguments.items() if name not in OF_LOADING}
     builder = datasets.load_dataset_builder(path, **own)
     reader = next((ours for theirs, ours in READERS.items() if isinstance(builder, theirs)), None)
