@@ -187,6 +187,7 @@ def test_preview_shows_the_label_of_a_sentence(folder: Path, capsys: pytest.Capt
     assert "number 0" in page
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_scores_of_the_run(finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(tiny.write(folder, tiny.recipe(folder, merge=False)))
     assert main(["evaluate", str(finished), recipe, "--output", str(folder / "scores.json")]) == 0
@@ -196,6 +197,7 @@ def test_evaluate_gives_the_scores_of_the_run(finished: Path, folder: Path, caps
             assert again[suite, metric] == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_merge_and_report_work_on_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "report.md").read_text()
     (finished / "report.md").unlink()

@@ -312,6 +312,7 @@ def test_what_is_read_later_is_told_with_its_file(folder: Path) -> None:
         {}["bug"]
 
 
+@pytest.mark.slow
 def test_the_same_words_give_the_same_cache_on_every_rank(folder: Path) -> None:
     program = (
         "from hfpipe.data.sources.load import load_rows; from hfpipe.recipe import Source\n"

@@ -246,6 +246,7 @@ def test_a_run_goes_on_past_dirty_rows_and_reports_them(tmp_path: Path, kind: st
     assert "control characters removed" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_file_in_another_encoding_ends_the_run_and_says_how_to_read_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
