@@ -13,27 +13,9 @@ from collections.abc import Iterator
 
 from hfpipe.core.errors import MachineError
 
-# Variables that libraries read, and values that an error may say for a reason of its own.
+# Variables that libraries read, and values that an error may say for a reason of its own, as it may a number.
 VARIABLES = ("ACCELERATE_", "DATASETS_", "FSDP_", "HF_", "LOGLEVEL", "PYTORCH_", "TORCH", "TRANSFORMERS_")
-USUAL = {
-    "",
-    "0",
-    "1",
-    "2",
-    "3",
-    "true",
-    "false",
-    "yes",
-    "no",
-    "on",
-    "off",
-    "auto",
-    "none",
-    "cpu",
-    "cuda",
-    "fp16",
-    "bf16",
-}
+USUAL = ("", "true", "false", "yes", "no", "on", "off", "auto", "none", "cpu", "cuda", "fp16", "bf16")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # variables that Python's ssl reads
 # By the number that the operating system gives an error; {file} is where it happened.
 BY_NUMBER: dict[tuple[int, ...], str] = {
@@ -125,7 +107,9 @@ def machine_error(error: BaseException) -> MachineError | None:
 def _variable_of(text: str) -> str | None:
     """Returns the variable of a library whose value an error quotes; None where there is none."""
     for name, value in os.environ.items():
-        if not name.startswith(VARIABLES) or "TOKEN" in name or value.lower() in USUAL or os.path.exists(value):
+        if not name.startswith(VARIABLES) or "TOKEN" in name:
+            continue
+        if value.lower() in USUAL or value.isdecimal() or os.path.exists(value):
             continue
         if re.search(rf"(?<![\w./-]){re.escape(value)}(?![\w./-])", text):
             return name
@@ -140,7 +124,7 @@ def _file_of(error: OSError) -> str:
         for name in CERTIFICATES:
             if (path := os.environ.get(name)) and not os.path.exists(path):
                 return f"{path}, which the variable {name} names,"
-    return "a file without a name in the error"
+    return "a file that the system does not name"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -79,6 +79,11 @@ def test_a_variable_that_a_library_refuses_is_named(
     assert f"{name}='{value}'" in str(machine_error(error))
 
 
+def test_a_number_in_an_error_is_not_taken_for_that_of_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "60")
+    assert machine_error(IndexError("index 60 is out of range")) is None
+
+
 def test_a_fault_of_ours_is_none_of_the_machine() -> None:
     assert machine_error(KeyError("stages")) is None
     assert machine_error(RuntimeError("shapes do not match")) is None
