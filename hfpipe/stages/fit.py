@@ -161,24 +161,36 @@ def remedies(fit: Fit, recipe: Recipe) -> list[Remedy]:
     return found
 
 
-def _steps(fit: Fit, recipe: Recipe) -> Iterator[tuple[str, str, dict[str, Any] | None, Setting]]:
-    """Yields text, cost, words and setting of each change."""
+Step = tuple[str, str, dict[str, Any] | None, Setting]  # text, cost, words of the recipe, and what then trains
+
+
+def _smaller_batches(fit: Fit) -> Step | None:
+    """Returns the change to the largest micro-batch that fits, or to one row; None of a single row."""
+    setting = fit.setting
+    divisors = [n for n in range(1, setting.rows) if setting.rows % n == 0]
+    if not divisors:
+        return None
+
+    def with_rows(rows: int) -> Setting:
+        return replace(setting, rows=rows, accumulation=setting.accumulation * setting.rows // rows)
+
+    fitting = bisect_left(divisors, True, key=lambda rows: not _fits(fit, with_rows(rows)))
+    rows = divisors[max(fitting - 1, 0)]
+    changed = with_rows(rows)
+    words: dict[str, Any] = {"per_device_train_batch_size": rows}
+    text = f"per_device_train_batch_size: {rows}"
+    if fit.stage.global_batch_size is None:
+        words["gradient_accumulation_steps"] = changed.accumulation
+        text += f" with gradient_accumulation_steps: {changed.accumulation}"
+    return text, "the same result, a little slower", {"training": words}, changed
+
+
+def _steps(fit: Fit, recipe: Recipe) -> Iterator[Step]:
+    """Yields the changes, each on top of those before it."""
     stage, setting = fit.stage, fit.setting
-    if divisors := [n for n in range(1, setting.rows) if setting.rows % n == 0]:
-
-        def with_rows(rows: int) -> Setting:
-            return replace(setting, rows=rows, accumulation=setting.accumulation * setting.rows // rows)
-
-        fitting = bisect_left(divisors, True, key=lambda rows: not _fits(fit, with_rows(rows)))
-        rows = divisors[max(fitting - 1, 0)]
-        changed = with_rows(rows)
-        words: dict[str, Any] = {"per_device_train_batch_size": rows}
-        text = f"per_device_train_batch_size: {rows}"
-        if stage.global_batch_size is None:
-            words["gradient_accumulation_steps"] = changed.accumulation
-            text += f" with gradient_accumulation_steps: {changed.accumulation}"
-        yield text, "the same result, a little slower", {"training": words}, changed
-        setting = changed
+    if smaller := _smaller_batches(fit):
+        yield smaller
+        setting = smaller[-1]
     if setting.checkpointing is None:
         setting = replace(setting, checkpointing={})
         yield (
