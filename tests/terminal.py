@@ -4,12 +4,12 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
 import termios
 import threading
-import time
 from collections.abc import Sequence
 
 
@@ -34,21 +34,18 @@ class Terminal:
             env=variables | {"TERM": "xterm-256color"} | environment,
             start_new_session=True,
         )
-        os.close(theirs)
         self._file, self._said = mine, b""
+        self._theirs = theirs  # open to the end: without a command on it, reading is an error and can lose the last lines
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
 
     def _read(self) -> None:
         while True:
-            try:
-                part = os.read(self._file, 65536)
-            except OSError:  # Linux's word for the end, and for a command that has not opened its side yet
-                part = b""
-                time.sleep(0.01)
-            if not part and self.process.poll() is not None:
+            over = self.process.poll() is not None
+            if select.select([self._file], [], [], 0.05)[0]:
+                self._said += os.read(self._file, 65536)
+            elif over:
                 return
-            self._said += part
 
     def resize(self, columns: int, file: int | None = None) -> None:
         """Gives the terminal another width, and tells the command."""
@@ -71,4 +68,5 @@ class Terminal:
         code = self.process.wait(seconds)
         self._reading.join(5)
         os.close(self._file)
+        os.close(self._theirs)
         return code
