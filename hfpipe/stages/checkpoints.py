@@ -297,22 +297,24 @@ def _rest(trainer: Trainer, checkpoint: Path) -> None:
         state = get_optimizer_state_dict(model, optimizer)
         dcp.load({"optimizer": state}, storage_reader=dcp.FileSystemReader(checkpoint / OPTIMIZER))
         set_optimizer_state_dict(model, optimizer, state)
-    elif any(isinstance(one, DTensor) for group in optimizer.param_groups for one in group["params"]):
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        whole = _by_name(model, optimizer, checkpoint / OPTIMIZER_NAME) if ranks.is_main() else {}
-        set_optimizer_state_dict(model, optimizer, whole, options=options)
     else:
-        optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+        spread = any(isinstance(one, DTensor) for group in optimizer.param_groups for one in group["params"])
+        saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=spread)
+        if spread and saved["state"]:  # plain SGD has none, which torch cannot spread
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            whole = _by_name(model, optimizer, saved) if ranks.is_main() else {}
+            set_optimizer_state_dict(model, optimizer, whole, options=options)
+        else:
+            optimizer.load_state_dict(saved)
     trainer.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
 
 
-def _by_name(model: Any, optimizer: Any, path: Path) -> dict[str, Any]:
+def _by_name(model: Any, optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """Returns the state of an optimizer, which numbers its parameters, by their names.
 
     Both optimizers hold the parameters in one order: Trainer made them in the same way.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(one)] for group in optimizer.param_groups for one in group["params"]]
-    saved = torch.load(path, map_location="cpu", weights_only=True)
     groups = [group | {"params": [order[number] for number in group["params"]]} for group in saved["param_groups"]]
     return {"state": {order[number]: state for number, state in saved["state"].items()}, "param_groups": groups}

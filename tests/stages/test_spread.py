@@ -180,20 +180,27 @@ def test_stages_held_near_their_parent_are_those_of_one_rank_and_continue_exactl
         assert all(torch.equal(found[name], again[name]) for name in found)
 
 
-def steps(folder: Path, count: int) -> Path:
+def steps(folder: Path, count: int, **training: Any) -> Path:
     folder.mkdir(exist_ok=True)
     tiny.write_data(folder)
     content = tiny.recipe(folder, merge=False, evaluate={}, **QUIET)
     content["stages"] = content["stages"][:1]
-    content["stages"][0]["training"] |= {"max_steps": count, "lr_scheduler_type": "constant", "logging_steps": 1}
+    training = {"max_steps": count, "lr_scheduler_type": "constant", "logging_steps": 1} | training
+    content["stages"][0]["training"] |= training
     return tiny.write(folder, content)
 
 
+STATELESS = {"optim": "sgd", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "learning_rate": 1.0}
+
+
+@pytest.mark.parametrize("training", [{}, STATELESS], ids=["adamw", "sgd"])
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (2, 1), (1, 2)])
-def test_a_checkpoint_is_continued_on_other_ranks_and_without_fsdp(tmp_path: Path, first: int, second: int) -> None:
-    assert main(["run", str(steps(tmp_path / "one", 6))]) == 0
+def test_a_checkpoint_is_continued_on_other_ranks_and_without_fsdp(
+    tmp_path: Path, first: int, second: int, training: dict[str, Any]
+) -> None:
+    assert main(["run", str(steps(tmp_path / "one", 6, **training))]) == 0
     for ranks, count in ((first, 4), (second, 6)):
-        path = steps(tmp_path / "other", count)
+        path = steps(tmp_path / "other", count, **training)
         if ranks == 1:
             assert main(["run", str(path)]) == 0
         else:
