@@ -35,9 +35,7 @@ class Terminal:
             start_new_session=True,
         )
         self._file, self._said = mine, b""
-        self._theirs = (
-            theirs  # open to the end: without a command on it, reading is an error and can lose the last lines
-        )
+        self._theirs = theirs  # open to the end: where no one has it open, reading is an error
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
 
