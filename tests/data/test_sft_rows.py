@@ -220,6 +220,7 @@ def test_who_is_trained_is_said_by_the_stage_and_shown(tmp_path: Path, capsys: p
     assert "plain texts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_row_that_the_template_refuses_is_dirty_and_one_that_refuses_all_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

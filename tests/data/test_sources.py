@@ -356,6 +356,7 @@ def test_the_hub_and_its_refusals(hub: HubServer, tmp_path: Path) -> None:
         assert says in line
 
 
+@pytest.mark.slow
 def test_without_a_network_it_says_so(tmp_path: Path) -> None:
     program = (
         "from hfpipe.data.sources.load import load_rows; from hfpipe.core.errors import MachineError\n"

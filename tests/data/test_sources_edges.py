@@ -118,6 +118,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "status", "env", "code", "says"),
     [

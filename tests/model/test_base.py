@@ -43,6 +43,7 @@ def pickled(source: Path, weights: str, folder: Path, name: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on_8_bits_on_a_cpu(finished: Path) -> None:
     found = tiny.scores(finished)
     assert found["sounds", "sounds", "bits_per_byte"] < found["base", "sounds", "bits_per_byte"] - 0.05

@@ -56,6 +56,7 @@ def test_a_merge_keeps_the_precision_of_the_base_and_holds_little_of_it_in_memor
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_the_files_are_those_of_peft_and_transformers_to_the_bit(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_template_of_the_base_that_is_no_jinja_is_refused(
     assert "model.tokenizer.chat_template" in told
 
 
+@pytest.mark.slow
 def test_the_saved_model_has_them(folder: Path) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     words = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "padding_side": "left", "chat_template": "chatml"}

@@ -117,6 +117,7 @@ def test_the_plain_schedules_and_optimizers_read_their_words(tmp_path: Path, dat
     assert main(["check", str(_stage(tmp_path, data, "sft", **words))]) == 0
 
 
+@pytest.mark.slow
 def test_a_warmup_beyond_the_end_is_trained_with_a_warning(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_warmup_beyond_the_end_is_trained_with_a_warning(
     assert [row["learning_rate"] for row in log if "loss" in row] == pytest.approx([0.0, 0.01 / 8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_what_is_trained_by_autocast_is_what_is_saved(tmp_path: Path, data: Path, kind: str) -> None:
     """All weights, and LoRA, in bfloat16's arithmetic: the saved model is compared with the trained one without it."""
@@ -144,6 +146,7 @@ class AwayCallback(TrainerCallback):
         raise ConnectionError("no way to https://me:a-password@tracker")
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_does_not_end_the_training(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

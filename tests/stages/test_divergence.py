@@ -51,6 +51,7 @@ def test_weights_that_the_last_step_has_spoilt_are_told(tmp_path: Path, capsys: 
     assert not (tmp_path / "run" / "stages" / "it" / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_small_part_of_an_epoch_is_a_step(tmp_path: Path) -> None:
     assert main(["run", str(recipe(tmp_path, "sft", num_train_epochs=0.001, max_steps=-1))]) == 0
     assert json.loads((tmp_path / "run" / "stages" / "it" / "done.json").read_text())["steps"] == 1

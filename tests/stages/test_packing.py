@@ -187,6 +187,7 @@ def test_a_packed_stage_is_the_same_interrupted_divided_and_on_two_ranks(tmp_pat
             torch.testing.assert_close(found[name], weight, atol=0 if exact else 1e-5, rtol=0 if exact else 1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_keep_examples_apart_is_trained_unpacked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

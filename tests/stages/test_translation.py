@@ -256,6 +256,7 @@ def test_interrupted_is_uninterrupted(short: Path, tmp_path: Path, capsys: pytes
     assert_same(short, tmp_path, 0.0)
 
 
+@pytest.mark.slow
 def test_rows_that_are_cut_or_empty_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = written(tmp_path, rows=40, evaluate={})
     with (tmp_path / "train.jsonl").open("a") as file:
