@@ -100,9 +100,8 @@ def test_verbose_has_every_line_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_no_color_and_a_plain_terminal_are_heeded(tmp_path: Path) -> None:
     settings = ({}, {"NO_COLOR": "1"}, {"TERM": "dumb"}, {"PYTHONIOENCODING": "ascii"})
-    coloured, plain, dumb, letters = terminals = [
-        Terminal(command(tmp_path, "auto", 0.05), **words) for words in settings
-    ]
+    line = command(tmp_path, "auto", 0.05)
+    coloured, plain, dumb, letters = terminals = [Terminal(line, **words) for words in settings]
     assert [terminal.end() for terminal in terminals] == [0, 0, 0, 0]
     assert "\x1b" not in letters.raw
     assert "\x1b[33m" in coloured.raw
