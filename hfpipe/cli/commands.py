@@ -13,6 +13,8 @@ from hfpipe.core.launch import require_launch
 from hfpipe.core.run_lock import alone
 from hfpipe.core.run_state import require_whole_state
 
+IMPORTING = "importing torch, transformers and trl"  # seconds, which a terminal shows
+
 # The options of `hfpipe push`, which are the words of a recipe's `push:`.
 PUSH_WORDS = (
     "repo_id",
@@ -50,7 +52,7 @@ def check(options: argparse.Namespace) -> None:
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         print(f"{options.recipe}: no fault found. Stages: {stages}.")
         return
-    with display.doing("importing torch, transformers and trl"):
+    with display.doing(IMPORTING):
         from hfpipe.pipeline.check import check_recipe, launch_line
 
     check_recipe(recipe, launch_line(options.recipe, options.set))
@@ -58,13 +60,16 @@ def check(options: argparse.Namespace) -> None:
 
 def cure(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
+    from hfpipe.recipe.choose import curable_stage
     from hfpipe.recipe.config import Cures
 
     recipe = load_recipe(options.recipe, options.set)
+    said = recipe.compared or Cures.model_validate({})
+    curable_stage(recipe, options.stage or said.stage)
     with alone(recipe.run_folder):
-        from hfpipe.pipeline.cure import cure_recipe
+        with display.doing(IMPORTING):
+            from hfpipe.pipeline.cure import cure_recipe
 
-        said = recipe.compared or Cures.model_validate({})
         steps = said.steps if options.steps is None else options.steps
         cure_recipe(recipe, options.stage or said.stage, steps, dial=said.dial and not options.no_dial)
 
@@ -88,7 +93,7 @@ def preview(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
-    with display.doing("importing torch, transformers and trl"):
+    with display.doing(IMPORTING):
         from hfpipe.pipeline.preview import preview
 
     preview(recipe, options.rows, options.html)
@@ -99,30 +104,43 @@ def evaluate(options: argparse.Namespace) -> None:
     from hfpipe.recipe.choose import chosen_suites
 
     suites = chosen_suites(load_suites(options.suites, options.set), options.suite, options.limit)
-    from hfpipe.pipeline.evaluate import evaluate_model
+    if Path(options.model, "recipe.yaml").is_file():
+        _finished(options.model, options.stage)
+    with display.doing(IMPORTING):
+        from hfpipe.pipeline.evaluate import evaluate_model
 
     evaluate_model(options.model, suites, options.output, options.against, options.stage)
 
 
 def merge(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.finished import finished_adapter
+    from hfpipe.recipe import load_recipe
+
     folder = _run_folder(options.run)
+    finished_adapter(folder, load_recipe(folder / "recipe.yaml"), options.stage)
     with alone(folder):
-        from hfpipe.pipeline.merge import merge_run
+        with display.doing(IMPORTING):
+            from hfpipe.pipeline.merge import merge_run
 
         display.say(str(merge_run(folder, options.stage)), "result")
 
 
 def dial(options: argparse.Namespace) -> None:
-    folder = _run_folder(options.run)
+    folder, _ = _finished(options.run, options.stage)
     with alone(folder):
-        from hfpipe.pipeline.dial import STRENGTHS, dial_run
+        with display.doing(IMPORTING):
+            from hfpipe.pipeline.dial import STRENGTHS, dial_run
 
         dial_run(folder, options.stage, options.strengths or STRENGTHS)
 
 
 def generate(options: argparse.Namespace) -> None:
-    folder = _run_folder(options.run)
-    from hfpipe.pipeline.use import generate_file
+    from hfpipe.pipeline.finished import require_prompts
+
+    folder = _speaking_run(options, "generate")
+    require_prompts(options.file)
+    with display.doing(IMPORTING):
+        from hfpipe.pipeline.use import generate_file
 
     generate_file(
         folder,
@@ -135,31 +153,45 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    folder = _run_folder(options.run)
-    from hfpipe.pipeline.use import chat
+    folder = _speaking_run(options, "chat")
+    with display.doing(IMPORTING):
+        from hfpipe.pipeline.use import chat
 
     chat(folder, **_speaking(options))
 
 
 def serve(options: argparse.Namespace) -> None:
-    folder = _run_folder(options.run)
-    from hfpipe.pipeline.serve import serve
+    from hfpipe.pipeline.finished import require_merged
+
+    folder, chosen = _finished(options.run, options.stage, "serve")
+    require_merged(folder, chosen)
+    with display.doing(IMPORTING):
+        from hfpipe.pipeline.serve import serve
 
     serve(folder, options.stage, options.port)
 
 
 def export(options: argparse.Namespace) -> None:
-    folder = _run_folder(options.run)
-    if options.to == "onnx":
-        if options.quant is not None:
-            raise RecipeError("--quant is of gguf; an ONNX graph keeps float32. Leave it out.")
-        from hfpipe.pipeline.export_onnx import export_onnx
+    from hfpipe.pipeline.finished import require_merged
+    from hfpipe.pipeline.quants import require_quant
+
+    is_onnx = options.to == "onnx"
+    folder, chosen = _finished(options.run, options.stage, None if is_onnx else "export")
+    if is_onnx and options.quant is not None:
+        raise RecipeError("--quant is of gguf; an ONNX graph keeps float32. Leave it out.")
+    quant = options.quant or "q8_0"
+    require_quant(quant)
+    require_merged(folder, chosen)
+    if is_onnx:
+        with display.doing(IMPORTING):
+            from hfpipe.pipeline.export_onnx import export_onnx
 
         export_onnx(folder, options.stage, options.output)
         return
-    from hfpipe.pipeline.export import export_gguf
+    with display.doing(IMPORTING):
+        from hfpipe.pipeline.export import export_gguf
 
-    export_gguf(folder, options.stage, options.quant or "q8_0", options.output)
+    export_gguf(folder, options.stage, quant, options.output)
 
 
 def env(options: argparse.Namespace) -> None:
@@ -174,6 +206,16 @@ def completion(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise MachineError("shell completion needs shtab: pip install shtab.") from error
     print(shtab.complete(options.parser, options.shell))
+
+
+def _speaking_run(options: argparse.Namespace, command: str) -> Path:
+    """The run folder of a command that lets a trained model speak, whose words are looked at."""
+    from hfpipe.recipe.choose import generation_words, require_strength
+
+    folder, _ = _finished(options.run, options.stage, command)
+    require_strength(options.strength)
+    generation_words(options.set)
+    return folder
 
 
 def _speaking(options: argparse.Namespace) -> dict[str, Any]:
@@ -264,3 +306,14 @@ def _run_folder(name: str) -> Path:
         raise RecipeError(f"{name} is not a run folder (it has no recipe.yaml). {there}")
     require_whole_state(folder)
     return folder
+
+
+def _finished(run: str, stage: str | None, command: str | None = None) -> tuple[Path, str]:
+    """The run folder and a finished stage of it, which writes text where a command needs that."""
+    from hfpipe.pipeline.finished import finished_stage, writing_stage
+    from hfpipe.recipe import load_recipe
+
+    folder = _run_folder(run)
+    recipe = load_recipe(folder / "recipe.yaml")
+    chosen = writing_stage(folder, recipe, stage, command) if command else finished_stage(folder, recipe, stage)
+    return folder, chosen.name

@@ -141,7 +141,7 @@ class Run:
             RecipeError: There is no such finished stage.
         """
         from hfpipe.core.run_layout import model_of
-        from hfpipe.pipeline.trained import finished_stage
+        from hfpipe.pipeline.finished import finished_stage
 
         return model_of(self.folder / "stages" / finished_stage(self.folder, self.recipe, stage).name)
 

@@ -20,10 +20,9 @@ from hfpipe.core.files import read_json, write_text
 from hfpipe.pipeline.dial import dial_run
 from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Keep, Recipe, Stage, dump_recipe
-from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.choose import curable_stage
 from hfpipe.recipe.rules.adapters import DIALLED
 from hfpipe.recipe.signatures import training_fields
-from hfpipe.recipe.stage_config import KEEPING
 from hfpipe.report import write_reports
 from hfpipe.report.cures import CURE
 from hfpipe.scores.scorecard import Score, of_lineage, read_scorecard, score_of
@@ -77,7 +76,7 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bo
     """
     if steps is not None and steps < 1:
         raise RecipeError(f"--steps is {steps}; allowed is a whole number from 1.")
-    stage = _stage(recipe, name)
+    stage = curable_stage(recipe, name)
     cures = cures_of(recipe, stage, steps)
     folder = recipe.run_folder / CURE
     before = recipe.stages[: [one.name for one in recipe.stages].index(stage.name)]
@@ -134,21 +133,6 @@ def _narrower(stage: Stage) -> dict[str, Any] | None:
     if not isinstance(rank, int) or rank < LOWER or stage.lora.get("use_rslora"):
         return None
     return {**stage.lora, "r": rank // LOWER, "lora_alpha": max(1, alpha * (rank // LOWER) // rank)}
-
-
-def _stage(recipe: Recipe, name: str | None) -> Any:
-    names = [one.name for one in recipe.stages if one.kind in KEEPING and one.task == "causal"]
-    if name is None and names:
-        name = names[-1]
-    if name not in names:
-        found = f"'{name}' is not a stage that can be cured" if name else "no stage can be cured"
-        raise RecipeError(
-            f"{found}: cures are for stages that predict next tokens ({listed(KEEPING)}). In this recipe: "
-            f"{listed(names) or 'none'}.{did_you_mean(name, names) if name else ''}"
-        )
-    if recipe.model.architecture is not None and recipe.parent_of(name) == "base":
-        raise RecipeError(f"stages.{name} starts from a model made from nothing, so there is nothing to keep.")
-    return next(one for one in recipe.stages if one.name == name)
 
 
 def _take_over(recipe: Recipe, folder: Path, names: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from hfpipe.pipeline.context import (
     score_stage,
     with_paired,
 )
+from hfpipe.pipeline.finished import finished_stage, finished_stages
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
 from hfpipe.scores.scorecard import BASE, Change, Paired, Score, judge_budget, of_lineage, score_of
@@ -51,16 +52,13 @@ def dial_run(folder: Path, stage: str | None, strengths: Sequence[float]) -> Non
         RecipeError: There is no such finished stage, nothing is scored, or the stage has no strengths between.
     """
     recipe = load_recipe(folder / "recipe.yaml")
-    finished = [one.name for one in recipe.stages if (folder / "stages" / one.name / "done.json").exists()]
-    if not finished or (stage is not None and stage not in finished):
-        there = f"finished stages: {', '.join(finished)}" if finished else "the run has no finished stage"
-        raise RecipeError(f"{folder}: nothing to dial{f' in stage {stage!r}' if stage else ''}; {there}.")
+    name = finished_stage(folder, recipe, stage).name
+    finished = list(finished_stages(folder, recipe))
     if not recipe.evaluate:
         raise RecipeError(f"{folder}: the recipe has no suites, so none is better than another. Add `evaluate:`.")
     quiet_libraries()
-    ranks.on_main(partial(require_whole, folder / "stages" / (stage or finished[-1]) / MODEL))
+    ranks.on_main(partial(require_whole, folder / "stages" / name / MODEL))
     run = open_run(recipe.model_copy(update={"output_dir": str(folder)}), folder)
-    name = stage or finished[-1]
     if not run.is_done(name):
         raise RecipeError(f"{folder}: stage {name!r} was trained by another recipe. Run the recipe again first.")
     earlier: list[Score] = []

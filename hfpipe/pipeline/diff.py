@@ -16,7 +16,7 @@ from hfpipe.core.output import printable
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.core.secrets import without_secrets
 from hfpipe.evaluation.suites import compare_rows
-from hfpipe.pipeline.trained import require_one_run
+from hfpipe.pipeline.finished import require_one_run
 from hfpipe.recipe import Recipe, Suite, load_recipe
 from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.recipe.metric_table import OUR_METRICS

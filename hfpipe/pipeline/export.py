@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_gguf_available
 
 from hfpipe.core import display
-from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.errors import MachineError
 from hfpipe.core.files import GIB, write_text
 from hfpipe.data.prompts import Asking
 from hfpipe.evaluation.generation import stop_tokens
 from hfpipe.model.adapter import divergence, probe
+from hfpipe.pipeline.quants import WRITTEN_AT_ONCE, require_quant
 from hfpipe.pipeline.trained import Trained, open_trained, whole_model
-from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.faults import listed
 
 # Texts whose next tokens the file and the model have to find alike.
 PROBES = (
@@ -41,12 +42,6 @@ PROBES = (
 )
 MOST_NATS = 1.0  # a token; 4 bits cost a few hundredths, and weights in the wrong order several
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
-WRITTEN_AT_ONCE = ("f32", "f16", "bf16", "q8_0")  # by the converter itself
-QUANTS = (
-    *WRITTEN_AT_ONCE,
-    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m"),
-    *("q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"),
-)
 
 
 def export_gguf(folder: Path, stage: str | None, quant: str, output: str | None) -> Path:
@@ -66,10 +61,7 @@ def export_gguf(folder: Path, stage: str | None, quant: str, output: str | None)
         MachineError: llama.cpp is not installed: the message has the commands; or it does not take the model, or the
             file says something else than the model.
     """
-    if quant not in QUANTS:
-        raise RecipeError(
-            f"--quant {quant}: there is no such form; there are {listed(QUANTS)}.{did_you_mean(quant, QUANTS)}"
-        )
+    require_quant(quant)
     trained = open_trained(folder, stage, "export")
     place = Path(whole_model(folder, trained.recipe, trained.stage.name).path)
     target = Path(output) if output else folder / "export"

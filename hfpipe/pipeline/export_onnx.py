@@ -22,7 +22,8 @@ from hfpipe.core.files import GIB
 from hfpipe.model.load import AUTO_CLASSES
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.export import PROBES
-from hfpipe.pipeline.trained import finished_stage, tokenizer_named, whole_model
+from hfpipe.pipeline.finished import finished_stage
+from hfpipe.pipeline.trained import tokenizer_named, whole_model
 from hfpipe.recipe import load_recipe
 
 if TYPE_CHECKING:

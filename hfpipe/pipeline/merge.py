@@ -8,7 +8,7 @@ from hfpipe.core.errors import RecipeError
 from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, require_whole
 from hfpipe.model.load import ModelRef
 from hfpipe.pipeline.context import merged_model, open_run, quiet_libraries
-from hfpipe.pipeline.trained import finished_stages, require_one_run
+from hfpipe.pipeline.finished import finished_adapter
 from hfpipe.recipe import load_recipe
 
 
@@ -26,12 +26,7 @@ def merge_run(folder: Path, stage: str | None) -> str:
         RecipeError: There is no such adapter.
     """
     recipe = load_recipe(folder / "recipe.yaml")
-    require_one_run(folder)
-    adapters = [name for name, other in finished_stages(folder, recipe).items() if other.adapter is not None]
-    if not adapters or (stage is not None and stage not in adapters):
-        there = f"finished adapters: {', '.join(adapters)}" if adapters else "the run has no finished adapter"
-        raise RecipeError(f"{folder}: nothing to merge{f' in stage {stage!r}' if stage else ''}; {there}.")
-    name = stage or adapters[-1]
+    name = finished_adapter(folder, recipe, stage)
     require_whole(model_of(folder / "stages" / name))
     _require_base(folder, ModelRef(str(model_of(folder / "stages" / name)), recipe.model))
     quiet_libraries()

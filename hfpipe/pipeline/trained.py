@@ -21,50 +21,10 @@ from hfpipe.core.run_state import require_whole_state
 from hfpipe.data.prompts import Asking
 from hfpipe.model.load import ModelRef, load_tokenizer, task_of
 from hfpipe.model.load_errors import clear_errors
+from hfpipe.pipeline.finished import finished_stage, require_merged, writing_stage
 from hfpipe.recipe import Model, Recipe, Stage, load_recipe
-from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.report.usage import lineage
 from hfpipe.scores.scorecard import BASE
-
-
-def finished_stages(folder: Path, recipe: Recipe) -> dict[str, Stage]:
-    """The stages of a run that are trained to their end, by name, in the order of the recipe."""
-    return {one.name: one for one in recipe.stages if (folder / "stages" / one.name / "done.json").exists()}
-
-
-def finished_stage(folder: Path, recipe: Recipe, stage: str | None) -> Stage:
-    """A stage of a run that is trained to its end; the last of them when none is named.
-
-    Raises:
-        RecipeError: The run was repeated, or has no such stage, or it is not trained yet.
-    """
-    require_one_run(folder)
-    finished, every = finished_stages(folder, recipe), [one.name for one in recipe.stages]
-    if stage is not None and stage not in every:
-        text = f"--stage {stage}: {folder} has no such stage; it has {listed(every)}."
-        raise RecipeError(text + did_you_mean(stage, every))
-    if not finished:
-        raise RecipeError(
-            f"{folder} has no finished stage yet. Train it first: hfpipe run {folder / 'recipe.yaml'} continues where "
-            "it stopped."
-        )
-    if stage is not None and stage not in finished:
-        raise RecipeError(
-            f"--stage {stage}: {folder} has not finished that stage; it has finished {listed(finished)}. Train the "
-            f"rest first: hfpipe run {folder / 'recipe.yaml'}"
-        )
-    return finished[stage or list(finished)[-1]]
-
-
-def require_one_run(folder: Path) -> None:
-    """Refuses the folder of a run that was repeated, which has a model for each repeat."""
-    recipe = load_recipe(folder / "recipe.yaml")
-    if recipe.seeds or recipe.cross_validation:
-        repeats = sorted(place.parent.name for place in folder.glob("*/recipe.yaml"))
-        named = f"{folder / repeats[0]}" if repeats else "one of them"
-        raise RecipeError(
-            f"{folder} holds {len(repeats)} repeats ({', '.join(repeats)}), each a run of its own. Name one: {named}."
-        )
 
 
 def model_named(name: str, options: Model, stage: str | None = None) -> ModelRef:
@@ -169,9 +129,8 @@ def whole_model(folder: Path, recipe: Recipe, stage: str) -> ModelRef:
     place = folder / "stages" / stage
     found = ModelRef(str(model_of(place) if stage != BASE else place / MODEL), recipe.model)
     if found.is_adapter:
+        require_merged(folder, stage)
         found = replace(found, path=str(place / MERGED))
-        if not Path(found.path).is_dir():
-            raise RecipeError(f"stage {stage} of {folder} is an adapter. Merge it first: hfpipe merge {folder}")
     return found
 
 
@@ -187,16 +146,7 @@ def open_trained(folder: Path, stage: str | None, command: str) -> Trained:
         RecipeError: There is no such finished stage, or it gives no text: a classifier, or an encoder.
     """
     recipe = load_recipe(folder / "recipe.yaml")
-    chosen = finished_stage(folder, recipe, stage)
-    others = [name for name, one in finished_stages(folder, recipe).items() if one.task == "causal"]
-    if chosen.task != "causal":
-        instead = f" Name another stage: --stage {others[-1]}." if others else ""
-        readme = folder / "stages" / chosen.name / MODEL / "README.md"
-        raise RecipeError(
-            f"hfpipe {command} needs a model that writes text, and stage {chosen.name} of {folder} "
-            f"{_GIVES[chosen.task]}. "
-            f"The code that asks it is in {readme}.{instead}"
-        )
+    chosen = writing_stage(folder, recipe, stage, command)
     ref = model_named(str(folder), recipe.model, chosen.name)
     tokenizer = tokenizer_named(ref)
     return Trained(
@@ -207,13 +157,6 @@ def open_trained(folder: Path, stage: str | None, command: str) -> Trained:
         tokenizer,
         asking_of(folder, recipe, chosen, tokenizer),
     )
-
-
-_GIVES = {
-    "classification": "gives classes",
-    "masked": "fills in masked tokens",
-    "seq2seq": "reads a source text and writes its target, which has no chat template",
-}
 
 
 def asking_of(folder: Path, recipe: Recipe, stage: Stage, tokenizer: Any) -> Asking:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,7 @@ from hfpipe.model.positions import window_of
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.trained import Trained, open_trained, whole_model
 from hfpipe.recipe import Suite
-from hfpipe.recipe.document import read_value
-from hfpipe.recipe.faults import Fault
-from hfpipe.recipe.passthrough import check_block
-from hfpipe.recipe.raw import Block, RawSuite
-from hfpipe.recipe.rules.without_effect import check_generation_effect
-from hfpipe.recipe.signatures import generation_fields
+from hfpipe.recipe.choose import generation_words, require_strength
 from hfpipe.scores.scorecard import BASE
 
 PROBE = "The quick brown fox"  # a text on which a dialled adapter is compared with its base
@@ -57,28 +51,6 @@ class Speaker:
     speaking: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def generation_words(words: Sequence[str]) -> dict[str, Any]:
-    """Reads `max_new_tokens=200` and other fields of transformers.GenerationConfig.
-
-    Raises:
-        RecipeError: There is no such field, or it takes another value, or would do nothing.
-    """
-    found: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name.strip():
-            raise RecipeError(f"--set {word}: found no NAME=VALUE; write for example --set max_new_tokens=200.")
-        found[name.strip()] = read_value(value)
-    block = Block(("--set",), found)
-    suite = RawSuite(("--set",), {"generation": found}, "--set")
-    faults: Iterator[Fault] = chain(
-        check_block(block, generation_fields(), "GenerationConfig"), check_generation_effect(suite)
-    )
-    if told := [f"{' '.join(map(str, fault.steps))}: {fault.text}" for fault in faults]:
-        raise RecipeError("\n".join(told))
-    return found
-
-
 def _speakers(trained: Trained, strength: float | None, base: bool) -> Iterator[Speaker]:
     """Loads the trained model, and its base after it where it is asked for and lies not below the adapter."""
     with display.doing("loading the model"):
@@ -96,8 +68,6 @@ def _model_of(trained: Trained, strength: float | None) -> Any:
     """The trained model, or what lies between its parent (0) and itself (1)."""
     if strength is None:
         return load_model(trained.ref)
-    if not 0 <= strength <= 1:
-        raise RecipeError(f"--strength {strength:g}: allowed is a number from 0 (the parent) to 1 (as it was trained).")
     full = replace(trained.ref, path=str(trained.folder / "stages" / trained.stage.name / MODEL))
     parent = full.base if full.is_adapter else _parent_of(trained)
     return open_dial(full, parent, trained.tokenizer, [PROBE]).at(strength)
@@ -142,6 +112,7 @@ def generate_file(
     """
     quiet_libraries()
     options = generation_words(words)
+    require_strength(strength)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise RecipeError("--batch-size and --limit take a number of 1 or more.")
     target = Path(output or f"{Path(file).with_suffix('')}-answers.jsonl")
@@ -212,6 +183,7 @@ def chat(
     """
     quiet_libraries()
     options = generation_words(words)
+    require_strength(strength)
     trained = open_trained(folder, stage, "chat")
     if base:
         _ = trained.base

@@ -1,12 +1,20 @@
-"""The suites of a file that a command line asks for."""
+"""What a command line asks for, looked at before anything heavy is imported: suites, a stage to cure, generation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.recipe.config import Suite, Suites
-from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.config import Recipe, Suite, Suites
+from hfpipe.recipe.document import read_value
+from hfpipe.recipe.faults import Fault, did_you_mean, listed
+from hfpipe.recipe.passthrough import check_block
+from hfpipe.recipe.raw import Block, RawSuite
+from hfpipe.recipe.rules.without_effect import check_generation_effect
+from hfpipe.recipe.signatures import generation_fields
+from hfpipe.recipe.stage_config import KEEPING, Stage
 
 
 def chosen_suites(suites: Suites, names: Sequence[str] | None, limit: int | None) -> Suites:
@@ -39,3 +47,55 @@ def _first_rows(suite: Suite, limit: int) -> Suite:
         return suite.model_copy(update={"limit": min(limit, suite.limit or limit)})
     take = min(limit, suite.data.take or limit)
     return suite.model_copy(update={"data": suite.data.model_copy(update={"take": take})})
+
+
+def generation_words(words: Sequence[str]) -> dict[str, Any]:
+    """Reads `max_new_tokens=200` and other fields of transformers.GenerationConfig.
+
+    Raises:
+        RecipeError: There is no such field, or it takes another value, or would do nothing.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            raise RecipeError(f"--set {word}: found no NAME=VALUE; write for example --set max_new_tokens=200.")
+        found[name.strip()] = read_value(value)
+    block = Block(("--set",), found)
+    suite = RawSuite(("--set",), {"generation": found}, "--set")
+    faults: Iterator[Fault] = chain(
+        check_block(block, generation_fields(), "GenerationConfig"), check_generation_effect(suite)
+    )
+    if told := [f"{' '.join(map(str, fault.steps))}: {fault.text}" for fault in faults]:
+        raise RecipeError("\n".join(told))
+    return found
+
+
+def require_strength(strength: float | None) -> None:
+    """Refuses a strength that is not between 0 and 1.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if strength is not None and not 0 <= strength <= 1:
+        raise RecipeError(f"--strength {strength:g}: allowed is a number from 0 (the parent) to 1 (as it was trained).")
+
+
+def curable_stage(recipe: Recipe, name: str | None) -> Stage:
+    """A stage of a recipe whose cures can be compared; the last of them when none is named.
+
+    Raises:
+        RecipeError: There is none, or it is of a kind that is not cured.
+    """
+    names = [one.name for one in recipe.stages if one.kind in KEEPING and one.task == "causal"]
+    if name is None and names:
+        name = names[-1]
+    if name not in names:
+        found = f"'{name}' is not a stage that can be cured" if name else "no stage can be cured"
+        raise RecipeError(
+            f"{found}: cures are for stages that predict next tokens ({listed(KEEPING)}). In this recipe: "
+            f"{listed(names) or 'none'}.{did_you_mean(name, names) if name else ''}"
+        )
+    if recipe.model.architecture is not None and recipe.parent_of(name) == "base":
+        raise RecipeError(f"stages.{name} starts from a model made from nothing, so there is nothing to keep.")
+    return next(one for one in recipe.stages if one.name == name)

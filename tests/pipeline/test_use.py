@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +192,37 @@ def test_an_unfinished_run_and_an_empty_prompt_are_told(
         done.unlink()
     assert main(["chat", str(other)]) == 2
     assert "has no finished stage yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("chat RUN --stage chit", "Did you mean chat?"),
+        ("chat RUN --strength 2", "from 0 (the parent) to 1"),
+        ("chat RUN --set max_new_token=3", "Did you mean max_new_tokens?"),
+        ("generate RUN nowhere.jsonl", "there is no such file or folder here"),
+        ("generate RUN asked.jsonl --stage chit", "Did you mean chat?"),
+        ("serve RUN --stage chit", "Did you mean chat?"),
+        ("serve RUN", "is an adapter. Merge it first"),
+        ("export RUN --to gguf --stage chit", "Did you mean chat?"),
+        ("export RUN --to gguf --quant q4", "there is no such form"),
+        ("export RUN --to onnx", "is an adapter. Merge it first"),
+        ("merge RUN --stage chit", "Did you mean chat?"),
+        ("dial RUN --stage chit", "Did you mean chat?"),
+        ("push RUN --repo-id me/it --stage chit", "is not a stage"),
+        ("evaluate RUN SUITES --stage chit", "Did you mean chat?"),
+        ("cure RECIPE --stage chit", "Did you mean chat?"),
+    ],
+)
+def test_a_wrong_word_is_refused_before_torch_is_imported(run: Path, words: str, told: str) -> None:
+    suites = run.parent / "suites.yaml"
+    suites.write_text("evaluate:\n  held: {data: {path: held.jsonl}, metrics: [bits_per_byte]}\n")
+    places = {"RUN": str(run), "SUITES": str(suites), "RECIPE": str(run / "recipe.yaml")}
+    code = (
+        "import sys; from hfpipe.cli import main; code = main(sys.argv[1:]); "
+        "print(*(name for name in ('torch', 'transformers', 'trl') if name in sys.modules)); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *(places.get(word, word) for word in words.split())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=run.parent)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert told in done.stderr
