@@ -74,9 +74,11 @@ COST = {
     "energy_by": (str, MAYBE),
     "country": (str, MAYBE),
 } | {f"?{name}": (*NUMBER, MAYBE) for name in (*_TOTALS, "peak_memory", "predicted_memory")}
-POINT = {"strength": NUMBER, "scores": [SCORE], "?over": [str], "?inside": (bool, MAYBE)} | dict.fromkeys(
-    ("?gain", "?forgetting", "?gain_stderr", "?forgetting_stderr"), (*NUMBER, MAYBE)
-)
+POINT = {"strength": NUMBER, "scores": [SCORE], "?over": [str], "?inside": (bool, MAYBE)} | {
+    f"?{key}{part}": ([NUMBER], MAYBE) if part == "_interval" else (*NUMBER, MAYBE)
+    for key in ("gain", "forgetting")
+    for part in ("", "_stderr", "_interval")
+}
 ENVIRONMENT = {
     "hfpipe": str,
     "python": str,

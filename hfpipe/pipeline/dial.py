@@ -34,7 +34,7 @@ from hfpipe.pipeline.finished import finished_stage, finished_stages
 from hfpipe.recipe import load_recipe
 from hfpipe.report import write_reports
 from hfpipe.scores.scorecard import BASE, Change, Paired, Score, judge_budget, of_lineage, score_of
-from hfpipe.scores.tradeoff import Estimate, Point, kept_keys, kept_suites, point, scales_of
+from hfpipe.scores.tradeoff import Point, estimate_of, kept_keys, kept_suites, point, scales_of
 from hfpipe.scores.wording import describe, loss_words, share_words, with_interval
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -189,6 +189,7 @@ def _facts(where: Point) -> dict[str, Any]:
     for key, estimate in (("gain", where.gain), ("forgetting", where.forgetting)):
         facts[key] = estimate.value if estimate else None
         facts[f"{key}_stderr"] = estimate.stderr if estimate else None
+        facts[f"{key}_interval"] = estimate.interval if estimate else None
     return facts | {"inside": not where.over}
 
 
@@ -219,7 +220,7 @@ def verdict(found: dict[str, Any]) -> str:
         told += " is the largest inside the budgets; every suite has one, so there is no gain to compare"
     else:
         told += " gains most inside the budgets"
-    gain, loss = (_estimate(points[best], key) for key in ("gain", "forgetting"))
+    gain, loss = (estimate_of(points[best], key) for key in ("gain", "forgetting"))
     if gain is not None:
         told += f": gain {with_interval(*share_words(gain))}"
     if loss is not None:
@@ -232,10 +233,6 @@ def verdict(found: dict[str, Any]) -> str:
     return f"{told}."
 
 
-def _estimate(one: dict[str, Any], key: str) -> Estimate | None:
-    return None if one[key] is None else Estimate(one[key], one[f"{key}_stderr"])
-
-
 def _no_less(one: dict[str, Any], best: dict[str, Any]) -> bool:
     """Returns True if a strength gains as much as the best one within the standard error of the best one's gain."""
     return one["gain"] is not None and best["gain"] - one["gain"] <= best["gain_stderr"]
@@ -244,7 +241,10 @@ def _no_less(one: dict[str, Any], best: dict[str, Any]) -> bool:
 def lines_of(found: dict[str, Any]) -> list[str]:
     """A dial as lines of text: a strength each, and the verdict."""
     cells = [
-        (with_interval(*share_words(_estimate(one, "gain"))), with_interval(*loss_words(_estimate(one, "forgetting"))))
+        (
+            with_interval(*share_words(estimate_of(one, "gain"))),
+            with_interval(*loss_words(estimate_of(one, "forgetting"))),
+        )
         for one in found["points"]
     ]
     first, second = (max(map(len, side)) for side in zip(("gain", "forgetting"), *cells, strict=True))

@@ -17,8 +17,8 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hfpipe.recipe.metric_table import SHARE_METRICS
-from hfpipe.scores.scorecard import Score, Z
-from hfpipe.scores.tradeoff import Point
+from hfpipe.scores.scorecard import Score
+from hfpipe.scores.tradeoff import Estimate, Point, estimate_of
 
 INK = "#010203"  # drawn in this colour, written as currentColor: right on a light and on a dark page
 BLUE, ORANGE = "#3b76d6", "#d9742b"
@@ -219,7 +219,8 @@ def _tradeoff(stages: Sequence[Placed], title: str, *, line: bool = False) -> st
             }
             how = {"full": " (all weights)", "": ""}.get(one.method, f" ({one.method})")
             name = f"{cut(one.stage)}{how}"
-            axes.errorbar(loss.value, gain.value, Z * gain.stderr, Z * loss.stderr, ls="none", label=name, **look)
+            up, right = ([[arm] for arm in _arms(estimate)] for estimate in (gain, loss))
+            axes.errorbar(loss.value, gain.value, up, right, ls="none", label=name, **look)
             told.append(f"{one.stage}: gain {gain.value:.1%}, forgetting {loss.value:.1%}")
         if line:
             axes.plot(*zip(*undominated(places), strict=True), color=INK, alpha=0.4, linewidth=1, zorder=0)
@@ -254,8 +255,11 @@ def dial_plots(dial: dict[str, Any]) -> list[str]:
         axes = figure.subplots()
         at = [one["strength"] for one in points]
         for key, color in lines:
-            values, errors = [one[key] for one in points], [Z * one[f"{key}_stderr"] for one in points]
-            axes.errorbar(at, values, errors, color=color, marker="o", markersize=4, capsize=3, label=key)
+            values = [one[key] for one in points]
+            errors = [_arms(estimate) for one in points if (estimate := estimate_of(one, key))]
+            axes.errorbar(
+                at, values, [*zip(*errors, strict=True)], color=color, marker="o", markersize=4, capsize=3, label=key
+            )
         if dial["best"] is not None:
             axes.axvline(dial["best"], color=INK, linestyle=":", linewidth=1, label=f"best: {dial['best']:g}")
         axes.set(xlabel="strength", title=cut(dial["stage"]))
@@ -266,6 +270,12 @@ def dial_plots(dial: dict[str, Any]) -> list[str]:
         if len(lines) == 2:
             plots.append(_curve(dial))
     return plots
+
+
+def _arms(one: Estimate) -> tuple[float, float]:
+    """How far the 95 % interval of an estimate reaches down and up."""
+    low, high = one.interval or (one.value, one.value)
+    return one.value - low, high - one.value
 
 
 def _curve(dial: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from hfpipe.report.cures import cured_sentence
 from hfpipe.report.layout import Cell, Number, Section, Table
 from hfpipe.report.plots import Placed, dial_plots, tradeoff_plots
 from hfpipe.scores.scorecard import Score, of_lineage, stages_of
-from hfpipe.scores.tradeoff import Comparison, Estimate, Key, compare, kept_keys, kept_suites, point, scales_of
+from hfpipe.scores.tradeoff import Comparison, Key, compare, estimate_of, kept_keys, kept_suites, point, scales_of
 from hfpipe.scores.wording import loss_words, number, share_words, with_interval
 
 
@@ -139,8 +139,3 @@ def dial_section(dial: dict[str, Any]) -> Section:
     note = f"Strength 0 is {dial['parent']}, 1 is {dial['stage']} as trained; between them {how}. {dial['verdict']}"
     head = ["strength", "budget", Number("gain"), Number("forgetting"), *shown]
     return Section(f"The dial: {dial['stage']}", Table(head, rows), [note], dial_plots(dial))
-
-
-def estimate_of(one: Mapping[str, Any], key: str) -> Estimate | None:
-    """The gain or the forgetting of a point of dial.json."""
-    return None if one[key] is None else Estimate(one[key], one[f"{key}_stderr"])

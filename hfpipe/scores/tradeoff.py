@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from hfpipe.recipe.config import Suite
 from hfpipe.recipe.metric_table import BIAS_METRICS, FULL_MARKS
@@ -21,25 +22,41 @@ from hfpipe.scores.scorecard import BASE, Change, Key, Score, Z, change_since, f
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of relative changes and its standard error, in shares.
+    """A mean of relative changes, its standard error and its 95 % interval, in shares.
 
-    The errors of the metrics of one suite are taken as if they went together, those of two suites as independent.
+    The errors of the metrics of one suite are taken as if they went together, those of two suites as independent. The
+    ends of the intervals are averaged likewise, each by its distance from the value (Zou and Donner 2008), so that a
+    mean of one change has the interval of that change.
+
+    Args:
+        value: The mean.
+        stderr: Its standard error; 0 where none is known.
+        ends: The ends of its interval; worked out of the error when None.
     """
 
     value: float
     stderr: float
+    ends: tuple[float, float] | None = None
 
     @property
     def beyond_noise(self) -> bool:
-        return abs(self.value) > Z * self.stderr
+        return self.value != 0 and (self.interval is None or not self.interval[0] <= 0 <= self.interval[1])
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval; None where no error is known."""
-        return (self.value - Z * self.stderr, self.value + Z * self.stderr) if self.stderr else None
+        if self.ends is not None or not self.stderr:
+            return self.ends
+        return self.value - Z * self.stderr, self.value + Z * self.stderr
 
     def __neg__(self) -> Estimate:
-        return Estimate(-self.value, self.stderr)
+        return Estimate(-self.value, self.stderr, None if self.ends is None else (-self.ends[1], -self.ends[0]))
+
+
+def estimate_of(one: Mapping[str, Any], key: str) -> Estimate | None:
+    """The gain or the forgetting of a point of dial.json."""
+    ends = one.get(f"{key}_interval")  # not in a dial of an earlier version
+    return None if one[key] is None else Estimate(one[key], one[f"{key}_stderr"], tuple(ends) if ends else None)
 
 
 @dataclass(frozen=True)
@@ -136,16 +153,22 @@ def scales_of(scores: Iterable[Score]) -> dict[Key, float]:
     return scales
 
 
-def _mean(found: Iterable[tuple[str, float, float]]) -> Estimate | None:
-    """The mean of (suite, value, error): metrics are averaged in their suite, then suites with one another."""
-    by_suite: dict[str, list[tuple[float, float]]] = {}
-    for suite, value, error in found:
-        by_suite.setdefault(suite, []).append((value, error))
+def _mean(found: Iterable[tuple[Change, float]]) -> Estimate | None:
+    """The mean of the gains, each by its scale: metrics are averaged in their suite, then suites with one another."""
+    by_suite: dict[str, list[tuple[float, float, float, float]]] = {}
+    for change, scale in found:
+        gain = change.gain
+        low, high = change.interval or (gain, gain)
+        sizes = (gain, change.stderr, gain - low, high - gain)
+        by_suite.setdefault(change.after.suite, []).append(tuple(size / scale for size in sizes))  # type: ignore[arg-type]
     if not by_suite:
         return None
-    values = [fmean(value for value, _ in rows) for rows in by_suite.values()]
-    errors = [fmean(error for _, error in rows) for rows in by_suite.values()]
-    return Estimate(fmean(values), math.hypot(*errors) / len(errors))
+    values, errors, below, above = zip(
+        *(map(fmean, zip(*rows, strict=True)) for rows in by_suite.values()), strict=True
+    )
+    value = fmean(values)
+    error, under, over = (math.hypot(*sizes) / len(sizes) for sizes in (errors, below, above))
+    return Estimate(value, error, (value - under, value + over) if under or over else None)
 
 
 def point(
@@ -199,7 +222,7 @@ def _told_once(changes: Iterable[Change]) -> list[Change]:
 def _gain(changes: Iterable[Change], scales: Mapping[Key, float]) -> Estimate | None:
     finite = [change for change in _told_once(changes) if math.isfinite(change.gain)]
     shares = [(change, scales.get(change.after.key) or 1.0) for change in finite]
-    return _mean((change.after.suite, change.gain / scale, change.stderr / scale) for change, scale in shares)
+    return _mean(shares)
 
 
 def _loss(changes: Iterable[Change], scales: Mapping[Key, float] | None = None) -> Estimate | None:
@@ -207,8 +230,9 @@ def _loss(changes: Iterable[Change], scales: Mapping[Key, float] | None = None) 
     for change in (change for change in _told_once(changes) if math.isfinite(change.gain)):
         size = (scales or {}).get(change.after.key) or abs(change.before.value) or abs(change.gain) or 1.0
         size = 1.0 if change.after.ideal is not None else size  # a budget is how much further from the ideal it may be
-        found.append((change.after.suite, -change.gain / size, change.stderr / size))
-    return _mean(found)
+        found.append((change, size))
+    mean = _mean(found)
+    return None if mean is None else -mean
 
 
 @dataclass(frozen=True)
