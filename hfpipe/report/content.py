@@ -195,20 +195,17 @@ def _training_section(folder: Path, recipe: Recipe) -> Section | None:
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
         if facts := read_json(place / "done.json"):
-            lost, data = facts.get("last_loss"), facts["data"]
-            counts = [f"{data[name]:,}" if name in data else "" for name in ("rows", "documents", "tokens")]
+            lost = facts.get("last_loss")
+            how = f"{stage.kind}, {how_trained(stage)}"
             loss = "" if lost is None else number(lost)
-            rows.append(
-                [stage.name, f"{stage.kind}, {how_trained(stage)}", facts["parent"], f"{facts['steps']:,}", loss]
-            )
-            rows[-1] += counts
+            rows.append([stage.name, how, facts["parent"], f"{facts['steps']:,}", loss])
         log = read_jsonl(place / "log.jsonl") if (place / "log.jsonl").exists() else []
         if losses := [entry for entry in log if "loss" in entry]:
             unit = "" if stage.kind == "classification" else "nats per token"
             steps, values = ([entry[key] for entry in losses] for key in ("step", "loss"))
             plots.append(loss_curve(stage.name, steps, values, unit))
-    counted = map(Number, ("steps", "last loss", "rows", "documents", "tokens"))
-    return Section("Training", Table(["stage", "kind", "from", *counted], rows), plots=plots) if rows else None
+    head = ["stage", "kind", "from", Number("steps"), Number("last loss")]
+    return Section("Training", Table(head, rows), plots=plots) if rows else None
 
 
 def environment_section(facts: Mapping[str, Any], recipe: Recipe | None = None) -> Section | None:

@@ -68,7 +68,9 @@ def _data_section(folder: Path, recipe: Recipe) -> Section | None:
         data = read_json(folder / "stages" / stage.name / "done.json").get("data", {})
         for name, facts in data.get("sources", {}).items():
             path = name.partition(": ")[2] + (" (replayed)" if facts.get("replayed") else "")
-            counts = [f"{facts[key]:,}" if key in facts else "" for key in ("rows", "documents", "epochs")]
+            trained = _trained_on(facts)
+            counts = [f"{facts['rows']:,}", "" if trained is None else f"{trained:,}"]
+            counts.append(f"{facts['epochs']:,}" if "epochs" in facts else "")
             share = percent(facts["token_share"]) if "token_share" in facts else ""
             rows.append([path, stage.name, *counts, share])
             rows[-1] += [_tallied(facts, kind) for kind in ("dirty", "mended", "removed")]
@@ -77,7 +79,14 @@ def _data_section(folder: Path, recipe: Recipe) -> Section | None:
             waste.append(f"{stage.name}: {cut} of the documents go on in another row, {padding} padding.")
     counted = map(Number, ("rows read", "documents trained on", "epochs", "share of tokens"))
     head = ["source", "stage", *counted, "left out", "cut or repaired", "removed"]
-    return Section("Data", Table(head, rows), waste) if rows else None
+    return Section("Data", _without_empty_columns(Table(head, rows)), waste) if rows else None
+
+
+def _trained_on(facts: Mapping[str, Any]) -> int | None:
+    """The documents of a source that were trained on, one that was read in two epochs twice; None if unknown."""
+    if "documents" in facts or "epochs" not in facts:
+        return facts.get("documents")
+    return round((facts["rows"] - sum(facts.get("dirty", {}).values()) - facts.get("untrained", 0)) * facts["epochs"])
 
 
 def _kept_section(folder: Path, recipe: Recipe) -> Section | None:

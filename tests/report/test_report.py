@@ -160,6 +160,41 @@ def test_numbers_of_the_price_are_those_of_the_scorecard(tmp_path: Path) -> None
         assert cells[2] == ["lora", "inside", "40.0 % 39.2 to 40.8 %", "2.0 % 1.2 to 2.8 %", "LoRA", "prose"]
 
 
+def test_a_change_has_one_interval_wherever_it_stands(tmp_path: Path) -> None:
+    """Also where the interval is wider on one side, and Student's t is wider than the normal."""
+    run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
+    rows = json.loads((run / "scorecard.json").read_text())
+    for row in rows:
+        row["n"] = 20
+        for stage in row["paired"]:
+            before = next(r["value"] for r in rows if (r["stage"], r["suite"]) == (stage, row["suite"]))
+            ends = {"low": row["value"] - before - 0.021, "high": row["value"] - before + 0.013}
+            row["paired"][stage] = {"stderr": 0.004, "p": 0.001, **ends}
+    (run / "scorecard.json").write_text(json.dumps(rows))
+    assert main(["report", str(run)]) == 0
+    for name in ("report.html", "report.md"):
+        tables = read(run / name).tables
+        changes = {(row[0].split()[0], row[1]): row[3] for row in tables["What each stage did"][1:]}
+        for stage, _, gain, forgetting, *_ in tables["Gain against forgetting"][1:]:
+            if stage != "prose":
+                assert re.findall(r"[\d.]+", gain) == re.findall(r"[\d.]+", changes["sounds", stage])
+                assert re.findall(r"[\d.]+", forgetting) == re.findall(r"[\d.]+", changes["general", stage])
+
+
+def test_no_column_stands_empty_for_a_fine_tuned_stage(tmp_path: Path) -> None:
+    run = made_up(tmp_path, START | {"full": {"general": 1.2, "sounds": 0.8}, "lora": {"general": 1.02, "sounds": 0.6}})
+    facts = {"rows": 50, "dirty": {"empty": 2}, "untrained": 3, "epochs": 2.0, "token_share": 1.0}
+    done = {"hash": "x", "parent": "prose", "steps": 6, "last_loss": 1.5, "data": {"sources": {"0: my.jsonl": facts}}}
+    (run / "stages/full").mkdir(parents=True)
+    (run / "stages/full/done.json").write_text(json.dumps(done))
+    assert main(["report", str(run)]) == 0
+    for name in ("report.html", "report.md"):
+        for title in ("Training", "Data"):
+            _, row = read(run / name).tables[title]
+            assert all(row), (title, row)
+        assert "90" in read(run / name).tables["Data"][1]  # documents trained on: 45 of them, twice
+
+
 def dial_of(best: float | None) -> dict:
     """A dial.json of three strengths."""
     points = []
