@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, concatenate_datasets, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
 from hfpipe.core import display, ranks
 from hfpipe.core.errors import DataError, RecipeError
@@ -25,7 +24,7 @@ from hfpipe.data.sources.errors import friendly
 from hfpipe.data.sources.files import FileGroup, file_groups, local_path
 from hfpipe.data.sources.formats import Kind, Rows, Taken, require_column, to_format
 from hfpipe.data.sources.line_files import by_byte_range
-from hfpipe.data.sources.parquet import TABLE_ROWS, by_row_group
+from hfpipe.data.sources.parquet import by_row_group
 from hfpipe.data.sources.row_filter import RowFilter
 from hfpipe.data.sources.sharded_files import stream_range
 from hfpipe.data.swaps import augmented
@@ -270,15 +269,6 @@ def _features_of(rows: Rows, source: Source) -> Features:
 
 
 def load(path: str, **arguments: Any) -> Dataset | IterableDataset:
-    """`load_dataset`, with a stream of files as `SharedFiles` where its builder is one of files.
-
-    Files may begin with a row group of no rows, as pandas writes an empty table. For a table `datasets` reads as many
-    rows at a time as the first row group holds, and Arrow refuses to read none.
-    """
-    try:
-        rows = load_dataset(path, **arguments)
-    except DatasetGenerationError as error:
-        if not str(error.__cause__).startswith("BatchSize must be greater than 0"):
-            raise
-        rows = load_dataset(path, **arguments, batch_size=TABLE_ROWS)
+    """`load_dataset`, with a stream of files as `SharedFiles` where its builder is one of files."""
+    rows = load_dataset(path, **arguments)
     return by_byte_range(by_row_group(rows)) if isinstance(rows, IterableDataset) else rows

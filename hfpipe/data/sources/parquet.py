@@ -9,9 +9,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import parquet
 
 from hfpipe.core.upstream import examples_of, file_builder_of, with_examples
+from hfpipe.data.sources.builders import TABLE_ROWS
 from hfpipe.data.sources.sharded_files import SharedFiles, Tables
-
-TABLE_ROWS = 1_000  # read at a time: a row group may be a whole file
 
 
 class RowGroups(SharedFiles):

@@ -16,12 +16,15 @@ import datasets
 from datasets import Dataset, DatasetBuilder, IterableDataset
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.text.text import Text
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from hfpipe.core.upstream import builder_names, count_no_load
 from hfpipe.data.sources import decoding
 from hfpipe.data.sources.builders import base, csv, json, text
 
+TABLE_ROWS = 1_000  # of Parquet read at a time: a row group may be a whole file
 READERS: dict[type[DatasetBuilder], type[base.FileBuilder]] = {
     Csv: csv.CsvFiles,
     Json: json.JsonFiles,
@@ -52,14 +55,27 @@ def _load_dataset(path: str, arguments: dict[str, Any]) -> Dataset | IterableDat
     own = {name: value for name, value in arguments.items() if name not in OF_LOADING}
     builder = datasets.load_dataset_builder(path, **own)
     reader = next((ours for theirs, ours in READERS.items() if isinstance(builder, theirs)), None)
-    if reader is None:
+    if reader is not None:
+        builder = _as(reader, builder, own)
+    elif isinstance(builder, Parquet) and not arguments.get("streaming"):
+        _read_in_parts(builder.config)
+    else:
         return datasets.load_dataset(path, **arguments)
-    ours = _as(reader, builder, own)
     if arguments.get("streaming"):
-        return ours.as_streaming_dataset(split=arguments["split"])
+        return builder.as_streaming_dataset(split=arguments["split"])
     words = ("download_config", "download_mode", "verification_mode", "num_proc", "storage_options")
-    ours.download_and_prepare(**{word: arguments[word] for word in words if arguments.get(word) is not None})
-    return ours.as_dataset(split=arguments["split"], in_memory=bool(arguments.get("keep_in_memory")))
+    builder.download_and_prepare(**{word: arguments[word] for word in words if arguments.get(word) is not None})
+    return builder.as_dataset(split=arguments["split"], in_memory=bool(arguments.get("keep_in_memory")))
+
+
+def _read_in_parts(config: Any) -> None:
+    """Lets a table of Parquet files be made in flat memory, under the name in the cache that `datasets` gives it.
+
+    By default Arrow holds the bytes of a whole file, and `datasets` reads as many rows at a time as the first row group
+    has: all of a file of one group, and none (an error) where it begins with an empty one, as pandas writes it.
+    """
+    config.batch_size = config.batch_size or TABLE_ROWS
+    config.fragment_scan_options = config.fragment_scan_options or ParquetFragmentScanOptions(pre_buffer=False)
 
 
 def _as(reader: type[base.FileBuilder], builder: DatasetBuilder, arguments: dict[str, Any]) -> base.FileBuilder:
