@@ -210,6 +210,7 @@ class TokenStore:
         empty = path.stat().st_size == 0
         reader = None if empty else pa.ipc.open_file(self._file)
         self._mapped = pa.py_buffer(b"") if empty else self._file.read_buffer()
+        self._read = 0
         self._blocks: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
         lengths, sizes, self.tokens = [np.zeros(0, np.int32)], [0], 0
         for number in range(reader.num_record_batches if reader is not None else 0):
@@ -224,16 +225,34 @@ class TokenStore:
             lengths.append(
                 np.sum([np.diff(offsets) for name, (offsets, _) in block.items() if name not in _NO_TOKENS], axis=0)
             )
+            self._touched(len(block))
         self._begins = np.cumsum(sizes)
         self.lengths = np.concatenate(lengths).astype(np.int32)[:rows]
+
+    def _touched(self, places: int, size: int = 0) -> bool:
+        """Counts what was read at some places of the file; returns True if the pages of all were given back now.
+
+        Args:
+            places: How many.
+            size: Their bytes together, beyond what Linux maps around each.
+        """
+        self._read += places * _MAPPED_AT_ONCE + size
+        if self._read <= _RELEASED_EVERY:
+            return False
         self._read = 0
+        _release(self._mapped.address, self._mapped.size)
+        return True
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def longest(self, column: str) -> int:
         """Returns the tokens of the longest list of a column."""
-        return max((int(np.diff(block[column][0]).max()) for block in self._blocks), default=0)
+        longest = 0
+        for block in self._blocks:
+            longest = max(longest, int(np.diff(block[column][0]).max()))
+            self._touched(1)
+        return longest
 
     def lists(self, column: str) -> Iterator[np.ndarray]:
         """Yields the lists of a column, row by row."""
@@ -241,6 +260,7 @@ class TokenStore:
             offsets, values = block[column]
             for begin, end in pairwise(offsets.tolist()):
                 yield values[begin:end]
+            self._touched(1, values.nbytes)
 
     def first(self, rows: int) -> TokenStore:
         """Returns the first rows alone."""
@@ -254,6 +274,7 @@ class TokenStore:
             offsets, runs = block["trained"]
             runs = runs[offsets[0] : offsets[min(left, len(offsets) - 1)]]
             count += int((runs[1::2] - runs[::2]).sum())
+            self._touched(2)
             left = max(0, left - len(offsets) + 1)
         return count
 
@@ -270,11 +291,8 @@ class TokenStore:
             for begin, end in runs.reshape(-1, 2):
                 labels[begin:end] = row["input_ids"][begin:end]
             row["labels"] = labels
-        self._read += len(row) * _MAPPED_AT_ONCE + row["input_ids"].nbytes
-        if self._read > _RELEASED_EVERY:
+        if self._touched(len(row), row["input_ids"].nbytes):
             row = {name: np.array(values) for name, values in row.items()}
-            self._read = 0
-            _release(self._mapped.address, self._mapped.size)
         return row
 
 

@@ -12,7 +12,7 @@ from hfpipe.data.token_store import TokenStore
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system tells nothing of its maps")
 def test_tokens_that_were_read_leave_the_memory(tmp_path: Path) -> None:
-    """A process that reads 160 MB of tokens, in whatever order, holds at most 80 MB of them."""
+    """A process that opens or reads 160 MB of tokens, in whatever order, holds at most 80 MB of them."""
     tokens = np.zeros(400, np.int32)
 
     def mapped() -> int:
@@ -25,9 +25,13 @@ def test_tokens_that_were_read_leave_the_memory(tmp_path: Path) -> None:
     runs = pa.ListArray.from_arrays(np.arange(0, 2 * 100_001, 2, dtype=np.int32), np.tile(np.int32([0, 400]), 100_000))
     table = pa.table({"input_ids": lists, "trained": runs})
     with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+        writer.write_table(table, max_chunksize=100)
     del table, lists, runs
-    store, before, most = TokenStore(tmp_path / "t.arrow"), mapped(), 0
+    before = mapped()
+    store = TokenStore(tmp_path / "t.arrow")
+    most = mapped()
+    assert (store.longest("input_ids"), store.trained) == (400, 400 * 100_000)
+    most = max(most, mapped())
     for count, number in enumerate(np.random.default_rng(0).permutation(len(store))):
         store[int(number)]["labels"].sum()
         if count % 203 == 0:
