@@ -187,6 +187,9 @@ def _writing_commands(command: AddCommand) -> None:
     new.add_argument("--task", metavar="TASK", help="chat, instructions, pretrain, classification or translation")
     text = "what columns of other names are, e.g. prompt=Frage,completion=Antwort"
     new.add_argument("--columns", metavar="ROLE=COLUMN,...", help=text)
+    new.add_argument(
+        "--format", metavar="NAME", help="what the rows are (docs/data.md), where their columns fit several"
+    )
     new.add_argument("--hardware", metavar="WHAT", help="cpu, or the memory of one GPU such as 24GB")
     new.add_argument("-o", "--output", metavar="RECIPE", help="a file to write; NAME-OF-THE-DATA.yaml when absent")
     convert = command("convert", "write a recipe from a config of another tool")

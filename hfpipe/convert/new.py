@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hfpipe.convert.command import name_of
 from hfpipe.convert.render import render
 from hfpipe.convert.words import CHATML, is_file, turns
 from hfpipe.core.errors import RecipeError, UserError
+from hfpipe.recipe.faults import did_you_mean, listed
 
 LOOKED_AT = 1000  # rows
 TASKS = {
@@ -39,6 +41,7 @@ _QUESTIONS = {
     "task": f"What it shall learn ({', '.join(TASKS)})",
     "hardware": "Where it is trained: cpu, or the memory of one GPU such as 24GB",
     "output": "Where the recipe goes",
+    "format": "What the rows are",
 }
 _METRICS = {"classification": ["accuracy", "f1"], "translation": ["chrf"]}
 _RATES = {"lora": 2e-4, "pretrain": 2e-5, "full": 2e-5}
@@ -59,6 +62,7 @@ class Look:
         columns: The data's column for each of the format's.
         repeats: Rows that stood there before.
         alike: Whether one half of the rows has some that the other half has too, or nearly.
+        others: Other formats that the columns fit.
     """
 
     format: str
@@ -71,13 +75,15 @@ class Look:
     columns: Mapping[str, str]
     repeats: int = 0
     alike: bool = False
+    others: tuple[str, ...] = ()
 
 
 def run(answers: Mapping[str, str | None]) -> None:
     """Asks what the flags do not say, looks at the data, and writes the recipe.
 
     Args:
-        answers: `data`, `model`, `task`, `columns`, `hardware`, `output`; None where the command line does not say it.
+        answers: `data`, `model`, `task`, `columns`, `format`, `hardware`, `output`; None where the command line does
+            not say it.
 
     Raises:
         RecipeError: An answer is missing and there is nobody to ask, is none of the allowed, or the file exists.
@@ -94,10 +100,10 @@ def run(answers: Mapping[str, str | None]) -> None:
     data = answers.get("data") or _ask("data")
     model = answers.get("model") or _ask("model")
     _require_model(model)
-    source = _source(data, answers.get("columns"))
+    source = _source(data, answers.get("columns"), answers.get("format"))
     if (task := answers.get("task")) not in (None, *TASKS):
         raise RecipeError(f"found {task!r} as the task; allowed is one of {', '.join(TASKS)}.")
-    look = look_at(source, task)
+    look = _looked_at(source, task)
     guess = task_of(look)
     task = task or (_ask("task", guess) if asking else guess)
     found = found_hardware()
@@ -130,24 +136,49 @@ def _require_model(model: str) -> None:
         raise RecipeError(f"there is no folder {model}. Name a folder with a model, or its id on the Hub.")
 
 
-def _source(data: str, columns: str | None) -> dict[str, Any]:
+def _looked_at(source: dict[str, Any], task: str | None) -> Look:
+    """A look at the rows; which of several formats they are is asked at a terminal, and is then kept in the source."""
+    from hfpipe.data.sources.formats import SeveralFormats
+
+    try:
+        return look_at(source, task)
+    except SeveralFormats as error:
+        words = " or ".join(f"--format {name}" for name in error.names)
+        if not sys.stdin.isatty():
+            raise SeveralFormats(error.found, error.names, f"Add {words}.") from error
+        print(error.found)
+        while source.get("format") not in error.names:
+            source["format"] = _ask("format", error.names[0])
+        return look_at(source, task)
+
+
+def _source(data: str, columns: str | None, format: str | None) -> dict[str, Any]:
     """The source of a file, a folder or a data set of the Hub, and what its columns are, as the command line says it.
 
     Raises:
-        RecipeError: A path is named that is not there, or the columns are not written as they should be.
+        RecipeError: A path is named that is not there, the columns are not written as they should be, or there is no
+            such format.
     """
+    from hfpipe.recipe.row_formats import ROW_FORMATS
+
     if is_file(data) and not Path(data).expanduser().exists():
         raise RecipeError(
             f"there is no file {data}. Name a file, a folder, or a data set of the Hub such as openai/gsm8k."
         )
+    if format is not None and format not in ROW_FORMATS:
+        known = [name for name, one in ROW_FORMATS.items() if (one.becomes or name) in {*chain(*_FORMATS.values())}]
+        raise RecipeError(
+            f"--format {format}: there is no such format; there are {listed(known)}.{did_you_mean(format, known)}"
+        )
+    source = {"path": data} if format is None else {"path": data, "format": format}
     if columns is None:
-        return {"path": data}
+        return source
     pairs = [pair.partition("=") for pair in columns.split(",")]
     if not all(role and column for role, _, column in pairs):
         raise RecipeError(
             f"found --columns {columns}; allowed is ROLE=COLUMN,..., as in prompt=Frage,completion=Antwort."
         )
-    return {"path": data, "columns": {role.strip(): column.strip() for role, _, column in pairs}}
+    return {**source, "columns": {role.strip(): column.strip() for role, _, column in pairs}}
 
 
 def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
@@ -168,9 +199,10 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
         words = ",".join(f"{role}={column}" for role, column in error.example.items())
         remedy = f"Say which column is which: --columns {words}, with the columns that are meant."
         raise UnknownColumns(error.found, error.example, remedy) from error
-    if task is None and opened.taken.format.name == "text":
+    others = opened.taken.others
+    if task is None and "format" not in source and opened.taken.format.name == "text":
         with suppress(UserError):  # a text without a label
-            opened = _opened(source, ("classification",))
+            opened, others = _opened(source, ("classification",)), (*others, "text")
     from hfpipe.data.cleaning.contamination import SuiteIndex
     from hfpipe.recipe.row_formats import text_of
 
@@ -185,7 +217,7 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     end, why = format.becomes or format.name, f"columns {', '.join(columns.values())}"
     repeats, shared = len(texts) - len(set(texts)), SuiteIndex(rows[::2]).look_in(rows[1::2])
     alike = bool(repeats or shared.exact or shared.partly)
-    return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats, alike)
+    return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats, alike, others)
 
 
 def _opened(source: Mapping[str, Any], kinds: tuple[str, ...] | None) -> Any:
@@ -254,6 +286,7 @@ def build(
     elif task == "chat" and look.format in _ASKED:
         question, answer = (f"{{{look.columns[name]}}}" for name in _ASKED[look.format])
         source.pop("columns", None)
+        source.pop("format", None)
         source["template"] = turns(question, answer)
     fitting = _FORMATS[kind]
     if look.end not in fitting:
@@ -318,6 +351,11 @@ def _head(name: str, source: Mapping[str, Any], task: str, look: Look, length: i
         f"99 of 100 have at most {look.characters[1]:,}: rows of {length} tokens. Letters are mostly "
         f"{look.script if look.script == 'CJK' else look.script.capitalize()}.",
     ]
+    if look.others:
+        words = " or ".join(f"--format {name}" for name in look.others)
+        lines.append(
+            f"The columns fit {listed(look.others)} too; if that is meant, make the recipe again with {words}."
+        )
     if look.labels:
         counts = ", ".join(f"{label} {count}" for label, count in Counter(look.labels).most_common(8))
         lines.append(f"Labels: {counts}{' and others' if len(look.labels) > 8 else ''}.")

@@ -192,3 +192,57 @@ def test_a_file_with_a_chinese_name_and_chinese_columns_becomes_a_recipe(
     assert main([*command, "--columns", "prompt=问题,completion=回答"]) == 0
     assert "Letters are mostly CJK." in capsys.readouterr().out
     assert main(["check", "--fast", "my-data.yaml"]) == 0
+
+
+BOTH: dict[str, Any] = {"prompt": "1 + 1 =", "response": " 2", "instruction": "Add one and one.", "output": "2"}
+
+
+def test_rows_that_two_formats_fit_equally_are_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["new", "--data", written(tmp_path, [BOTH] * 30), "--model", "team/base-1B"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "can be read as prompt_completion" in said
+    assert "Add --format prompt_completion or --format alpaca." in said
+    assert main([*command, "--format", "alpacca"]) == 2
+    assert "Did you mean alpaca?" in capsys.readouterr().err
+    assert main([*command, "--format", "alpaca", "-o", "said.yaml"]) == 0
+    answers = iter(["what", "alpaca"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    assert main([*command, "-o", "asked.yaml"]) == 0
+    for name in ("said.yaml", "asked.yaml"):
+        recipe = yaml.safe_load((tmp_path / name).read_text())
+        assert recipe["stages"][0]["data"][0]["format"] == recipe["evaluate"]["held-out"]["data"]["format"] == "alpaca"
+        assert main(["check", "--fast", name]) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "taken", "other"),
+    [
+        ({"text": "It is fine.", "label": "good"}, "text_label", "text"),
+        ({"text": "It is fine.", "question": "Is it?", "answer": "Yes."}, "text", "question_answer"),
+    ],
+)
+def test_another_format_that_fits_is_told_with_the_word_for_it(
+    row: dict[str, str],
+    taken: str,
+    other: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{name: f"{value} {n % 2 if name == 'label' else n}" for name, value in row.items()} for n in range(30)]
+    command = ["new", "--data", written(tmp_path, rows), "--model", "team/base-1B"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"30 rows of {taken}" in said
+    assert f"make the recipe again with --format {other}" in said
+    assert main([*command, "--format", other, "-o", "other.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert f"30 rows of {other}" in said
+    assert "fit" not in said.split("wrote")[0]
+    assert main(["check", "--fast", "other.yaml"]) == 0

@@ -65,6 +65,23 @@ class UnknownColumns(DataError):
         return type(self), (self.found, self.example, self.remedy)  # ranks tell each other
 
 
+class SeveralFormats(RecipeError):
+    """The columns of a source fit several formats equally.
+
+    Args:
+        found: The source, and the formats that it can be read as.
+        names: Their names.
+        remedy: How one says which is meant.
+    """
+
+    def __init__(self, found: str, names: tuple[str, ...], remedy: str) -> None:
+        super().__init__(f"{found} {remedy}")
+        self.found, self.names, self.remedy = found, names, remedy
+
+    def __reduce__(self) -> tuple[type[SeveralFormats], tuple[str, tuple[str, ...], str]]:
+        return type(self), (self.found, self.names, self.remedy)
+
+
 @dataclass(frozen=True)
 class Taken:
     """The format that a source was taken for, and why.
@@ -74,12 +91,14 @@ class Taken:
         columns: Its column for each of the format's, without those that a template builds.
         why: The reason, for a person.
         files: The files that it is read from, for a person, where their kinds were found out.
+        others: The formats that other columns of it fit, and that come after this one.
     """
 
     format: RowFormat
     columns: Mapping[str, str]
     why: str
     files: str = ""
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         becomes = self.format.becomes
@@ -217,10 +236,13 @@ def _taken_for(rows: Rows, asked_for: _Asked) -> Taken:
     if len(equal) > 1 and not named:
         found = " and ".join(f"{name} ({listed(fitting[name].values())})" for name in equal)
         words = " or ".join(f"`format: {name}`" for name in equal)
-        raise RecipeError(f"source {source.path!r} can be read as {found}, and both fit equally. Write {words}.")
+        told = f"source {source.path!r} can be read as {found}, and both fit equally."
+        raise SeveralFormats(told, tuple(equal), f"Write {words}.")
     name = equal[0]
     why = f"columns {listed(fitting[name].values())}" if not named else f"the recipe gives {listed(sorted(named))}"
-    return Taken(ROW_FORMATS[name], fitting[name], why)
+    own = {*fitting[name].values()}
+    others = tuple(one for one, columns in fitting.items() if not {*columns.values()} <= own)
+    return Taken(ROW_FORMATS[name], fitting[name], why, others=others)
 
 
 def _as_said(format: RowFormat, asked_for: _Asked) -> Taken:
