@@ -122,7 +122,7 @@ def merge(options: argparse.Namespace) -> None:
         with display.doing(IMPORTING):
             from hfpipe.pipeline.merge import merge_run
 
-        display.say(str(merge_run(folder, options.stage)), "result")
+        display.say(str(merge_run(folder, options.stage, options.dtype)), "result")
 
 
 def dial(options: argparse.Namespace) -> None:

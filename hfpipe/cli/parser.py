@@ -114,6 +114,8 @@ def _scoring_commands(command: AddCommand) -> None:
         "merge", "merge the adapter of a run into its base, and verify the merged model against the adapter", "RUN"
     )
     merge.add_argument("--stage", help="which adapter; the last one when absent")
+    text = "precision of the merged weights; the recipe's merge.dtype, or that of the base's files, when absent"
+    merge.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help=text)
     dial = command(
         "dial", "score a stage at strengths from 0 (its parent) to 1, and choose the best inside the budgets", "RUN"
     )

@@ -58,7 +58,7 @@ class Merged:
             is no choice.
         loss: What the merged model, loaded again, loses against the adapter as it was trained, in nats per token.
         difference: Largest difference of log-probabilities to the same adapter before the merge, in nats.
-        dtype: Precision of the merged weights, that of the base.
+        dtype: Precision of the merged weights.
     """
 
     base: str
@@ -69,7 +69,12 @@ class Merged:
 
 
 def merge_adapter(
-    adapter: ModelRef, tokenizer: Any, folder: Path, texts: Sequence[ProbeText], max_loss: float
+    adapter: ModelRef,
+    tokenizer: Any,
+    folder: Path,
+    texts: Sequence[ProbeText],
+    max_loss: float,
+    dtype: str | None = None,
 ) -> Merged:
     """Merges an adapter into the base that changes it least and verifies the result by loading it again.
 
@@ -87,6 +92,7 @@ def merge_adapter(
         folder: Where the merged model is written, in one piece.
         texts: Held-out texts for the comparison.
         max_loss: Nats per token that may be lost.
+        dtype: Precision of the merged weights by torch's name; that of the base's files when None.
 
     Raises:
         BudgetExceeded: The best merge loses more than `max_loss`.
@@ -95,7 +101,7 @@ def merge_adapter(
         RuntimeError: The merged model is not the adapter's.
     """
     _require_mergeable(adapter.path)
-    full = dataclasses.replace(_as_stored(adapter), quantization=None)
+    full = dataclasses.replace(_as_stored(adapter, dtype), quantization=None)
     came_quantized = is_quantized(config_of(full.base))
     bases: dict[str, Layers] = {} if came_quantized else {FULL: {}}
     trained, costs = None, {}
@@ -117,17 +123,17 @@ def merge_adapter(
         chosen = min(costs, key=costs.__getitem__) if costs else FULL
         if costs:
             _require_within(costs[chosen], max_loss, adapter, costs)
-        dtype = _write_merged(_on_base(full, {}, CPU, beside), bases[chosen], adapter.path, beside)
+        written = _write_merged(_on_base(full, {}, CPU, beside), bases[chosen], adapter.path, beside)
         tokenizer.save_pretrained(beside)
         shutil.rmtree(beside / QUANTIZED, ignore_errors=True)
         after = probe(load_model(dataclasses.replace(full, path=str(beside)), place=place), tokenizer, texts)
         loss = divergence(trained, after)
         _require_within(loss, max(max_loss, NO_LOSS), adapter, {chosen: loss})
-        if dtype == torch.float32:
-            found = require_equal(before[chosen], after, dtype, "the merged model")
+        if written == torch.float32:
+            found = require_equal(before[chosen], after, written, "the merged model")
         else:  # the sum of base and adapter is rounded to half precision, which the loss says
             found = difference(before[chosen], after)
-    return Merged(chosen, costs, loss, found, str(dtype).removeprefix("torch."))
+    return Merged(chosen, costs, loss, found, str(written).removeprefix("torch."))
 
 
 def _require_mergeable(path: str) -> None:
@@ -243,14 +249,15 @@ def _merge(layer: BaseTunerLayer, own: str, rounded: Any = None) -> torch.Tensor
     return tensor
 
 
-def _as_stored(adapter: ModelRef) -> ModelRef:
-    """The adapter with its base in the precision of its files, unless the recipe names another."""
+def _as_stored(adapter: ModelRef, dtype: str | None = None) -> ModelRef:
+    """The adapter with its base in a precision; in that of its files where neither that nor the recipe names one."""
     base = adapter.base
-    if base.options.dtype != "auto":
+    if dtype is None and base.options.dtype != "auto":
         return adapter
-    config = config_of(base)
-    dtype = config.dtype if config.dtype in TOLERANCE else torch.float32
-    named = base.options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    if dtype is None:
+        found = config_of(base).dtype
+        dtype = str(found if found in TOLERANCE else torch.float32).removeprefix("torch.")
+    named = base.options.model_copy(update={"dtype": dtype})
     return dataclasses.replace(adapter, options=named)
 
 

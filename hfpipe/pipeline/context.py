@@ -236,14 +236,25 @@ def with_paired(run: Run, earlier: list[Score], now: Path, scores: list[Score], 
 
 
 def merged_model(run: Run, name: str) -> ModelRef:
-    """The merged model of an adapter stage, made and verified if it is not there yet."""
+    """The merged model of an adapter stage, made and verified if it is not there yet, or in another precision."""
     folder, told = run.stage_folder(name) / "merged", run.stage_folder(name) / "merge.json"
-    if not ranks.on_main(lambda: folder.exists() and told.exists() and damage_of(folder) is None):
+    block = run.recipe.merge if isinstance(run.recipe.merge, Merge) else Merge.model_validate({})
+    dtype = None if is_parent(run.recipe, name) else block.dtype
+
+    def is_there() -> bool:
+        made = folder.exists() and told.exists() and damage_of(folder) is None
+        return made and dtype in (None, read_json(told).get("dtype"))
+
+    if not ranks.on_main(is_there):
         if ranks.is_main():
-            block = run.recipe.merge if isinstance(run.recipe.merge, Merge) else Merge.model_validate({})
             with display.doing(f"merging {name}, and verifying the merge"):
                 found = merge_adapter(
-                    run.handed_on(name), run.base.tokenizer, folder, probe_texts(run, PROBE_TEXTS * 8), block.max_loss
+                    run.handed_on(name),
+                    run.base.tokenizer,
+                    folder,
+                    probe_texts(run, PROBE_TEXTS * 8),
+                    block.max_loss,
+                    dtype,
                 )
             write_json(told, dataclasses.asdict(found) | {"files": hashes_of(folder)})
             ranks.say(f"{name}: merged and verified (largest difference {found.difference:.1e} nats)")
@@ -255,6 +266,11 @@ def merged_model(run: Run, name: str) -> ModelRef:
     if ranks.from_main("suites" not in read_json(told) if ranks.is_main() else None):
         _score_merged(run, name, ModelRef(str(folder), run.recipe.model))
     return ModelRef(str(folder), run.recipe.model)
+
+
+def is_parent(recipe: Recipe, name: str) -> bool:
+    """Returns True if a later stage starts from a stage."""
+    return any(recipe.parent_of(one.name) == name for one in recipe.stages)
 
 
 def _score_merged(run: Run, name: str, merged: ModelRef) -> None:
@@ -288,8 +304,9 @@ def warn_of_rounding(folder: Path, suites: Sequence[Mapping[str, Any]]) -> None:
     lost = max((abs(one["merged"] / one["adapter"] - 1) for one in suites if one["adapter"]), default=0.0)
     if dtype not in (None, "float32") and lost > ROUNDED:
         ranks.say(
-            f"  warning: the merged weights are {dtype}, as the base's files are, which rounds small changes away: up "
-            f"to {lost:.1%} of a score. The adapter itself loses nothing: use it unmerged, or train it further first.",
+            f"  warning: the merged weights are {dtype}, which rounds small changes away: up to {lost:.1%} of a score. "
+            "The adapter itself loses nothing: use it unmerged, or keep the merged weights in float32, which takes "
+            "twice the space: `merge: {dtype: float32}`, or hfpipe merge RUN --dtype float32.",
             "warning",
         )
 

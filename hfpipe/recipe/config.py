@@ -248,10 +248,13 @@ class Push(StrictBlock):
 
 
 class Merge(StrictBlock):
-    """The bounds on how much a merge may change the model, where the adapter was trained on a quantized base."""
+    """The bounds on how much a merge may change the model, and the precision of what it writes."""
 
     max_loss: float = Field(
         0.1, ge=0, description="nats per token that the merged model may lose against the adapter on held-out texts"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="precision of the merged weights; that of the base's files when absent"
     )
 
 

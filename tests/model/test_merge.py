@@ -57,6 +57,19 @@ def test_a_merge_keeps_the_precision_of_the_base_and_holds_little_of_it_in_memor
 
 
 @pytest.mark.slow
+def test_a_merge_in_float32_loses_nothing_of_an_adapter_on_a_base_in_16_bits(adapter: Path, tmp_path: Path) -> None:
+    tokenizer, ref = AutoTokenizer.from_pretrained(adapter), ModelRef(str(adapter), Model(id="base"))
+    found = merge_adapter(ref, tokenizer, tmp_path / "merged", TEXTS, 0.1, "float32")
+    assert found.dtype == json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+    assert found.loss < 1e-6
+    plain = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).merge_and_unload(safe_merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.float32
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, merged.state_dict()[name]), name
+
+
+@pytest.mark.slow
 def test_the_files_are_those_of_peft_and_transformers_to_the_bit(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,3 +176,22 @@ def test_a_base_that_is_gone_is_said_with_where_it_is_named(tmp_path: Path, caps
         file.write_text(file.read_text().replace(str(tmp_path / "base"), str(tmp_path / "moved")))
     assert main(["merge", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/stages/sounds/merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_merge_is_made_again_in_another_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, shift=False, merge={"dtype": "bfloat16"})
+    content["stages"].append({**content["stages"][1], "name": "more"})
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    run = tmp_path / "run"
+    weights = run / "stages" / "more" / "merged" / "model.safetensors"
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
+    parent = load_file(run / "stages" / "sounds" / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in parent.values()} == {torch.float32}, "what is trained on stays as it was"
+    for words in (["--dtype", "float32"], ["--stage", "more", "--dtype", "float32"]):
+        assert main(["merge", str(run), *words]) == 0
+        assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
+    assert main(["merge", str(run), "--stage", "sounds", "--dtype", "bfloat16"]) == 2
+    assert "starts from the merged weights of sounds" in capsys.readouterr().err
