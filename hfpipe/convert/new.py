@@ -21,6 +21,7 @@ from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.recipe.faults import did_you_mean, listed
 
 LOOKED_AT = 1000  # rows
+MOST_PARTS, HELD_OUT, FEWEST_PARTS = 20, 10, 4  # one part of so many is held out, and has some rows in a small file
 TASKS = {
     "chat": "sft",
     "instructions": "sft",
@@ -131,13 +132,47 @@ def _ask(key: str, default: str = "") -> str:
 
 
 def _require_model(model: str) -> None:
-    """Raises a RecipeError where the model is written as a folder, and there is none."""
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
-        raise RecipeError(f"there is no folder {model}. Name a folder with a model, or its id on the Hub.")
+    """Raises a RecipeError where the model is written as a folder, or as one in a folder that is here, and is none."""
+    folder = Path(model).expanduser()
+    inside = folder.parent != Path() and folder.parent.is_dir()  # models/NAME may be an id too, but not beside `models`
+    if (inside or model.startswith(("/", "./", "../", "~"))) and not folder.is_dir():
+        near = did_you_mean(folder.name, [one.name for one in folder.parent.iterdir()]) if inside else ""
+        raise RecipeError(f"there is no folder {model}. Name a folder with a model, or its id on the Hub.{near}")
 
 
 def _looked_at(source: dict[str, Any], task: str | None) -> Look:
-    """A look at the rows; which of several formats they are is asked at a terminal, and is then kept in the source."""
+    """A look at the rows; which of several formats they are is asked at a terminal, and is then kept in the source.
+
+    A text file is one document. Where that makes too few to hold some out, its paragraphs are the rows, or its lines.
+
+    Raises:
+        RecipeError: There are too few rows, or nobody can be asked.
+    """
+    look = _look_or_ask(source, task)
+    if look.rows < HELD_OUT and look.end == "text" and "sample_by" not in source and _is_of_texts(source["path"]):
+        for part in ("paragraph", "line"):
+            parts = look_at({**source, "sample_by": part}, task)
+            if parts.rows >= HELD_OUT:
+                source["sample_by"] = part
+                return parts
+    if look.rows < FEWEST_PARTS:
+        raise RecipeError(
+            f"{source['path']} has {look.rows} row{'s' if look.rows > 1 else ''}, too few to train on some and hold "
+            f"out others. Name a file of {FEWEST_PARTS} or more."
+        )
+    return look
+
+
+def _is_of_texts(path: str) -> bool:
+    """Returns True if a path is a text file, or a folder with nothing else."""
+    from hfpipe.data.sources.files import file_groups
+    from hfpipe.recipe import Source
+
+    return {group.kind for group in file_groups(Source.model_validate({"path": path}))} == {"text"}
+
+
+def _look_or_ask(source: dict[str, Any], task: str | None) -> Look:
+    """A look at the rows, after a question where two formats fit equally and there is a terminal."""
     from hfpipe.data.sources.formats import SeveralFormats
 
     try:
@@ -280,7 +315,7 @@ def build(
     """
     if task not in TASKS:
         raise RecipeError(f"found {task!r} as the task; allowed is one of {', '.join(TASKS)}.")
-    kind, source = TASKS[task], dict(source)
+    kind, source, parts = TASKS[task], dict(source), parts_of(look.rows)
     if task == "chat" and look.format == "alpaca":
         source["format"] = "alpaca_chat"
     elif task == "chat" and look.format in _ASKED:
@@ -296,8 +331,8 @@ def build(
         )
     size = _size_of(model)
     adapter = kind in ("sft",) or (kind == "pretrain" and bool(size) and size > 1)
-    stage: dict[str, Any] = {"name": task, "kind": kind, "data": [{**source, "fold": {"of": 20, "leave": 1}}]}
-    comments = {"data": f"{look.format}: {look.why}", "evaluate.held-out": "a twentieth of the rows, never trained on"}
+    stage: dict[str, Any] = {"name": task, "kind": kind, "data": [{**source, "fold": {"of": parts, "leave": 1}}]}
+    comments = {"data": f"{look.format}: {look.why}", "evaluate.held-out": f"one row in {parts}, never trained on"}
     comments["evaluate"] = "what is forgotten shows on text of another kind: docs/how-to.md, Keep what the base can do"
     if look.alike:  # else `check` would find the held-out rows among those that are trained on
         stage["data"][0]["decontaminate"] = True
@@ -325,8 +360,13 @@ def build(
         recipe["model"]["tokenizer"] = {"add_special_tokens": marks, "chat_template": CHATML}
         comments["model.tokenizer"] = "the base has no chat template"
     metrics = _METRICS.get(kind, ["bits_per_byte"])
-    recipe["evaluate"] = {"held-out": {"data": {**source, "fold": {"of": 20, "keep": 1}}, "metrics": metrics}}
+    recipe["evaluate"] = {"held-out": {"data": {**source, "fold": {"of": parts, "keep": 1}}, "metrics": metrics}}
     return recipe, _head(name, source, task, look, length), comments
+
+
+def parts_of(rows: int) -> int:
+    """The parts that rows are cut into, one of which is held out: 20, and fewer of few rows."""
+    return min(MOST_PARTS, max(FEWEST_PARTS, rows // HELD_OUT))
 
 
 def _has_template(folder: Path) -> bool:

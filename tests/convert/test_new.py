@@ -35,8 +35,8 @@ def test_a_file_becomes_a_recipe_without_a_question(
     recipe = yaml.safe_load((tmp_path / "my.yaml").read_text())
     stage = recipe["stages"][0]
     assert stage["name"] == task  # told by the columns
-    assert stage["data"][0]["fold"] == {"of": 20, "leave": 1}
-    assert recipe["evaluate"]["held-out"]["data"]["fold"] == {"of": 20, "keep": 1}
+    assert stage["data"][0]["fold"] == {"of": 4, "leave": 1}
+    assert recipe["evaluate"]["held-out"]["data"]["fold"] == {"of": 4, "keep": 1}
 
 
 @pytest.mark.parametrize("task", FILES)
@@ -102,6 +102,10 @@ def test_without_flags_and_without_a_terminal_one_paragraph_says_what_to_write(
         (["--hardware", "big"], "such as 24GB"),
         (["--data", "nowhere.jsonl"], "there is no file"),
         (["--model", "./nowhere"], "there is no folder ./nowhere"),
+        (
+            ["--model", "models/bas"],
+            "there is no folder models/bas. Name a folder with a model, or its id on the Hub. Did you mean base?",
+        ),
         (["-o", "here.yaml"], "exists already"),
     ],
 )
@@ -110,6 +114,7 @@ def test_a_wrong_answer_is_told_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.yaml").write_text("mine")
+    (tmp_path / "models" / "base").mkdir(parents=True)
     file = written(tmp_path, FILES["chat"])
     assert main(["new", "--data", file, "--model", "team/base-1B", *flags]) == 2
     assert said in capsys.readouterr().err
@@ -246,3 +251,34 @@ def test_another_format_that_fits_is_told_with_the_word_for_it(
     assert f"30 rows of {other}" in said
     assert "fit" not in said.split("wrote")[0]
     assert main(["check", "--fast", "other.yaml"]) == 0
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(5, 4), (12, 4), (60, 6), (400, 20)])
+def test_some_rows_of_a_small_file_are_held_out(
+    rows: int, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(rows)])
+    assert main(["new", "--data", file, "--model", "team/base-1B"]) == 0
+    text = (tmp_path / "my.yaml").read_text()
+    assert yaml.safe_load(text)["evaluate"]["held-out"]["data"]["fold"] == {"of": parts, "keep": 1}
+    assert f"one row in {parts}, never trained on" in text
+
+
+@pytest.mark.parametrize(("between", "by"), [("\n\n", "paragraph"), ("\n", "line")])
+def test_a_text_file_is_read_by_its_parts(
+    between: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(between.join(f"Part {n} of the book tells of {n} days." for n in range(30)))
+    assert main(["new", "--data", "book.txt", "--model", "team/base-1B"]) == 0
+    assert "30 rows of text" in capsys.readouterr().out
+    recipe = yaml.safe_load((tmp_path / "book.yaml").read_text())
+    assert [recipe["stages"][0]["data"][0]["sample_by"], recipe["evaluate"]["held-out"]["data"]["sample_by"]] == [
+        by,
+        by,
+    ]
+    assert main(["check", "--fast", "book.yaml"]) == 0
+    (tmp_path / "note.txt").write_text("One line.")
+    assert main(["new", "--data", "note.txt", "--model", "team/base-1B"]) == 2
+    assert "note.txt has 1 row, too few to train on" in capsys.readouterr().err
