@@ -71,6 +71,11 @@ def test_a_full_disk_behind_the_output_is_told_in_a_line() -> None:
     ("words", "said"),
     [
         (["chekc", "x.yaml"], "hfpipe: there is no command 'chekc'. Did you mean check? `hfpipe --help` lists them."),
+        (["new", "--taks", "chat"], "hfpipe new: there is no option --taks. Did you mean --task? `hfpipe new --help` "),
+        (
+            ["run", "x.yaml", "y.yaml"],
+            "hfpipe run: there is no place for y.yaml. `hfpipe run --help` lists what it takes.",
+        ),
         (["recipes", "--copy", "smollm"], "Did you mean preference-smollm2 or smollm2-fineweb?"),
         (["run", "rows.jsonl"], "holds rows, not a recipe. A recipe for them: hfpipe new --data rows"),
     ],

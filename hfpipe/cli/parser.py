@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from hfpipe.cli import commands
 from hfpipe.core.errors import exit_codes
@@ -29,6 +29,18 @@ class _Parser(argparse.ArgumentParser):
             self.exit(2, f"hfpipe: there is no command {found[2]!r}.{hint} `hfpipe --help` lists them.\n")
         super().error(message)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Reads the words of a command line; one that the command does not take is told with the nearest option."""
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            own = options.own
+            word = next((word for word in rest if word.startswith("-")), rest[0])
+            kind = "option" if word.startswith("-") else "place for"
+            near = difflib.get_close_matches(word.partition("=")[0], own._option_string_actions, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            self.exit(2, f"{own.prog}: there is no {kind} {word}.{hint} `{own.prog} --help` lists what it takes.\n")
+        return options
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of every command."""
@@ -43,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, takes: str = "") -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=getattr(commands, name))
+        sub.set_defaults(command=getattr(commands, name), own=sub)
         if takes == "RUN":
             sub.add_argument("run", metavar="RUN", help="a run folder")
         if takes == "RECIPE":
