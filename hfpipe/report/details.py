@@ -79,7 +79,7 @@ def _data_section(folder: Path, recipe: Recipe) -> Section | None:
             waste.append(f"{stage.name}: {cut} of the documents go on in another row, {padding} padding.")
     counted = map(Number, ("rows read", "documents trained on", "epochs", "share of tokens"))
     head = ["source", "stage", *counted, "left out", "cut or repaired", "removed"]
-    return Section("Data", _without_empty_columns(Table(head, rows)), waste) if rows else None
+    return Section("Data", Table(head, rows), waste) if rows else None
 
 
 def _trained_on(facts: Mapping[str, Any]) -> int | None:
@@ -257,20 +257,13 @@ def cost_section(totals: Mapping[str, dict[str, Any]]) -> Section | None:
         rows[-1] += [_gigabytes(total.get(key)) for key in ("peak_memory", "predicted_memory")]
     counted = ("time", unit, "tokens", "tokens/s", "MFU", "data wait", "FLOPs", "kWh", "kg CO2", "attempts")
     head = ["stage", "on", *map(Number, (*counted, "peak memory", "predicted"))]
-    return Section("Cost", _without_empty_columns(Table(head, rows)), _cost_notes(totals))
+    return Section("Cost", Table(head, rows), _cost_notes(totals))
 
 
 def _speed(total: Mapping[str, Any]) -> str | Cell:
     """Tokens a second; below it those with padding, where there was some."""
     speed, padding = total.get("tokens_per_second"), total.get("padding_share")
     return Cell(_short(speed), f"{_short(speed / (1 - padding))} padded" if speed and padding else "")
-
-
-def _without_empty_columns(table: Table) -> Table:
-    """A table without the columns that no row has anything in."""
-    columns = zip(*table.rows, strict=True)
-    kept = [n for n, column in enumerate(columns) if any(getattr(cell, "text", cell) for cell in column)]
-    return Table([table.head[n] for n in kept], [[row[n] for n in kept] for row in table.rows])
 
 
 def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:

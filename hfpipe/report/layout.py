@@ -54,6 +54,12 @@ class Table:
     rows: Sequence[Sequence[str | Cell]]
     matrix: bool = False
 
+    def without_empty_columns(self) -> Table:
+        """The table without the columns that no row has anything in."""
+        columns = zip(*self.rows, strict=True)
+        kept = [n for n, column in enumerate(columns) if any(getattr(cell, "text", cell) for cell in column)]
+        return Table([self.head[n] for n in kept], [[row[n] for n in kept] for row in self.rows], self.matrix)
+
 
 @dataclass(frozen=True)
 class SampleAnswer:
@@ -82,7 +88,7 @@ class Section:
 
     Args:
         title: Its heading.
-        table: A table.
+        table: A table; it loses the columns that no row has anything in.
         notes: Paragraphs of prose below it.
         plots: SVG elements; Markdown goes without them.
         samples: Rows of a suite.
@@ -97,6 +103,10 @@ class Section:
     samples: Sequence[SampleAnswer] = ()
     code: tuple[str, str] | None = None
     links: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.table is not None and self.table.rows and not self.table.matrix:
+            object.__setattr__(self, "table", self.table.without_empty_columns())
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def loss_curves(stage: str, runs: Mapping[str, tuple[Sequence[int], Sequence[flo
         for number, (name, (steps, losses)) in enumerate(runs.items()):
             axes.plot(steps, losses, linewidth=1.4, label=cut(name), linestyle=_line(number), **_look(number, steps))
         axes.set(xlabel="step", ylabel="loss", title=cut(stage))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(axis="y")
         axes.legend(frameon=False, fontsize=8)
         told = "; ".join(f"{name} {losses[-1]:.4f} at step {steps[-1]}" for name, (steps, losses) in runs.items())
@@ -101,6 +102,7 @@ def loss_curve(stage: str, steps: Sequence[int], losses: Sequence[float], unit: 
         axes = figure.subplots()
         axes.plot(steps, losses, color=BLUE, linewidth=1.6, marker="." if len(steps) < 25 else None)
         axes.set(xlabel="step", ylabel=f"loss ({unit})" if unit else "loss", title=cut(stage))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(axis="y")
         return svg_of(
             figure, f"Training loss of stage {stage}: {losses[0]:.4f} at the first entry, {losses[-1]:.4f} last"

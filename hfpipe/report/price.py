@@ -61,6 +61,8 @@ def _tradeoff_section(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> 
         state = Cell("over", over, "worse") if over else "inside" if kept else "none"
         how = _how(method, strength_of(folder / "stages" / stage))
         gain, forgot = Cell(*share_words(where.gain)), Cell(*loss_words(where.forgetting))
+        if where.forgetting is None and not kept:  # nothing became worse beyond the noise
+            forgot = Cell("none seen")
         rows.append([stage, state, gain, forgot, how, parent])
     if not rows:
         return None

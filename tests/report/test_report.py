@@ -192,6 +192,8 @@ def test_no_column_stands_empty_for_a_fine_tuned_stage(tmp_path: Path) -> None:
         for title in ("Training", "Data"):
             _, row = read(run / name).tables[title]
             assert all(row), (title, row)
+        for title, (_, *rows) in read(run / name).tables.items():
+            assert all(any(column) for column in zip(*rows, strict=True)), title
         assert "90" in read(run / name).tables["Data"][1]  # documents trained on: 45 of them, twice
 
 
