@@ -1,4 +1,4 @@
-"""What a command line asks for, looked at before anything heavy is imported: suites, a stage to cure, generation."""
+"""Words of a command line, looked at before anything heavy is imported: suites, a stage to cure, generation."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def dial_plots(dial: dict[str, Any]) -> list[str]:
 
 
 def _arms(one: Estimate) -> tuple[float, float]:
-    """How far the 95 % interval of an estimate reaches down and up."""
+    """The lengths by which the 95 % interval of an estimate reaches down and up."""
     low, high = one.interval or (one.value, one.value)
     return one.value - low, high - one.value
 
