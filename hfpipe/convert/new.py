@@ -22,6 +22,7 @@ from hfpipe.recipe.faults import did_you_mean, listed
 
 LOOKED_AT = 1000  # rows
 MOST_PARTS, HELD_OUT, FEWEST_PARTS = 20, 10, 4  # one part of so many is held out, and has some rows in a small file
+BATCHES, FEWEST_STEPS = (16, 8, 4), 40
 TASKS = {
     "chat": "sft",
     "instructions": "sft",
@@ -346,9 +347,12 @@ def build(
                 f"the base in 4 bits: {size:g} billion weights take most of {gigabytes} GB otherwise"
             )
     length = tokens_of(look)
-    stage["global_batch_size"] = 16
+    epochs = 1 if look.rows == LOOKED_AT else 3
+    stage["global_batch_size"] = batch_of(look.rows * (parts - 1) // parts * epochs)
+    if stage["global_batch_size"] < BATCHES[0]:
+        comments["global_batch_size"] = "small, as so few rows make few steps otherwise, and a model learns by steps"
     stage["training"] = {
-        "num_train_epochs": 1 if look.rows == LOOKED_AT else 3,
+        "num_train_epochs": epochs,
         "learning_rate": _RATES["lora" if adapter else "pretrain" if kind == "pretrain" else "full"],
         "max_length": length,
         "per_device_train_batch_size": 1 if stage.get("quantization") else 2 if not gigabytes else 4,
@@ -367,6 +371,11 @@ def build(
 def parts_of(rows: int) -> int:
     """The parts that rows are cut into, one of which is held out: 20, and fewer of few rows."""
     return min(MOST_PARTS, max(FEWEST_PARTS, rows // HELD_OUT))
+
+
+def batch_of(rows: int) -> int:
+    """The rows of a step: 16, and fewer where so many rows in all would make too few steps to learn anything."""
+    return next((size for size in BATCHES if rows >= size * FEWEST_STEPS), BATCHES[-1])
 
 
 def _has_template(folder: Path) -> bool:

@@ -253,9 +253,9 @@ def test_another_format_that_fits_is_told_with_the_word_for_it(
     assert main(["check", "--fast", "other.yaml"]) == 0
 
 
-@pytest.mark.parametrize(("rows", "parts"), [(5, 4), (12, 4), (60, 6), (400, 20)])
-def test_some_rows_of_a_small_file_are_held_out(
-    rows: int, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "parts", "batch"), [(5, 4, 4), (12, 4, 4), (60, 6, 4), (150, 15, 8), (400, 20, 16)])
+def test_a_small_file_has_rows_held_out_and_enough_steps(
+    rows: int, parts: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = written(tmp_path, [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(rows)])
@@ -263,6 +263,7 @@ def test_some_rows_of_a_small_file_are_held_out(
     text = (tmp_path / "my.yaml").read_text()
     assert yaml.safe_load(text)["evaluate"]["held-out"]["data"]["fold"] == {"of": parts, "keep": 1}
     assert f"one row in {parts}, never trained on" in text
+    assert yaml.safe_load(text)["stages"][0]["global_batch_size"] == batch
 
 
 @pytest.mark.parametrize(("between", "by"), [("\n\n", "paragraph"), ("\n", "line")])
