@@ -73,7 +73,9 @@ def serve_board(root: Path, port: int) -> None:
         server = Board(root, port)
     except OSError as error:
         raise MachineError(f"port {port} of {HOST} is taken: {error.strerror}. Take another: --port N.") from error
-    print(f"{len(server.runs())} runs of {root} on http://{HOST}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+    number = len(server.runs())
+    told = f"{number} run{'' if number == 1 else 's'} of {root}"
+    print(f"{told} on http://{HOST}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
     with server:
         server.serve_forever()
 

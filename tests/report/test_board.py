@@ -169,6 +169,7 @@ def test_one_run_can_be_shown_and_a_folder_that_is_none_is_told(root: Path, caps
     with Board(add_run(root, "one", 2.5), 0) as board:
         assert list(board.runs()) == ["one"]
         assert ">one</a>" in str(board.page("/"))
+        assert "1 run. The page" in str(board.page("/"))
         assert "Gained" in str(board.page("/run/one"))
         assert main(["board", str(root), "--port", str(board.server_port)]) == 4
         assert "--port" in capsys.readouterr().err
