@@ -7,10 +7,17 @@ Its state is told that the ranks are of the kind that may shard. `PEAKS=FOLDER` 
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate.commands import launch
 from accelerate.state import DistributedType, PartialState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+SHIPPED = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -23,6 +30,23 @@ FSDP = {
     "ACCELERATE_MIXED_PRECISION": "no",
     "ACCELERATE_USE_CPU": "true",
 }
+
+
+def environment_of(file: str, *words: str) -> dict[str, str]:
+    """The plan that `accelerate launch` gives its ranks from a shipped file and more of its words."""
+    options = ["--config_file", str(SHIPPED / file), "--main_process_port", "0", *words]
+    arguments = launch.launch_command_parser().parse_args([*options, "-m", "hfpipe", "run", "recipe.yaml"])
+    started: list[tuple[Callable[..., Any], Any]] = []
+    with (
+        patch.object(launch, "multi_gpu_launcher", lambda read: started.append((prepare_multi_gpu_env, read))),
+        patch.object(launch, "deepspeed_launcher", lambda read: started.append((prepare_deepspeed_cmd_env, read))),
+    ):
+        launch.launch_command(arguments)
+    ((prepare, read),) = started
+    found = prepare(read)
+    environment = found[1] if prepare is prepare_deepspeed_cmd_env else found
+    names = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+    return {name: value for name, value in environment.items() if name.startswith(names)}
 
 
 def set_device(state: PartialState) -> None:
@@ -38,6 +62,7 @@ def as_if_on_gpus(
 
 def main() -> int:
     torch.distributed.init_process_group("gloo")
+    torch.Tensor.pin_memory = lambda tensor: tensor  # where CPU offload keeps its parts
     for name, function in {"_prepare_backend": as_if_on_gpus, "set_device": set_device}.items():
         setattr(PartialState, name, function)
     from hfpipe.cli import main as command

@@ -24,6 +24,7 @@ TRIED = {  # the lowest and the highest version
     "codecarbon": ("3.3.0", "3.3.2"),
     "datasets": ("5.2.0", "5.2.0"),
     "huggingface_hub": ("2.0.0", "2.4.0"),
+    "peft": ("0.21.2", "0.21.2"),
     "sacrebleu": ("2.5.0", "2.6.0"),
     "torch": ("2.13.0", "2.13.0"),
     "transformers": ("5.23.0", "5.23.0"),
@@ -122,7 +123,7 @@ def tables_of(builder: Any) -> Callable[..., Iterator[tuple[Any, Any]]]:
     return builder._generate_tables
 
 
-# transformers
+# transformers, and PEFT on its models
 
 
 def mask_whole_words_in_linear_time(collator: Any) -> None:
@@ -193,6 +194,24 @@ def leave_training_to_accelerate(model: Any) -> None:
     """
     model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = False
     model._tp_size = None
+
+
+@contextmanager
+def adapters_of_whole_layers() -> Iterator[None]:
+    """Has PEFT make an adapter for the whole of a layer whose weights are spread over ranks, inside the block.
+
+    It takes the part of this rank for the layer, as tensor parallelism would have it, where the mesh of the ranks has
+    another dimension beside that of FSDP, as that of hybrid sharding does. No issue found.
+    """
+    from peft.tuners import tuners_utils
+
+    library: Any = tuners_utils
+    before = library._torch_supports_distributed
+    library._torch_supports_distributed = False
+    try:
+        yield
+    finally:
+        library._torch_supports_distributed = before
 
 
 def takes_flash_attention(model: Any) -> bool:

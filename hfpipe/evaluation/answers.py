@@ -52,7 +52,7 @@ from hfpipe.evaluation.seq2seq import TEXT_LENGTH, Answers, Rows, likelihoods_of
 from hfpipe.model.classifier import Label
 from hfpipe.model.load import ModelRef, config_of, is_masked, task_of
 from hfpipe.model.positions import context_of, window_of, within_positions
-from hfpipe.model.spread import in_step
+from hfpipe.model.spread import device_of, in_step
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import listed
 from hfpipe.recipe.metric_table import MASKED_METRICS
@@ -422,7 +422,8 @@ def classify(
         for place, index in enumerate(indices):
             ids[place, : len(encoded[index])] = torch.as_tensor(encoded[index])
             mask[place, : len(encoded[index])] = 1
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
+        inputs = {"input_ids": ids.to(device_of(model)), "attention_mask": mask.to(device_of(model))}
+        logits = model(**inputs).logits.float().cpu()
         for place, index in enumerate(indices):
             answers[index] = _answer(logits[place], config)
     return answers

@@ -25,6 +25,7 @@ from hfpipe.evaluation.continuations import beginning, special_ends
 from hfpipe.evaluation.likelihood import by_length
 from hfpipe.evaluation.row_text import RowText, closing_marks, without_reasoning
 from hfpipe.model.positions import window_of
+from hfpipe.model.spread import device_of
 from hfpipe.recipe import Suite
 from hfpipe.recipe.annotations import explain, fits
 from hfpipe.recipe.signatures import generation_fields
@@ -117,7 +118,7 @@ def generate(
         for place, index in enumerate(indices):  # on the left, so that every answer begins at the same place
             ids[place, longest - len(kept[index]) :] = torch.as_tensor(kept[index])
             mask[place, longest - len(kept[index]) :] = 1
-        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        inputs = {"input_ids": ids.to(device_of(model)), "attention_mask": mask.to(device_of(model))}
         limit = new if new is not None else max(1, total - longest)
         with _told(model):
             output = model.generate(**inputs, max_new_tokens=limit, **settings)

@@ -26,6 +26,7 @@ from hfpipe.data.tokenize import IGNORED, Encoded
 from hfpipe.evaluation.continuations import beginning, special_ends
 from hfpipe.evaluation.row_text import RowText
 from hfpipe.model.positions import within_positions
+from hfpipe.model.spread import device_of
 
 BATCH_TOKENS = 1024  # tokens of a batch for each of its rows: longer rows go in smaller batches
 LOGIT_ROWS = 1024  # rows of logits that are float32 at once
@@ -112,7 +113,7 @@ def likelihoods(model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_si
         if not scored[:, 1:].any():
             continue
         kept = longest - int(scored.any(0).nonzero()[0].clamp(min=1))  # positions from the first that has a target on
-        ids, mask, scored = (tensor.to(model.device) for tensor in (ids, mask, scored))
+        ids, mask, scored = (tensor.to(device_of(model)) for tensor in (ids, mask, scored))
         fewer = {"logits_to_keep": kept} if "logits_to_keep" in takes.parameters else {}
         # The last token is a target only: a row may be one longer than the model's context.
         logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False, **fewer).logits
@@ -249,7 +250,7 @@ def fill_masks(
     answers: list[dict[str, Any] | None] = [None] * len(rows)
     for indices in by_length([len(row["labels"]) for row in rows], batch_size):
         padded = collate([rows[index] for index in indices], tokenizer.pad_token_id)
-        batch = {key: value.to(model.device) for key, value in padded.items()}
+        batch = {key: value.to(device_of(model)) for key, value in padded.items()}
         labels = batch.pop("labels")
         where = labels != IGNORED
         logits = model(**batch).logits[where].float()
@@ -283,7 +284,7 @@ def pseudo_bits(model: Any, rows: Sequence[Encoded], tokenizer: Any, batch_size:
             ids, labels = list(rows[number].input_ids), [IGNORED] * len(rows[number].input_ids)
             ids[place], labels[place] = tokenizer.mask_token_id, ids[place]
             batch.append({"input_ids": ids, "labels": labels})
-        padded = {key: value.to(model.device) for key, value in collate(batch, tokenizer.pad_token_id).items()}
+        padded = {key: value.to(device_of(model)) for key, value in collate(batch, tokenizer.pad_token_id).items()}
         labels_of = padded.pop("labels")
         where = labels_of != IGNORED
         logits = model(**padded).logits[where].float()

@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from hfpipe.core.errors import RecipeError
+from hfpipe.core.upstream import adapters_of_whole_layers
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.load import AUTO_CLASSES, task_of_type
@@ -27,7 +28,7 @@ from hfpipe.model.load_errors import clear_errors
 from hfpipe.model.parameters import train_part
 from hfpipe.model.positions import within_positions
 from hfpipe.model.seq2seq import decoder_input
-from hfpipe.model.spread import make_trained_whole
+from hfpipe.model.spread import device_of, make_trained_whole
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.recipe import Recipe
 from hfpipe.recipe.stage_config import CHANGES_THE_BASE
@@ -67,7 +68,8 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
             if not any(found == name or found.endswith(f".{name}") for found in modules):
                 raise ValueError(f"`target_modules` names {name!r}, and no module is called so")
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
+        with adapters_of_whole_layers():
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
         _require_read(adapted)
         PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
         make_trained_whole(adapted)
@@ -159,7 +161,7 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> dic
 def continue_adapter(model: Any, folder: str) -> PeftModel:
     """Puts a saved adapter on the base it belongs to, to train it further."""
     cast = _trains_in_float32(model)
-    with clear_errors("adapter", folder):
+    with clear_errors("adapter", folder), adapters_of_whole_layers():
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=cast)
         make_trained_whole(adapted, Path(folder))
     return _with_head_bias(adapted)
@@ -285,7 +287,8 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[ProbeText], max_length: in
     cached = {} if classifies or task_of_type(config.model_type) == "masked" else {"use_cache": False}
     rows: dict[int, torch.Tensor] = {}
     for batch in _alike(read, config.get_text_config().vocab_size):
-        source, target = (torch.tensor([read[index][side] for index in batch], device=model.device) for side in (0, 1))
+        place = device_of(model)
+        source, target = (torch.tensor([read[index][side] for index in batch], device=place) for side in (0, 1))
         heard = {"decoder_input_ids": decoder_input(model, target)} if speaks else {}
         for index, logits in zip(batch, model(input_ids=source, **heard, **cached).logits, strict=True):
             if classifies:  # (C,), compared as they are: of one class the log-probability is always 0

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.model.adapter import TOLERANCE
+from hfpipe.model.spread import device_of
 
 LOGITS = 2**24  # of a chunk, on each of both sides
 _PROBE = 16  # tokens on which the head is tried
@@ -116,7 +117,7 @@ def require_known_head(model: Any, word: str, instead: str) -> None:
     """
     training = model.training
     model.eval()
-    ids = torch.arange(_PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(_PROBE, device=device_of(model))[None] % model.config.get_text_config().vocab_size
     with hidden_of(model) as seen:
         logits = model(input_ids=ids, use_cache=False).logits
     found = Scale(model.config)(head_of(model)(seen[-1])).to(logits.dtype)

@@ -32,6 +32,7 @@ from hfpipe.core.downloads import Download
 from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.core.files import load_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
+from hfpipe.core.upstream import adapters_of_whole_layers
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.load_errors import clear_errors, pickles_only
@@ -413,7 +414,7 @@ def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:
     """Puts a saved adapter on a model that is loaded, in evaluation mode; the model becomes part of it."""
     if not (Path(adapter.path) / "adapter_model.safetensors").is_file():
         raise RecipeError(pickles_only(adapter.path))
-    with clear_errors("adapter", adapter.path):
+    with clear_errors("adapter", adapter.path), adapters_of_whole_layers():
         adapted = PeftModel.from_pretrained(base, adapter.path, torch_device=str(base.device)).eval()
         make_trained_whole(adapted, Path(adapter.path))
     return adapted

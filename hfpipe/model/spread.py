@@ -41,6 +41,27 @@ def launched() -> bool:
     return asked and ranks.ranks() > 1
 
 
+def ranks_of_a_copy() -> int:
+    """Ranks that together hold all weights: every one, or with hybrid sharding those of one copy of several."""
+    return ranks.ranks() // copies()
+
+
+def copies() -> int:
+    """Copies of the weights that the ranks of this launch hold together: with hybrid sharding more than one."""
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1) if launched() else 1
+
+
+def is_offloaded() -> bool:
+    """Returns True if this launch keeps the parts of weights that are spread in the memory of the machine."""
+    return launched() and parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
+
+
+def device_of(model: Any) -> torch.device:
+    """Returns the device that a model computes on, which its weights come to with CPU offload."""
+    spread = is_offloaded() and any(isinstance(module, FSDPModule) for module in model.modules())
+    return ranks.state().device if spread else model.device
+
+
 def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
     """Returns the division of a model over all ranks of this launch.
 
@@ -61,12 +82,11 @@ def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
     tied = getattr(shapes.config.get_text_config(), "tie_word_embeddings", False)
     if not (frozen or tied or head is None or shapes.config.is_encoder_decoder):
         layers.append(names[embeddings])
-    count = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1)  # copies of the whole: hybrid sharding
     return DistributedConfig(
-        fsdp_size=ranks.ranks() // count,
-        dp_replicate_size=count,
+        fsdp_size=ranks_of_a_copy(),
+        dp_replicate_size=copies(),
         fsdp_plan=dict.fromkeys((re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in layers), "free_full_weight"),
-        fsdp_cpu_offload=parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
+        fsdp_cpu_offload=is_offloaded(),
     )
 
 
@@ -158,7 +178,7 @@ def in_step(model: Any) -> Iterator[None]:
         yield
         return
     vars(root).pop("generate", None)  # Trainer's, which gathers the model before the first pass, where no rank says so
-    goes_on = torch.zeros(1, device=model.device)
+    goes_on = torch.zeros(1, device=device_of(model))
 
     def says(makes_one: bool) -> bool:
         goes_on.fill_(makes_one)
@@ -170,7 +190,7 @@ def in_step(model: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    token = torch.zeros((1, 1), dtype=torch.long, device=device_of(model))
     with torch.no_grad():
         while says(False):
             root(input_ids=token)
@@ -178,6 +198,8 @@ def in_step(model: Any) -> Iterator[None]:
 
 def make_trained_whole(model: Any, saved: Path | None = None) -> None:
     """Makes the modules that an adapter trains in full (PEFT's `modules_to_save`) whole on every rank.
+
+    With CPU offload what an adapter has added goes to the device that computes.
 
     Args:
         model: A model with an adapter; of one that is not spread nothing is changed.
@@ -192,6 +214,10 @@ def make_trained_whole(model: Any, saved: Path | None = None) -> None:
                     if isinstance(part, DTensor):
                         whole = torch.nn.Parameter(part.full_tensor(), requires_grad=part.requires_grad)
                         module.register_parameter(key, whole)
+    if is_offloaded():
+        for added in model.parameters():
+            if not isinstance(added, DTensor):
+                added.data = added.data.to(ranks.state().device)
     if saved is not None:
         set_peft_model_state_dict(model, load_file(saved / "adapter_model.safetensors"))
 

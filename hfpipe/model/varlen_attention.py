@@ -23,6 +23,7 @@ from transformers.masking_utils import flash_attention_mask
 from hfpipe.core.upstream import attention_of, takes_flash_attention
 from hfpipe.data.stream.packing import isolation_leak, packed_sample
 from hfpipe.model.load import compute_dtype
+from hfpipe.model.spread import device_of
 
 NAME = "varlen"
 TOLERANCE = 0.25  # nats, in half precision
@@ -43,7 +44,7 @@ def use_varlen_attention(model: Any) -> bool:
     dtype = compute_dtype()
     if dtype != torch.bfloat16 or attention_of(model) != "sdpa" or not takes_flash_attention(model):
         return False
-    with torch.autocast(model.device.type, dtype):
+    with torch.autocast(device_of(model).type, dtype):
         return switch_attention(model)
 
 
@@ -59,7 +60,7 @@ def switch_attention(model: Any) -> bool:
     """
     was_training = model.training
     model.eval()
-    batch = {key: value.to(model.device) for key, value in packed_sample(model).items()}
+    batch = {key: value.to(device_of(model)) for key, value in packed_sample(model).items()}
     before = model(**batch, use_cache=False).logits.float().log_softmax(-1)
     AttentionInterface.register(NAME, varlen_attention)
     AttentionMaskInterface.register(NAME, flash_attention_mask)

@@ -28,7 +28,7 @@ from hfpipe.model.adapter import ProbeText
 from hfpipe.model.base import PreparedBase, prepare_base
 from hfpipe.model.load import ModelRef, device, free_memory, has_room, load_to_score, weights_dtype
 from hfpipe.model.merge import merge_adapter
-from hfpipe.model.spread import launched
+from hfpipe.model.spread import launched, ranks_of_a_copy
 from hfpipe.pipeline.environment import environment
 from hfpipe.pipeline.reuse import Version, bound_to_length, identity
 from hfpipe.recipe import Merge, Recipe, Suite, dump_recipe, hash_of
@@ -315,7 +315,7 @@ def _loaded_if_it_fits(merged: ModelRef) -> Any:
     """A merged model to be scored; None where it is larger than the 4-bit model that was trained, and finds no room."""
     weights = get_local_safetensors_metadata(merged.path)
     size = sum(weights.parameter_count.values()) * weights_dtype(merged.options, frozen=True).itemsize
-    if all(ranks.gather(has_room(size // (ranks.ranks() if launched() else 1), free_memory(device())))):
+    if all(ranks.gather(has_room(size // (ranks_of_a_copy() if launched() else 1), free_memory(device())))):
         return load_to_score(merged)
     ranks.say(
         f"  not scored: the merged model takes {size / GIB:.1f} GiB, which are not free in the memory of the "

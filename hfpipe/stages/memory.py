@@ -22,6 +22,7 @@ from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
 from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
 from hfpipe.model.parameters import freeze
+from hfpipe.model.spread import is_offloaded, ranks_of_a_copy
 from hfpipe.model.tokenizer import make_room
 from hfpipe.recipe import Qat, Recipe, Stage
 from hfpipe.stages.arguments import stage_arguments
@@ -58,8 +59,9 @@ class Setting:
         freeze: Patterns of the weights that are not.
         bits: 4 or 8 of a quantized base; None.
         compute: Dtype in which quantized layers compute.
-        ranks: Processes that train.
+        ranks: Processes that train; with hybrid sharding those that hold one copy of the weights.
         sharding: "none", "zero1", "zero2", "zero3" or "fsdp".
+        offloaded: Whether the parts of weights that are spread wait in the machine's memory, with what trains them.
         vocabulary: Rows that the embeddings grow to; None.
         packed: Whether several examples of `sft` share a row, which takes a mask.
         plain_loss: Whether a causal model's loss is plain cross-entropy, without label smoothing or `loss_type`.
@@ -89,6 +91,7 @@ class Setting:
     compute: torch.dtype | None = None
     ranks: int = 1
     sharding: str = "none"
+    offloaded: bool = False
     vocabulary: int | None = None
     packed: bool = False
     plain_loss: bool = True
@@ -144,8 +147,9 @@ def setting_of(
         freeze=stage.freeze,
         bits=None if block is None else 8 if block.type == "int8" else 4,
         compute=None if block is None else getattr(torch, given) if given else compute_dtype(),
-        ranks=ranks.ranks(),
+        ranks=ranks_of_a_copy() if plan_of_launch(stage) == "fsdp" else ranks.ranks(),
         sharding=plan_of_launch(stage),
+        offloaded=is_offloaded(),
         vocabulary=vocabulary,
         packed=kind == "sft" and bool(stage.training.get("packing")),
         plain_loss=not arguments.label_smoothing_factor and getattr(arguments, "loss_type", "nll") == "nll",
@@ -382,6 +386,9 @@ def _spread(memory: Memory, setting: Setting, gradients: int, unit: int) -> Memo
         share["gradients"] = memory.gradients // count
     if setting.sharding in SPREADING:
         share |= {"weights": memory.weights // count, "temporary": memory.temporary + 2 * unit}
+    if setting.offloaded and setting.device != "cpu":
+        trained_too = {"gradients": 0, "optimizer": 0} if setting.adapter is None else {}
+        share |= {"weights": 0} | trained_too
     return replace(memory, **share)
 
 

@@ -51,6 +51,17 @@ def _without_accelerator() -> tuple[str, ...]:
     return ("MULTI_CPU", "NO") if _flag("ACCELERATE_USE_FSDP") else ("MULTI_CPU",)
 
 
+def _require_copies() -> None:
+    """Refuses sizes of hybrid sharding that are not those of this launch, which accelerate refuses after the load."""
+    copies, each = _size("DP_REPLICATE"), _size("DP_SHARD")
+    if _flag("ACCELERATE_USE_PARALLELISM_CONFIG") and copies > 1 and copies * each != ranks.ranks():
+        raise RecipeError(
+            f"the launch asks for {copies} copies of the weights over {each} ranks each (dp_replicate_size and "
+            f"dp_shard_size of parallelism_config), which are {copies * each} ranks, and has {ranks.ranks()}. Write "
+            "sizes whose product is the number of ranks."
+        )
+
+
 def _size(name: str) -> int:
     given = os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")
     return int(given) if given.isdigit() else 1
@@ -152,8 +163,10 @@ def require_combinations(recipe: Recipe) -> None:
     """Refuses what cannot be combined with the plan of this launch, before anything is loaded.
 
     Raises:
-        RecipeError: A stage asks for it; the message says why and what to do.
+        RecipeError: A stage asks for it, or the launch has other ranks than its own sizes say; the message says why
+            and what to do.
     """
+    _require_copies()
     for stage in recipe.stages:
         plan = plan_of_launch(stage)
         for refusal in REFUSALS:

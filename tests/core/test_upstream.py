@@ -25,7 +25,11 @@ from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, HfApi
 from packaging.requirements import Requirement
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from sacrebleu.metrics import BLEU, CHRF, TER
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -302,6 +306,25 @@ def test_transformers_marks_a_model_that_it_loaded_in_parts() -> None:
     assert not model.is_distributed_loading_by_transformers
     assert not fsdp.is_fsdp_managed_module(model)
     assert model.tp_size is None
+
+
+def test_peft_makes_an_adapter_for_the_part_of_a_layer_under_hybrid_sharding() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp_replicate", "fsdp"))
+
+        def outputs() -> int:
+            layer = torch.nn.Linear(8, 8, bias=False)
+            part = DTensor.from_local(torch.zeros(4, 8), mesh, [Replicate(), Shard(0)])
+            layer.weight = torch.nn.Parameter(part, requires_grad=False)
+            adapted: Any = get_peft_model(torch.nn.Sequential(layer), LoraConfig(target_modules=["0"], r=2))
+            return adapted.base_model.model[0].lora_B["default"].out_features
+
+        assert outputs() == 4
+        with upstream.adapters_of_whole_layers():
+            assert outputs() == 8
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class OfItsOwn(LlamaForCausalLM):

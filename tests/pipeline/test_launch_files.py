@@ -1,4 +1,7 @@
-"""The files of `hfpipe launch`, run with stand-ins for torchrun and SLURM: 75 is started again, and nothing else is."""
+"""The files of `hfpipe launch`, run with stand-ins for torchrun and SLURM: 75 is started again, and nothing else is.
+
+And the files that ship for `accelerate launch`, read by accelerate.
+"""
 
 import os
 import subprocess
@@ -7,8 +10,11 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from fsdp_on_cpu import SHIPPED, environment_of
 
 from hfpipe.cli import main
+from hfpipe.recipe import load_recipe
+from hfpipe.stages.sharding import plan_of_launch
 
 pytestmark = pytest.mark.slow
 
@@ -102,3 +108,41 @@ def test_the_plan_follows_from_the_predicted_memory(tmp_path: Path, capsys: pyte
     assert "export FSDP_VERSION=2" in large
     assert main(["launch", str(tmp_path / "tiny.yaml"), "--gpus", "2", "--memory", "24"]) == 4
     assert "Take more GPUs (--nodes, --gpus)" in capsys.readouterr().err
+
+
+# Of each file: the plan that hfpipe sees, and what else of it accelerate tells the ranks.
+PLANS: dict[str, tuple[str, dict[str, str]]] = {
+    "cpu.yaml": ("none", {"ACCELERATE_MIXED_PRECISION": "no"}),
+    "multi_node.yaml": ("none", {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+    "fsdp2.yaml": ("fsdp", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}),
+    "fsdp2_nodes.yaml": ("fsdp", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}),
+    "fsdp2_offload.yaml": ("fsdp", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}),
+    "fsdp2_hybrid.yaml": (
+        "fsdp",
+        {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8", "FSDP_VERSION": "2"}
+        | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+    ),
+    "deepspeed_zero2.yaml": ("zero2", {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}),
+    "deepspeed_zero3.yaml": ("zero3", {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}),
+}
+
+
+def test_every_file_of_accelerate_is_named() -> None:
+    assert PLANS.keys() == {path.name for path in SHIPPED.iterdir()}
+
+
+@pytest.mark.parametrize("file", PLANS)
+def test_a_file_of_accelerate_asks_for_the_plan_that_it_names(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, told = PLANS[file]
+    environment = environment_of(file, "--num_processes", "16")
+    assert environment.items() >= told.items()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    recipe = load_recipe(tiny.write(tmp_path, tiny.recipe(tmp_path)))
+    assert {plan_of_launch(stage) for stage in recipe.stages} == {asked}
+    head = (SHIPPED / file).read_text().split("compute_environment")[0]
+    assert f"--config_file recipes/accelerate/{file}" in head
+    pages = Path(__file__).parents[2] / "docs"
+    assert f"(../recipes/accelerate/{file})" in (pages / "launch.md").read_text()

@@ -62,3 +62,13 @@ def test_a_combination_is_refused_before_anything_is_loaded_and_the_docs_say_why
     assert f"stages.sounds: {refusal.name} cannot be: {refusal.reason}" in said
     page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
     assert f"| {refusal.name} | {refusal.reason} |" in page
+
+
+def test_sizes_of_hybrid_sharding_that_are_not_those_of_the_launch_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}
+    for name, value in (FSDP | sizes | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["run", str(tiny.write(tmp_path, tiny.recipe(tmp_path)))]) == 2
+    assert "2 copies of the weights over 8 ranks each" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from fsdp_on_cpu import FSDP
+from fsdp_on_cpu import FSDP, environment_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,12 +22,14 @@ LAUNCHER = Path(__file__).parents[1] / "fsdp_on_cpu.py"
 QUIET: dict[str, Any] = {"energy": False, "shift": False}
 
 
-def spread(path: Path, ranks: int, *more: str, code: int = 0, **environment: str) -> str:
+def spread(
+    path: Path, ranks: int, *more: str, code: int = 0, plan: dict[str, str] | None = None, **environment: str
+) -> str:
     """Runs a recipe under FSDP2 on CPU ranks; what they said."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ended = subprocess.run(
         [*line, str(LAUNCHER), "run", str(path), *more],
-        env=os.environ | FSDP | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+        env=os.environ | FSDP | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (plan or {}) | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,6 +67,40 @@ def test_a_causal_chain_is_that_of_one_rank(tmp_path: Path) -> None:
         else:
             spread(path, ranks)
     assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", ["prose", "sounds"])
+
+
+HYBRID = "--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"
+
+
+@pytest.mark.parametrize(
+    ("file", "ranks", "words"),
+    [("fsdp2_hybrid.yaml", 4, HYBRID), ("fsdp2_offload.yaml", 2, ())],
+    ids=["hybrid", "offload"],
+)
+def test_a_shipped_plan_makes_what_one_rank_makes_and_is_continued_by_it(
+    tmp_path: Path, file: str, ranks: int, words: tuple[str, ...]
+) -> None:
+    """All weights, the best of them by a suite, an adapter beside the parent's texts; then more steps on one rank."""
+    plan = environment_of(file, "--num_processes", str(ranks), *words)
+    plan |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+    for place in ("one", "several"):
+        folder = tmp_path / place
+        folder.mkdir()
+        tiny.write_data(folder)
+        path = tiny.write(folder, chosen_and_kept(folder))
+        if place == "one":
+            assert main(["run", str(path)]) == 0
+        else:
+            spread(path, ranks, plan=plan)
+    assert_same(tmp_path / "several" / "run", tmp_path / "one" / "run", ["prose", "best", "kept"])
+    assert main(["run", str(steps(tmp_path / "long", 6))]) == 0
+    for count in (4, 6):
+        path = steps(tmp_path / "other", count)
+        if count == 4:
+            spread(path, ranks, plan=plan)
+        else:
+            assert main(["run", str(path)]) == 0
+    assert_same(tmp_path / "other" / "run", tmp_path / "long" / "run", ["prose"])
 
 
 def labelled(folder: Path) -> dict[str, Any]:
