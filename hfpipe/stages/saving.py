@@ -153,8 +153,9 @@ def _leave_out_tied(trainer: Trainer, model: Any) -> None:
     """Keeps a weight of several names, gathered once for each, from being saved more than once."""
     gather, tied = trainer.accelerator.get_state_dict, set(model.all_tied_weights_keys)
 
-    def once(*arguments: Any, **words: Any) -> dict[str, torch.Tensor]:
-        return {name: tensor for name, tensor in gather(*arguments, **words).items() if name not in tied}
+    def once(*arguments: Any, **words: Any) -> dict[str, torch.Tensor] | None:
+        gathered = gather(*arguments, **words)  # None on all but the main process under ZeRO-3
+        return gathered and {name: tensor for name, tensor in gathered.items() if name not in tied}
 
     override(trainer.accelerator, get_state_dict=once)
 
