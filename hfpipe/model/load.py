@@ -176,7 +176,8 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is damaged: base_model_name_or_path is {base!r}. Write the folder or Hub id there.")
     fields = peft_fields(str(config.get("peft_type")).lower()) or {}
     for name, value in config.items():
-        if name in fields and not fits(value, fields[name].kinds):
+        number = 0 if name == "lora_alpha" and isinstance(value, float) else value  # PiSSA's with rslora has a root
+        if name in fields and not fits(number, fields[name].kinds):
             raise RecipeError(
                 f"{path} is damaged: {name}: {explain(value, fields[name].kinds)} Correct it in that file."
             )
