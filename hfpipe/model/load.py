@@ -22,6 +22,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -308,6 +309,7 @@ def load_model(
     """
     if ref.is_adapter:
         return put_adapter(load_model(ref.base, head=head_fields(ref), place=place, spread=spread), ref)
+    unset_hf_deepspeed_config()  # of a stage that was trained before: it would divide this model, and generation wait
     task = "classification" if head is not None else task_of(ref)
     options = _options_of(ref, task, head, frozen=frozen)
     if ref.quantization or place is not None:
