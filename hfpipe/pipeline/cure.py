@@ -86,12 +86,13 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bo
         _take_over(recipe, folder, [*(one.name for one in before), stage.name])
     ranks.wait()
     with suppress(BudgetExceeded):  # which is what the comparison is about
-        run_recipe(compared)
+        run_recipe(compared, closing=False)
     ranks.wait()
     for one in cures.values() if dial and recipe.evaluate else ():
         if (one.adapter or {"type": "lora"})["type"] in DIALLED and (
             folder / "stages" / one.name / "done.json"
         ).exists():
+            ranks.say(f"\n{one.name} at lower strengths:")
             dial_run(folder, one.name, STRENGTHS)
     if ranks.is_main():
         scores = read_scorecard(folder / "scorecard.json")
@@ -161,7 +162,7 @@ def _lines(
         for strength in sorted((s for name, s in points if name == how), reverse=True):
             named = how if strength == 1 else f"  at strength {strength:g}"
             cost = f"; {_cost(folder / 'stages' / one.name)}" if strength == 1 else ""
-            told.append(f"  {named}: {_where(points[how, strength])}{cost}")
+            told.append(f"  {named if named != 'none' else 'no cure'}: {_where(points[how, strength])}{cost}")
     if not kept_suites(recipe.evaluate):
         return [*told, "No suite has a budget, so nothing says which is best: give those that are to be kept one."]
     inside = {place: where for place, where in points.items() if not where.over}
@@ -170,8 +171,11 @@ def _lines(
     best = max(inside, key=lambda place: (inside[place].gain.value if inside[place].gain else 0.0, place[1]))  # type: ignore[union-attr]
     path = folder / "cured.yaml"
     write_text(path, dump_recipe(_cured(recipe, stage, cures[best[0]], best)))
-    named = best[0] if best[1] == 1 else f"{best[0]} at strength {best[1]:g}"
-    return [*told, f"The most is learned inside the budgets by: {named}. Its recipe: {path}"]
+    named = "no cure" if best[0] == "none" else best[0]
+    named = named if best[1] == 1 else f"{named} at strength {best[1]:g}"
+    gain = inside[best].gain
+    noise = " Its gain is within the noise: score more rows." if gain is not None and not gain.beyond_noise else ""
+    return [*told, "", f"The most is learned inside the budgets by: {named}.{noise} Its recipe: {path}"]
 
 
 def _dialled(folder: Path, name: str) -> list[tuple[float, list[Score]]]:

@@ -46,8 +46,12 @@ from hfpipe.stages.fit import Fit, fitted, require_memory, smaller
 from hfpipe.stages.memory import out_of_memory, predicted, setting_of
 
 
-def run_recipe(recipe: Recipe) -> Path:
+def run_recipe(recipe: Recipe, *, closing: bool = True) -> Path:
     """Runs a recipe, or what is left of it.
+
+    Args:
+        recipe: The recipe.
+        closing: Whether the last lines say what was gained and what comes next; not where something else follows.
 
     Returns:
         The run folder.
@@ -98,7 +102,7 @@ def run_recipe(recipe: Recipe) -> Path:
         merged_model(run, name)
     if ranks.is_main():
         write_reports(folder)
-        for line in closing_lines(folder):
+        for line in closing_lines(folder) if closing else ():
             ranks.say(line, "result")
     if recipe.push is not None and ranks.is_main():  # the others do not wait: an upload may take longer than they can
         try:

@@ -23,7 +23,8 @@ def test_cures_are_compared_and_the_best_is_written(tmp_path: Path, capsys: pyte
     assert main(["cure", str(path), "--stage", "sounds", "--steps", "3"]) == 0
     told = capsys.readouterr().out
     assert "prose: done before, skipped" in told
-    for how in ("none", "self", "self-kl", "lower rate", "lower rank"):
+    assert "use it:" not in told, "one of the cures is not what comes of it"
+    for how in ("no cure", "self", "self-kl", "lower rate", "lower rank"):
         line = next(line for line in told.splitlines() if line.startswith(f"  {how}: "))
         assert "gain" in line
         assert "forgetting" in line
@@ -39,7 +40,7 @@ def test_cures_are_compared_and_the_best_is_written(tmp_path: Path, capsys: pyte
     narrow = json.loads((folder / "stages/sounds-narrower/model/adapter_config.json").read_text())
     assert (narrow["r"], narrow["lora_alpha"]) == (1, 2)
     assert "Gain against forgetting" in (folder / "report.md").read_text()
-    best = told.split("inside the budgets by: ")[1].split(". Its recipe")[0]
+    best = told.split("inside the budgets by: ")[1].split(". Its ")[0]
     cured = load_recipe(folder / "cured.yaml")
     stage = next(one for one in cured.stages if one.name == "sounds")
     assert (stage.kept.replay is not None) == best.startswith("self")
