@@ -16,7 +16,7 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded, RecipeError
-from hfpipe.core.files import read_json, write_text
+from hfpipe.core.files import read_json, write_json, write_text
 from hfpipe.pipeline.dial import dial_run
 from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Keep, Recipe, Stage, dump_recipe
@@ -24,7 +24,7 @@ from hfpipe.recipe.choose import curable_stage
 from hfpipe.recipe.rules.adapters import DIALLED
 from hfpipe.recipe.signatures import training_fields
 from hfpipe.report import write_reports
-from hfpipe.report.cures import CURE
+from hfpipe.report.cures import COMPARED, CURE
 from hfpipe.scores.scorecard import Score, of_lineage, read_scorecard, score_of
 from hfpipe.scores.tradeoff import Point, kept_keys, kept_suites, point, scales_of
 from hfpipe.scores.wording import loss_words, share_words, with_interval
@@ -96,8 +96,11 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bo
             dial_run(folder, one.name, STRENGTHS)
     if ranks.is_main():
         scores = read_scorecard(folder / "scorecard.json")
-        for line in _lines(recipe, compared, stage, cures, scores, folder):
+        lines = _lines(recipe, compared, stage, cures, scores, folder)
+        for line in lines:
             ranks.say(line, "result")
+        write_json(folder / COMPARED, {"told": lines[-1]})
+        write_reports(folder)
     return folder
 
 

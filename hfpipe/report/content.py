@@ -10,7 +10,7 @@ from hfpipe.core.command import our_command
 from hfpipe.core.files import read_json, read_jsonl
 from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.report.cures import how_kept, next_cure
+from hfpipe.report.cures import COMPARED, how_kept, next_cure
 from hfpipe.report.details import detail_sections
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told
 from hfpipe.report.plots import loss_curve, score_by_stage
@@ -55,7 +55,13 @@ def about(recipe: Recipe) -> str:
     architecture = recipe.model.architecture or {}
     fresh = architecture.get("model_type") or architecture.get("from", "model")
     base = recipe.model.id or f"a {fresh} with fresh weights"
-    return " → ".join([base, *(f"{one.name} ({one.kind}, {how_trained(one)})" for one in recipe.stages)])
+    words = {one.name: f"{one.name} ({one.kind}, {how_trained(one)})" for one in recipe.stages}
+    told, before = base, BASE
+    for name, text in words.items():
+        parent = recipe.parent_of(name)
+        told += f" → {text}" if parent == before else f"; {parent} → {text}"
+        before = name
+    return told
 
 
 def how_trained(stage: Any) -> str:
@@ -79,15 +85,8 @@ def _verdict(folder: Path, recipe: Recipe, scores: list[Score]) -> list[Told]:
     last = stages_of(scores)[-1]
     if last == BASE:
         return [Told("", ["Only the base has been scored so far."])]
-    line = of_lineage(scores, recipe.lineage(last))
-    gained, lost = gains_and_losses(line)
-    by = f" by {last}" if set(stages_of(scores)) - set(recipe.lineage(last)) else ""  # there are stages beside it
-    told = [
-        Told(f"{title}{by}", _some(_changes(changes, line)), how if changes else "")
-        for title, changes, how in (("Gained", gained, "better"), ("Forgotten", lost, "worse"))
-    ]
-    if first := first_scores(line):
-        told.append(Told("Scored for the first time", _some([f"{score.suite} {describe(score)}" for score in first])))
+    told = [Told("Cures compared", [found])] if (found := read_json(folder / COMPARED).get("told")) else []
+    told = told or _of_last(recipe, scores, last)
     limits = {name: suite.budget for name, suite in recipe.evaluate.items() if suite.budget is not None}
     over, unsure = [], []
     for stage in stages_of(scores)[1:]:
@@ -105,6 +104,20 @@ def _verdict(folder: Path, recipe: Recipe, scores: list[Score]) -> list[Told]:
         told.append(Told("Budget", over or [inside], "worse" if over else ""))
     if unsure:
         told.append(Told("Too few rows to judge", _some(unsure)))
+    return told
+
+
+def _of_last(recipe: Recipe, scores: list[Score], last: str) -> list[Told]:
+    """The gains up to the last stage, its losses, and what it is the first to be scored on."""
+    line = of_lineage(scores, recipe.lineage(last))
+    gained, lost = gains_and_losses(line)
+    by = f" by {last}" if set(stages_of(scores)) - set(recipe.lineage(last)) else ""  # there are stages beside it
+    told = [
+        Told(f"{title}{by}", _some(_changes(changes, line)), how if changes else "")
+        for title, changes, how in (("Gained", gained, "better"), ("Forgotten", lost, "worse"))
+    ]
+    if first := first_scores(line):
+        told.append(Told("Scored for the first time", _some([f"{score.suite} {describe(score)}" for score in first])))
     return told
 
 

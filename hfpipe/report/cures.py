@@ -20,6 +20,7 @@ from hfpipe.scores.tradeoff import Point, kept_keys, kept_suites, point, scales_
 from hfpipe.scores.wording import loss_words, percent, share_words, with_interval
 
 CURE = "cure"  # the folder of the comparison, in that of the run
+COMPARED = "compared.json"  # in it: what the comparison found, for its page
 STEEP = 4  # times the trainer's own learning rate (of an adapter, ten times that): what is above is told
 OF_ADAPTERS = 10  # Schulman et al. 2025, LoRA Without Regret: their best rate is about ten times that of all weights
 _LENGTH = ("max_steps", "num_train_epochs")

@@ -169,6 +169,16 @@ def svg_of(figure: Figure, label: str) -> str:
 SIZE = (4.2, 2.9)
 
 
+def _legend_below(figure: Figure, axes: Any) -> None:
+    """A legend below the axes, where it covers no interval; the figure grows by its lines."""
+    names = axes.get_legend_handles_labels()[1]
+    columns = 3 if max(map(len, names), default=0) < 14 else 2
+    lines = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * lines)
+    look: dict[str, Any] = {"frameon": False, "fontsize": 9, "handletextpad": 0.4, "columnspacing": 1.2}
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=columns, **look)
+
+
 def _plane(axes: Any) -> None:
     axes.set(xlabel="forgetting (less is better, below 0 %: improved)", ylabel="gain (more is better)")
     axes.axhline(0, color=INK, linewidth=0.6, alpha=0.5)
@@ -208,6 +218,7 @@ def _tradeoff(stages: Sequence[Placed], title: str, *, line: bool = False) -> st
         figure = Figure(figsize=SIZE)
         axes = figure.subplots()
         told, places = [], []
+        several = len({one.method for one in stages}) > 1
         for number, one in enumerate(stages):
             gain, loss = one.where.gain, one.where.forgetting
             assert gain is not None
@@ -219,7 +230,7 @@ def _tradeoff(stages: Sequence[Placed], title: str, *, line: bool = False) -> st
                 "capsize": 3,
                 "elinewidth": 1,
             }
-            how = {"full": " (all weights)", "": ""}.get(one.method, f" ({one.method})")
+            how = {"full": " (all weights)", "": ""}.get(one.method, f" ({one.method})") if several else ""
             name = f"{cut(one.stage)}{how}"
             up, right = ([[arm] for arm in _arms(estimate)] for estimate in (gain, loss))
             axes.errorbar(loss.value, gain.value, up, right, ls="none", label=name, **look)
@@ -228,7 +239,7 @@ def _tradeoff(stages: Sequence[Placed], title: str, *, line: bool = False) -> st
             axes.plot(*zip(*undominated(places), strict=True), color=INK, alpha=0.4, linewidth=1, zorder=0)
         _plane(axes)
         axes.set_title(title)
-        axes.legend(frameon=False, fontsize=9)
+        _legend_below(figure, axes)
         return svg_of(figure, f"Gain against forgetting. {'; '.join(told)}")
 
 
@@ -267,7 +278,7 @@ def dial_plots(dial: dict[str, Any]) -> list[str]:
         axes.set(xlabel="strength", title=cut(dial["stage"]))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.grid(axis="y")
-        axes.legend(frameon=False, fontsize=9)
+        _legend_below(figure, axes)
         plots = [svg_of(figure, f"The dial of {dial['stage']}: {told}")]
         if len(lines) == 2:
             plots.append(_curve(dial))

@@ -15,7 +15,9 @@ from hfpipe.report.layout import Cell, Number, Section, Table
 from hfpipe.report.plots import Placed, dial_plots, tradeoff_plots
 from hfpipe.scores.scorecard import Score, of_lineage, stages_of
 from hfpipe.scores.tradeoff import Comparison, Key, compare, estimate_of, kept_keys, kept_suites, point, scales_of
-from hfpipe.scores.wording import loss_words, number, share_words, with_interval
+from hfpipe.scores.wording import loss_words, number, percent, share_words, with_interval
+
+MOST_PAIRS = 3  # of stages from one parent, of which each two are compared in a sentence
 
 
 def price_sections(folder: Path, recipe: Recipe, scores: Sequence[Score]) -> list[Section]:
@@ -82,7 +84,10 @@ def _comparisons(recipe: Recipe, scores: Sequence[Score], strengths: Mapping[str
     methods = {stage.name: stage.method for stage in recipe.stages}
     for parent in stages_of(scores):
         start, ends, scales, kept = _family(recipe, scores, parent)
-        for first, second in combinations(ends, 2):
+        pairs = [*combinations(ends, 2)]
+        if len(pairs) > MOST_PAIRS:  # each with the first alone: a person reads no more
+            pairs = [pair for pair in pairs if pair[0] == next(iter(ends))]
+        for first, second in pairs:
             if methods[second] == "full":  # said of the adapter, against all weights
                 first, second = second, first
             found = compare(start, ends[first], ends[second], scales, kept)
@@ -99,11 +104,12 @@ def _in_words(found: Comparison) -> str:
     for verb, estimate in (("learned", found.learned), ("forgot", found.forgot)):
         if estimate is None:
             parts.append(f"nothing says what it {verb}")
-        elif estimate.beyond_noise:
+        elif estimate.beyond_noise and percent(abs(estimate.value)) != percent(0):
             size = with_interval(*share_words(estimate if estimate.value > 0 else -estimate))
             parts.append(f"{verb} {size} {'more' if estimate.value > 0 else 'less'}")
         else:
-            parts.append(f"{verb} as much, within the noise: {with_interval(*share_words(estimate))}")
+            noise = "" if estimate.beyond_noise else ", within the noise"
+            parts.append(f"{verb} as much{noise}: {with_interval(*share_words(estimate))}")
     return " and ".join(parts)
 
 
