@@ -79,6 +79,8 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
     }
+    if not recomputes(stage):
+        defaults["activation_checkpointing"] = False  # TRL's default is True; fit.py turns it on where it is needed
     decided = {
         **stage.decided,
         "output_dir": str(folder),
@@ -95,6 +97,12 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         arguments = cls(**{**defaults, **training, **decided, **more})
     arguments.eval_strategy = IntervalStrategy.NO  # a trainer would want rows; see stages/scored.py
     return arguments
+
+
+def recomputes(stage: Stage) -> bool | None:
+    """Returns whether a stage asks to recompute its activations in the backward pass; None if it says nothing of it."""
+    asked = [stage.training.get(word) for word in ("activation_checkpointing", "gradient_checkpointing")]
+    return next((bool(one) for one in asked if one is not None), None)
 
 
 def require_arguments(recipe: Recipe, tokenizer: Any) -> None:

@@ -17,10 +17,11 @@ from hfpipe.model.memory import PARTS, Memory
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
 from hfpipe.recipe import Pretrain, Recipe, Stage
+from hfpipe.stages.arguments import recomputes
 from hfpipe.stages.compatibility import Sample, encode_rows
 from hfpipe.stages.memory import DEFAULT_LENGTH, Setting, available, predicted, setting_of
 
-SPARE = 0.9  # of the memory of a GPU: a stage that is predicted to take more recomputes its activations
+SPARE = 0.9  # of the memory: a stage that is predicted to take more recomputes its activations
 UNSEEN = 2  # rows that were not sampled may be longer by this factor
 RANKS = (2, 4, 8, 16, 32, 64)
 
@@ -93,12 +94,11 @@ def fit_of(recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, samples: Ma
     setting = setting_of(recipe, stage, tokens=tokens, targets=targets, vocabulary=len(tokenizer))
     memory, unknown = predicted(model.config, setting)
     found = Fit(stage, model.config, setting, memory, unknown, *available(setting.device))
-    silent = not {"activation_checkpointing", "gradient_checkpointing"} & stage.training.keys()
-    return with_checkpointing(found) if setting.device == "cuda" and silent else found
+    return with_checkpointing(found) if recomputes(stage) is None else found
 
 
 def with_checkpointing(fit: Fit) -> Fit:
-    """Turns activation checkpointing on for a stage on a GPU that would fill its memory without.
+    """Turns activation checkpointing on for a stage that would fill the memory without.
 
     It makes a step 25 to 33 % slower, and so is left off where there is room for the activations.
     """
