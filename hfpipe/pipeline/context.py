@@ -257,7 +257,7 @@ def merged_model(run: Run, name: str) -> ModelRef:
                     dtype,
                 )
             write_json(told, dataclasses.asdict(found) | {"files": hashes_of(folder)})
-            ranks.say(f"{name}: merged and verified (largest difference {found.difference:.1e} nats)")
+            ranks.say(f"{name}: merged and verified (largest difference {found.difference:.2g} nats)")
             for base, cost in found.costs.items():
                 chosen = " (chosen)" if base == found.base else ""
                 ranks.say(f"  into the base {base}: {cost:.2g} nats per token lost{chosen}")
@@ -303,10 +303,11 @@ def warn_of_rounding(folder: Path, suites: Sequence[Mapping[str, Any]]) -> None:
     dtype = read_json(folder / "merge.json").get("dtype") if ranks.is_main() else None
     lost = max((abs(one["merged"] / one["adapter"] - 1) for one in suites if one["adapter"]), default=0.0)
     if dtype not in (None, "float32") and lost > ROUNDED:
+        again = f"hfpipe merge {folder.parent.parent} --stage {folder.name} --dtype float32"
         ranks.say(
             f"  warning: the merged weights are {dtype}, which rounds small changes away: up to {lost:.1%} of a score. "
             "The adapter itself loses nothing: use it unmerged, or keep the merged weights in float32, which takes "
-            "twice the space: `merge: {dtype: float32}`, or hfpipe merge RUN --dtype float32.",
+            f"twice the space: `merge: {{dtype: float32}}`, or {again}",
             "warning",
         )
 

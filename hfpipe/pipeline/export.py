@@ -200,9 +200,14 @@ def turns_of(tokenizer: Any) -> Turns | None:
 
 
 def _written(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
-    """A conversation with the opening of an answer, without the BOS token, which llama.cpp puts in front itself."""
+    """A conversation with the opening of an answer, without the BOS token where llama.cpp puts it in front itself.
+
+    Its converter looks at whether the tokenizer does so. SmolLM2's does not, though its turns begin with its BOS token.
+    """
     text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token or "")
+    bos = tokenizer.bos_token_id
+    is_added = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return text.removeprefix(tokenizer.bos_token) if is_added else text
 
 
 def _taken_apart(tokenizer: Any, roles: Sequence[str]) -> Turns:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import talking
 import tiny
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from hfpipe.cli import main
@@ -46,10 +47,19 @@ def written_by_go(template: str, messages: list[dict[str, str]]) -> str:
     return text + "".join(turn["content"].join(around[turn["role"]]) for turn in messages) + opening
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("name", [name for name in named_templates() if not name.endswith("_training")])
-def test_a_template_in_parts_says_what_the_template_says_or_is_not_taken(run: Path, name: str) -> None:
+def test_a_template_in_parts_says_what_the_template_says_or_is_not_taken(run: Path, name: str, adds: bool) -> None:
+    """Also where the BOS token begins every turn, and is or is not put in front of every text by the tokenizer."""
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "stages" / "chat" / "merged")
     tokenizer.chat_template = template_text(name)
+    if name == "chatml":
+        tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    elif adds:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
+    if adds:
+        front = [("<bos>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=front)
     found = turns_of(tokenizer)
     if name in ("chatml", "llama3_1", "qwen2_5", "qwen3", "gemma", "gemma3", "phi3", "gptoss"):
         assert found is not None
@@ -58,7 +68,7 @@ def test_a_template_in_parts_says_what_the_template_says_or_is_not_taken(run: Pa
     with_system = [{"role": "system", "content": "Be brief."}, *TALK]
     for talk in (TALK, TALK[:1], *([with_system] if "system" in found.around else [])):
         wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        assert written_by_go(found.go(), talk) == wanted.removeprefix(tokenizer.bos_token or "")
+        assert written_by_go(found.go(), talk) == (wanted.removeprefix(tokenizer.bos_token) if adds else wanted)
 
 
 def test_without_llama_cpp_the_commands_and_the_modelfile_are_given(
