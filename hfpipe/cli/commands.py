@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,21 @@ PUSH_WORDS = (
 
 
 def run(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.finished import require_sources
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)  # refused before anything heavy is imported
     require_launch()
     ending.watch(recipe.run_folder)
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # of several ranks the main one tells it later, once
+        require_sources(recipe)
     from hfpipe.pipeline.api import run
 
     run(recipe)
 
 
 def check(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.finished import require_sources
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
@@ -52,6 +57,7 @@ def check(options: argparse.Namespace) -> None:
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         print(f"{options.recipe}: no fault found. Stages: {stages}.")
         return
+    require_sources(recipe)
     with display.doing(IMPORTING):
         from hfpipe.pipeline.check import check_recipe, launch_line
 
@@ -90,9 +96,11 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def preview(options: argparse.Namespace) -> None:
+    from hfpipe.pipeline.finished import require_sources
     from hfpipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
+    require_sources(recipe)
     with display.doing(IMPORTING):
         from hfpipe.pipeline.preview import preview
 

@@ -102,6 +102,20 @@ def require_merged(folder: Path, stage: str) -> None:
         )
 
 
+def require_sources(recipe: Recipe) -> None:
+    """Refuses files of a recipe that are not there; those of stages that are trained already are not asked for.
+
+    Raises:
+        RecipeError: One is not there.
+    """
+    from hfpipe.data.sources.files import file_groups  # imports datasets
+
+    done = finished_stages(recipe.run_folder, recipe)
+    sources = [source for stage in recipe.stages if stage.name not in done for source in stage.data]
+    for source in [*sources, *(suite.data for suite in recipe.evaluate.values() if suite.lm_eval is None)]:
+        file_groups(source)
+
+
 def require_prompts(path: str) -> None:
     """Refuses a file of prompts that is not there.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -212,12 +213,20 @@ def test_an_unfinished_run_and_an_empty_prompt_are_told(
         ("push RUN --repo-id me/it --stage chit", "is not a stage"),
         ("evaluate RUN SUITES --stage chit", "Did you mean chat?"),
         ("cure RECIPE --stage chit", "Did you mean chat?"),
+        ("run LOST", "there is no such file or folder here; near it"),
+        ("check LOST", "there is no such file or folder here; near it"),
+        ("preview LOST", "there is no such file or folder here; near it"),
     ],
 )
 def test_a_wrong_word_is_refused_before_torch_is_imported(run: Path, words: str, told: str) -> None:
     suites = run.parent / "suites.yaml"
     suites.write_text("evaluate:\n  held: {data: {path: held.jsonl}, metrics: [bits_per_byte]}\n")
-    places = {"RUN": str(run), "SUITES": str(suites), "RECIPE": str(run / "recipe.yaml")}
+    lost = run.parent / "lost.yaml"
+    lost.write_text(
+        (run / "recipe.yaml").read_text().replace("chats.jsonl", "chat.jsonl").replace("name: tiny", "name: lost")
+    )
+    lost.write_text(re.sub("(?m)^output_dir: .*\n", "", lost.read_text()))
+    places = {"LOST": str(lost), "RUN": str(run), "SUITES": str(suites), "RECIPE": str(run / "recipe.yaml")}
     code = (
         "import sys; from hfpipe.cli import main; code = main(sys.argv[1:]); "
         "print(*(name for name in ('torch', 'transformers', 'trl') if name in sys.modules)); sys.exit(code)"
