@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hfpipe.recipe.faults import did_you_mean, listed
 
 LOOKED_AT = 1000  # rows
 MOST_PARTS, HELD_OUT, FEWEST_PARTS = 20, 10, 4  # one part of so many is held out, and has some rows in a small file
+EXPLAINED = 600  # characters in which a chat template says how tools are called
 BATCHES, FEWEST_STEPS = (16, 8, 4), 40
 TASKS = {
     "chat": "sft",
@@ -246,7 +248,7 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     if not rows:
         raise RecipeError(f"{source['path']} has no row.")
     texts = [text_of(row) for row in rows]
-    lengths = sorted(map(len, texts))
+    lengths = sorted(len(text) + _tool_characters(row) for text, row in zip(texts, rows, strict=True))
     labels = Counter(str(row["label"]) for row in rows if row.get("label") is not None)
     characters = (lengths[len(lengths) // 2], lengths[min(len(lengths) - 1, len(lengths) * 99 // 100)])
     format, columns = opened.taken.format, opened.taken.columns
@@ -254,6 +256,14 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     repeats, shared = len(texts) - len(set(texts)), SuiteIndex(rows[::2]).look_in(rows[1::2])
     alike = bool(repeats or shared.exact or shared.partly)
     return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats, alike, others)
+
+
+def _tool_characters(row: Mapping[str, Any]) -> int:
+    """Characters of the tools of a conversation, and of the calls of its turns, as a chat template writes them."""
+    calls = [turn.get("tool_calls") for turn in row.get("messages") or () if isinstance(turn, Mapping)]
+    said = [value for value in (row.get("tools"), *calls) if value]
+    sizes = [len(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for value in said]
+    return sum(sizes) + (EXPLAINED if row.get("tools") else 0)
 
 
 def _opened(source: Mapping[str, Any], kinds: tuple[str, ...] | None) -> Any:

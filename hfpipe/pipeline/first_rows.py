@@ -62,7 +62,10 @@ def flaws_of(sample: Rows, stage: Stage, tokenizer: Any, max_length: int, source
 def _left_out(sample: Rows, tokenizer: Any) -> list[Flaw]:
     """Lists the parts of conversations that the chat template does not render."""
     parts = [part for row in sample for part in left_out(tokenizer, row)]
-    advice = "take a chat template that renders it (`model.tokenizer.chat_template`), or a model whose own one does"
+    advice = (
+        "take a chat template that renders it (`model.tokenizer.chat_template`: a file, or a name such as qwen2_5), or "
+        "a model whose own one does"
+    )
     return [
         Flaw(parts.count(part) / len(sample), f"have `{part}` that the chat template leaves out", advice)
         for part in dict.fromkeys(parts)

@@ -283,3 +283,18 @@ def test_a_text_file_is_read_by_its_parts(
     (tmp_path / "note.txt").write_text("One line.")
     assert main(["new", "--data", "note.txt", "--model", "team/base-1B"]) == 2
     assert "note.txt has 1 row, too few to train on" in capsys.readouterr().err
+
+
+def test_the_tools_of_a_chat_count_among_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tools = [{"name": "order", "description": "Order a thing. " * 40, "parameters": {"type": "object"}}]
+    rows = [{"conversations": TURNS, "tools": json.dumps(tools)} for _ in range(40)]
+    for name, content in (("with", rows), ("without", [{"conversations": TURNS}] * 40)):
+        assert (
+            main(["new", "--data", written(tmp_path, content, f"{name}.jsonl"), "--model", "team/base-Instruct"]) == 0
+        )
+    lengths = [
+        yaml.safe_load((tmp_path / f"{name}.yaml").read_text())["stages"][0]["training"]["max_length"]
+        for name in ("with", "without")
+    ]
+    assert lengths == [512, 128]
