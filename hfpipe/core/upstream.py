@@ -309,6 +309,46 @@ def default_store() -> Any:
     return distributed_c10d._get_default_store()
 
 
+@contextmanager
+def copied_whole(model: Any) -> Iterator[None]:
+    """Lets modules of a model that FSDP2 has divided be copied, inside the block: as plain ones, whole on every rank.
+
+    It refuses to copy a module that it divided on its own, such as a head. No issue found. Every rank has to copy them.
+    """
+    import copy
+    from functools import partial
+
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    def plain_copy(module: Any, memo: dict[int, Any]) -> Any:
+        own: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+        plain, empty = own.__new__(own), vars(torch.nn.Module())
+        vars(plain).update(vars(module))
+        for name, nothing in empty.items():
+            if "_hooks" in name:  # those of FSDP2 gather the module
+                vars(plain)[name] = nothing
+        for held in ("_parameters", "_buffers", "_modules"):
+            vars(plain)[held] = dict(vars(module)[held])
+        del vars(plain)["__deepcopy__"]
+        for name, part in module.named_parameters(recurse=False):
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
+            plain.register_parameter(name, torch.nn.Parameter(whole.detach().clone(), requires_grad=part.requires_grad))
+        for name, inner in (*module.named_buffers(recurse=False), *module.named_children()):
+            setattr(plain, name, copy.deepcopy(inner, memo))
+        return plain
+
+    divided = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in divided:
+        vars(module)["__deepcopy__"] = partial(plain_copy, module)
+    try:
+        yield
+    finally:
+        for module in divided:
+            del vars(module)["__deepcopy__"]
+
+
 # huggingface_hub
 
 

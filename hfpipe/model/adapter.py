@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.upstream import adapters_of_whole_layers
+from hfpipe.core.upstream import adapters_of_whole_layers, copied_whole
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.load import AUTO_CLASSES, task_of_type
@@ -68,7 +68,7 @@ def add_adapter(model: Any, block: dict[str, Any], seed: int) -> PeftModel:
             if not any(found == name or found.endswith(f".{name}") for found in modules):
                 raise ValueError(f"`target_modules` names {name!r}, and no module is called so")
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()](**fields)
-        with adapters_of_whole_layers():
+        with adapters_of_whole_layers(), copied_whole(model):
             adapted = get_peft_model(model, config, autocast_adapter_dtype=_trains_in_float32(model))
         _require_read(adapted)
         PeftConfig.from_peft_type(**config.to_dict())  # PEFT fills fields in, and may refuse them when it loads them
@@ -161,7 +161,7 @@ def require_adapters(recipe: Recipe, config: Any, added: tuple[int, ...]) -> dic
 def continue_adapter(model: Any, folder: str) -> PeftModel:
     """Puts a saved adapter on the base it belongs to, to train it further."""
     cast = _trains_in_float32(model)
-    with clear_errors("adapter", folder), adapters_of_whole_layers():
+    with clear_errors("adapter", folder), adapters_of_whole_layers(), copied_whole(model):
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=cast)
         make_trained_whole(adapted, Path(folder))
     return _with_head_bias(adapted)

@@ -33,7 +33,7 @@ from hfpipe.core.downloads import Download
 from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.core.files import load_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
-from hfpipe.core.upstream import adapters_of_whole_layers
+from hfpipe.core.upstream import adapters_of_whole_layers, copied_whole
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.load_errors import clear_errors, pickles_only
@@ -380,14 +380,13 @@ def load_to_score(ref: ModelRef) -> Any:
     An encoder-decoder model is whole on each rank: it generates by its two parts, and passes through one of them would
     leave a rank that is done with its rows behind.
     """
-    kept = ref.is_adapter and copies_weights(read_adapter(ref.path))
-    return load_model(ref, spread=task_of(ref) != "seq2seq" and not kept)
+    rows = ref.is_adapter and trains_rows(read_adapter(ref.path))
+    return load_model(ref, spread=task_of(ref) != "seq2seq" and not rows)
 
 
-def copies_weights(adapter: Mapping[str, Any]) -> bool:
-    """Returns True if an adapter trains embeddings or a head beside it, which FSDP2 cannot copy; not a new head."""
-    named = adapter.get("modules_to_save") or adapter.get("trainable_token_indices")
-    return bool(named) and adapter.get("task_type") != "SEQ_CLS"
+def trains_rows(adapter: Mapping[str, Any]) -> bool:
+    """Returns True if an adapter trains rows of embeddings or a head, which PEFT reads past FSDP2."""
+    return bool(adapter.get("trainable_token_indices"))
 
 
 def _can_be_spread(ref: ModelRef) -> bool:
@@ -417,7 +416,7 @@ def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:
     """Puts a saved adapter on a model that is loaded, in evaluation mode; the model becomes part of it."""
     if not (Path(adapter.path) / "adapter_model.safetensors").is_file():
         raise RecipeError(pickles_only(adapter.path))
-    with clear_errors("adapter", adapter.path), adapters_of_whole_layers():
+    with clear_errors("adapter", adapter.path), adapters_of_whole_layers(), copied_whole(base):
         adapted = PeftModel.from_pretrained(base, adapter.path, torch_device=str(base.device)).eval()
         make_trained_whole(adapted, Path(adapter.path))
     return adapted

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.model.load import copies_weights
+from hfpipe.model.load import trains_rows
 from hfpipe.recipe import Recipe, Stage
 
 SPREADING = ("fsdp", "zero3")  # a rank has a part of the weights only
@@ -23,12 +23,12 @@ class Refusal:
 
     Args:
         name: It, in the words of the docs.
-        holds: Whether a stage is such a one, under "none", "fsdp", "zero1", "zero2" or "zero3".
+        holds: Whether a stage is such a one, under "none", "fsdp", "zero1", "zero2" or "zero3", in its recipe.
         reason: Why it cannot be, and what to do; a sentence or two.
     """
 
     name: str
-    holds: Callable[[Stage, str], bool]
+    holds: Callable[[Stage, str, Recipe], bool]
     reason: str
 
 
@@ -76,6 +76,15 @@ def _takes_part(stage: Stage) -> bool:
     return stage.parent_adapter != "continue" and stage.changes_base
 
 
+def _adds_tokens(recipe: Recipe) -> bool:
+    given = recipe.model.tokenizer
+    return given is not None and bool(given.add_tokens or given.add_special_tokens)
+
+
+def _copies_modules(stage: Stage) -> bool:
+    return stage.kind != "classification" and bool((stage.adapter or {}).get("modules_to_save"))
+
+
 def _stores_bytes(stage: Stage) -> bool:
     block = stage.quantized
     return block is not None and block.type == "nf4" and (block.bnb_4bit_quant_storage or "uint8") == "uint8"
@@ -84,75 +93,86 @@ def _stores_bytes(stage: Stage) -> bool:
 REFUSALS = (
     Refusal(
         "FSDP of the first version (`fsdp_version: 1`)",
-        lambda stage, plan: _flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1",
+        lambda stage, plan, _: _flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1",
         "what it saves was never compared with what it trained here. Write `fsdp_version: 2`, as "
         "recipes/accelerate/fsdp2.yaml does.",
     ),
     Refusal(
         "tensor, context or sequence parallelism (`parallelism_config`)",
-        lambda stage, plan: any(_size(name) > 1 for name in ("TP", "CP", "SP")),
+        lambda stage, plan, _: any(_size(name) > 1 for name in ("TP", "CP", "SP")),
         "the ranks of such a group need the same rows, and hfpipe gives each rank its own. Use FSDP2, which spreads "
         "weights, gradients and optimizer over all ranks.",
     ),
     Refusal(
         "`quantization: int8` with FSDP or ZeRO-3",
-        lambda stage, plan: plan in SPREADING and stage.quantized is not None and stage.quantized.type == "int8",
+        lambda stage, plan, _: plan in SPREADING and stage.quantized is not None and stage.quantized.type == "int8",
         "bitsandbytes keeps 8-bit weights as integers with states of their own, which are not spread. Take nf4 with "
         "`bnb_4bit_quant_storage: bfloat16`, or start the run without sharding.",
     ),
     Refusal(
         "`quantization: nf4` in bytes with FSDP or ZeRO-3",
-        lambda stage, plan: plan in SPREADING and _stores_bytes(stage),
+        lambda stage, plan, _: plan in SPREADING and _stores_bytes(stage),
         "4-bit weights that are stored as bytes are not spread: every rank would hold all of them. Write "
         "`quantization: {type: nf4, bnb_4bit_quant_storage: bfloat16}`.",
     ),
     Refusal(
         "PiSSA, OLoRA and other `init_lora_weights` that change the base, with FSDP or ZeRO-3",
-        lambda stage, plan: plan in SPREADING and _takes_part(stage),
+        lambda stage, plan, _: plan in SPREADING and _takes_part(stage),
         "the adapter could not be turned back into one for the base as it came. Start plain ranks, or leave it out.",
     ),
     Refusal(
         "`muon` with FSDP or ZeRO-3",
-        lambda stage, plan: plan in SPREADING and stage.muon is not None,
+        lambda stage, plan, _: plan in SPREADING and stage.muon is not None,
         "it works on whole matrices, of which a rank has a part. Start plain ranks, or leave it out.",
     ),
     Refusal(
         "`qat` with FSDP or ZeRO-3",
-        lambda stage, plan: plan in SPREADING and stage.fake_quantized is not None,
+        lambda stage, plan, _: plan in SPREADING and stage.fake_quantized is not None,
         "the rounding of weights that are spread over ranks was never compared with that of whole ones here. Start "
         "plain ranks, or leave it out.",
     ),
     Refusal(
-        "`modules_to_save` or `trainable_token_indices` of an adapter, with FSDP",
-        lambda stage, plan: plan == "fsdp" and stage.kind != "classification" and copies_weights(stage.adapter or {}),
-        "what it trained was not the same as on one rank when it was tried. Start plain ranks, or train all weights.",
+        "`trainable_token_indices` of an adapter, with FSDP",
+        lambda stage, plan, _: plan == "fsdp" and trains_rows(stage.adapter or {}),
+        "PEFT reads the rows past FSDP2, which then has gathered nothing. Name the whole modules in `modules_to_save`, "
+        "or start plain ranks.",
+    ),
+    Refusal(
+        "an adapter beside added tokens (`add_tokens`, `add_special_tokens`), with FSDP",
+        lambda stage, plan, recipe: plan == "fsdp" and stage.adapter is not None and _adds_tokens(recipe),
+        "it trains their rows, which PEFT reads past FSDP2. Train all weights, or start plain ranks.",
+    ),
+    Refusal(
+        "`modules_to_save` with FSDP, of an encoder-decoder model, a preference stage or with what is read whole",
+        lambda stage, plan, _: plan == "fsdp" and _copies_modules(stage) and (stage.PAIRS or reads_whole(stage)),
+        "what it trained was not the same as on one rank when it was tried. Start plain ranks, or leave it out.",
     ),
     Refusal(
         "`kl` or `l2` of `keep:` with DeepSpeed",
-        lambda stage, plan: plan.startswith("zero") and (stage.kept.kl is not None or stage.kept.l2 is not None),
+        lambda stage, plan, _: plan.startswith("zero") and (stage.kept.kl is not None or stage.kept.l2 is not None),
         "they compare weights, or what the head says, outside of a pass through the model. Use FSDP2, or leave them "
         "out.",
     ),
     Refusal(
         "own texts of the parent (`keep:`) with ZeRO-3",
-        lambda stage, plan: plan == "zero3" and stage.kept.replay is not None,
+        lambda stage, plan, _: plan == "zero3" and stage.kept.replay is not None,
         "no rank has the whole model, which has to speak before it is trained. Use ZeRO-2 or FSDP, or replay an "
         "earlier stage (`replay:`).",
     ),
     Refusal(
         "`early_stopping` with DeepSpeed",
-        lambda stage, plan: plan.startswith("zero") and stage.early_stopping is not None,
+        lambda stage, plan, _: plan.startswith("zero") and stage.early_stopping is not None,
         "a rank does not have the whole model to score. Use FSDP, or leave it out.",
     ),
     Refusal(
         "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole",
-        lambda stage, plan: plan == "fsdp" and stage.early_stopping is not None and reads_whole(stage),
+        lambda stage, plan, _: plan == "fsdp" and stage.early_stopping is not None and reads_whole(stage),
         "a rank does not have the whole model to score (quantized weights and what makes own texts are read whole and "
         "divided later). Start plain ranks, or leave it out.",
     ),
     Refusal(
         "FSDP on CPUs",
-        lambda stage, plan: plan == "fsdp" and ranks.state().distributed_type.value in _without_accelerator(),
+        lambda stage, plan, _: plan == "fsdp" and ranks.state().distributed_type.value in _without_accelerator(),
         "accelerate shards on accelerators only, and turns FSDP off without a word where it finds none. Start it on "
         "GPUs, or without FSDP.",
     ),
@@ -170,5 +190,5 @@ def require_combinations(recipe: Recipe) -> None:
     for stage in recipe.stages:
         plan = plan_of_launch(stage)
         for refusal in REFUSALS:
-            if refusal.holds(stage, plan):
+            if refusal.holds(stage, plan, recipe):
                 raise RecipeError(f"stages.{stage.name}: {refusal.name} cannot be: {refusal.reason}")

@@ -27,7 +27,7 @@ from hfpipe.core.upstream import override
 from hfpipe.data.dataloader import BatchLoader, ResumableSampler
 from hfpipe.data.row_order import PackedRows, ShuffledRows, count_rows
 from hfpipe.model.adapter import add_adapter, continue_adapter, original_state
-from hfpipe.model.load import copies_weights, load_model
+from hfpipe.model.load import load_model, trains_rows
 from hfpipe.model.muon import with_muon
 from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
@@ -156,9 +156,9 @@ def load_parent(run: StageRun, **options: Any) -> Any:
         run: The stage.
         options: As of `load_model`.
     """
-    copied = run.added_tokens or copies_weights(run.stage.adapter or {})
+    rows = run.added_tokens or trains_rows(run.stage.adapter or {})
     # Who speaks is asked batch by batch, each rank its own.
-    spread = run.stage.kept.replay is None and not (run.stage.adapter is not None and copied)
+    spread = run.stage.kept.replay is None and not (run.stage.adapter is not None and rows)
     return load_model(run.parent, frozen=run.stage.adapter is not None, spread=spread, **options)
 
 

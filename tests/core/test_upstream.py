@@ -4,6 +4,7 @@ A test that fails here after an upgrade asks for a look: the function can go, or
 """
 
 import ast
+import copy
 import gzip
 import inspect
 import json
@@ -28,6 +29,7 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from sacrebleu.metrics import BLEU, CHRF, TER
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
@@ -323,6 +325,25 @@ def test_peft_makes_an_adapter_for_the_part_of_a_layer_under_hybrid_sharding() -
         assert outputs() == 4
         with upstream.adapters_of_whole_layers():
             assert outputs() == 8
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fsdp_refuses_to_copy_what_it_has_divided() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model: Any = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)))
+        with pytest.raises(AssertionError, match="does not support deepcopy"):
+            copy.deepcopy(model[0])
+        with upstream.copied_whole(model):
+            plain = copy.deepcopy(model[0])
+        assert type(plain) is torch.nn.Linear
+        assert type(plain.weight.data) is torch.Tensor
+        assert plain.weight.shape == (8, 8)
+        assert plain(torch.ones(1, 8)).shape == (1, 8)
+        with pytest.raises(AssertionError, match="does not support deepcopy"):
+            copy.deepcopy(model[0])
     finally:
         torch.distributed.destroy_process_group()
 

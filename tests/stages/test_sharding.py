@@ -23,9 +23,14 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         FSDP,
         {"lora": LORA | {"init_lora_weights": "pissa"}},
     ),
-    "`modules_to_save` or `trainable_token_indices` of an adapter, with FSDP": (
+    "`trainable_token_indices` of an adapter, with FSDP": (FSDP, {"lora": LORA | {"trainable_token_indices": [1, 2]}}),
+    "`modules_to_save` with FSDP, of an encoder-decoder model, a preference stage or with what is read whole": (
         FSDP,
-        {"lora": LORA | {"modules_to_save": ["lm_head"]}},
+        {"lora": LORA | {"modules_to_save": ["lm_head"]}, "keep": {"replay": {}}},
+    ),
+    "an adapter beside added tokens (`add_tokens`, `add_special_tokens`), with FSDP": (
+        FSDP,
+        {"lora": LORA, "tokenizer": {"add_tokens": ["<cat>"]}},
     ),
     "`muon` with FSDP or ZeRO-3": (FSDP, {"muon": {}}),
     "`qat` with FSDP or ZeRO-3": (ZERO3, {"qat": {"weights": "int4"}}),
@@ -53,7 +58,8 @@ def test_a_combination_is_refused_before_anything_is_loaded_and_the_docs_say_why
     content["stages"] = content["stages"][1:]
     content["stages"][0].pop("lora")
     content["stages"][0]["training"].pop("save_steps")
-    content["stages"][0] |= words
+    content["model"] |= {key: value for key, value in words.items() if key == "tokenizer"}
+    content["stages"][0] |= {key: value for key, value in words.items() if key != "tokenizer"}
     path = tiny.write(tmp_path, content)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -226,6 +226,39 @@ def steps(folder: Path, count: int, **training: Any) -> Path:
     return tiny.write(folder, content)
 
 
+def beside(folder: Path, ranks: int, count: int) -> Path:
+    """Steps of an adapter that trains embeddings, head and a norm beside it; embeddings alone where they are tied."""
+    tiny.write_data(folder)
+    content = tiny.recipe(folder, merge=False, output_dir=str(folder / str(ranks)), **QUIET)
+    prose, sounds = content["stages"]
+    words = {"max_steps": count, "save_steps": 2, "lr_scheduler_type": "constant", "logging_steps": 1}
+    sounds["training"] |= words
+    whole = {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    nested = {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}
+    content["stages"] = [
+        prose,
+        {**sounds, "lora": sounds["lora"] | whole},
+        {**sounds, "name": "nested", "parent": "prose", "lora": sounds["lora"] | nested},
+    ]
+    return tiny.write(folder, content, f"{ranks}.yaml")
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (2, 1), (1, 2)])
+def test_modules_trained_beside_an_adapter_are_those_of_one_rank(tmp_path: Path, first: int, second: int) -> None:
+    """And a checkpoint of them is continued on other ranks."""
+    assert main(["run", str(beside(tmp_path, 0, 4))]) == 0
+    for name in ("base", "prose"):
+        shutil.copytree(tmp_path / "0/stages" / name, tmp_path / "9/stages" / name)
+    for ranks, count in ((first, 2), (second, 4)):
+        path = beside(tmp_path, 9, count)
+        if ranks == 1:
+            assert main(["run", str(path)]) == 0
+        else:
+            said = spread(path, ranks)
+            assert said.count("continuing from checkpoint-2") == (2 if count == 4 else 0)
+    assert_same(tmp_path / "9", tmp_path / "0", ["sounds", "nested"])
+
+
 STATELESS = {"optim": "sgd", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "learning_rate": 1.0}
 
 
