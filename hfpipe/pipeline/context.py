@@ -204,7 +204,7 @@ def show_scores(scores: list[Score], stage: str) -> None:
         rows.append((score.suite, f"{score.metric} {score.arrow}", before, now, arrow + size))
         marks.append("" if told is None else told.mark)
     head = ["suite", "metric", "before", "now", "change"]
-    if stage == BASE:
+    if not any(row[2] for row in rows):  # nothing is there to compare with
         head, rows = ["suite", "metric", "score"], [(row[0], row[1], row[3]) for row in rows]
     if ranks.is_main():
         display.table(stage, head, rows, marks)

@@ -129,3 +129,23 @@ def test_a_sparkline_is_the_way_of_a_number() -> None:
 
 def test_a_time_is_told_as_a_clock_does() -> None:
     assert [clock(5), clock(65), clock(3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+FIRST_SCORES = """
+from hfpipe.core import display
+from hfpipe.pipeline.context import show_scores
+from hfpipe.scores.scorecard import Score
+display.start("auto")
+show_scores([Score("head", "held-out", "accuracy", 0.8, 0.1, 40, True)], "head")
+display.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_first_score_has_no_empty_columns_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(FIRST_SCORES)
+    terminal = Terminal([str(tmp_path / "command.py")])
+    assert terminal.end() == 0, terminal.text
+    assert re.search(r"suite +metric +score", terminal.text)
+    assert "80.0 %" in terminal.text
+    assert "before" not in terminal.text
