@@ -109,9 +109,12 @@ def preview(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from hfpipe.recipe import load_suites
-    from hfpipe.recipe.choose import chosen_suites
+    from hfpipe.recipe.choose import chosen_suites, require_model
 
     suites = chosen_suites(load_suites(options.suites, options.set), options.suite, options.limit)
+    for model in (options.model, options.against):
+        if model is not None:
+            require_model(model)
     if Path(options.model, "recipe.yaml").is_file():
         _finished(options.model, options.stage)
     with display.doing(IMPORTING):

@@ -19,6 +19,7 @@ from hfpipe.convert.command import name_of
 from hfpipe.convert.render import render
 from hfpipe.convert.words import CHATML, is_file, turns
 from hfpipe.core.errors import RecipeError, UserError
+from hfpipe.recipe.choose import require_model
 from hfpipe.recipe.faults import did_you_mean, listed
 
 LOOKED_AT = 1000  # rows
@@ -103,7 +104,7 @@ def run(answers: Mapping[str, str | None]) -> None:
     asking = bool(lacking)
     data = answers.get("data") or _ask("data")
     model = answers.get("model") or _ask("model")
-    _require_model(model)
+    require_model(model)
     source = _source(data, answers.get("columns"), answers.get("format"))
     if (task := answers.get("task")) not in (None, *TASKS):
         raise RecipeError(f"found {task!r} as the task; allowed is one of {', '.join(TASKS)}.")
@@ -132,15 +133,6 @@ def _ask(key: str, default: str = "") -> str:
     while not answer:
         answer = input(f"{_QUESTIONS[key]}{f' [{default}]' if default else ''}: ").strip() or default
     return answer
-
-
-def _require_model(model: str) -> None:
-    """Raises a RecipeError where the model is written as a folder, or as one in a folder that is here, and is none."""
-    folder = Path(model).expanduser()
-    inside = folder.parent != Path() and folder.parent.is_dir()  # models/NAME may be an id too, but not beside `models`
-    if (inside or model.startswith(("/", "./", "../", "~"))) and not folder.is_dir():
-        near = did_you_mean(folder.name, [one.name for one in folder.parent.iterdir()]) if inside else ""
-        raise RecipeError(f"there is no folder {model}. Name a folder with a model, or its id on the Hub.{near}")
 
 
 def _looked_at(source: dict[str, Any], task: str | None) -> Look:

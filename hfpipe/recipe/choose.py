@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from hfpipe.core.errors import RecipeError
@@ -15,6 +16,8 @@ from hfpipe.recipe.raw import Block, RawSuite
 from hfpipe.recipe.rules.without_effect import check_generation_effect
 from hfpipe.recipe.signatures import generation_fields
 from hfpipe.recipe.stage_config import KEEPING, Stage
+
+OWN = ("runs", "models", "checkpoints", "outputs")  # which nobody takes for an owner on the Hub
 
 
 def chosen_suites(suites: Suites, names: Sequence[str] | None, limit: int | None) -> Suites:
@@ -69,6 +72,24 @@ def generation_words(words: Sequence[str]) -> dict[str, Any]:
     if told := [f"{' '.join(map(str, fault.steps))}: {fault.text}" for fault in faults]:
         raise RecipeError("\n".join(told))
     return found
+
+
+def require_model(model: str) -> None:
+    """Refuses a model that is written as a folder, or as one in a folder that is here, and is none.
+
+    Args:
+        model: A folder, or an id on the Hub. `Qwen/NAME` is one even where a folder `Qwen` holds other models;
+            `runs/NAME` and `models/NAME` are none where there is such a folder.
+
+    Raises:
+        RecipeError: There is no such folder.
+    """
+    folder = Path(model).expanduser()
+    inside = folder.parent != Path() and folder.parent.is_dir()
+    inside = inside and (len(folder.parts) > 2 or folder.parent.name in OWN or any(folder.parent.glob("*/recipe.yaml")))
+    if (inside or model.startswith(("/", "./", "../", "~"))) and not folder.is_dir():
+        near = did_you_mean(folder.name, [one.name for one in folder.parent.iterdir()]) if inside else ""
+        raise RecipeError(f"there is no folder {model}. Name a folder with a model, or its id on the Hub.{near}")
 
 
 def require_strength(strength: float | None) -> None:

@@ -298,3 +298,9 @@ def test_the_tools_of_a_chat_count_among_its_tokens(tmp_path: Path, monkeypatch:
         for name in ("with", "without")
     ]
     assert lengths == [512, 128]
+
+
+def test_an_id_of_the_hub_is_one_beside_a_folder_of_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "team" / "base-3B").mkdir(parents=True)
+    assert main(["new", "--data", written(tmp_path, FILES["instructions"]), "--model", "team/base-1B"]) == 0

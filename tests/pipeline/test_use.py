@@ -212,6 +212,8 @@ def test_an_unfinished_run_and_an_empty_prompt_are_told(
         ("dial RUN --stage chit", "Did you mean chat?"),
         ("push RUN --repo-id me/it --stage chit", "is not a stage"),
         ("evaluate RUN SUITES --stage chit", "Did you mean chat?"),
+        ("evaluate NOWHERE SUITES", "Did you mean run?"),
+        ("evaluate RUN SUITES --against NOWHERE", "Did you mean run?"),
         ("cure RECIPE --stage chit", "Did you mean chat?"),
         ("run LOST", "there is no such file or folder here; near it"),
         ("check LOST", "there is no such file or folder here; near it"),
@@ -226,7 +228,13 @@ def test_a_wrong_word_is_refused_before_torch_is_imported(run: Path, words: str,
         (run / "recipe.yaml").read_text().replace("chats.jsonl", "chat.jsonl").replace("name: tiny", "name: lost")
     )
     lost.write_text(re.sub("(?m)^output_dir: .*\n", "", lost.read_text()))
-    places = {"LOST": str(lost), "RUN": str(run), "SUITES": str(suites), "RECIPE": str(run / "recipe.yaml")}
+    places = {
+        "NOWHERE": str(run.parent / "rum"),
+        "LOST": str(lost),
+        "RUN": str(run),
+        "SUITES": str(suites),
+        "RECIPE": str(run / "recipe.yaml"),
+    }
     code = (
         "import sys; from hfpipe.cli import main; code = main(sys.argv[1:]); "
         "print(*(name for name in ('torch', 'transformers', 'trl') if name in sys.modules)); sys.exit(code)"
