@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
             own = options.own
             word = next((word for word in rest if word.startswith("-")), rest[0])
             kind = "option" if word.startswith("-") else "place for"
-            near = difflib.get_close_matches(word.partition("=")[0], own._option_string_actions, n=1)
+            near = difflib.get_close_matches(word.partition("=")[0], re.findall(r"--[\w-]+", own.format_help()), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             self.exit(2, f"{own.prog}: there is no {kind} {word}.{hint} `{own.prog} --help` lists what it takes.\n")
         return options
