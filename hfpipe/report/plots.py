@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.rcsetup import cycler
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from typing import TYPE_CHECKING, Any
 
 from hfpipe.recipe.metric_table import SHARE_METRICS
 from hfpipe.scores.scorecard import Score
 from hfpipe.scores.tradeoff import Estimate, Point, estimate_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK = "#010203"  # drawn in this colour, written as currentColor: right on a light and on a dark page
 BLUE, ORANGE = "#3b76d6", "#d9742b"
@@ -39,8 +38,27 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
-    "axes.prop_cycle": cycler(color=COLOURS),
 }
+
+SIZE, SMALL = (4.2, 2.9), (4.2, 2.6)  # inches
+
+
+@contextmanager
+def _drawn(size: tuple[float, float] = SIZE) -> Iterator[tuple[Any, Any]]:
+    """Gives a figure and its axes in this style. A run imports matplotlib here, at its end, and not as it starts."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
+
+    with matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
+        figure = Figure(figsize=size)
+        yield figure, figure.subplots()
+
+
+def _in_percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
 @dataclass(frozen=True)
@@ -67,13 +85,11 @@ def loss_curves(stage: str, runs: Mapping[str, tuple[Sequence[int], Sequence[flo
         stage: Name of the stage.
         runs: By run its optimizer steps, (N,), and its losses, (N,).
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE)
-        axes = figure.subplots()
+    with _drawn() as (figure, axes):
         for number, (name, (steps, losses)) in enumerate(runs.items()):
             axes.plot(steps, losses, linewidth=1.4, label=cut(name), linestyle=_line(number), **_look(number, steps))
         axes.set(xlabel="step", ylabel="loss", title=cut(stage))
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
         axes.legend(frameon=False, fontsize=8)
         told = "; ".join(f"{name} {losses[-1]:.4f} at step {steps[-1]}" for name, (steps, losses) in runs.items())
@@ -97,12 +113,10 @@ def loss_curve(stage: str, steps: Sequence[int], losses: Sequence[float], unit: 
         losses: Mean loss since the step before, (N,).
         unit: Of the losses; empty where they have none.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.6))
-        axes = figure.subplots()
+    with _drawn(SMALL) as (figure, axes):
         axes.plot(steps, losses, color=BLUE, linewidth=1.6, marker="." if len(steps) < 25 else None)
         axes.set(xlabel="step", ylabel=f"loss ({unit})" if unit else "loss", title=cut(stage))
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
         return svg_of(
             figure, f"Training loss of stage {stage}: {losses[0]:.4f} at the first entry, {losses[-1]:.4f} last"
@@ -117,9 +131,7 @@ def score_by_stage(scores: Sequence[Score], parents: Mapping[str, str]) -> str:
         parents: What each stage started from; a line goes from there to it.
     """
     first = scores[0]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.6))
-        axes = figure.subplots()
+    with _drawn(SMALL) as (figure, axes):
         ends = [(s.low, s.high) if s.low is not None and s.high is not None else (s.value, s.value) for s in scores]
         errors = [[s.value - low for s, (low, _) in zip(scores, ends, strict=True)]]
         errors.append([high - s.value for s, (_, high) in zip(scores, ends, strict=True)])
@@ -139,7 +151,7 @@ def score_by_stage(scores: Sequence[Score], parents: Mapping[str, str]) -> str:
         axes.set_xlim(-0.4, len(scores) - 0.6)
         axes.set(title=f"{cut(first.suite)} {first.metric} {first.arrow}")
         if first.metric in SHARE_METRICS:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+            _in_percent(axes.yaxis)
         axes.grid(axis="y")
         told = ", ".join(f"{score.stage} {score.value:.4f}" for score in scores)
         return svg_of(figure, f"{first.suite} {first.metric} by stage: {told}")
@@ -166,9 +178,6 @@ def svg_of(figure: Figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
 
 
-SIZE = (4.2, 2.9)
-
-
 def _legend_below(figure: Figure, axes: Any) -> None:
     """A legend below the axes, where it covers no interval; the figure grows by its lines."""
     names = axes.get_legend_handles_labels()[1]
@@ -184,8 +193,8 @@ def _plane(axes: Any) -> None:
     axes.axhline(0, color=INK, linewidth=0.6, alpha=0.5)
     axes.axvline(0, color=INK, linewidth=0.6, alpha=0.5)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
-        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axis.get_major_locator().set_params(nbins=5)
+        _in_percent(axis)
     axes.margins(0.18)
     axes.grid()
 
@@ -214,9 +223,7 @@ def front(runs: Sequence[Placed]) -> str:
 
 
 def _tradeoff(stages: Sequence[Placed], title: str, *, line: bool = False) -> str:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE)
-        axes = figure.subplots()
+    with _drawn() as (figure, axes):
         told, places = [], []
         several = len({one.method for one in stages}) > 1
         for number, one in enumerate(stages):
@@ -263,9 +270,7 @@ def dial_plots(dial: dict[str, Any]) -> list[str]:
     told = "; ".join(
         f"at {one['strength']:g} " + ", ".join(f"{key} {one[key]:.1%}" for key, _ in lines) for one in points
     )
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE)
-        axes = figure.subplots()
+    with _drawn() as (figure, axes):
         at = [one["strength"] for one in points]
         for key, color in lines:
             values = [one[key] for one in points]
@@ -276,7 +281,7 @@ def dial_plots(dial: dict[str, Any]) -> list[str]:
         if dial["best"] is not None:
             axes.axvline(dial["best"], color=INK, linestyle=":", linewidth=1, label=f"best: {dial['best']:g}")
         axes.set(xlabel="strength", title=cut(dial["stage"]))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        _in_percent(axes.yaxis)
         axes.grid(axis="y")
         _legend_below(figure, axes)
         plots = [svg_of(figure, f"The dial of {dial['stage']}: {told}")]
@@ -294,15 +299,16 @@ def _arms(one: Estimate) -> tuple[float, float]:
 def _curve(dial: dict[str, Any]) -> str:
     """Gain against forgetting, a point for each strength; hollow where a budget is exceeded."""
     points = dial["points"]
-    figure = Figure(figsize=SIZE)
-    axes = figure.subplots()
-    axes.plot([one["forgetting"] for one in points], [one["gain"] for one in points], color=INK, alpha=0.4, linewidth=1)
-    for one in points:
-        filled = "none" if one["over"] else BLUE
-        size = 9 if one["strength"] == dial["best"] else 5
-        axes.plot(one["forgetting"], one["gain"], "o", color=BLUE, markerfacecolor=filled, markersize=size)
-        place = (one["forgetting"], one["gain"])
-        axes.annotate(f"{one['strength']:g}", place, xytext=(6, 5), textcoords="offset points", fontsize=9)
-    _plane(axes)
-    axes.set_title("strengths; hollow: over a budget")
-    return svg_of(figure, f"Gain against forgetting of {dial['stage']} at each strength")
+    with _drawn() as (figure, axes):
+        axes.plot(
+            [one["forgetting"] for one in points], [one["gain"] for one in points], color=INK, alpha=0.4, linewidth=1
+        )
+        for one in points:
+            filled = "none" if one["over"] else BLUE
+            size = 9 if one["strength"] == dial["best"] else 5
+            axes.plot(one["forgetting"], one["gain"], "o", color=BLUE, markerfacecolor=filled, markersize=size)
+            place = (one["forgetting"], one["gain"])
+            axes.annotate(f"{one['strength']:g}", place, xytext=(6, 5), textcoords="offset points", fontsize=9)
+        _plane(axes)
+        axes.set_title("strengths; hollow: over a budget")
+        return svg_of(figure, f"Gain against forgetting of {dial['stage']} at each strength")

@@ -187,7 +187,7 @@ def test_a_mistake_leaves_nothing_that_stands_in_the_way(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak of memory")
 def test_a_large_parquet_file_becomes_a_table_in_flat_memory(tmp_path: Path) -> None:
-    """Of a file of 240 MB a process holds at most 200 MB more than of a small one."""
+    """A process holds at most 200 MB more of a file of 240 MB than of a small one."""
     draw = np.random.default_rng(0)
     for name, groups in (("small", 1), ("large", 160)):
         schema = pa.schema({"text": pa.string()})
