@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -178,7 +177,8 @@ def peak(tokenizer: Any, rows: int, folder: Path) -> None:
     store = TokenStore(path)
     for example in GroupedRows(store.lengths, 8, 0).epoch(0).examples:
         store[int(example)]["labels"].sum()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1024)  # `ru_maxrss` would count what the process was before it ran this
 
 
 def main() -> None:
