@@ -143,7 +143,7 @@ REFUSALS = (
         "it trains their rows, which PEFT reads past FSDP2. Train all weights, or start plain ranks.",
     ),
     Refusal(
-        "`modules_to_save` with FSDP, of an encoder-decoder model, a preference stage or with what is read whole",
+        "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole",
         lambda stage, plan, _: plan == "fsdp" and _copies_modules(stage) and (stage.PAIRS or reads_whole(stage)),
         "what it trained was not the same as on one rank when it was tried. Start plain ranks, or leave it out.",
     ),

@@ -24,7 +24,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         {"lora": LORA | {"init_lora_weights": "pissa"}},
     ),
     "`trainable_token_indices` of an adapter, with FSDP": (FSDP, {"lora": LORA | {"trainable_token_indices": [1, 2]}}),
-    "`modules_to_save` with FSDP, of an encoder-decoder model, a preference stage or with what is read whole": (
+    "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole": (
         FSDP,
         {"lora": LORA | {"modules_to_save": ["lm_head"]}, "keep": {"replay": {}}},
     ),
