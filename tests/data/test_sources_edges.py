@@ -176,3 +176,9 @@ def test_a_json_file_of_null_is_no_rows(tmp_path: Path) -> None:
     path.write_text("null")
     with pytest.raises(DataError, match="holds null"):
         load_rows(Source(path=str(path)))
+
+
+def test_the_whole_disk_is_no_source() -> None:
+    for path in ("/", "/tmp/.."):
+        with pytest.raises(RecipeError, match="is the whole disk"):
+            load_rows(Source.model_validate({"path": path, "data_files": "rows.jsonl", "columns": {"text": "text"}}))

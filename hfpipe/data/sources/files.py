@@ -78,6 +78,7 @@ def file_groups(source: Source) -> list[FileGroup]:
         RecipeError: The path means this machine and names nothing here, or a file of an unknown kind.
     """
     path = local_path(source)
+    refuse_disk(source)
     if os.path.isdir(path):
         splits = _of_folder(path)
     elif os.path.isfile(path) or is_pattern(path):
@@ -99,6 +100,17 @@ def file_groups(source: Source) -> list[FileGroup]:
             f"current folder, {Path.cwd()}."
         )
     return _grouped(splits, source)
+
+
+def refuse_disk(source: Source) -> None:
+    """Refuses the root of the disk, of which every file would be looked at, without an end below /proc.
+
+    Raises:
+        RecipeError: A source's path is that.
+    """
+    path = os.path.realpath(local_path(source))
+    if os.path.dirname(path) == path:
+        raise RecipeError(f"source {source.path!r} is the whole disk. Name the folder of the data, or its files.")
 
 
 def near_names(path: str) -> str:
