@@ -108,13 +108,12 @@ def require_sources(recipe: Recipe) -> None:
     Raises:
         RecipeError: One is not there.
     """
-    from hfpipe.data.sources.files import file_groups, local_path, refuse_disk  # imports datasets
+    from hfpipe.data.sources.files import file_groups, local_path  # imports datasets
 
     done = finished_stages(recipe.run_folder, recipe)
     sources = [source for stage in recipe.stages if stage.name not in done for source in stage.data]
     for source in [*sources, *(suite.data for suite in recipe.evaluate.values() if suite.lm_eval is None)]:
-        refuse_disk(source)
-        if not Path(local_path(source)).is_dir():  # which is there, and is looked through later
+        if not Path(local_path(source)).is_dir():  # the files of a folder are looked for when it is read
             file_groups(source)
 
 

@@ -60,15 +60,19 @@ def local_path(source: Source) -> str:
     """The path of a source with `~` and variables replaced.
 
     Raises:
-        RecipeError: A variable is not set.
+        RecipeError: A variable is not set, or the path is the root of the disk, of which every file would be looked at,
+            without an end below /proc.
     """
     try:
-        return expanded(source.path)
+        path = expanded(source.path)
     except KeyError as error:
         raise RecipeError(
             f"source {source.path!r}: the variable {error.args[0]} is not set in the environment. Set it, or write the "
             "path in full."
         ) from error
+    if os.path.dirname(real := os.path.realpath(path)) == real:
+        raise RecipeError(f"source {source.path!r} is the whole disk. Name the folder of the data, or its files.")
+    return path
 
 
 def file_groups(source: Source) -> list[FileGroup]:
@@ -78,7 +82,6 @@ def file_groups(source: Source) -> list[FileGroup]:
         RecipeError: The path means this machine and names nothing here, or a file of an unknown kind.
     """
     path = local_path(source)
-    refuse_disk(source)
     if os.path.isdir(path):
         splits = _of_folder(path)
     elif os.path.isfile(path) or is_pattern(path):
@@ -100,17 +103,6 @@ def file_groups(source: Source) -> list[FileGroup]:
             f"current folder, {Path.cwd()}."
         )
     return _grouped(splits, source)
-
-
-def refuse_disk(source: Source) -> None:
-    """Refuses the root of the disk, of which every file would be looked at, without an end below /proc.
-
-    Raises:
-        RecipeError: A source's path is that.
-    """
-    path = os.path.realpath(local_path(source))
-    if os.path.dirname(path) == path:
-        raise RecipeError(f"source {source.path!r} is the whole disk. Name the folder of the data, or its files.")
 
 
 def near_names(path: str) -> str:

@@ -21,7 +21,7 @@ from hfpipe.core.upstream import builder_names
 from hfpipe.data.builtin.corpus import builtin
 from hfpipe.data.sources.builders import load_dataset
 from hfpipe.data.sources.errors import friendly
-from hfpipe.data.sources.files import FileGroup, file_groups, local_path, refuse_disk
+from hfpipe.data.sources.files import FileGroup, file_groups, local_path
 from hfpipe.data.sources.formats import Kind, Rows, Taken, require_column, to_format
 from hfpipe.data.sources.line_files import by_byte_range
 from hfpipe.data.sources.parquet import by_row_group
@@ -172,7 +172,6 @@ def _open(source: Source, default_split: str) -> list[tuple[Rows, FileGroup | No
             )
         return [(load(source.path, split=split, **_with_paths(arguments, source)), None)]
     folder = Path(local_path(source))
-    refuse_disk(source)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         saved = _saved(folder, split)
         return [(saved.to_iterable_dataset() if arguments.get("streaming") else saved, None)]
