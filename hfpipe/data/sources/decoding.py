@@ -21,9 +21,9 @@ UNDECODABLE = "\ufdd0"  # bytes that are not UTF-8
 LONE = "\ufdd1"  # an escaped surrogate of JSON without its other half
 HANDLER = "hfpipe_mark"
 
-# An escape that is one itself (an even number of backslashes before it), and of surrogates those that are no pair.
-_ESCAPES = re.compile(
-    rb"(?<!\\)((?:\\\\)*)(\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+# Escaped surrogates: a pair, or one alone. It begins with fixed bytes, by which `re` skips all others at once.
+_SURROGATES = re.compile(
+    rb"\\u[dD](?:([89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|[89a-fA-F][0-9a-fA-F]{2})"
 )
 
 
@@ -81,9 +81,25 @@ def _mark(error: UnicodeError) -> tuple[str, int]:
 
 def marked_json(data: bytes) -> bytes:
     """JSON with a mark in the place of each escaped surrogate that has no other half."""
-    if b"\\ud" not in data and b"\\uD" not in data:
-        return data
-    return _ESCAPES.sub(lambda found: found[0] if len(found[2]) > 6 else found[1] + LONE.encode(), data)
+    parts, end = [], 0
+    found = _SURROGATES.search(data)
+    while found:
+        begin, resume = found.span()
+        if _is_escaped(data, begin):
+            resume = begin + 2  # the text has a backslash here, and a u after it
+        elif not found[1]:
+            parts += [data[end:begin], LONE.encode()]
+            end = resume
+        found = _SURROGATES.search(data, resume)
+    return b"".join([*parts, data[end:]]) if parts else data
+
+
+def _is_escaped(data: bytes, place: int) -> bool:
+    """Returns True if an odd number of backslashes stands before the one at `place`."""
+    begin = place
+    while data[begin - 1 : begin] == b"\\":
+        begin -= 1
+    return (place - begin) % 2 == 1
 
 
 codecs.register_error(HANDLER, _mark)

@@ -188,15 +188,11 @@ def _is_broken(line: str) -> bool:
     return bool(line.strip()) and _row(line) is None
 
 
-def _loads(text: str) -> Any:
-    # Control characters that are not escaped are let pass, and NaN is a value that is missing.
-    return json.loads(
-        text,
-        strict=False,
-        parse_float=decimal_number,
-        parse_int=whole_number,
-        parse_constant=lambda _: None,
-    )
+# Control characters that are not escaped are let pass, and NaN is a value that is missing. One decoder serves all lines:
+# `json.loads` makes a new one for each.
+_loads = json.JSONDecoder(
+    strict=False, parse_float=decimal_number, parse_int=whole_number, parse_constant=lambda _: None
+).decode
 
 
 def _row(line: str) -> dict[str, Any] | None:
