@@ -22,9 +22,7 @@ LONE = "\ufdd1"  # an escaped surrogate of JSON without its other half
 HANDLER = "hfpipe_mark"
 
 # Escaped surrogates: a pair, or one alone. It begins with fixed bytes, by which `re` skips all others at once.
-_SURROGATES = re.compile(
-    rb"\\u[dD](?:([89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|[89a-fA-F][0-9a-fA-F]{2})"
-)
+_SURROGATES = re.compile(rb"\\u[dD](?:([89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|[89a-fA-F][0-9a-fA-F]{2})")
 
 
 def table_blocks(rows: Dataset, size: int, begin: int = 0) -> Iterator[dict[str, list[Any]]]:

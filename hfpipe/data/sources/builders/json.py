@@ -188,8 +188,8 @@ def _is_broken(line: str) -> bool:
     return bool(line.strip()) and _row(line) is None
 
 
-# Control characters that are not escaped are let pass, and NaN is a value that is missing. One decoder serves all lines:
-# `json.loads` makes a new one for each.
+# Control characters that are not escaped are let pass, and NaN is a value that is missing. One decoder serves all
+# lines, as `json.loads` would make a new one for each.
 _loads = json.JSONDecoder(
     strict=False, parse_float=decimal_number, parse_int=whole_number, parse_constant=lambda _: None
 ).decode
