@@ -231,9 +231,12 @@ def stock(kind: str, folder: Path, rows: list[dict[str, Any]]) -> Clock:
 def ours(kind: str, folder: Path, rows: list[dict[str, Any]]) -> Clock:
     """Trains by `hfpipe run` on a file of the rows; returns the clock of its steps."""
     import yaml
-    from transformers import trainer
 
     from hfpipe.cli import main
+    from hfpipe.core.importing import importing
+
+    with importing():  # as the command does it, a moment earlier
+        from transformers import trainer
 
     data = folder.parent / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,11 +10,10 @@ from typing import Any
 
 from hfpipe.core import display, ending
 from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.importing import importing
 from hfpipe.core.launch import require_launch
 from hfpipe.core.run_lock import alone
 from hfpipe.core.run_state import require_whole_state
-
-IMPORTING = "importing torch, transformers and trl"  # seconds, which a terminal shows
 
 # The options of `hfpipe push`, which are the words of a recipe's `push:`.
 PUSH_WORDS = (
@@ -58,7 +57,7 @@ def check(options: argparse.Namespace) -> None:
         print(f"{options.recipe}: no fault found. Stages: {stages}.")
         return
     require_sources(recipe)
-    with display.doing(IMPORTING):
+    with importing():
         from hfpipe.pipeline.check import check_recipe, launch_line
 
     check_recipe(recipe, launch_line(options.recipe, options.set))
@@ -73,7 +72,7 @@ def cure(options: argparse.Namespace) -> None:
     said = recipe.compared or Cures.model_validate({})
     curable_stage(recipe, options.stage or said.stage)
     with alone(recipe.run_folder):
-        with display.doing(IMPORTING):
+        with importing():
             from hfpipe.pipeline.cure import cure_recipe
 
         steps = said.steps if options.steps is None else options.steps
@@ -90,7 +89,8 @@ def prepare(options: argparse.Namespace) -> None:
 
             if not clean_sources(recipe, options.tasks, options.workers, options.slurm):
                 return
-    from hfpipe.pipeline.prepare import prepare_recipe
+    with importing():
+        from hfpipe.pipeline.prepare import prepare_recipe
 
     prepare_recipe(recipe)
 
@@ -101,7 +101,7 @@ def preview(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.set)
     require_sources(recipe)
-    with display.doing(IMPORTING):
+    with importing():
         from hfpipe.pipeline.preview import preview
 
     preview(recipe, options.rows, options.html)
@@ -117,7 +117,7 @@ def evaluate(options: argparse.Namespace) -> None:
             require_model(model)
     if Path(options.model, "recipe.yaml").is_file():
         _finished(options.model, options.stage)
-    with display.doing(IMPORTING):
+    with importing():
         from hfpipe.pipeline.evaluate import evaluate_model
 
     evaluate_model(options.model, suites, options.output, options.against, options.stage)
@@ -130,7 +130,7 @@ def merge(options: argparse.Namespace) -> None:
     folder = _run_folder(options.run)
     finished_adapter(folder, load_recipe(folder / "recipe.yaml"), options.stage)
     with alone(folder):
-        with display.doing(IMPORTING):
+        with importing():
             from hfpipe.pipeline.merge import merge_run
 
         display.say(str(merge_run(folder, options.stage, options.dtype)), "result")
@@ -139,7 +139,7 @@ def merge(options: argparse.Namespace) -> None:
 def dial(options: argparse.Namespace) -> None:
     folder, _ = _finished(options.run, options.stage)
     with alone(folder):
-        with display.doing(IMPORTING):
+        with importing():
             from hfpipe.pipeline.dial import STRENGTHS, dial_run
 
         dial_run(folder, options.stage, options.strengths or STRENGTHS)
@@ -150,7 +150,7 @@ def generate(options: argparse.Namespace) -> None:
 
     folder = _speaking_run(options, "generate")
     require_prompts(options.file)
-    with display.doing(IMPORTING):
+    with importing():
         from hfpipe.pipeline.use import generate_file
 
     generate_file(
@@ -165,7 +165,7 @@ def generate(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     folder = _speaking_run(options, "chat")
-    with display.doing(IMPORTING):
+    with importing():
         from hfpipe.pipeline.use import chat
 
     chat(folder, **_speaking(options))
@@ -176,7 +176,7 @@ def serve(options: argparse.Namespace) -> None:
 
     folder, chosen = _finished(options.run, options.stage, "serve")
     require_merged(folder, chosen)
-    with display.doing(IMPORTING):
+    with importing():
         from hfpipe.pipeline.serve import serve
 
     serve(folder, options.stage, options.port)
@@ -194,12 +194,12 @@ def export(options: argparse.Namespace) -> None:
     require_quant(quant)
     require_merged(folder, chosen)
     if is_onnx:
-        with display.doing(IMPORTING):
+        with importing():
             from hfpipe.pipeline.export_onnx import export_onnx
 
         export_onnx(folder, options.stage, options.output)
         return
-    with display.doing(IMPORTING):
+    with importing():
         from hfpipe.pipeline.export import export_gguf
 
     export_gguf(folder, options.stage, quant, options.output)

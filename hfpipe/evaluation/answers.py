@@ -45,7 +45,7 @@ from hfpipe.evaluation.likelihood import (
     windows,
     words_of,
 )
-from hfpipe.evaluation.metrics.matches import names_of
+from hfpipe.evaluation.metrics import names_of
 from hfpipe.evaluation.multiple_choice import choice_form, common_choices, split_last_word
 from hfpipe.evaluation.row_text import row_text
 from hfpipe.evaluation.seq2seq import TEXT_LENGTH, Answers, Rows, likelihoods_of, pair_generation, pair_likelihood

@@ -11,7 +11,6 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import MachineError, RecipeError
-from hfpipe.evaluation.metrics.rows import wilson
 from hfpipe.model.spread import in_step
 from hfpipe.recipe import Suite
 from hfpipe.recipe.faults import did_you_mean
@@ -79,6 +78,8 @@ def _evaluated(suite: Suite, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _scores(name: str, suite: Suite, result: dict[str, Any], stage: str) -> Iterator[Score]:
+    from hfpipe.evaluation.metrics.rows import wilson  # late, see `is_row_metric`
+
     tables = {**result["results"], **result.get("groups", {})}
     own = suite.lm_eval if any(isinstance(value, float) for value in tables.get(suite.lm_eval, {}).values()) else None
     counts = {task: facts["effective"] for task, facts in result["n-samples"].items()}

@@ -20,8 +20,7 @@ from hfpipe.data.sources.load import load_rows
 from hfpipe.evaluation.answers import ANSWERS, answers_of
 from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
 from hfpipe.evaluation.lm_eval import lm_eval_rows, score_lm_eval
-from hfpipe.evaluation.metrics import arguments_of, higher_is_better, load_metric, needs_of
-from hfpipe.evaluation.metrics.rows import RowMetric, paired_test
+from hfpipe.evaluation.metrics import arguments_of, higher_is_better, is_row_metric, load_metric, needs_of
 from hfpipe.evaluation.multiple_choice import common_choices, plain_choices
 from hfpipe.recipe import Suite
 from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS, NUMBERS, format_of, question_of
@@ -211,13 +210,15 @@ def compare_rows(suite: Suite, before: list[dict[str, Any]], after: list[dict[st
     Returns:
         By metric; without those that are not ours, or have no row in common.
     """
+    from hfpipe.evaluation.metrics.rows import paired_test  # late, see `is_row_metric`
+
     earlier = {record["row"]: record for record in before}
     found = {}
     for name, metric in suite_metrics(suite).items():
         need, takes = needs_of(metric), getattr(metric, "takes", ())
         pairs = [(earlier.get(row["row"], {}), row) for row in after]
         both = [pair for pair in pairs if all(set(takes) <= (record.get(need) or {}).keys() for record in pair)]
-        if isinstance(metric, RowMetric) and both:
+        if is_row_metric(metric) and both:
             old, new = ([pair[side] for pair in both] for side in (0, 1))
             found[name] = paired_test(metric, _pairs(metric, old), _pairs(metric, new))
     return found
@@ -233,7 +234,7 @@ def _compute(
     name: str, metric: Any, predictions: Sequence[Any], references: Sequence[Any], options: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Value, standard error and 95 % interval; those of a metric that is not ours by the bootstrap over rows."""
-    if isinstance(metric, RowMetric):
+    if is_row_metric(metric):
         result = metric.compute(predictions=predictions, references=references)
         found = {key: result[key] for key in ("stderr", "low", "high", "n")}
         return {"value": result[name], **found, "signature": metric.signature}
@@ -280,7 +281,7 @@ def baselines(metric: Any, references: Sequence[Any]) -> dict[str, float]:
         The score of the most frequent label (or set of labels), of the mean of numbers (of absolute errors the median);
         of `accuracy` also that of a guess among the labels.
     """
-    if not isinstance(metric, RowMetric) or metric.takes != ("prediction", "reference"):
+    if not is_row_metric(metric) or metric.takes != ("prediction", "reference"):
         return {}
     if all(isinstance(reference, int | float) for reference in references):
         name, average = ("the median", statistics.median) if metric.key == "mae" else ("the mean", statistics.fmean)

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.core import display
 from hfpipe.core.errors import RecipeError, UserError
+from hfpipe.core.importing import importing
 from hfpipe.core.machine import machine_error
 from hfpipe.core.run_lock import alone
 from hfpipe.core.run_state import require_whole_state
@@ -204,7 +204,7 @@ def run(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Run:
             from hfpipe.pipeline.repeats import run_repeats
 
             return Run(run_repeats(loaded))
-        with display.doing("importing torch, transformers and trl"):
+        with importing():
             from hfpipe.pipeline.cure import run_with_cures
 
         return Run(run_with_cures(loaded))

@@ -23,7 +23,7 @@ from hfpipe.data.sources.load import open_source
 from hfpipe.data.tokenize import IGNORED, RowTokenizer, sft_tokenizer
 from hfpipe.evaluation.answers import asked_of, tells_apart
 from hfpipe.evaluation.generation import require_generation, require_window
-from hfpipe.evaluation.metrics.rows import RowMetric
+from hfpipe.evaluation.metrics import is_row_metric
 from hfpipe.evaluation.suites import suite_metrics
 from hfpipe.model.positions import context_of
 from hfpipe.model.seq2seq import encode_pairs, set_languages
@@ -194,7 +194,7 @@ def _require_metrics(suite: Suite, name: str, rows: Rows, heads: Mapping[str, He
         texts = [row.get("target") or row.get("completion") or _last_turn(row) for row in rows[:METRIC_ROWS]]
         sides = [texts] if all(texts) else []
     for metric in suite_metrics(suite).values():
-        for right in sides if isinstance(metric, RowMetric) and (metric.needs, metric.takes) == (need, TAKEN) else ():
+        for right in sides if is_row_metric(metric) and (metric.needs, metric.takes) == (need, TAKEN) else ():
             try:
                 metric.whole(right, right, metric.statistics(right, right))
             except RecipeError as error:

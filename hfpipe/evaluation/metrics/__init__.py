@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import httpx2
 from huggingface_hub import snapshot_download
@@ -20,6 +20,9 @@ from hfpipe.core.hub_errors import not_readable
 from hfpipe.core.machine import machine_error
 from hfpipe.recipe.faults import did_you_mean, listed
 from hfpipe.recipe.metric_table import OUR_METRICS
+
+if TYPE_CHECKING:
+    from hfpipe.evaluation.metrics.rows import RowMetric
 
 # Metrics of `evaluate` where less is better; it does not say itself.
 LOWER_IS_BETTER = {"wer", "cer", "mape", "smape", "brier_score", "character", "charcut_mt"}
@@ -98,6 +101,18 @@ def space_of(name: str) -> str | None:
 def arguments_of(options: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the options of a metric that go to its `compute`, for a metric that is not ours."""
     return {key: value for key, value in (options or {}).items() if key != "revision"}
+
+
+def names_of(answer: str | list[str]) -> set[str]:
+    """The classes of an answer that names one, or several."""
+    return {answer} if isinstance(answer, str) else set(answer)
+
+
+def is_row_metric(metric: Any) -> TypeGuard[RowMetric]:
+    """Returns True for a metric of ours, which is a function of sums over rows."""
+    from hfpipe.evaluation.metrics.rows import RowMetric  # late: `evaluate`, its base, imports all of scipy.stats
+
+    return isinstance(metric, RowMetric)
 
 
 def needs_of(metric: Any) -> str:

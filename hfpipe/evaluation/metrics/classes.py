@@ -11,7 +11,7 @@ import numpy as np
 from sklearn import metrics as sklearn_metrics
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.evaluation.metrics.matches import names_of
+from hfpipe.evaluation.metrics import names_of
 from hfpipe.evaluation.metrics.rows import Interval, RowMetric, wilson
 
 AVERAGES = ("macro", "micro", "weighted", "binary")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hfpipe.evaluation.metrics import names_of
 from hfpipe.evaluation.metrics.rows import Ratio, Share
 from hfpipe.evaluation.metrics.words import reads_english, unicode_words
 
@@ -83,11 +84,6 @@ class SquadF1(Ratio):
             for said, right in zip(predictions, references, strict=True)
         ]
         return np.column_stack([values, np.ones(len(values))])
-
-
-def names_of(answer: str | list[str]) -> set[str]:
-    """The classes of an answer that names one, or several."""
-    return {answer} if isinstance(answer, str) else set(answer)
 
 
 def normalised(text: str, unicode: bool = False) -> str:
