@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpipe.core.files import GIB
 from hfpipe.stages.cost import flops_per_token, peak_flops
-from hfpipe.stages.memory import CONTEXT, Setting, predict
+from hfpipe.stages.memory import CACHED, CONTEXT, Setting, predict
 
 CARDS = (8, 12, 16, 24, 48, 80, 141)  # GB as they are sold
 USABLE = 0.975 * GIB  # of each, what the driver leaves (78 GiB of an H100 of 80 GB)
@@ -60,7 +60,7 @@ WAYS = {
 
 
 def needed(name: str, way: Setting, rows: int) -> float:
-    """Bytes of a card that a training takes: the prediction and the CUDA context.
+    """Bytes of a card that a training takes: the prediction, what the allocator leaves unused, and the CUDA context.
 
     A deep model's is that of 8 and 16 layers, continued: each further layer takes as much as the one before.
     """
@@ -68,8 +68,10 @@ def needed(name: str, way: Setting, rows: int) -> float:
     setting = replace(way, rows=rows, accumulation=GLOBAL_BATCH // rows)
     layers = fields["num_hidden_layers"]
 
-    def of(count: int) -> int:
-        return predict(AutoConfig.for_model(kind, **fields | {"num_hidden_layers": count}), setting).total
+    def of(count: int) -> float:
+        return predict(AutoConfig.for_model(kind, **fields | {"num_hidden_layers": count}), setting).total * (
+            1 + CACHED
+        )
 
     if layers <= 16:
         return of(layers) + CONTEXT

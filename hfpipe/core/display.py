@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hfpipe.core.files import gibibytes
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
 CALM_SECONDS = 1.0  # work that is done sooner is not shown
 EVERY_SECONDS = 10.0  # between two `progress` objects of one piece of work
 SPARKS = "▁▂▃▄▅▆▇█"
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 
 
 @dataclass
@@ -381,18 +383,20 @@ def _work_line(work: Work, width: int, now: float) -> Any:
     return _row(label, _bar(work.done / work.total, max(8, width - label.cell_len - len(told) - 4)), told)
 
 
-def speed_facts(row: Mapping[str, Any], memory: int) -> list[str]:
+def speed_facts(row: Mapping[str, Any], memory: int, predicted: int | None = None) -> list[str]:
     """The speed of a stage in words, as far as it is known.
 
     Args:
         row: `tokens_per_second`, `mfu` and `data_wait` (shares), `seconds_per_step`.
-        memory: The peak so far, in bytes; 0 where that is not known.
+        memory: The peak memory so far, in bytes; 0 where that is not known.
+        predicted: What it was predicted to be; None says nothing of it.
     """
+    told = f" ({gibibytes(predicted)} predicted)" if predicted else ""
     known = {key: value for key, value in row.items() if value is not None}
     facts = [f"{known['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in known else []
     facts += [f"MFU {known['mfu']:.0%}"] if "mfu" in known else []
     facts += [f"{known['seconds_per_step']:.2f} s/step"] if "seconds_per_step" in known else []
-    facts += [f"{memory / GIB:.1f} GiB at most"] if memory else []
+    facts += [f"peak memory {gibibytes(memory)} GiB{told}"] if memory else []
     facts += [f"{known['data_wait']:.0%} waiting for data"] if "data_wait" in known else []
     return facts
 

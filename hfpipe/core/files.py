@@ -17,6 +17,12 @@ from hfpipe.core.errors import DamagedFileError, MachineError
 GIB = 2**30
 
 
+def gibibytes(size: float) -> str:
+    """Returns bytes as a number of GiB, the same on every line and page: two decimals below 10, one above."""
+    number = size / GIB
+    return f"{number:.2f}" if number < 9.995 else f"{number:,.1f}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one piece; a reader sees the old file or the new one, never half of either."""
     path.parent.mkdir(parents=True, exist_ok=True)

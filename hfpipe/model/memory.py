@@ -45,7 +45,7 @@ class Memory:
         activations: What the forward pass keeps for the backward pass.
         logits: Tensors as wide as the vocabulary.
         temporary: What one operation or one step of the optimizer needs for a moment.
-        framework: Libraries, and on a GPU its context and the allocator's waste.
+        framework: What the process holds beside the training; on a CPU libraries and the holes of the heap too.
         host: Of the optimizer, what may leave the GPU for the machine's memory (paged optimizers); not in `total`.
     """
 
@@ -419,15 +419,14 @@ def weight_bytes(model: Any) -> int:
 
 
 class PeakMeter:
-    """Measures the peak memory of this process: on a GPU what torch reserved, else the resident set.
+    """Measures the peak memory of this process: the most that `held_memory` was since the meter was made.
 
-    Linux tells the peak since a moment; elsewhere only that of the whole process is known.
+    Only Linux tells the peak of a resident set; elsewhere it is the largest that was read.
     """
 
     def __init__(self) -> None:
-        self._gpu = torch.cuda.is_available()
-        self.before = 0 if self._gpu else psutil.Process().memory_info().rss
-        if self._gpu:
+        self.before = self._most = held_memory()
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
             with suppress(OSError):
@@ -435,9 +434,15 @@ class PeakMeter:
 
     def read(self) -> int:
         """Returns the peak in bytes since the meter was made."""
-        if self._gpu:
-            return torch.cuda.max_memory_reserved()
-        with suppress(OSError, AttributeError):
-            found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-            return int(found[1]) * 1024 if found else 0
-        return psutil.Process().memory_info().rss
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        with suppress(OSError):
+            if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+                return int(found[1]) * 1024
+        self._most = max(self._most, held_memory())
+        return self._most
+
+
+def held_memory() -> int:
+    """Returns the bytes that this process holds: on a GPU what torch allocated there, else its resident set."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

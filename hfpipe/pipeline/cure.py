@@ -16,7 +16,7 @@ from typing import Any
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import BudgetExceeded, RecipeError
-from hfpipe.core.files import read_json, write_json, write_text
+from hfpipe.core.files import gibibytes, read_json, write_json, write_text
 from hfpipe.pipeline.dial import dial_run
 from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Keep, Recipe, Stage, dump_recipe
@@ -213,5 +213,5 @@ def _cost(folder: Path) -> str:
     total = read_json(folder / "cost.json").get("total", {})
     parts = [f"{total['seconds']:,.0f} s"] if "seconds" in total else []
     parts += [f"{total['tokens']:,.0f} tokens"] if total.get("tokens") else []
-    parts += [f"{total['peak_memory'] / 2**30:.2f} GiB"] if total.get("peak_memory") else []
+    parts += [f"peak memory {gibibytes(total['peak_memory'])} GiB"] if total.get("peak_memory") else []
     return ", ".join(parts) or "cost unknown"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.files import GIB, load_json, read_json, read_jsonl
+from hfpipe.core.files import gibibytes, load_json, read_json, read_jsonl
 from hfpipe.core.output import printable
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.core.secrets import without_secrets
@@ -224,7 +224,8 @@ COST: dict[str, Callable[[Any], str]] = {
     "mfu": percent,
     "data_wait": percent,
     "seconds": "{:,.0f}".format,
-    "peak_memory": lambda size: f"{size / GIB:.2f} GiB",
+    "peak_memory": lambda size: f"{gibibytes(size)} GiB",
+    "predicted_memory": lambda size: f"{gibibytes(size)} GiB",
     "kwh": "{:.3g}".format,
 }
 

@@ -20,11 +20,11 @@ from hfpipe.core.files import GIB
 from hfpipe.model.create import architecture_of
 from hfpipe.model.load import ModelRef, config_of
 from hfpipe.recipe import Recipe
-from hfpipe.stages.memory import DEFAULT_LENGTH, predicted, setting_of
+from hfpipe.stages.memory import CACHED, DEFAULT_LENGTH, predicted, setting_of
 
 GRACE = 240  # seconds that the ranks have to save a checkpoint once they are told to stop
 PORT = 29500
-USABLE = 0.92  # of a GPU's memory: the rest is the driver's and the allocator's
+USABLE = 0.92 / (1 + CACHED)  # of a GPU's memory: the rest is the driver's and the allocator's
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -98,19 +98,19 @@ def _plan(recipe: Recipe, ranks: int, gibibytes: float) -> tuple[bool, list[str]
             here = setting_of(recipe, stage, tokens=tokens, targets=tokens if stage.kind == "translation" else 0)
             checkpointing = {} if here.checkpointing is None else here.checkpointing
             there = replace(here, device="cuda", autocast=torch.bfloat16, checkpointing=checkpointing)
-            memory, _ = predicted(config, replace(there, ranks=ranks, sharding=sharding))
+            memory, _ = predicted(config, replace(there, ranks=ranks, sharding=sharding), held=0)
             sizes[stage.name] = None if memory is None else memory.total / GIB
         if all(size is None or size <= room for size in sizes.values()):
             how = "spread over the ranks by FSDP2" if sharding == "fsdp" else "whole on every rank"
             told = [f"{name} {'not predicted' if size is None else f'{size:.1f} GiB'}" for name, size in sizes.items()]
             return sharding == "fsdp", [
-                f"Weights {how}. Peak of a rank, predicted: {', '.join(told)}, of {room:.0f} GiB that may be used."
+                f"Weights {how}. Peak memory of a rank, predicted: {', '.join(told)}, of {room:.0f} GiB."
             ]
     worst = max((size, name) for name, size in sizes.items() if size is not None)
     raise MachineError(
-        f"stage {worst[1]} needs about {worst[0]:.1f} GiB on each of {ranks} GPUs, spread over them, and {room:.0f} "
-        "GiB of each may be used. Take more GPUs (--nodes, --gpus), larger ones (--memory), an adapter (lora:), or "
-        "fewer rows at once (per_device_train_batch_size)."
+        f"stage {worst[1]} has a predicted peak memory of {worst[0]:.1f} GiB on each of {ranks} GPUs, spread over "
+        f"them, and {room:.0f} GiB of each may be used. Take more GPUs (--nodes, --gpus), larger ones (--memory), an "
+        "adapter (lora:), or fewer rows at once (per_device_train_batch_size)."
     )
 
 

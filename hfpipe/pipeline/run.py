@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hfpipe.hub import push
 from hfpipe.hub.checkpoints import PushCheckpoints
 from hfpipe.model.base import shapes_of
 from hfpipe.model.load import ModelRef, config_of, device, free_memory, task_of
+from hfpipe.model.memory import Memory
 from hfpipe.model.shards import give_back_memory
 from hfpipe.pipeline.context import (
     Run,
@@ -43,7 +45,7 @@ from hfpipe.stages import STAGES, StageRun
 from hfpipe.stages.compatibility import Sample
 from hfpipe.stages.cost import CostMeter
 from hfpipe.stages.fit import Fit, fitted, require_memory, smaller
-from hfpipe.stages.memory import out_of_memory, predicted, setting_of
+from hfpipe.stages.memory import Setting, out_of_memory, predicted, setting_of
 
 
 def run_recipe(recipe: Recipe, *, closing: bool = True) -> Path:
@@ -211,8 +213,10 @@ def _train_once(run: Run, stage: Stage, start: ModelRef, continued: ModelRef | N
     """Trains a stage from its last checkpoint, or from the start; returns the facts for done.json."""
     folder, version = run.stage_folder(stage.name), run.versions[stage.name]
     pushing = run.recipe.push is not None and run.recipe.push.checkpoints == "every_save"
-    with CostMeter(folder, version.hash, run.recipe.energy) as cost:
-        facts = STAGES[stage.kind](
+    # Here and not once the trainer is there: transformers' arguments, which a setting is read from, reset accelerate.
+    setting = setting_of(run.recipe, stage, vocabulary=start.vocabulary, tokens=1)
+    with CostMeter(folder, version.hash, run.recipe.energy, partial(_memory, config_of(start), setting)) as cost:
+        return STAGES[stage.kind](
             StageRun(
                 recipe=run.recipe,
                 stage=stage,
@@ -231,8 +235,14 @@ def _train_once(run: Run, stage: Stage, start: ModelRef, continued: ModelRef | N
                 else (),
             )
         )
-        _predict(run, stage, start, cost, facts.pop("longest"))
-    return facts
+
+
+def _memory(config: Any, setting: Setting, longest: tuple[int, int], held: int) -> Memory | None:
+    """Predicts the peak memory of a stage for the rows that it has, see `CostMeter`."""
+    memory, unknown = predicted(config, dataclasses.replace(setting, tokens=longest[0], targets=longest[1]), held)
+    if memory is None:
+        ranks.say(f"  no prediction of the peak memory: {unknown}")
+    return memory
 
 
 def _smaller_stage(run: Run, stage: Stage, error: Exception) -> Stage:
@@ -253,18 +263,6 @@ def _smaller_stage(run: Run, stage: Stage, error: Exception) -> Stage:
         ) from error
     ranks.say(f"  {out}: it goes on from its last checkpoint, {change[1]}")
     return change[0]
-
-
-def _predict(run: Run, stage: Stage, start: ModelRef, cost: CostMeter, longest: tuple[int, int]) -> None:
-    """Records what the memory of a stage was predicted to be, for the rows that it had."""
-    if ranks.is_main():
-        config = config_of(start)
-        setting = setting_of(run.recipe, stage, vocabulary=start.vocabulary, tokens=longest[0], targets=longest[1])
-        memory, unknown = predicted(config, setting)
-        if memory is None:
-            ranks.say(f"  no prediction of the memory: {unknown}")
-        else:
-            cost.predicted(memory)
 
 
 def _over_budget(recipe: Recipe, scores: list[Score], stage: str) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core.files import GIB, read_json, read_jsonl
+from hfpipe.core.files import gibibytes, read_json, read_jsonl
 from hfpipe.core.run_layout import predictions_of
 from hfpipe.recipe import Recipe
 from hfpipe.report.layout import Cell, Number, Section, Table
@@ -272,8 +272,9 @@ def _cost_notes(totals: Mapping[str, dict[str, Any]]) -> list[str]:
         "suites is not counted. FLOPs are 4 for each parameter and token and 2 more for each that is trained, the head "
         "included and the embeddings not. MFU is the share of the devices' peak in 16 bits that tokens without padding "
         "took. Data wait is the share of the training that steps waited for data. "
-        "Peak memory is the main process's (on a GPU what torch's allocator took), and predicted is what "
-        "the model's shapes say for its longest rows."
+        "Peak memory is that of one rank, the one that took most, from loading the model to the last step: on a GPU "
+        "what torch allocated, else the resident set of the process. Beside it stands what was predicted of the same "
+        "for the longest rows."
     ]
     last = list(totals.values())[-1]
     unmeasured = [name for name, total in totals.items() if total["measured"] < total["attempts"]]
@@ -308,7 +309,7 @@ def _clock(seconds: float) -> str:
 
 
 def _gigabytes(size: float | None) -> str:
-    return f"{size / GIB:.2f} GiB" if size else ""
+    return f"{gibibytes(size)} GiB" if size else ""
 
 
 def _short(value: float | None) -> str:

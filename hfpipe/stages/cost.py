@@ -12,6 +12,7 @@ import math
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,23 @@ class CostMeter(TrainerCallback):
         folder: `stages/<stage>`; cost.json is written there, by the main process.
         stage_hash: Records of another version of the stage are not counted.
         energy: The recipe's `energy`.
+        predict: Predicts the peak memory, of the tokens of the longest row and target, and of the bytes that the
+            process holds before the model is loaded; it returns None where it cannot.
     """
 
-    def __init__(self, folder: Path, stage_hash: str, energy: Energy | bool) -> None:
-        self.path, self.stage_hash = folder / "cost.json", stage_hash
+    def __init__(
+        self,
+        folder: Path,
+        stage_hash: str,
+        energy: Energy | bool,
+        predict: Callable[[tuple[int, int], int], Memory | None] | None = None,
+    ) -> None:
+        self.path, self.stage_hash, self._predict = folder / "cost.json", stage_hash, predict
         self._loader: BatchLoader | None = None
         self._tokens_per_step: float | None = None
         self._flops_per_token = 0
         self._peak = PeakMeter()
+        self._most, self._trained = 0, False  # the highest peak of all ranks, which is that of the training
         self._begin = time.perf_counter()
         self._training = 0.0  # the clock at the first step of this attempt
         self._from = 0  # step of the checkpoint that is continued from
@@ -157,7 +167,11 @@ class CostMeter(TrainerCallback):
         self._gather()
         self._write()
 
-    on_save = on_train_end = on_log
+    on_save = on_log
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_log(args, state, control)
+        self._trained = True
 
     def watch(self, model: Any, loader: BatchLoader, tokens_per_step: float | None) -> None:
         """Says what is trained, before the first step.
@@ -174,29 +188,36 @@ class CostMeter(TrainerCallback):
         peak = self.record["peak_flops"]
         return tokens_per_second * self._flops_per_token / peak if peak else None
 
-    def predicted(self, memory: Memory) -> None:
-        """Records a prediction of the peak memory beside what is measured.
+    def predict(self, longest: tuple[int, int]) -> None:
+        """Records a prediction of the peak memory, beside which the measured one stands.
 
         Args:
-            memory: Of this rank; what the process held when the stage began comes on top.
+            longest: Tokens of the longest row, and of the longest target beside it.
         """
-        parts = memory.parts()
-        parts["framework"] += self._peak.before
-        parts["total"] += self._peak.before
-        self.record["predicted_memory"] = parts
+        if ranks.is_main() and self._predict is not None:
+            with torch.random.fork_rng(devices=[]):  # the training draws the same with and without
+                memory = self._predict(longest, self._peak.before)
+            if memory is not None:
+                self.record["predicted_memory"] = memory.parts()
+
+    def total(self) -> dict[str, Any]:
+        """The sums over all attempts at the stage so far, see `total_of`; on the main process."""
+        return total_of([*self._earlier, self.record])
 
     def _gather(self) -> None:
-        """Asks the other machines what they drew; on every rank."""
+        """Asks the other ranks for their peak, and the other machines what they drew; on every rank."""
         if ranks.ranks() > 1:
             mine = self._meter.read() if self._meter is not None and not ranks.is_main() else {}
-            others = ranks.gather(mine)
+            others = ranks.gather(mine | {"peak": 0 if self._trained else self._peak.read()})
             self._elsewhere = {key: sum(other.get(key, 0.0) for other in others) for key in ("kwh", "kg_co2")}
+            self._most = max([self._most, *(other["peak"] for other in others)])
 
     def _write(self) -> None:
         if not ranks.is_main():
             return
         self.record["seconds"] = round(time.perf_counter() - self._begin, 3)
-        self.record |= {"memory_before": self._peak.before, "peak_memory": self._peak.read()}
+        self._most = self._most if self._trained else max(self._most, self._peak.read())
+        self.record |= {"memory_before": self._peak.before, "peak_memory": self._most}
         self.record["device_hours"] = self.record["seconds"] * self.record["devices"] / 3600
         if self._meter is not None:
             self.record |= {key: value + self._elsewhere.get(key, 0.0) for key, value in self._meter.read().items()}

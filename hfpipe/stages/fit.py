@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hfpipe.core.errors import MachineError
-from hfpipe.core.files import GIB
+from hfpipe.core.files import GIB, gibibytes
 from hfpipe.data.dataloader import SIDES
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.classifier import DEFAULT_MAX_LENGTH as CLASSIFIER_LENGTH
-from hfpipe.model.memory import PARTS, Memory
+from hfpipe.model.memory import PARTS, Memory, held_memory
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
 from hfpipe.recipe import Pretrain, Recipe, Stage
@@ -45,17 +45,18 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Fit:
-    """The memory that a stage needs, and the memory that there is.
+    """The peak memory of a stage, and the memory that there is.
 
     Args:
         stage: The stage; with activation checkpointing where that was chosen here.
         config: transformers' config of its model.
         setting: What the prediction is for.
-        memory: The prediction; None where the model cannot be run on shapes alone.
+        memory: The prediction, with what this process holds; None where the model cannot be run on shapes alone.
         unknown: Why not.
         room: Bytes that one rank may take.
         place: Of what: "GPU" or "machine".
         chosen: What was chosen for this machine, and why, in words.
+        held: Bytes that this process holds, in every prediction.
     """
 
     stage: Stage
@@ -66,6 +67,11 @@ class Fit:
     room: int
     place: str
     chosen: str = ""
+    held: int = 0
+
+    def predicted(self, setting: Setting) -> tuple[Memory | None, str]:
+        """The prediction for another setting, and the reason where there is none."""
+        return predicted(self.config, setting, self.held)
 
     @property
     def fits(self) -> bool:
@@ -75,9 +81,10 @@ class Fit:
         """The prediction with its parts, for a person."""
         if self.memory is None:
             return f"not predicted: this model's code needs the values of its tensors ({self.unknown})"
-        parts = [f"{part} {_gib(size)}" for part in PARTS if (size := getattr(self.memory, part)) >= GIB / 200]
+        parts = [f"{part} {gibibytes(size)}" for part in PARTS if (size := getattr(self.memory, part)) >= GIB / 200]
         rows = f"{self.setting.rows} rows of {self.setting.tokens:,} tokens"
-        return f"{_gib(self.memory.total)} of {_gib(self.room)} GiB at the peak, for {rows}: {', '.join(parts)}"
+        peak = f"peak memory {gibibytes(self.memory.total)} of {gibibytes(self.room)} GiB, predicted for {rows}"
+        return f"{peak}: {', '.join(parts)}"
 
 
 def fit_of(recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, samples: Mapping[tuple[str, int], Sample]) -> Fit:
@@ -92,8 +99,9 @@ def fit_of(recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, samples: Ma
     """
     tokens, targets = _longest(recipe, stage, model, tokenizer, samples)
     setting = setting_of(recipe, stage, tokens=tokens, targets=targets, vocabulary=len(tokenizer))
-    memory, unknown = predicted(model.config, setting)
-    found = Fit(stage, model.config, setting, memory, unknown, *available(setting.device))
+    held = held_memory()
+    memory, unknown = predicted(model.config, setting, held)
+    found = Fit(stage, model.config, setting, memory, unknown, *available(setting.device), held=held)
     return with_checkpointing(found) if recomputes(stage) is None else found
 
 
@@ -106,11 +114,11 @@ def with_checkpointing(fit: Fit) -> Fit:
         return fit
     stage = with_words(fit.stage, {"training": {"activation_checkpointing": True}})
     setting = replace(fit.setting, checkpointing={})
-    memory, unknown = predicted(fit.config, setting)
+    memory, unknown = fit.predicted(setting)
     needed = (
         "what it takes without is not known"
         if fit.memory is None
-        else (f"without it {_gib(fit.memory.total)} of {_gib(fit.room)} GiB would be taken")
+        else (f"without it {gibibytes(fit.memory.total)} of {gibibytes(fit.room)} GiB would be taken")
     )
     return replace(
         fit, stage=stage, setting=setting, memory=memory, unknown=unknown, chosen=f"activation checkpointing: {needed}"
@@ -154,7 +162,7 @@ def remedies(fit: Fit, recipe: Recipe) -> list[Remedy]:
     setting = fit.setting
     for text, cost, words, changed in _steps(fit, recipe):
         setting = changed
-        memory, _ = predicted(fit.config, setting)
+        memory, _ = fit.predicted(setting)
         found.append(Remedy(text, cost, words, memory))
         if memory is not None and memory.total <= fit.room:
             break
@@ -246,7 +254,7 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[Step]:
 
 
 def _fits(fit: Fit, setting: Setting) -> bool:
-    memory, _ = predicted(fit.config, setting)
+    memory, _ = fit.predicted(setting)
     return memory is not None and memory.total <= fit.room
 
 
@@ -271,7 +279,7 @@ def fitted(recipe: Recipe, fit: Fit) -> tuple[Stage, list[str]]:
         if remedy.words is None or remedy.memory is None:
             break
         stage = with_words(stage, remedy.words)
-        told.append(f"{remedy.text} ({remedy.cost}; {_gib(remedy.memory.total)} GiB)")
+        told.append(f"{remedy.text} ({remedy.cost}; {gibibytes(remedy.memory.total)} GiB)")
         if remedy.memory.total <= fit.room:
             return stage, told
     raise MachineError(refusal(fit, recipe, "and `fit: auto` finds no way to make it fit"))
@@ -281,13 +289,14 @@ def refusal(fit: Fit, recipe: Recipe, why: str = "") -> str:
     """Returns the message for a stage that does not fit, with the ranked remedies."""
     assert fit.memory is not None
     ranked = [
-        f"{number}. {remedy.text} -> {_gib(remedy.memory.total) if remedy.memory else 'unknown'} GiB ({remedy.cost})"
+        f"{number}. {remedy.text} -> {gibibytes(remedy.memory.total) + ' GiB' if remedy.memory else 'unknown'}"
+        f" ({remedy.cost})"
         for number, remedy in enumerate(remedies(fit, recipe), start=1)
     ]
     return (
-        f"stage {fit.stage.name} needs about {_gib(fit.memory.total)} GiB at its peak and this {fit.place} has "
-        f"{_gib(fit.room)} GiB for it{', ' + why if why else ''}. What would make it smaller, each on top of those "
-        f"before it, the cheapest first: {'; '.join(ranked) or 'nothing that is known here'}. "
+        f"stage {fit.stage.name} has a predicted peak memory of {gibibytes(fit.memory.total)} GiB and this {fit.place} "
+        f"has {gibibytes(fit.room)} GiB for it{', ' + why if why else ''}. What would make it smaller, each on top of "
+        f"those before it, the cheapest first: {'; '.join(ranked) or 'nothing that is known here'}. "
         + ("" if recipe.fit == "auto" else "`fit: auto` in the recipe takes those of them that a recipe can say.")
     ).strip()
 
@@ -323,7 +332,3 @@ def smaller(stage: Stage, rows: int, accumulation: int, *, checkpointing: bool) 
     if not checkpointing:
         return with_words(stage, {"training": {"activation_checkpointing": True}}), "with activation checkpointing"
     return None
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2f}"

@@ -32,7 +32,7 @@ from hfpipe.stages.trainer import divide_batch
 from hfpipe.stages.translation import Loss as TranslationLoss
 
 CONTEXT = 0.6 * GIB  # of a GPU's memory, taken by CUDA and its libraries
-CACHED = 0.05  # of a GPU's tensors, lost in the blocks of torch's allocator
+CACHED = 0.05  # of what torch allocates on a GPU, lost in the blocks of its allocator
 LIBRARIES = 30 * 2**20  # on a CPU, what is loaded at the first step only
 DEFAULT_LENGTH = 1024
 MASKED_SHARE = 0.15
@@ -184,7 +184,7 @@ def _parent(config: Any, setting: Setting) -> Any:
 
 
 def predict(config: Any, setting: Setting) -> Memory:
-    """The peak memory of one rank, by parts.
+    """The peak memory of one rank, by parts, without what the process holds before the model is loaded.
 
     Args:
         config: transformers' config of the model.
@@ -226,14 +226,21 @@ def predict(config: Any, setting: Setting) -> Memory:
     peak = max(backward, step_end, key=lambda one: one.total)
     peak = replace(peak, weights=peak.weights + whole)
     if setting.device == "cuda":
-        return replace(peak, framework=round(CACHED * peak.total), host=host)
+        return replace(peak, framework=0, host=host)
     return replace(peak, framework=peak.framework + LIBRARIES, host=host)
 
 
-def predicted(config: Any, setting: Setting) -> tuple[Memory | None, str]:
-    """Returns `predict`'s answer, or None and the reason why the model cannot be run on shapes alone."""
+def predicted(config: Any, setting: Setting, held: int) -> tuple[Memory | None, str]:
+    """Returns the peak memory, or None and the reason why the model cannot be run on shapes alone.
+
+    Args:
+        config: transformers' config of the model.
+        setting: How it is trained.
+        held: Bytes that the process holds before the model is loaded.
+    """
     try:
-        return predict(config, setting), ""
+        found = predict(config, setting)
+        return replace(found, framework=found.framework + held), ""
     except Exception as error:  # any model's code may ask for the values of a tensor
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 
@@ -403,15 +410,15 @@ def _unit(model: Any, setting: Setting) -> int:
 
 
 def available(device: str) -> tuple[int, str]:
-    """Bytes that this machine has for one rank, and where."""
+    """Bytes that the peak memory of one rank may take on this machine, and where."""
     if device == "cuda":
-        return round(torch.cuda.mem_get_info()[1] - CONTEXT), "GPU"
+        return round((torch.cuda.mem_get_info()[1] - CONTEXT) / (1 + CACHED)), "GPU"
     here = (
         ranks.state().num_processes
         if os.environ.get("LOCAL_WORLD_SIZE") is None
         else int(os.environ["LOCAL_WORLD_SIZE"])
     )
-    return psutil.virtual_memory().total // here - psutil.Process().memory_info().rss, "machine"
+    return psutil.virtual_memory().total // here, "machine"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -63,8 +63,12 @@ class LogCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._showing.close()
         if args.should_save and (cost := total_of([self.cost.record]))["steps"]:
-            facts = display.speed_facts(cost, cost["peak_memory"] or 0)
+            whole = self.cost.total()
+            facts = display.speed_facts(cost, whole["peak_memory"] or 0, whole["predicted_memory"])
             ranks.say(f"  trained for {display.clock(cost['training_seconds'])}: {', '.join(facts)}")
+            told = ("steps", "tokens", "training_seconds", "tokens_per_second", "mfu", "data_wait")
+            memory = {key: whole[key] for key in ("peak_memory", "predicted_memory")}
+            display.event("trained", stage=self.title.split()[0], **{key: cost[key] for key in told}, **memory)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs or not args.should_save:
@@ -89,7 +93,7 @@ class LogCallback(TrainerCallback):
         self._mark = (state.global_step, time.perf_counter(), self.loader.waited_seconds)
 
     def _tell(self, row: dict[str, Any], max_steps: int, left: float) -> None:
-        shown, memory = self._shown, self.cost.record.get("peak_memory", 0)
+        shown, memory = self._shown, self.cost.total()["peak_memory"] or 0
         shown.row, shown.left, shown.memory = row, left, memory
         shown.losses.append(row["loss"])
         speed = f"  {row['tokens_per_second']:,} tokens/s" if "tokens_per_second" in row else ""

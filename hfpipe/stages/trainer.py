@@ -233,6 +233,7 @@ def train(
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     make_saveable(trainer.model)
     checkpoints = _add_callbacks(run, trainer, loader, tokens_per_step)
+    run.cost.predict(longest)
     with signals.held():
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoints.stopped_at is not None:
@@ -250,7 +251,6 @@ def train(
     return {
         **chosen,
         "steps": trainer.state.global_step,
-        "longest": longest,
         "train_loss": result.training_loss,
         "last_loss": losses[-1] if losses else None,
         "data": loader.source.facts(),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -109,6 +110,35 @@ def test_every_attempt_records_its_peak_memory_and_the_last_its_prediction(kille
 
 
 @pytest.mark.slow
+def test_peak_memory_is_one_number_on_the_terminal_the_pages_and_in_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    path = str(tiny.write(tmp_path, small(tmp_path)))
+    assert main(["check", path]) == 0
+    checked = re.search(r"prose: peak memory ([\d.]+) of [\d.]+ GiB, predicted", capsys.readouterr().out)
+    assert main(["run", path]) == 0
+    told = re.search(r"peak memory ([\d.]+) GiB \(([\d.]+) predicted\)", capsys.readouterr().out)
+    total = json.loads((tmp_path / "run/stages/prose/cost.json").read_text())["total"]
+    measured, predicted = (f"{total[key] / 2**30:.2f}" for key in ("peak_memory", "predicted_memory"))
+    assert checked is not None
+    assert told is not None
+    assert told.groups() == (measured, predicted)
+    assert float(checked[1]) == pytest.approx(float(predicted), rel=0.15), "the process holds more once it has scored"
+    assert float(predicted) == pytest.approx(float(measured), rel=0.15)
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / "run" / page).read_text()
+        assert all(f"{number} GiB" in text for number in (measured, predicted))
+        assert "Peak memory is that of one rank" in text
+    again = tiny.write(tmp_path, small(tmp_path, name="again", output_dir=str(tmp_path / "again")), "again.yaml")
+    assert main(["run", str(again)]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    told = re.search(r"peak memory +([\d.]+) GiB", capsys.readouterr().out)
+    assert told is None or told[1] == measured, "it says what differs"
+
+
+@pytest.mark.slow
 @pytest.mark.long
 def test_energy_is_measured_without_a_network_a_word_or_a_file(killed: Path) -> None:
     total = json.loads((killed / "run/stages/prose/cost.json").read_text())["total"]
@@ -134,8 +164,13 @@ def test_the_pages_hold_the_cost(killed: Path) -> None:
         assert f"{total['flops']:,.0f}" in page
         assert f"{total['kwh']:.3g}" in page
         assert all(f"{total[key] / 2**30:.2f} GiB" in page for key in ("peak_memory", "predicted_memory"))
+        assert "Peak memory is that of one rank" in page
         assert "electricity mix of DEU" in page
         assert ("a lower bound" in page) == (total["measured"] == 1), "the kill may come before the first reading"
+    told = "peak memory {:.2f} GiB ({:.2f} predicted)".format(
+        *(total[key] / 2**30 for key in ("peak_memory", "predicted_memory"))
+    )
+    assert told in (killed / "output").read_text(), "the terminal tells of all attempts what the pages tell"
     assert ("co2_eq_emissions" in card) == (total["measured"] == 2), "the Hub is told the whole, or nothing"
 
     path = run / "stages/prose/cost.json"

@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_refused_with_ranked_remedies(
 ) -> None:
     assert main([command, str(tiny.write(tmp_path, content))]) == 4
     told = capsys.readouterr().err
-    assert "stage prose needs about" in told
+    assert "stage prose has a predicted peak memory of" in told
     assert re.search(r"1\. per_device_train_batch_size: \d+ -> [\d.]+ GiB \(the same result", told)
     assert not (tmp_path / "run/stages/prose").exists()
 
@@ -73,7 +73,10 @@ def test_check_shows_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     content["model"]["architecture"] |= {"hidden_size": 512, "intermediate_size": 2048}
     assert main(["check", str(tiny.write(tmp_path, content))]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("✓ memory     prose"))
-    assert all(part in line for part in ("at the peak", "4 rows of 64 tokens", "weights", "optimizer", "framework"))
+    assert all(
+        part in line
+        for part in ("prose: peak memory ", "predicted for 4 rows of 64 tokens", "weights", "optimizer", "framework")
+    )
 
 
 @pytest.mark.parametrize(("room", "chosen"), [(2.0, False), (0.8, True)])

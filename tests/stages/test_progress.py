@@ -75,6 +75,12 @@ def test_json_tells_stages_steps_scores_and_the_end(tmp_path: Path, capsys: pyte
     steps = [row for row in rows if row["event"] == "step" and row["stage"] == "prose"]
     assert [row["step"] for row in steps] == [2, 4, 6]
     assert steps[0].keys() >= {"loss", "max_steps", "seconds_left", "tokens_per_second", "data_wait", "peak_memory"}
+    trained = {row["stage"]: row for row in rows if row["event"] == "trained"}
+    for name in ("prose", "sounds"):
+        total = json.loads((tmp_path / f"run/stages/{name}/cost.json").read_text())["total"]
+        keys = ("steps", "tokens", "training_seconds", "peak_memory", "predicted_memory")
+        assert {key: trained[name][key] for key in keys} == {key: total[key] for key in keys}
+    assert trained["prose"]["peak_memory"] >= steps[-1]["peak_memory"] > 0
     scores = {(row["stage"], row["suite"], row["metric"]): row["value"] for row in rows if row["event"] == "score"}
     assert scores == tiny.scores(tmp_path / "run")
     assert rows[-1]["event"] == "end"
