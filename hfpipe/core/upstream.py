@@ -15,7 +15,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +201,43 @@ def adapters_of_whole_layers() -> Iterator[None]:
     """Has PEFT make an adapter for the whole of a layer whose weights are spread over ranks, inside the block.
 
     It takes the part of this rank for the layer, as tensor parallelism would have it, where the mesh of the ranks has
-    another dimension beside that of FSDP, as that of hybrid sharding does. No issue found.
+    another dimension beside that of FSDP, as that of hybrid sharding does. And LoRA that starts from the weight of its
+    layer (PiSSA, OLoRA, MiCA, DoRA) fails at a part of it. No issue found. Every rank has to make it: ranks may take a
+    weight apart in different ways (by the signs, say), so what the first has made is given to all.
     """
+    import torch
     from peft.tuners import tuners_utils
+    from peft.tuners.lora import layer as layers
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    @torch.no_grad()
+    def updated(layer: Any, update: Callable[..., None], *words: Any, config: Any, **more: Any) -> None:
+        base, part = layer.get_base_layer(), layer.get_base_layer().weight
+        reads = isinstance(config.init_lora_weights, str) or layer.resolve_lora_variant(config=config) is not None
+        if not (reads and isinstance(part, DTensor)):
+            update(layer, *words, config=config, **more)
+            return
+        base.weight = torch.nn.Parameter(part.full_tensor(), requires_grad=part.requires_grad)
+        update(layer, *words, config=config, **more)
+        for name, made in layer.named_parameters():
+            if not name.startswith("base_layer."):
+                torch.distributed.broadcast(made.data, src=0)
+        left = distribute_tensor(base.weight.data, part.device_mesh, part.placements)
+        part.to_local().copy_(left.to_local())
+        base.weight = part
 
     library: Any = tuners_utils
-    before = library._torch_supports_distributed
+    kinds: tuple[Any, ...] = layers.LoraLayer, layers.Embedding
+    before, updates = library._torch_supports_distributed, [kind.update_layer for kind in kinds]
     library._torch_supports_distributed = False
+    for kind, update in zip(kinds, updates, strict=True):
+        kind.update_layer = partialmethod(updated, update)
     try:
         yield
     finally:
         library._torch_supports_distributed = before
+        for kind, update in zip(kinds, updates, strict=True):
+            kind.update_layer = update
 
 
 def takes_flash_attention(model: Any) -> bool:
@@ -369,8 +395,6 @@ def show_downloads(bar: type) -> None:
     Args:
         bar: A class as `tqdm_class` takes it.
     """
-    from functools import partialmethod
-
     from huggingface_hub import HfApi
 
     api: Any = HfApi

@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
@@ -203,7 +203,10 @@ def adapter_state(model: Any, original: dict[str, torch.Tensor]) -> dict[str, to
             A'B' = [A, A0][B, -B0]. PEFT's own conversion does the same but leaves out every other tensor.
     """
     tensors = get_peft_model_state_dict(model, save_embedding_layers=_saves_embeddings(model))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return _given_back({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, original)
+
+
+def _given_back(state: dict[str, torch.Tensor], original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, first in original.items():
         is_a = "lora_A" in name
         state[name] = torch.cat([state[name], (first if is_a else -first).to(state[name])], dim=0 if is_a else 1)
@@ -212,16 +215,26 @@ def adapter_state(model: Any, original: dict[str, torch.Tensor]) -> dict[str, to
 
 def save_adapter(model: Any, folder: Path, original: dict[str, torch.Tensor]) -> None:
     """Writes an adapter that loads on the base as it came; see `adapter_state`."""
-    config = model.peft_config["default"]
     if not original:
         model.save_pretrained(folder, save_embedding_layers=_saves_embeddings(model))
         return
+    _write_given_back(model, folder, adapter_state(model, original))
+
+
+def give_back(model: Any, folder: Path, original: dict[str, torch.Tensor]) -> None:
+    """Turns an adapter that was saved as it was trained into one for the base as it came; see `adapter_state`."""
+    if original:
+        _write_given_back(model, folder, _given_back(load_file(folder / "adapter_model.safetensors"), original))
+
+
+def _write_given_back(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    config = model.peft_config["default"]
     factor = 2**0.5 if config.use_rslora else 2  # of alpha: the scaling stays as it was
     saved = copy.deepcopy(config)
     saved.r, saved.lora_alpha = 2 * config.r, factor * config.lora_alpha
     saved.init_lora_weights, saved.inference_mode = True, True
     saved.save_pretrained(str(folder))
-    save_file(adapter_state(model, original), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _saves_embeddings(model: Any) -> Any:

@@ -18,7 +18,15 @@ from hfpipe.core.errors import DataError, RecipeError
 from hfpipe.core.files import load_json, whole_folder, write_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.core.upstream import override
-from hfpipe.model.adapter import TOLERANCE, adapter_state, probe, require_equal, save_adapter, verify_tensors
+from hfpipe.model.adapter import (
+    TOLERANCE,
+    adapter_state,
+    give_back,
+    probe,
+    require_equal,
+    save_adapter,
+    verify_tensors,
+)
 from hfpipe.model.classifier import is_classifier
 from hfpipe.model.load import load_model
 from hfpipe.model.parts import verify_parts, write_parts
@@ -135,6 +143,8 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, 
         (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no one should have to load
         run.tokenizer.save_pretrained(beside)
         if run.stage.adapter is not None and ranks.is_main():
+            if sharded:
+                give_back(model, beside, original)
             _record_base(beside, run)
             verify_tensors(beside, None if sharded else adapter_state(model, original))
             if is_classifier(model):

@@ -72,10 +72,6 @@ def reads_whole(stage: Stage) -> bool:
     return bool(stage.quantized or stage.fake_quantized or stage.kept.replay is not None or stage.task == "seq2seq")
 
 
-def _takes_part(stage: Stage) -> bool:
-    return stage.parent_adapter != "continue" and stage.changes_base
-
-
 def _adds_tokens(recipe: Recipe) -> bool:
     given = recipe.model.tokenizer
     return given is not None and bool(given.add_tokens or given.add_special_tokens)
@@ -114,11 +110,6 @@ REFUSALS = (
         lambda stage, plan, _: plan in SPREADING and _stores_bytes(stage),
         "4-bit weights that are stored as bytes are not spread: every rank would hold all of them. Write "
         "`quantization: {type: nf4, bnb_4bit_quant_storage: bfloat16}`.",
-    ),
-    Refusal(
-        "PiSSA, OLoRA and other `init_lora_weights` that change the base, with FSDP or ZeRO-3",
-        lambda stage, plan, _: plan in SPREADING and _takes_part(stage),
-        "the adapter could not be turned back into one for the base as it came. Start plain ranks, or leave it out.",
     ),
     Refusal(
         "`muon` with FSDP or ZeRO-3",

@@ -329,6 +329,28 @@ def test_peft_makes_an_adapter_for_the_part_of_a_layer_under_hybrid_sharding() -
         torch.distributed.destroy_process_group()
 
 
+def test_peft_takes_no_part_of_a_weight_apart() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+
+        def made() -> Any:
+            layer = torch.nn.Linear(8, 8, bias=False)
+            layer.weight = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 8), mesh, [Shard(0)]))
+            config = LoraConfig(target_modules=["0"], r=2, init_lora_weights="pissa", use_dora=True)
+            adapted: Any = get_peft_model(torch.nn.Sequential(layer), config)
+            return adapted.base_model.model[0]
+
+        with pytest.raises(RuntimeError):
+            made()
+        with upstream.adapters_of_whole_layers():
+            layer = made()
+        assert layer.base_layer.weight.to_local().shape == (4, 8)
+        assert not any(isinstance(one, DTensor) for name, one in layer.named_parameters() if "lora_" in name)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_fsdp_refuses_to_copy_what_it_has_divided() -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:

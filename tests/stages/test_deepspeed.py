@@ -48,8 +48,15 @@ def chain(folder: Path) -> dict[str, Any]:
     return content
 
 
+def taken(folder: Path) -> dict[str, Any]:
+    """An adapter that is taken out of the weights of its base."""
+    content = tiny.recipe(folder, energy=False, shift=False)
+    content["stages"][1]["lora"]["init_lora_weights"] = "pissa"
+    return content
+
+
 @pytest.mark.parametrize("level", [2, 3])
-@pytest.mark.parametrize("made", [chain, labelled, translated], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [chain, labelled, taken, translated], ids=lambda made: made.__name__)
 def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any, level: int) -> None:
     for place in ("one", "two"):
         folder = tmp_path / place

@@ -19,10 +19,6 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "tensor, context or sequence parallelism (`parallelism_config`)": ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}),
     "`quantization: int8` with FSDP or ZeRO-3": (ZERO3, {"quantization": "int8", "lora": LORA}),
     "`quantization: nf4` in bytes with FSDP or ZeRO-3": (FSDP, {"quantization": "nf4", "lora": LORA}),
-    "PiSSA, OLoRA and other `init_lora_weights` that change the base, with FSDP or ZeRO-3": (
-        FSDP,
-        {"lora": LORA | {"init_lora_weights": "pissa"}},
-    ),
     "`trainable_token_indices` of an adapter, with FSDP": (FSDP, {"lora": LORA | {"trainable_token_indices": [1, 2]}}),
     "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole": (
         FSDP,

@@ -243,20 +243,62 @@ def beside(folder: Path, ranks: int, count: int) -> Path:
     return tiny.write(folder, content, f"{ranks}.yaml")
 
 
+def taken(folder: Path, ranks: int, count: int) -> Path:
+    """Steps of adapters that are taken out of the weights of their base, the last of which is merged."""
+    tiny.write_data(folder)
+    content = tiny.recipe(folder, output_dir=str(folder / str(ranks)), **QUIET)
+    prose, sounds = content["stages"]
+    sounds["training"] |= {"max_steps": count, "save_steps": 2, "lr_scheduler_type": "constant", "logging_steps": 1}
+    each: dict[str, dict[str, Any]] = {
+        "pissa": {},
+        "pissa_niter_4": {"modules_to_save": ["lm_head"]},
+        "mica": {},
+        "olora": {"use_dora": True},
+    }
+    content["stages"] = [
+        prose,
+        *(
+            {**sounds, "name": name, "parent": "prose", "lora": sounds["lora"] | {"init_lora_weights": name} | more}
+            for name, more in each.items()
+        ),
+    ]
+    return tiny.write(folder, content, f"{ranks}.yaml")
+
+
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (2, 1), (1, 2)])
-def test_modules_trained_beside_an_adapter_are_those_of_one_rank(tmp_path: Path, first: int, second: int) -> None:
-    """And a checkpoint of them is continued on other ranks."""
-    assert main(["run", str(beside(tmp_path, 0, 4))]) == 0
+@pytest.mark.parametrize("made", [beside, taken], ids=lambda made: made.__name__)
+def test_an_adapter_that_needs_whole_weights_is_that_of_one_rank(
+    tmp_path: Path, made: Any, first: int, second: int
+) -> None:
+    """And a checkpoint of it is continued on other ranks."""
+    assert main(["run", str(made(tmp_path, 0, 4))]) == 0
     for name in ("base", "prose"):
         shutil.copytree(tmp_path / "0/stages" / name, tmp_path / "9/stages" / name)
+    stages = [each.name for each in (tmp_path / "0/stages").iterdir() if each.name not in ("base", "prose")]
     for ranks, count in ((first, 2), (second, 4)):
-        path = beside(tmp_path, 9, count)
+        path = made(tmp_path, 9, count)
         if ranks == 1:
             assert main(["run", str(path)]) == 0
         else:
             said = spread(path, ranks)
-            assert said.count("continuing from checkpoint-2") == (2 if count == 4 else 0)
-    assert_same(tmp_path / "9", tmp_path / "0", ["sounds", "nested"])
+            assert said.count("continuing from checkpoint-2") == (len(stages) if count == 4 else 0)
+    assert_same(tmp_path / "9", tmp_path / "0", stages)
+
+
+def test_an_adapter_taken_from_weights_that_are_divided_later_is_that_of_one_rank(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    for place in ("one", "two"):
+        content = tiny.recipe(tmp_path, output_dir=str(tmp_path / place), **QUIET)
+        content["stages"][1] |= {"keep": {"replay": {"rows": 8}}}
+        content["stages"][1]["lora"]["init_lora_weights"] = "pissa"
+        path = tiny.write(tmp_path, content, f"{place}.yaml")
+        if place == "one":
+            assert main(["run", str(path)]) == 0
+            for name in ("base", "prose"):
+                shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "two/stages" / name)
+        else:
+            spread(path, 2)
+    assert_same(tmp_path / "two", tmp_path / "one", ["sounds"])
 
 
 STATELESS = {"optim": "sgd", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "learning_rate": 1.0}
