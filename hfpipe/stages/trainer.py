@@ -146,7 +146,7 @@ def warmup_warning(stage: Stage, max_steps: int) -> str | None:
 def attend_to_packed_rows(run: StageRun, model: Any) -> None:
     """Chooses the attention of a model for packed rows, where the recipe does not name one."""
     if run.recipe.model.attn_implementation is None and use_varlen_attention(model):
-        ranks.say("  attention: torch's variable-length kernel, which takes the packed rows without a mask")
+        ranks.say("  attention: document by document, which takes the packed rows without a mask")
 
 
 def load_parent(run: StageRun, **options: Any) -> Any:
