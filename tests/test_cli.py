@@ -71,6 +71,9 @@ def test_a_full_disk_behind_the_output_is_told_in_a_line() -> None:
     ("words", "said"),
     [
         (["chekc", "x.yaml"], "hfpipe: there is no command 'chekc'. Did you mean check? `hfpipe --help` lists them."),
+        (["eval", "x.yaml"], "hfpipe: there is no command 'eval'. Did you mean evaluate? `hfpipe --help` lists them."),
+        (["run", "x.yaml", "--overide"], "hfpipe run: there is no option --overide. `hfpipe run --help` lists"),
+        (["check", "x.yaml", "--verbos"], "hfpipe check: there is no option --verbos. `hfpipe check --help` lists"),
         (["new", "--taks", "chat"], "hfpipe new: there is no option --taks. Did you mean --task? `hfpipe new --help` "),
         (
             ["run", "x.yaml", "y.yaml"],

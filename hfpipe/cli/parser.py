@@ -17,6 +17,8 @@ CONVERTED_TOOLS = ("axolotl", "llama-factory", "trl", "torchtune", "oumi", "ms-s
 LONG_WORK = ("run", "cure", "prepare", "evaluate", "dial", "merge", "generate", "push")
 SHOWN_WORK = ("check", "preview", "export", "chat")  # a line says what they wait for; then they print what they found
 
+NEAR = 0.7  # of a misspelt word, by difflib: the share of letters that it has in common with the one that is meant
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser that answers a misspelt word with the nearest one, in place of the list of all."""
@@ -24,8 +26,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
         if found and found[1] == "COMMAND":
-            near = difflib.get_close_matches(found[2], re.findall(r"'([^']*)'", found[3]), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = _did_you_mean(found[2], re.findall(r"'([^']*)'", found[3]))
             self.exit(2, f"hfpipe: there is no command {found[2]!r}.{hint} `hfpipe --help` lists them.\n")
         super().error(message)
 
@@ -36,10 +37,23 @@ class _Parser(argparse.ArgumentParser):
             own = options.own
             word = next((word for word in rest if word.startswith("-")), rest[0])
             kind = "option" if word.startswith("-") else "place for"
-            near = difflib.get_close_matches(word.partition("=")[0], re.findall(r"--[\w-]+", own.format_help()), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = _did_you_mean(word.partition("=")[0], _options_of(own))
             self.exit(2, f"{own.prog}: there is no {kind} {word}.{hint} `{own.prog} --help` lists what it takes.\n")
         return options
+
+
+def _options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options that a command takes, by the first column of its help; the texts beside it name others too."""
+    lines = [line.strip().split("  ")[0] for line in parser.format_help().splitlines() if line.startswith("  -")]
+    return [name for line in lines for name in re.findall(r"(?<![\w-])--[\w-]+", line)]
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    """Returns the question whether the nearest of the known words is meant; nothing where none is near."""
+    plain = {name.lstrip("-"): name for name in known}  # dashes are no likeness
+    begun = [name for name in plain if len(word) > 2 and name.startswith(word)]  # `eval`
+    near = begun or difflib.get_close_matches(word.lstrip("-"), plain, n=1, cutoff=NEAR)
+    return f" Did you mean {plain[near[0]]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
