@@ -21,6 +21,7 @@ from hfpipe.convert.words import CHATML, is_file, turns
 from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.recipe.choose import require_model
 from hfpipe.recipe.faults import did_you_mean, listed
+from hfpipe.recipe.row_formats import ENDS, RowFormat
 
 LOOKED_AT = 1000  # rows
 MOST_PARTS, HELD_OUT, FEWEST_PARTS = 20, 10, 4  # one part of so many is held out, and has some rows in a small file
@@ -244,10 +245,21 @@ def look_at(source: Mapping[str, Any], task: str | None = None) -> Look:
     labels = Counter(str(row["label"]) for row in rows if row.get("label") is not None)
     characters = (lengths[len(lengths) // 2], lengths[min(len(lengths) - 1, len(lengths) * 99 // 100)])
     format, columns = opened.taken.format, opened.taken.columns
+    _require_used(source, format)
     end, why = format.becomes or format.name, f"columns {', '.join(columns.values())}"
     repeats, shared = len(texts) - len(set(texts)), SuiteIndex(rows[::2]).look_in(rows[1::2])
     alike = bool(repeats or shared.exact or shared.partly)
     return Look(format.name, end, why, len(rows), characters, script_of(texts), labels, columns, repeats, alike, others)
+
+
+def _require_used(source: Mapping[str, Any], format: RowFormat) -> None:
+    """Refuses columns of the command line that the rows have no place for: a recipe with them would have a fault."""
+    places = {"id": None} | dict.fromkeys((*format.all_columns, *ENDS[format.becomes or format.name].all_columns))
+    if lost := [role for role in source.get("columns", ()) if role not in places]:
+        raise RecipeError(
+            f"--columns names {listed(lost)}, and rows of {format.name} have {listed(format.all_columns)}. Leave out "
+            "what is not meant, or name another --task or --format."
+        )
 
 
 def _tool_characters(row: Mapping[str, Any]) -> int:

@@ -239,6 +239,7 @@ NUMBERS = (("number",), "mse, mae, pearsonr or spearmanr", "numbers")  # needs, 
 
 # The columns that a recipe may name: of sources that are trained on, and of suites alone.
 TRAINED_COLUMNS = tuple(one.all_columns for one in ENDS.values() if one.trained_by)
+LABELLED_COLUMNS = tuple(ROW_FORMATS[name].columns for name in ("classification", "text_label"))
 SUITE_COLUMNS = tuple(one.all_columns for one in ENDS.values() if not one.trained_by and one.name != "answer")
 
 
@@ -248,9 +249,11 @@ def formats_of_stage(kind: str) -> tuple[str, ...]:
 
 
 def columns_of_stage(kind: str | None) -> tuple[tuple[str, ...], ...]:
-    """The columns that a recipe may name of a source: those of pairs alone for a stage that trains on pairs."""
+    """The columns that a recipe may name of a source: of a stage that trains on pairs or on labels those alone."""
     pairs = ROW_FORMATS["preference"]
-    return (pairs.all_columns,) if kind in pairs.trained_by else TRAINED_COLUMNS
+    if kind in pairs.trained_by:
+        return (pairs.all_columns,)
+    return LABELLED_COLUMNS if kind in ROW_FORMATS["classification"].trained_by else TRAINED_COLUMNS
 
 
 def format_of(columns: Iterable[str]) -> RowFormat:

@@ -253,6 +253,24 @@ def test_another_format_that_fits_is_told_with_the_word_for_it(
     assert main(["check", "--fast", "other.yaml"]) == 0
 
 
+@pytest.mark.parametrize("task", [(), ("--task", "classification")])
+def test_the_columns_of_labelled_texts_have_the_names_of_either_format(
+    task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"第{n}条 {'很好吃' if n % 2 else '太难吃了'},{'好评' if n % 2 else '差评'}" for n in range(60)]
+    (tmp_path / "my.csv").write_text("\n".join(["评论,情感", *lines]), encoding="gbk")
+    command = ["new", "--data", "my.csv", "--model", "team/base-1B"]
+    for text in ("text", "sentence"):
+        columns = f"{text}=评论,label=情感"
+        assert main([*command, "--columns", columns, *task, "-o", f"{text}.yaml"]) == 0
+        assert "Labels: 差评 30, 好评 30." in capsys.readouterr().out
+        assert yaml.safe_load((tmp_path / f"{text}.yaml").read_text())["stages"][0]["kind"] == "classification"
+        assert main(["check", "--fast", f"{text}.yaml"]) == 0
+    assert main([*command, "--columns", "text=评论,label=情感", "--task", "pretrain"]) == 2
+    assert "--columns names label, and rows of text have text." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("rows", "parts", "batch"), [(5, 4, 4), (12, 4, 4), (60, 6, 4), (150, 15, 8), (400, 20, 16)])
 def test_a_small_file_has_rows_held_out_and_enough_steps(
     rows: int, parts: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -214,6 +214,8 @@ def _taken_for(rows: Rows, asked_for: _Asked) -> Taken:
     if source.format is not None:
         return _as_said(ROW_FORMATS[source.format], asked_for)
     asked = [one for one in ENDS.values() if named & {*one.all_columns}]  # what the recipe names comes first
+    if not any(named <= {*one.all_columns} for one in asked):  # such as a text with a label
+        asked += [one for one in ROW_FORMATS.values() if one.becomes and {*one.columns} <= named <= {*one.all_columns}]
     fitting: dict[str, dict[str, str]] = {}
     for one in asked or ROW_FORMATS.values():
         end = one.becomes or one.name

@@ -9,7 +9,7 @@ from hfpipe.recipe.config import Model
 from hfpipe.recipe.faults import Fault, did_you_mean, listed
 from hfpipe.recipe.metric_table import FAMILIES, MASKED_METRICS, OUR_METRICS, is_elsewhere
 from hfpipe.recipe.raw import Block, RawStage, RawSuite, as_text, mapping, sequence, stages, suites, texts
-from hfpipe.recipe.row_formats import SUITE_COLUMNS, TRAINED_COLUMNS, columns_of_stage
+from hfpipe.recipe.row_formats import LABELLED_COLUMNS, SUITE_COLUMNS, TRAINED_COLUMNS, columns_of_stage
 from hfpipe.recipe.rules.adapters import (
     adapter_of,
     check_adapter,
@@ -80,7 +80,7 @@ def check_suites_file(data: dict[str, Any]) -> Iterator[Fault]:
 
 def _check_suites(data: dict[str, Any]) -> Iterator[Fault]:
     for suite in suites(data):
-        yield from check_source(suite.source, TRAINED_COLUMNS + SUITE_COLUMNS)
+        yield from check_source(suite.source, TRAINED_COLUMNS + LABELLED_COLUMNS[1:] + SUITE_COLUMNS)
         yield from _check_metrics(suite)
         yield from _check_swap(suite)
         yield from _check_lm_eval(suite)
