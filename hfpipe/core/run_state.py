@@ -128,7 +128,10 @@ SHAPES: dict[str, tuple[Any, str]] = {
     "stages/*/keep/*.json": (KEPT, _MADE_AGAIN),
     "stages/*/keep/*.jsonl": ({"ended": bool, "tokens": int, "?text": str, "?messages": list}, _MADE_AGAIN),
     "stages/*/length.json": ({"hash": str, "?lanes": int, "rows": NUMBER}, AGAIN),
-    "stages/*/log.jsonl": ({"step": int, "?loss": NUMBER}, "Remove the file: it is a log, and nothing depends on it."),
+    "stages/*/log.jsonl": (
+        {"step": int, "?max_steps": int, "?loss": NUMBER},
+        "Remove the file: it is a log, and nothing depends on it.",
+    ),
     "scorecard.json": ([SCORE], AGAIN),
     "overlap.json": ({"pairs": [OVERLAP]}, AGAIN),
     "shift.json": ({"hash": str, "pairs": [SHIFT]}, AGAIN),

@@ -209,13 +209,13 @@ def _progress(folder: Path, recipe: Recipe) -> Table:
         facts, log = read_json(place / "done.json"), log_of(place)
         last = log[-1] if log else {}
         state = "done" if facts else "training" if log else "waiting"
-        step = facts.get("steps", last.get("step"))
+        step, steps = facts.get("steps", last.get("step")), last.get("max_steps")
         rows.append(
             [
                 stage.name,
                 f"{stage.kind}, {how_trained(stage)}",
                 state,
-                "" if step is None else f"{step:,}",
+                "" if step is None else f"{step:,}" if facts or not steps else f"{step:,} of {steps:,}",
                 number(last["loss"]) if last else "",
                 f"{last['seconds_per_step']:.2f}" if "seconds_per_step" in last else "",
                 f"{last['tokens_per_second']:,}" if "tokens_per_second" in last else "",

@@ -76,7 +76,8 @@ class LogCallback(TrainerCallback):
         step, clock, waited = self._mark
         seconds = max(time.perf_counter() - clock, 1e-9)
         steps = max(state.global_step - step, 1)
-        row = {"step": state.global_step, **{key: value for key, value in logs.items() if key != "epoch"}}
+        row: dict[str, Any] = {"step": state.global_step, "max_steps": state.max_steps}
+        row |= {key: value for key, value in logs.items() if key != "epoch"}
         row["seconds_per_step"] = round(seconds / steps, 4)
         row["data_wait"] = round((self.loader.waited_seconds - waited) / seconds, 4)
         if self.tokens_per_step:
@@ -101,8 +102,7 @@ class LogCallback(TrainerCallback):
         display.logged(
             f"  step {row['step']:>{len(str(max_steps))}}/{max_steps}  loss {row['loss']:.4f}"
             f"  {row['seconds_per_step']:.2f} s/step{speed}  {display.clock(left)} left",
-            {"stage": self.title.split()[0], "max_steps": max_steps, **row, "seconds_left": round(left, 1)}
-            | {"peak_memory": memory},
+            {"stage": self.title.split()[0], **row, "seconds_left": round(left, 1)} | {"peak_memory": memory},
         )
 
 

@@ -36,7 +36,8 @@ def add_run(root: Path, name: str, value: float | None) -> Path:
 
 
 def log(folder: Path, losses: list[float]) -> None:
-    rows = [{"step": 10 * n, "loss": loss, "seconds_per_step": 0.1} for n, loss in enumerate(losses, 1)]
+    always = {"max_steps": 200, "seconds_per_step": 0.1}
+    rows = [{"step": 10 * n, "loss": loss, **always} for n, loss in enumerate(losses, 1)]
     (folder / "stages" / "prose" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -85,7 +86,7 @@ def test_runs_their_scores_and_their_pages(root: Path, ask: Asked) -> None:
     status, page, headers = ask("/")
     assert status == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
-    for text in ("2.5000", "2.2500", "bits_per_byte\N{NO-BREAK SPACE}↓", "training", "waiting"):
+    for text in ("2.5000", "2.2500", "bits_per_byte\N{NO-BREAK SPACE}↓", "training", "waiting", "30 of 200"):
         assert text in page
     links = [words["href"] for tag, words in elements(page) if tag == "a"]
     assert sorted(map(str, links)) == ["/run/one", "/run/two"]

@@ -73,7 +73,9 @@ def test_json_tells_stages_steps_scores_and_the_end(tmp_path: Path, capsys: pyte
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["name"] for row in rows if row["event"] == "stage"] == ["prose", "sounds"]
     steps = [row for row in rows if row["event"] == "step" and row["stage"] == "prose"]
-    assert [row["step"] for row in steps] == [2, 4, 6]
+    assert [(row["step"], row["max_steps"]) for row in steps] == [(2, 6), (4, 6), (6, 6)]
+    logged = (tmp_path / "run/stages/prose/log.jsonl").read_text().splitlines()
+    assert [json.loads(row)["max_steps"] for row in logged] == [6, 6, 6]
     assert steps[0].keys() >= {"loss", "max_steps", "seconds_left", "tokens_per_second", "data_wait", "peak_memory"}
     trained = {row["stage"]: row for row in rows if row["event"] == "trained"}
     for name in ("prose", "sounds"):
