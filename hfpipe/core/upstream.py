@@ -201,19 +201,21 @@ def adapters_of_whole_layers() -> Iterator[None]:
     """Has PEFT make an adapter for the whole of a layer whose weights are spread over ranks, inside the block.
 
     It takes the part of this rank for the layer, as tensor parallelism would have it, where the mesh of the ranks has
-    another dimension beside that of FSDP, as that of hybrid sharding does. And LoRA that starts from the weight of its
-    layer (PiSSA, OLoRA, MiCA, DoRA) fails at a part of it. No issue found. Every rank has to make it: ranks may take a
-    weight apart in different ways (by the signs, say), so what the first has made is given to all.
+    another dimension beside that of FSDP, as that of hybrid sharding does. And what starts from the weight of its layer
+    (PiSSA, OLoRA, MiCA, DoRA, rows of embeddings) fails at a part of it. No issue found. Every rank has to make it:
+    ranks may take a weight apart in different ways (by the signs, say), so what the first has made is given to all.
     """
     import torch
     from peft.tuners import tuners_utils
     from peft.tuners.lora import layer as layers
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     @torch.no_grad()
-    def updated(layer: Any, update: Callable[..., None], *words: Any, config: Any, **more: Any) -> None:
+    def updated(layer: Any, update: Callable[..., None], *words: Any, config: Any = None, **more: Any) -> None:
         base, part = layer.get_base_layer(), layer.get_base_layer().weight
-        reads = isinstance(config.init_lora_weights, str) or layer.resolve_lora_variant(config=config) is not None
+        reads = isinstance(getattr(config, "init_lora_weights", "rows"), str)
+        reads = reads or layer.resolve_lora_variant(config=config) is not None
         if not (reads and isinstance(part, DTensor)):
             update(layer, *words, config=config, **more)
             return
@@ -227,7 +229,7 @@ def adapters_of_whole_layers() -> Iterator[None]:
         base.weight = part
 
     library: Any = tuners_utils
-    kinds: tuple[Any, ...] = layers.LoraLayer, layers.Embedding
+    kinds: tuple[Any, ...] = layers.LoraLayer, layers.Embedding, TrainableTokensLayer
     before, updates = library._torch_supports_distributed, [kind.update_layer for kind in kinds]
     library._torch_supports_distributed = False
     for kind, update in zip(kinds, updates, strict=True):

@@ -31,11 +31,10 @@ from hfpipe.model.load import (
     ModelRef,
     config_of,
     load_tokenizer,
-    require_token_ids,
     task_of,
     task_of_type,
 )
-from hfpipe.model.load_errors import clear_errors, pickles_only
+from hfpipe.model.load_errors import clear_errors, pickles_only, require_token_ids
 from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 from hfpipe.recipe.config import Model

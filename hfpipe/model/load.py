@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -36,8 +37,18 @@ from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.core.upstream import adapters_of_whole_layers, copied_whole
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.fake_quantized import fake_quantize
-from hfpipe.model.load_errors import clear_errors, pickles_only
-from hfpipe.model.spread import draw_fresh, each_rank_reads, end_reading, launched, make_trained_whole, plan_for
+from hfpipe.model.load_errors import clear_errors, pickles_only, require_token_ids
+from hfpipe.model.spread import (
+    differs_at_its_ends,
+    draw_fresh,
+    each_rank_reads,
+    end_reading,
+    give_ends,
+    launched,
+    make_trained_whole,
+    plan_for,
+    take_ends,
+)
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Qat, Quantization
 from hfpipe.recipe.annotations import explain, fits
@@ -53,6 +64,9 @@ AUTO_CLASSES: dict[str, Any] = {
     "seq2seq": AutoModelForSeq2SeqLM,
     "classification": AutoModelForSequenceClassification,
 }
+# Options of `from_pretrained` that are no fields of a config.
+_PASSED = {"dtype", "config", "quantization_config", "attn_implementation", "ignore_mismatched_sizes", "device_map"}
+_PASSED |= {"distributed_config"}
 # PEFT's words; it has none for masked models.
 ADAPTER_TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
 
@@ -314,13 +328,26 @@ def load_model(
     options = _options_of(ref, task, head, frozen=frozen)
     if ref.quantization or place is not None:
         options["device_map"] = {"": place or device()}
-    if spread := spread and _can_be_spread(ref):
-        shapes = _shapes(ref, task, options.get("config") or config_of(ref))
-        options["distributed_config"] = plan_for(shapes, frozen=frozen)
+    shapes = _shapes_to_spread(ref, task, options) if spread else None
+    if shapes is None:
+        model, new, _ = _read(ref, task, options)
+    else:
+        model, new = _read_in_parts(ref, task, options, shapes, frozen=frozen)
+    require_token_ids(model, ref.path)
+    make_room(model, ref.vocabulary)
+    _leave_packing(model)
+    fake_quantize(model, ref.qat)
+    if not ref.quantization and shapes is None:
+        torch.nn.Module.to(model, place or device())
+    model.eval()
+    return (model, new) if with_new_modules else model
+
+
+def _read(ref: ModelRef, task: str, options: dict[str, Any]) -> tuple[Any, list[str], torch.Tensor]:
+    """Reads a model; also returns its modules that no file holds, and the state of torch's generator before that."""
     # A checkpoint may lack the head for masked tokens: a fresh one is the same on every rank and at every load.
     fixed = torch.random.fork_rng() if task == "masked" else nullcontext()
-    shown = display.doing(f"loading {ref.path}")
-    with clear_errors("model", ref.path), fixed, each_rank_reads() if spread else nullcontext(), shown:
+    with clear_errors("model", ref.path), fixed, display.doing(f"loading {ref.path}"):
         if task == "masked":
             torch.manual_seed(0)
         state = torch.get_rng_state()
@@ -333,23 +360,50 @@ def load_model(
             tqdm_class=Download,
             **options,
         )
-    require_token_ids(model, ref.path)
-    new = _modules_of(info)
-    if spread:
-        new = sorted({name for names in ranks.gather(new) for name in names})
-        draw_fresh(model, [name for name, _ in model.named_modules() if name in new], state)
-        end_reading(model)
-    make_room(model, ref.vocabulary)
-    _leave_packing(model)
-    fake_quantize(model, ref.qat)
-    if not ref.quantization and not spread:
-        torch.nn.Module.to(model, place or device())
-    model.eval()
-    return (model, new) if with_new_modules else model
+    return model, _modules_of(info), state
 
 
-def _shapes(ref: ModelRef, task: str, config: Any) -> Any:
-    """Builds a model of a config without memory for its weights."""
+def _read_in_parts(
+    ref: ModelRef, task: str, options: dict[str, Any], shapes: tuple[Any, Any], *, frozen: bool
+) -> tuple[Any, list[str]]:
+    """Reads this rank's part of a model; every rank has to call this.
+
+    Args:
+        ref: Where and how.
+        task: See `AUTO_CLASSES`.
+        options: See `_options_of`.
+        shapes: The model as it comes, and as its embeddings are to grow or None, both without memory.
+        frozen: Whether its weights stay as they are.
+
+    Returns:
+        The model, and its modules that no file holds.
+    """
+    now, grown = shapes
+    options = options | {"distributed_config": plan_for(now, frozen=frozen)}
+    with each_rank_reads():
+        model, new, state = _read(ref, task, options)
+    new = sorted({name for names in ranks.gather(new) for name in names})
+    if grown is not None:
+        take_ends(now, model)
+        del model
+        make_room(now, ref.vocabulary)
+        config = {"config": grown.config, "ignore_mismatched_sizes": True}
+        with each_rank_reads():
+            model, _, _ = _read(ref, task, {key: options[key] for key in options if key in _PASSED} | config)
+        give_ends(model, now)
+    draw_fresh(model, [name for name, _ in model.named_modules() if name in new], state)
+    end_reading(model)
+    return model, new
+
+
+def _shapes(ref: ModelRef, task: str, options: dict[str, Any], size: int | None = None) -> Any:
+    """Builds a model without memory for its weights, with embeddings of `size` rows if given."""
+    config = copy.deepcopy(options["config"]) if "config" in options else config_of(ref)
+    for name, value in options.items():
+        if name not in _PASSED:  # a field of the config
+            setattr(config, name, value)
+    if size is not None:
+        config.get_text_config().vocab_size = size
     with clear_errors("model", ref.path), torch.device("meta"):
         return AUTO_CLASSES[task].from_config(config, trust_remote_code=ref.options.trust_remote_code)
 
@@ -380,36 +434,27 @@ def load_to_score(ref: ModelRef) -> Any:
     An encoder-decoder model is whole on each rank: it generates by its two parts, and passes through one of them would
     leave a rank that is done with its rows behind.
     """
-    rows = ref.is_adapter and trains_rows(read_adapter(ref.path))
-    return load_model(ref, spread=task_of(ref) != "seq2seq" and not rows)
+    return load_model(ref, spread=task_of(ref) != "seq2seq")
 
 
 def trains_rows(adapter: Mapping[str, Any]) -> bool:
-    """Returns True if an adapter trains rows of embeddings or a head, which PEFT reads past FSDP2."""
+    """Returns True if an adapter trains rows of embeddings or a head."""
     return bool(adapter.get("trainable_token_indices"))
 
 
-def _can_be_spread(ref: ModelRef) -> bool:
-    """Returns True if each rank of this launch can read its own part of a model: as it is, without rounding it."""
-    if not launched() or ref.quantization is not None or ref.qat is not None:
-        return False
-    config = config_of(ref)
-    return not is_quantized(config) and (ref.vocabulary or 0) <= config.get_text_config().vocab_size
+def _shapes_to_spread(ref: ModelRef, task: str, options: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Returns the shapes of a model of which each rank of this launch can read its part, and None of any other.
 
-
-def require_token_ids(model: Any, path: str) -> None:
-    """Refuses a generation config whose special tokens are not given by their ids.
-
-    Raises:
-        RecipeError: One is not.
+    It can be read as it is, without rounding it, and grow at its embeddings and head. The second of the shapes are
+    those of the grown model; None where it does not grow.
     """
-    for word in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ids = getattr(getattr(model, "generation_config", None), word, None)
-        if any(type(one) is not int for one in (ids if isinstance(ids, list) else [ids] if ids is not None else [])):
-            raise RecipeError(
-                f"model {path!r}: its generation config (generation_config.json, or config.json) has {word} {ids!r}, "
-                "which is no id of a token. Write the number there."
-            )
+    if not launched() or ref.quantization is not None or ref.qat is not None or is_quantized(config_of(ref)):
+        return None
+    shapes, size = _shapes(ref, task, options), ref.vocabulary or 0
+    if size <= shapes.config.get_text_config().vocab_size:
+        return shapes, None
+    grown = _shapes(ref, task, options, size)
+    return (shapes, grown) if differs_at_its_ends(shapes, grown) else None
 
 
 def put_adapter(base: Any, adapter: ModelRef) -> PeftModel:

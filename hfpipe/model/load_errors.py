@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 
@@ -82,3 +83,18 @@ def pickles_only(path: str) -> str:
         "on its page for a converted branch (a pull request of SFconvertbot) and name it: `revision: refs/pr/NUMBER`. "
         "Or convert it where you trust it, by transformers' from_pretrained and save_pretrained, and name that folder."
     )
+
+
+def require_token_ids(model: Any, path: str) -> None:
+    """Refuses a generation config whose special tokens are not given by their ids.
+
+    Raises:
+        RecipeError: One is not.
+    """
+    for word in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(getattr(model, "generation_config", None), word, None)
+        if any(type(one) is not int for one in (ids if isinstance(ids, list) else [ids] if ids is not None else [])):
+            raise RecipeError(
+                f"model {path!r}: its generation config (generation_config.json, or config.json) has {word} {ids!r}, "
+                "which is no id of a token. Write the number there."
+            )

@@ -10,14 +10,16 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading, parse_flag_from_env
 from peft import set_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,6 +31,7 @@ from hfpipe.core.upstream import (
     files_read_by_rows,
     layer_classes,
     leave_training_to_accelerate,
+    override,
 )
 from hfpipe.model.shards import give_back_memory, hold_no_free_memory
 
@@ -130,10 +133,50 @@ def draw_fresh(model: Any, modules: Collection[str], state: torch.Tensor) -> Non
             module.register_parameter(key, torch.nn.Parameter(whole))
         draw_weights(model, module)
         for key, part in parts.items():
-            whole = module.get_parameter(key).data
-            own = distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None)
-            part.to_local().copy_(own.to_local())
+            _put(part, module.get_parameter(key).data)
             module.register_parameter(key, part)
+
+
+def _put(part: DTensor, whole: torch.Tensor) -> None:
+    """Gives a part what it has of a tensor that is the same on every rank."""
+    own = distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None)
+    part.to_local().copy_(own.to_local())
+
+
+def _ends(model: Any) -> list[torch.nn.Module]:
+    """Returns the embeddings of a model, and its head where it has one of their size."""
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+def differs_at_its_ends(one: Any, other: Any) -> bool:
+    """Returns True if two models of one class have other shapes in their embeddings and head alone."""
+    ends = {id(weight) for end in _ends(one) for weight in end.parameters(recurse=False)}
+    shapes = {name: tensor.shape for name, tensor in (*other.named_parameters(), *other.named_buffers())}
+    tensors = (*one.named_parameters(), *one.named_buffers())
+    return all(id(tensor) in ends or tensor.shape == shapes.get(name) for name, tensor in tensors)
+
+
+@torch.no_grad()
+def take_ends(shapes: Any, model: Any) -> None:
+    """Gives a model without memory the embeddings and the head of a spread one, whole; every rank has to call this."""
+    first, *more = zip(_ends(shapes), _ends(model), strict=True)
+    for whole, parted in (first, *more):
+        for key, part in parted.named_parameters(recurse=False):
+            is_tied = parted is not first[1] and part is first[1].get_parameter("weight")
+            tensor = (
+                first[0].get_parameter("weight")
+                if is_tied
+                else torch.nn.Parameter(cast(DTensor, part).full_tensor().cpu())
+            )
+            whole.register_parameter(key, tensor)
+
+
+@torch.no_grad()
+def give_ends(model: Any, shapes: Any) -> None:
+    """Gives a spread model the embeddings and the head of one that has those alone; see `take_ends`."""
+    for parted, whole in zip(_ends(model), _ends(shapes), strict=True):
+        for key, part in parted.named_parameters(recurse=False):
+            _put(cast(DTensor, part), whole.get_parameter(key).data.to(part.device))
 
 
 def is_spread(model: Any) -> bool:
@@ -199,7 +242,8 @@ def in_step(model: Any) -> Iterator[None]:
 def make_trained_whole(model: Any, saved: Path | None = None) -> None:
     """Makes the modules that an adapter trains in full (PEFT's `modules_to_save`) whole on every rank.
 
-    With CPU offload what an adapter has added goes to the device that computes.
+    Embeddings of which an adapter trains rows are gathered where it reads them. With CPU offload what an adapter has
+    added goes to the device that computes.
 
     Args:
         model: A model with an adapter; of one that is not spread nothing is changed.
@@ -207,19 +251,39 @@ def make_trained_whole(model: Any, saved: Path | None = None) -> None:
     """
     if not is_spread(model):
         return
-    for name, copies in model.named_modules():
+    for name, copies in list(model.named_modules()):
         if name.endswith(".modules_to_save"):
             for module in copies.modules():
                 for key, part in list(module.named_parameters(recurse=False)):
                     if isinstance(part, DTensor):
                         whole = torch.nn.Parameter(part.full_tensor(), requires_grad=part.requires_grad)
                         module.register_parameter(key, whole)
+        if isinstance(copies, TrainableTokensLayer):
+            override(copies, get_merged_weights=partial(_with_rows, copies, copies.get_merged_weights))
     if is_offloaded():
         for added in model.parameters():
             if not isinstance(added, DTensor):
                 added.data = added.data.to(ranks.state().device)
     if saved is not None:
         set_peft_model_state_dict(model, load_file(saved / "adapter_model.safetensors"))
+
+
+def _with_rows(layer: Any, merged: Callable[..., torch.Tensor], adapters: Sequence[str]) -> torch.Tensor:
+    """Returns embeddings with the rows that an adapter trains; PEFT reads the others past the call that gathers them.
+
+    Args:
+        layer: PEFT's.
+        merged: Its own function.
+        adapters: Names of the adapters.
+    """
+    base, part = layer.get_base_layer(), layer.get_base_layer().weight
+    if not isinstance(part, DTensor):
+        return merged(adapters)
+    base.weight = torch.nn.Parameter(part.full_tensor().to(ranks.state().device), requires_grad=False)
+    try:
+        return merged(adapters)
+    finally:
+        base.weight = part
 
 
 def average_gradients(model: Any) -> None:

@@ -108,7 +108,8 @@ def make_room(model: Any, size: int | None) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # On the meta device there is no mean to draw around.
-        model.resize_token_embeddings(size, mean_resizing=model.device.type != "meta")
+        is_real = model.get_input_embeddings().weight.device.type != "meta"
+        model.resize_token_embeddings(size, mean_resizing=is_real)
     part_shared_embeddings(model)
 
 

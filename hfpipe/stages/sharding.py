@@ -72,9 +72,10 @@ def reads_whole(stage: Stage) -> bool:
     return bool(stage.quantized or stage.fake_quantized or stage.kept.replay is not None or stage.task == "seq2seq")
 
 
-def _adds_tokens(recipe: Recipe) -> bool:
+def _trains_rows(stage: Stage, recipe: Recipe) -> bool:
     given = recipe.model.tokenizer
-    return given is not None and bool(given.add_tokens or given.add_special_tokens)
+    added = given is not None and bool(given.add_tokens or given.add_special_tokens)
+    return stage.adapter is not None and (added or trains_rows(stage.adapter))
 
 
 def _copies_modules(stage: Stage) -> bool:
@@ -123,15 +124,11 @@ REFUSALS = (
         "plain ranks, or leave it out.",
     ),
     Refusal(
-        "`trainable_token_indices` of an adapter, with FSDP",
-        lambda stage, plan, _: plan == "fsdp" and trains_rows(stage.adapter or {}),
-        "PEFT reads the rows past FSDP2, which then has gathered nothing. Name the whole modules in `modules_to_save`, "
-        "or start plain ranks.",
-    ),
-    Refusal(
-        "an adapter beside added tokens (`add_tokens`, `add_special_tokens`), with FSDP",
-        lambda stage, plan, recipe: plan == "fsdp" and stage.adapter is not None and _adds_tokens(recipe),
-        "it trains their rows, which PEFT reads past FSDP2. Train all weights, or start plain ranks.",
+        "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, of an encoder-"
+        "decoder model or with what is read whole",
+        lambda stage, plan, recipe: plan == "fsdp" and _trains_rows(stage, recipe) and reads_whole(stage),
+        "PEFT reads the rows past FSDP2, which has gathered nothing where it divides a whole model. Name the whole "
+        "modules in `modules_to_save`, or start plain ranks.",
     ),
     Refusal(
         "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole",

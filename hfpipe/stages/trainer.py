@@ -32,7 +32,7 @@ from hfpipe.model.muon import with_muon
 from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
-from hfpipe.model.spread import average_gradients, is_spread
+from hfpipe.model.spread import average_gradients, is_spread, launched
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
@@ -156,9 +156,8 @@ def load_parent(run: StageRun, **options: Any) -> Any:
         run: The stage.
         options: As of `load_model`.
     """
-    rows = run.added_tokens or trains_rows(run.stage.adapter or {})
     # Who speaks is asked batch by batch, each rank its own.
-    spread = run.stage.kept.replay is None and not (run.stage.adapter is not None and rows)
+    spread = run.stage.kept.replay is None
     return load_model(run.parent, frozen=run.stage.adapter is not None, spread=spread, **options)
 
 
@@ -173,6 +172,13 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
         fields: Fields of a new adapter's config, over those of the recipe.
     """
     adapted = model
+    rows = run.stage.adapter is not None and (run.added_tokens or trains_rows(run.stage.adapter))
+    if rows and launched() and not is_spread(model):
+        raise RecipeError(
+            f"stages.{run.stage.name}: rows of this model's embeddings are not trained beside an adapter with FSDP: "
+            "more than its embeddings and head depends on the number of tokens, and each rank reads it whole. Name the "
+            "whole modules in `modules_to_save`, or start plain ranks."
+        )
     if run.continued is not None:
         adapted = continue_adapter(model, run.continued.path)
     elif run.stage.adapter is not None:

@@ -19,14 +19,14 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "tensor, context or sequence parallelism (`parallelism_config`)": ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}),
     "`quantization: int8` with FSDP or ZeRO-3": (ZERO3, {"quantization": "int8", "lora": LORA}),
     "`quantization: nf4` in bytes with FSDP or ZeRO-3": (FSDP, {"quantization": "nf4", "lora": LORA}),
-    "`trainable_token_indices` of an adapter, with FSDP": (FSDP, {"lora": LORA | {"trainable_token_indices": [1, 2]}}),
+    "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, of an encoder-"
+    "decoder model or with what is read whole": (
+        FSDP,
+        {"lora": LORA, "tokenizer": {"add_tokens": ["<cat>"]}, "keep": {"replay": {}}},
+    ),
     "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole": (
         FSDP,
         {"lora": LORA | {"modules_to_save": ["lm_head"]}, "keep": {"replay": {}}},
-    ),
-    "an adapter beside added tokens (`add_tokens`, `add_special_tokens`), with FSDP": (
-        FSDP,
-        {"lora": LORA, "tokenizer": {"add_tokens": ["<cat>"]}},
     ),
     "`muon` with FSDP or ZeRO-3": (FSDP, {"muon": {}}),
     "`qat` with FSDP or ZeRO-3": (ZERO3, {"qat": {"weights": "int4"}}),

@@ -265,14 +265,34 @@ def taken(folder: Path, ranks: int, count: int) -> Path:
     return tiny.write(folder, content, f"{ranks}.yaml")
 
 
+def rows(folder: Path, ranks: int, count: int) -> Path:
+    """Steps of all weights and of adapters on a base whose embeddings grow, and of rows that it has already."""
+    base = folder / "made/stages/base/model"
+    if not base.is_dir():
+        tiny.write_data(folder)
+        content = tiny.recipe(folder, merge=False, evaluate={}, output_dir=str(folder / "made"), **QUIET)
+        content["stages"] = content["stages"][:1]
+        assert main(["run", str(tiny.write(folder, content))]) == 0
+    content = tiny.recipe(folder, output_dir=str(folder / str(ranks)), **QUIET)
+    content["model"] = {"id": str(base), "tokenizer": {"add_tokens": ["cluck", "the barn"]}}
+    (_, sounds), own = content["stages"], {"embed_tokens": [1, 5, 40], "lm_head": [1, 6]}
+    sounds["training"] |= {"max_steps": count, "save_steps": 2, "lr_scheduler_type": "constant", "logging_steps": 1}
+    content["stages"] = [
+        {key: value for key, value in sounds.items() if key != "lora"} | {"name": "whole"},
+        {**sounds, "name": "own", "parent": "base", "lora": sounds["lora"] | {"trainable_token_indices": own}},
+        {**sounds, "name": "added", "parent": "base"},
+    ]
+    return tiny.write(folder, content, f"{ranks}.yaml")
+
+
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (2, 1), (1, 2)])
-@pytest.mark.parametrize("made", [beside, taken], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [beside, rows, taken], ids=lambda made: made.__name__)
 def test_an_adapter_that_needs_whole_weights_is_that_of_one_rank(
     tmp_path: Path, made: Any, first: int, second: int
 ) -> None:
     """And a checkpoint of it is continued on other ranks."""
     assert main(["run", str(made(tmp_path, 0, 4))]) == 0
-    for name in ("base", "prose"):
+    for name in ("base", "prose") if made is not rows else ():
         shutil.copytree(tmp_path / "0/stages" / name, tmp_path / "9/stages" / name)
     stages = [each.name for each in (tmp_path / "0/stages").iterdir() if each.name not in ("base", "prose")]
     for ranks, count in ((first, 2), (second, 4)):
