@@ -131,6 +131,14 @@ def test_a_folder_of_several_kinds_is_read_whole_and_resumes(streaming: bool) ->
         load_rows(source)
 
 
+@streamed
+def test_a_folder_with_a_link_to_itself_is_read_once(streaming: bool) -> None:
+    Path("data/deep").mkdir(parents=True)
+    Path("data/deep/a.jsonl").write_text(LINES)
+    Path("data/deep/above").symlink_to("..")
+    assert len(list(load_rows(Source(path="data", streaming=streaming)))) == 6
+
+
 def test_the_one_split_of_a_file_serves_a_suite_and_no_other_does() -> None:
     Path("a.jsonl").write_text(LINES)
     assert len(list(load_rows(Source(path="a.jsonl"), default_split="test"))) == 6

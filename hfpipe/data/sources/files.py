@@ -123,8 +123,14 @@ def _of_folder(folder: str) -> dict[str, list[str]]:
     card = Path(folder, "README.md")
     if card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return {}
-    found = []
+    found: list[str] = []
+    walked: set[str] = set()  # a link may lead to a folder above it
     for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         found += [os.path.join(place, name) for name in sorted(names) if not name.startswith((".", "__"))]
     data = [name for name in found if file_kind(name) and os.path.basename(name).lower() not in NOT_DATA]
