@@ -79,7 +79,8 @@ def diff_runs(first: Path, second: Path, stage: str | None = None) -> str:
 
 
 def _side(name: str, folder: Path, stage: str | None) -> Side:
-    require_one_run(folder)
+    recipe = load_recipe(folder / "recipe.yaml")
+    require_one_run(folder, recipe)
     file = folder / "scorecard.json"
     scores = read_scorecard(file) if file.exists() else []
     if not scores:
@@ -90,7 +91,7 @@ def _side(name: str, folder: Path, stage: str | None) -> Side:
         raise RecipeError(text + did_you_mean(stage, scored))
     chosen = stage or scored[-1]
     own = [replace(score, stage=name, paired={}) for score in scores if score.stage == chosen]
-    return Side(name, folder, load_recipe(folder / "recipe.yaml"), chosen, own)
+    return Side(name, folder, recipe, chosen, own)
 
 
 def _stage_words(side: Side) -> str:

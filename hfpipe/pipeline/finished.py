@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hfpipe.core.errors import RecipeError
 from hfpipe.core.run_layout import ADAPTER_CONFIG, MERGED, MODEL, model_of
-from hfpipe.recipe import Recipe, Source, Stage, load_recipe
+from hfpipe.recipe import Recipe, Source, Stage
 from hfpipe.recipe.faults import did_you_mean, listed
 
 _GIVES = {
@@ -27,7 +27,7 @@ def finished_stage(folder: Path, recipe: Recipe, stage: str | None) -> Stage:
     Raises:
         RecipeError: The run was repeated, or has no such stage, or it is not trained yet.
     """
-    require_one_run(folder)
+    require_one_run(folder, recipe)
     finished, every = finished_stages(folder, recipe), [one.name for one in recipe.stages]
     if stage is not None and stage not in every:
         text = f"--stage {stage}: {folder} has no such stage; it has {listed(every)}."
@@ -45,9 +45,8 @@ def finished_stage(folder: Path, recipe: Recipe, stage: str | None) -> Stage:
     return finished[stage or list(finished)[-1]]
 
 
-def require_one_run(folder: Path) -> None:
+def require_one_run(folder: Path, recipe: Recipe) -> None:
     """Refuses the folder of a run that was repeated, which has a model for each repeat."""
-    recipe = load_recipe(folder / "recipe.yaml")
     if recipe.seeds or recipe.cross_validation:
         repeats = sorted(place.parent.name for place in folder.glob("*/recipe.yaml"))
         named = f"{folder / repeats[0]}" if repeats else "one of them"
@@ -80,7 +79,7 @@ def finished_adapter(folder: Path, recipe: Recipe, stage: str | None) -> str:
     Raises:
         RecipeError: There is none.
     """
-    require_one_run(folder)
+    require_one_run(folder, recipe)
     adapters = [name for name, other in finished_stages(folder, recipe).items() if other.adapter is not None]
     if not adapters or (stage is not None and stage not in adapters):
         there = f"finished adapters: {', '.join(adapters)}" if adapters else "the run has no finished adapter"
