@@ -404,6 +404,21 @@ def show_downloads(bar: type) -> None:
         api.hf_hub_download = partialmethod(api.hf_hub_download, tqdm_class=bar)
 
 
+def list_served_model(place: str) -> None:
+    """Has transformers' server list the model that it serves, the only one that it answers by.
+
+    Its list is what the cache of the Hub holds (https://github.com/huggingface/transformers/pull/42146), an error where
+    there is no cache, and clients that choose from the list find nothing that is answered.
+
+    Args:
+        place: The folder of the model, which is its name in the protocol.
+    """
+    from transformers.cli.serving.model_manager import ModelManager
+
+    listed = [{"id": place, "object": "model", "created": round(Path(place).stat().st_mtime), "owned_by": "hfpipe"}]
+    override(ModelManager, get_gen_models=staticmethod(lambda: listed))
+
+
 # sacrebleu
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.utils.import_utils import is_serve_available
 
 from hfpipe.core.errors import MachineError, RecipeError
+from hfpipe.core.upstream import list_served_model
 from hfpipe.pipeline.trained import Trained, open_trained, whole_model
 from hfpipe.report.usage import usage_in_run, vllm_command
 
@@ -47,6 +48,7 @@ def serve(folder: Path, stage: str | None, port: int) -> None:
         print(line, flush=True)
     from transformers.cli.serve import Serve
 
+    list_served_model(place)
     Serve(force_model=place, host=HOST, port=port, trust_remote_code=trained.recipe.model.trust_remote_code)
 
 

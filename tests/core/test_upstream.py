@@ -23,7 +23,7 @@ import torch
 from datasets import DownloadConfig, IterableDataset, load_dataset
 from datasets.utils.file_utils import xopen
 from hub_server import HubServer
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CacheNotFound, CommitOperationAdd, HfApi
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
@@ -461,6 +461,19 @@ def test_the_hub_tells_of_an_ignored_file_in_a_private_field_alone() -> None:
     assert upstream.left_out_of_commit([operation]) == ["a.bin"]
     assert [field.name for field in fields(operation) if "ignore" in field.name] == ["_should_ignore"]
     assert not [name for name in inspect.signature(HfApi.create_commit).parameters if "ignore" in name]
+
+
+def test_transformers_lists_the_models_of_the_cache_and_not_the_one_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = pytest.importorskip("transformers.cli.serving.model_manager")
+    own = manager.ModelManager.__dict__["get_gen_models"]
+    monkeypatch.setattr(manager.ModelManager, "get_gen_models", own)  # which is put back
+    with pytest.raises(CacheNotFound):
+        manager.ModelManager.get_gen_models(str(tmp_path / "nowhere"))
+    upstream.list_served_model(str(tmp_path))
+    assert [model["id"] for model in manager.ModelManager.get_gen_models()] == [str(tmp_path)]
+    assert "force_model" not in inspect.getsource(own.__func__), "it lists what it serves by itself"
 
 
 @pytest.mark.parametrize("metric", [BLEU, CHRF, TER])

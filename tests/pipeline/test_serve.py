@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import socket
 import subprocess
 import time
@@ -10,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import talking
 import tiny
@@ -36,8 +39,8 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def served(run: Path) -> Iterator[tuple[int, str]]:
-    """The port of a server of the run, and the name of its model."""
+def served(run: Path) -> Iterator[tuple[int, str, subprocess.Popen]]:
+    """The port of a server of the run, the name of its model, and its process."""
     assert main(["merge", str(run)]) == 0
     port = free_port()
     process = tiny.start("serve", str(run), "--port", str(port))
@@ -49,7 +52,7 @@ def served(run: Path) -> Iterator[tuple[int, str]]:
                 break
             except OSError:
                 time.sleep(0.2)
-        yield port, str(run / "stages" / "chat" / "merged")
+        yield port, str(run / "stages" / "chat" / "merged"), process
     finally:
         process.terminate()
         try:
@@ -63,10 +66,16 @@ def test_an_adapter_is_merged_first(run: Path, capsys: pytest.CaptureFixture[str
     assert f"Merge it first: hfpipe merge {run}" in capsys.readouterr().err
 
 
-def test_a_client_of_the_protocol_gets_the_answer_of_the_model(served: tuple[int, str], run: Path) -> None:
+def test_a_client_of_the_protocol_gets_the_answer_of_the_model_and_of_chat(
+    served: tuple[int, str, subprocess.Popen],
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     openai = pytest.importorskip("openai", reason="the extra serving is not installed")
-    port, name = served
+    port, name, process = served
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == [name]
     tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
     inputs = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -77,11 +86,23 @@ def test_a_client_of_the_protocol_gets_the_answer_of_the_model(served: tuple[int
     said = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
     broken = "\N{REPLACEMENT CHARACTER} \n"  # half a character at the end, which a stream holds back
     assert said.strip(broken) == plain.strip(broken)
+    monkeypatch.setattr("sys.stdin", io.StringIO(TURNS[0]["content"]))
+    capsys.readouterr()
+    assert main(["chat", str(run), "--set", "max_new_tokens=8"]) == 0
+    assert capsys.readouterr().out.strip(broken) == plain.strip(broken)
     stops = json.loads((Path(name) / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops]), "it would run on when served"
+    begun = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert not [one for one in begun if one.is_running()]
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
 
 
-def test_a_port_that_is_taken_is_told(run: Path, served: tuple[int, str], capsys: pytest.CaptureFixture[str]) -> None:
-    port, _ = served
+def test_a_port_that_is_taken_is_told(
+    run: Path, served: tuple[int, str, subprocess.Popen], capsys: pytest.CaptureFixture[str]
+) -> None:
+    port, *_ = served
     assert main(["serve", str(run), "--port", str(port)]) == 4
     assert "is taken" in capsys.readouterr().err
