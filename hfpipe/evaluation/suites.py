@@ -39,6 +39,8 @@ def suite_rows(suite: Suite) -> list[dict[str, Any]]:
     if suite.lm_eval is not None:
         return lm_eval_rows(suite)
     opened = load_rows(suite.data, default_split="test")
+    if suite.limit is not None:  # of a fold
+        opened = opened.take(suite.limit)
     if "sentence" in (opened.column_names or []):
         classes = any(needs_of(metric) == "choice" for metric in suite_metrics(suite).values())
         opened, _ = plain_labels(opened, suite.data.path, as_classes=classes)

@@ -46,7 +46,7 @@ def chosen_suites(suites: Suites, names: Sequence[str] | None, limit: int | None
 
 
 def _first_rows(suite: Suite, limit: int) -> Suite:
-    if suite.lm_eval is not None:
+    if suite.lm_eval is not None or suite.data.fold is not None:  # a fold is of all rows: fewer would be dealt anew
         return suite.model_copy(update={"limit": min(limit, suite.limit or limit)})
     take = min(limit, suite.data.take or limit)
     return suite.model_copy(update={"data": suite.data.model_copy(update={"take": take})})

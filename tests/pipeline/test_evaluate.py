@@ -10,6 +10,9 @@ import tiny
 import yaml
 
 from hfpipe.cli import main
+from hfpipe.evaluation.suites import suite_rows
+from hfpipe.recipe import load_suites
+from hfpipe.recipe.choose import chosen_suites
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,24 @@ def test_an_adapter_without_a_tokenizer_is_scored_with_that_of_its_base(folder: 
     assert main(["evaluate", str(adapter), path, "--suite", "general", "--output", str(output)]) == 0
     (row,) = json.loads(output.read_text())
     assert row["value"] == pytest.approx(tiny.scores(folder / "run")["sounds", "general", "bits_per_byte"])
+
+
+@pytest.mark.slow
+def test_the_first_rows_of_a_fold_are_rows_of_that_fold(folder: Path, tmp_path: Path) -> None:
+    """Dealt out anew among fewer rows, a fold would hold rows that were trained on."""
+    suites = tiny.recipe(folder)["evaluate"]
+    suites["sounds"]["data"]["fold"] = {"of": 12, "keep": 2}
+    path = suites_of(folder, tmp_path / "suites.yaml", evaluate={"sounds": suites["sounds"]})
+    command, said = ["evaluate", str(folder / "run" / "stages" / "prose" / "model"), path], []
+    for limit in ([], ["--limit", "3"]):
+        output = tmp_path / f"scores{len(limit)}.json"
+        assert main([*command, *limit, "--output", str(output)]) == 0
+        said.append([row["n"] for row in json.loads(output.read_text())])
+    assert {*said[1]} == {3}
+    rows = suite_rows(load_suites(path).evaluate["sounds"])
+    limited = suite_rows(chosen_suites(load_suites(path), None, 3).evaluate["sounds"])
+    assert {len(rows)} == {*said[0]}
+    assert limited == rows[:3]
 
 
 @pytest.mark.slow
