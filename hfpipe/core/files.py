@@ -144,7 +144,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Reads one JSON value a line; a last line that a kill cut short is left out.
+    """Reads all of `each_in_jsonl`."""
+    return list(each_in_jsonl(path))
+
+
+def each_in_jsonl(path: Path) -> Iterator[Any]:
+    """Reads one JSON value a line, line by line; a last line that a kill cut short is left out.
 
     A text in a line may hold marks that `splitlines` would take for its end.
 
@@ -152,9 +157,9 @@ def read_jsonl(path: Path) -> list[Any]:
         DamagedFileError: Another line is no JSON in UTF-8.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        if lines[-1] and not lines[-1].endswith("}"):
-            lines.pop()
-        return [json.loads(line) for line in lines if line.strip()]
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if line.strip() and line.endswith(("\n", "}")):
+                    yield json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}. Put a copy of the file back.") from error

@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from hfpipe.core.errors import MachineError, RecipeError, UserError
-from hfpipe.core.files import read_json
+from hfpipe.core.files import each_in_jsonl, read_json
 from hfpipe.recipe import Recipe, load_recipe
-from hfpipe.report.comparison import compare_runs, log_of
+from hfpipe.report.comparison import compare_runs
 from hfpipe.report.content import about, how_trained, run_page
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told, render
-from hfpipe.report.plots import loss_curve
+from hfpipe.report.plots import loss_curve, losses_of
 from hfpipe.scores.wording import number
 
 HOST = "127.0.0.1"
@@ -206,9 +206,8 @@ def _progress(folder: Path, recipe: Recipe) -> Table:
     rows: list[list[str | Cell]] = []
     for stage in recipe.stages:
         place = folder / "stages" / stage.name
-        facts, log = read_json(place / "done.json"), log_of(place)
-        last = log[-1] if log else {}
-        state = "done" if facts else "training" if log else "waiting"
+        facts, last = read_json(place / "done.json"), _last_row(place)
+        state = "done" if facts else "training" if last else "waiting"
         step, steps = facts.get("steps", last.get("step")), last.get("max_steps")
         rows.append(
             [
@@ -224,10 +223,15 @@ def _progress(folder: Path, recipe: Recipe) -> Table:
     return Table(HEAD, rows)
 
 
+def _last_row(place: Path) -> dict[str, Any]:
+    """The last row of a stage's log that has a loss; empty where there is none."""
+    last: dict[str, Any] = {}
+    if (place / "log.jsonl").exists():
+        for row in each_in_jsonl(place / "log.jsonl"):
+            last = row if "loss" in row else last
+    return last
+
+
 def _curves(folder: Path, recipe: Recipe) -> list[str]:
-    logs = {stage.name: log_of(folder / "stages" / stage.name) for stage in recipe.stages}
-    return [
-        loss_curve(name, [row["step"] for row in log], [row["loss"] for row in log], "")
-        for name, log in logs.items()
-        if log
-    ]
+    logs = {stage.name: losses_of(folder / "stages" / stage.name) for stage in recipe.stages}
+    return [loss_curve(name, steps, losses, "") for name, (steps, losses) in logs.items() if steps]

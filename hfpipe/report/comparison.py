@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hfpipe.core.errors import UserError
-from hfpipe.core.files import read_jsonl
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.content import by_key
 from hfpipe.report.layout import Cell, Number, Section, Table
-from hfpipe.report.plots import Placed, front, loss_curves
+from hfpipe.report.plots import Placed, front, loss_curves, losses_of
 from hfpipe.scores.scorecard import BASE, Key, Score, of_lineage, read_scorecard, stages_of
 from hfpipe.scores.tradeoff import kept_keys, point, scales_of
 from hfpipe.scores.wording import interval, number
@@ -30,28 +28,18 @@ class Compared:
         name: Its name.
         recipe: Its recipe.
         line: The scores from the base to its last scored stage.
-        logs: By stage the rows of its log that have a loss.
+        logs: By stage its steps and losses, as `losses_of` gives them.
     """
 
     name: str
     recipe: Recipe
     line: Sequence[Score]
-    logs: Mapping[str, Sequence[Mapping[str, Any]]]
+    logs: Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
     @property
     def last(self) -> dict[Key, Score]:
         """The last score of each metric of each suite."""
         return {scores[-1].key: scores[-1] for scores in by_key(self.line)}
-
-
-def log_of(place: Path) -> list[dict[str, Any]]:
-    """The rows of a stage's log that have a loss; none of a stage without a log.
-
-    Args:
-        place: The stage's folder.
-    """
-    file = place / "log.jsonl"
-    return [row for row in read_jsonl(file) if "loss" in row] if file.exists() else []
 
 
 def compare_runs(runs: Mapping[str, Path]) -> list[Section]:
@@ -66,8 +54,8 @@ def compare_runs(runs: Mapping[str, Path]) -> list[Section]:
             recipe = load_recipe(folder / "recipe.yaml")
             scores = read_scorecard(folder / "scorecard.json") if (folder / "scorecard.json").exists() else []
             line = of_lineage(scores, recipe.lineage(stages_of(scores)[-1])) if scores else []
-            logs = {stage.name: log_of(folder / "stages" / stage.name) for stage in recipe.stages}
-            found.append(Compared(name, recipe, line, {stage: log for stage, log in logs.items() if log}))
+            logs = {stage.name: losses_of(folder / "stages" / stage.name) for stage in recipe.stages}
+            found.append(Compared(name, recipe, line, {stage: log for stage, log in logs.items() if log[0]}))
         except UNREADABLE:
             continue
     return [section for section in (_scores(found), _front(found), _curves(found)) if section]
@@ -135,10 +123,6 @@ def _curves(runs: Sequence[Compared]) -> Section | None:
         logs = {run.name: run.logs[stage] for run in mine if stage in run.logs}
         if len(logs) > 1:
             shown = dict(list(logs.items())[:MOST_RUNS])
-            plots.append(loss_curves(stage, {name: _points(log) for name, log in shown.items()}))
+            plots.append(loss_curves(stage, shown))
     note = "Losses compare where the data and the tokenizer are the same."
     return Section("Losses", None, [note], plots) if plots else None
-
-
-def _points(log: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
-    return [row["step"] for row in log], [row["loss"] for row in log]

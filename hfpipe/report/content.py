@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.core.command import our_command
-from hfpipe.core.files import read_json, read_jsonl
+from hfpipe.core.files import read_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG, model_of, strength_of
 from hfpipe.recipe import Recipe, load_recipe
 from hfpipe.report.cures import COMPARED, how_kept, next_cure
 from hfpipe.report.details import detail_sections
 from hfpipe.report.layout import Cell, Number, Page, Section, Table, Told
-from hfpipe.report.plots import loss_curve, score_by_stage
+from hfpipe.report.plots import loss_curve, losses_of, score_by_stage
 from hfpipe.report.price import price_sections, price_sentences
 from hfpipe.report.samples import sample_section, training_samples
 from hfpipe.report.usage import lines_to_use
@@ -212,11 +212,10 @@ def _training_section(folder: Path, recipe: Recipe) -> Section | None:
             how = f"{stage.kind}, {how_trained(stage)}"
             loss = "" if lost is None else number(lost)
             rows.append([stage.name, how, facts["parent"], f"{facts['steps']:,}", loss])
-        log = read_jsonl(place / "log.jsonl") if (place / "log.jsonl").exists() else []
-        if losses := [entry for entry in log if "loss" in entry]:
+        steps, losses = losses_of(place)
+        if steps:
             unit = "" if stage.kind == "classification" else "nats per token"
-            steps, values = ([entry[key] for entry in losses] for key in ("step", "loss"))
-            plots.append(loss_curve(stage.name, steps, values, unit))
+            plots.append(loss_curve(stage.name, steps, losses, unit))
     head = ["stage", "kind", "from", Number("steps"), Number("last loss")]
     return Section("Training", Table(head, rows), plots=plots) if rows else None
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import io
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.core.files import each_in_jsonl
 from hfpipe.recipe.metric_table import SHARE_METRICS
 from hfpipe.scores.scorecard import Score
 from hfpipe.scores.tradeoff import Estimate, Point, estimate_of
@@ -76,6 +79,21 @@ class Placed:
     parent: str
     method: str
     where: Point
+
+
+def losses_of(stage: Path) -> tuple[Sequence[int], Sequence[float]]:
+    """Reads the steps and losses that a stage has logged, (N,) each; none of a stage without a log.
+
+    Args:
+        stage: Its folder.
+    """
+    steps, losses = array("q"), array("d")
+    if (stage / "log.jsonl").exists():
+        for row in each_in_jsonl(stage / "log.jsonl"):
+            if "loss" in row:
+                steps.append(row["step"])
+                losses.append(row["loss"])
+    return steps, losses
 
 
 def loss_curves(stage: str, runs: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> str:
