@@ -34,7 +34,7 @@ from hfpipe.stages.compatibility import Sample, long_rows
 from hfpipe.stages.fit import Fit, fitted, require_memory
 from hfpipe.stages.memory import copies
 from hfpipe.stages.own_texts import MOST_TEXTS, opening_of
-from hfpipe.stages.trainer import divide_batch, warmup_warning
+from hfpipe.stages.trainer import divide_batch, read_share, warmup_warning
 
 FEW_ROWS = 50  # of a suite: fewer tell only large changes from noise
 TIGHT = 0.9  # of the room: a prediction above it may be short
@@ -209,7 +209,11 @@ def _tell_stage(
         beside = own if stage.PAIRS else 0.0  # own texts come with pairs, and make no rows of their own
         steps = math.ceil(size * epochs / (left + beside) / global_batch)
     if kept is not None:
-        whole = steps * global_batch * max_length if stage.kind == "pretrain" else trained_known / left
+        if stage.kind == "pretrain":
+            whole = steps * global_batch * max_length
+        else:
+            rows = tokens_known / max_length if stage.training.get("packing") else rows_known
+            whole = trained_known / left * read_share(stage, rows)
         _tell_kept(recipe, stage, tokenizer, whole * kept.share, note)
     _tell_near(fit, note)
     batch = f"{global_batch} rows ({per_device} x {accumulation}) on one rank"

@@ -42,6 +42,7 @@ def prepare_recipe(recipe: Recipe) -> None:
             recipe=recipe,
             stage=stage,
             parent=base.ref,
+            parent_hash=run.hashes[recipe.parent_of(stage.name)],
             continued=None,
             tokenizer=base.tokenizer,
             added_tokens=base.added,

@@ -221,6 +221,7 @@ def _train_once(run: Run, stage: Stage, start: ModelRef, continued: ModelRef | N
                 recipe=run.recipe,
                 stage=stage,
                 parent=dataclasses.replace(start, quantization=stage.quantized, qat=stage.fake_quantized),
+                parent_hash=run.hashes[run.recipe.parent_of(stage.name)],
                 continued=continued,
                 tokenizer=run.base.tokenizer,
                 added_tokens=run.base.added,

@@ -28,7 +28,7 @@ from hfpipe.evaluation.continuations import beginning
 from hfpipe.evaluation.generation import Generated, decode, generate
 from hfpipe.model.load import compute_dtype, load_model
 from hfpipe.model.positions import window_of
-from hfpipe.recipe import Recipe, Sft, Stage, Suite
+from hfpipe.recipe import Recipe, Sft, Stage, Suite, hash_of
 from hfpipe.stages.stage_run import StageRun
 
 MOST_TEXTS = 2048  # of `rows: auto`
@@ -43,7 +43,8 @@ _MARK = "\u2060hfpipe\u2060"
 def own_texts(run: StageRun, model: Any, length: int | None, tokens: float | None) -> list[OwnTexts]:
     """Returns the parent's own texts as sources, made now or found from before. Every rank has to call this.
 
-    Batch by batch they follow from the seed, and so are the same on any number of ranks and after a kill.
+    Batch by batch they follow from the seed and the parent, and so are the same on any number of ranks and after a
+    kill. What another stage of the run has made of the same parent is taken over.
 
     Args:
         run: The stage.
@@ -58,16 +59,20 @@ def own_texts(run: StageRun, model: Any, length: int | None, tokens: float | Non
     if block is None:
         return []
     folder = run.folder / "keep"
-    series = ["texts", "chats"] if opening_of(run.recipe, run.stage, run.tokenizer) else ["texts"]
-    found = ranks.from_main({name: read_json(folder / f"{name}.json") for name in series})
+    opening = opening_of(run.recipe, run.stage, run.tokenizer)
+    series = ["texts", "chats"] if opening else ["texts"]
+    limit, wanted = min(length or LONGEST, window_of(model, None) or LONGEST), tokens and tokens / len(series)
+    words = [run.parent_hash, run.stage.quantized, run.recipe.seed, block.temperature, block.rows, limit, wanted]
+    keys = {name: hash_of([name, opening, *words]) for name in series}
+    found = ranks.from_main({name: _found(run, folder, name, keys[name]) if ranks.is_main() else {} for name in series})
     if not all(found[name].get("done") for name in series):
         speaker = model if run.continued is None else load_model(run.continued)
         was_training, cached = speaker.training, getattr(speaker.config, "use_cache", None)
         speaker.eval()
         speaker.config.use_cache = True
         for name in (name for name in series if not found[name].get("done")):
-            made = _Maker(run, speaker, name, min(length or LONGEST, window_of(speaker, None) or LONGEST))
-            found[name] = _made(run, folder, made, block.rows, tokens and tokens / len(series), len(series))
+            maker = _Maker(run, speaker, name, limit, keys[name])
+            found[name] = _made(run, folder, maker, block.rows, wanted, len(series))
         speaker.config.use_cache = cached
         speaker.train(was_training)
     for name in series:
@@ -77,6 +82,20 @@ def own_texts(run: StageRun, model: Any, length: int | None, tokens: float | Non
             f"{facts['duplicates']:.1%} duplicates"
         )
     return [_source(folder / f"{name}.jsonl") for name in series if found[name]["texts"]]
+
+
+def _found(run: StageRun, folder: Path, name: str, key: str) -> dict[str, Any]:
+    """Returns what is known of the texts in a folder; where there are none, takes them over from another stage."""
+    if told := read_json(folder / f"{name}.json"):
+        return told
+    for other in sorted(run.folder.parent.glob(f"*/keep/{name}.json")):
+        told = read_json(other)
+        if told.get("done") and told.get("key") == key:
+            write_jsonl(folder / f"{name}.jsonl", read_jsonl(other.with_suffix(".jsonl"))[: told["texts"]])
+            write_json(folder / f"{name}.json", told)
+            ranks.say(f"  keep: the {name} that {other.parents[1].name} made of the same parent are taken over")
+            return told
+    return {}
 
 
 def unended(texts: list[OwnTexts]) -> frozenset[str]:
@@ -114,15 +133,17 @@ class _Maker:
         model: Its parent.
         name: "texts" or "chats".
         length: Tokens of a text, at most.
+        key: Identifies what the texts follow from.
     """
 
-    def __init__(self, run: StageRun, model: Any, name: str, length: int) -> None:
-        self.run, self.model, self.name, self.length = run, model, name, length
+    def __init__(self, run: StageRun, model: Any, name: str, length: int, key: str) -> None:
+        self.run, self.model, self.name, self.length, self.key = run, model, name, length, key
         self.rows = max(1, min(BATCH_TEXTS, BATCH_TOKENS // length))
 
     def batch(self, number: int) -> list[dict[str, Any]]:
         """Returns the texts of a batch; those that say nothing are left out."""
-        recipe, name = self.run.recipe, f"{self.run.stage.name} {self.name}"
+        recipe = self.run.recipe
+        name = f"{recipe.parent_of(self.run.stage.name)} {self.name}"
         seed = np.random.SeedSequence([recipe.seed, zlib.crc32(name.encode()), number]).generate_state(1)[0]
         device, dtype = self.model.device, compute_dtype()
         half = device.type == "cuda" and dtype == torch.bfloat16
@@ -209,8 +230,8 @@ def _made(
         if done >= 4 and len(texts) < done * maker.rows / 16 and maker.name == "chats":
             ranks.say("  keep: the parent writes no question and answer by itself, so no chats are made")
             texts, most = [], 0
-        _write(path, told, texts[:most], done, ended=share() >= 1)
-    _write(path, told, texts[:most], done, ended=True)
+        _write(path, told, texts[:most], {"key": maker.key, "batches": done, "done": share() >= 1})
+    _write(path, told, texts[:most], {"key": maker.key, "batches": done, "done": True})
     return ranks.from_main(read_json(told) if ranks.is_main() else None)
 
 
@@ -218,7 +239,7 @@ def _later(maker: _Maker, number: int) -> Callable[[], list[dict[str, Any]]]:
     return lambda: maker.batch(number)
 
 
-def _write(path: Path, told: Path, texts: list[dict[str, Any]], done: int, *, ended: bool) -> None:
+def _write(path: Path, told: Path, texts: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Writes the texts made so far, and then what is counted of them."""
     if not ranks.is_main():
         return
@@ -228,14 +249,13 @@ def _write(path: Path, told: Path, texts: list[dict[str, Any]], done: int, *, en
     write_json(
         told,
         {
-            "batches": done,
+            **facts,
             "texts": len(texts),
             "tokens": sum(row["tokens"] for row in texts),
             "ended": round(sum(row["ended"] for row in texts) / max(len(texts), 1), 4),
             "duplicates": round(1 - len(set(said)) / max(len(said), 1), 4),
             "repeats": round(repeats(said), 4),
             "shown": said[:SHOWN],
-            "done": ended,
         },
     )
 

@@ -43,6 +43,7 @@ from hfpipe.stages.trainer import (
     StageRun,
     load_parent,
     plan_of,
+    read_share,
     row_length,
     shares_of_rows,
     train,
@@ -181,7 +182,7 @@ def _own_rows(
     )
     words = {"name": stage.name, "kind": "sft", "data": stage.data, "keep": stage.kept}
     texts = replace(run, stage=Sft.model_validate(words))
-    made = own_rows(texts, model, length, share / (1 - share) * answers)
+    made = own_rows(texts, model, length, share / (1 - share) * answers, read_share(stage, len(tokens)))
     own = Concatenated([part for part, _, _ in made])
     whole = answers + own.trained
     told = {source.title: {**found, "token_share": round(part.trained / whole, 4)} for part, found, source in made}

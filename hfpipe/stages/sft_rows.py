@@ -37,7 +37,7 @@ from hfpipe.model.positions import learned_positions
 from hfpipe.recipe import Sft, Source, Stage
 from hfpipe.recipe.row_formats import TEXT_KINDS
 from hfpipe.stages.own_texts import own_texts, unended
-from hfpipe.stages.trainer import StageRun, divide_batch, row_length, shares_of_rows
+from hfpipe.stages.trainer import StageRun, divide_batch, read_share, row_length, shares_of_rows
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's
 BLOCK = 1_000  # rows tokenized at a time
@@ -82,7 +82,10 @@ def sft_rows(run: StageRun, length: int | None, model: Any = None) -> tuple[Conc
     if stage.kept.replay is not None and model is not None:
         share = stage.kept.replay.share
         room = share / (1 - share) * sum(part.trained for part in parts)  # tokens
-        for own_part, found, source in own_rows(run, model, length, room):
+        count: float = sum(map(len, parts))
+        if stage.training.get("packing") and length is not None:
+            count = sum(int(part.lengths.sum()) for part in parts) / length
+        for own_part, found, source in own_rows(run, model, length, room, read_share(stage, count)):
             parts.append(own_part)
             facts.append(found)
             sources.append(source)
@@ -94,7 +97,7 @@ def sft_rows(run: StageRun, length: int | None, model: Any = None) -> tuple[Conc
 
 
 def own_rows(
-    run: StageRun, model: Any, length: int | None, room: float
+    run: StageRun, model: Any, length: int | None, room: float, read: float
 ) -> list[tuple[Concatenated, dict[str, Any], Source]]:
     """Returns the texts that a stage's parent makes of itself, each series with its facts and its source.
 
@@ -102,9 +105,10 @@ def own_rows(
         run: The stage, of kind sft.
         model: Its parent.
         length: Tokens of a row.
-        room: Trained tokens that they are to make.
+        room: Trained tokens that they are to make; the texts are repeated for it.
+        read: The part of them that the stage comes to, for which texts are made.
     """
-    texts = own_texts(run, model, length, room)
+    texts = own_texts(run, model, length, room * read)
     goes_on = unended(texts)
     made: list[tuple[Concatenated, dict[str, Any], Source]] = []
     for source in texts:

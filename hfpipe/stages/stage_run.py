@@ -26,6 +26,7 @@ class StageRun:
         recipe: The whole recipe.
         stage: The stage of it.
         parent: The model it starts from, a whole model and not an adapter.
+        parent_hash: Hash of the stage that made it, and of all before; that of the base.
         continued: The adapter of `parent` that is trained further; None for a new one, or none at all.
         tokenizer: The run's tokenizer.
         added_tokens: Ids of the tokens that the base knows nothing of; an adapter trains their embeddings.
@@ -41,6 +42,7 @@ class StageRun:
     recipe: Recipe
     stage: Stage
     parent: ModelRef
+    parent_hash: str
     continued: ModelRef | None
     tokenizer: Any
     added_tokens: tuple[int, ...]

@@ -403,6 +403,13 @@ class Plan:
         )
 
 
+def read_share(stage: Stage, rows: float) -> float:
+    """Returns the part of so many rows that a stage reads; at most 1, also where it reads them several times."""
+    steps = stage.training.get("max_steps", -1)
+    per_device, accumulation = divide_batch(stage)
+    return min(1.0, steps * per_device * accumulation * ranks.ranks() / max(rows, 1.0)) if steps > 0 else 1.0
+
+
 def plan_of(stage: Stage, examples: int, packed: PackedRows | None = None) -> Plan:
     """Divides the rows of so many examples by the recipe's `max_steps`, or else its `num_train_epochs`.
 

@@ -37,6 +37,9 @@ def test_cures_are_compared_and_the_best_is_written(tmp_path: Path, capsys: pyte
     for name in cures:
         points = json.loads((folder / "stages" / name / "dial.json").read_text())["points"]
         assert [one["strength"] for one in points] == [0, 0.25, 0.5, 0.75, 1]
+    assert "keep: the texts that sounds-self made of the same parent are taken over" in told
+    made, taken = (folder / "stages" / name / "keep/texts.jsonl" for name in ("sounds-self", "sounds-self-kl"))
+    assert made.read_text() == taken.read_text()
     narrow = json.loads((folder / "stages/sounds-narrower/model/adapter_config.json").read_text())
     assert (narrow["r"], narrow["lora_alpha"]) == (1, 2)
     assert "Gain against forgetting" in (folder / "report.md").read_text()

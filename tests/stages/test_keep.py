@@ -116,8 +116,11 @@ def test_the_rest_of_a_long_making_of_texts_is_told_from_its_first_batch(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_own_texts_of_fine_tuning_are_a_share_of_what_is_learned(tmp_path: Path) -> None:
+def test_own_texts_of_fine_tuning_are_a_share_of_what_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts are long here and completions short."""
+    monkeypatch.setattr(own_texts, "BATCH_TEXTS", 1)
     path = recipe(tmp_path, sounds={"keep": {"replay": {"share": "30%"}}, "replay": {"stage": "prose", "share": "10%"}})
     content = path.read_text()
     assert main(["run", str(path)]) == 0, content
@@ -127,6 +130,10 @@ def test_own_texts_of_fine_tuning_are_a_share_of_what_is_learned(tmp_path: Path)
     assert made["token_share"] < 0.3
     assert done["data"]["rows"] == pytest.approx(97 + earlier["rows"], abs=30)
     assert own["token_share"] > made["token_share"]
+    whole = json.loads((tmp_path / "run/stages/sounds/keep/texts.json").read_text())["tokens"]
+    assert main(["run", str(path), "--set", "stages.sounds.training.max_steps=1"]) == 0
+    part = json.loads((tmp_path / "run/stages/sounds/keep/texts.json").read_text())["tokens"]
+    assert 0 < part < whole / 2, "a step reads few of them"
 
 
 @pytest.mark.slow
