@@ -81,7 +81,8 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bo
     folder = recipe.run_folder / CURE
     before = recipe.stages[: [one.name for one in recipe.stages].index(stage.name)]
     changes: dict[str, Any] = {"stages": [*before, *cures.values()], "output_dir": str(folder)}
-    compared = recipe.model_copy(update={**changes, "push": None, "merge": False, "cures": False})
+    # The shift of the data is that of the recipe's own run, the same for each cure.
+    compared = recipe.model_copy(update={**changes, "push": None, "merge": False, "cures": False, "shift": False})
     if ranks.is_main():
         _take_over(recipe, folder, [*(one.name for one in before), stage.name])
     ranks.wait()

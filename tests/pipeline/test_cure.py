@@ -43,6 +43,8 @@ def test_cures_are_compared_and_the_best_is_written(tmp_path: Path, capsys: pyte
     narrow = json.loads((folder / "stages/sounds-narrower/model/adapter_config.json").read_text())
     assert (narrow["r"], narrow["lora_alpha"]) == (1, 2)
     assert "Gain against forgetting" in (folder / "report.md").read_text()
+    assert not (folder / "shift.json").exists(), "it is in the folder of the recipe's own run"
+    assert (tmp_path / "run/shift.json").exists()
     best = told.split("inside the budgets by: ")[1].split(". Its ")[0]
     cured = load_recipe(folder / "cured.yaml")
     stage = next(one for one in cured.stages if one.name == "sounds")
