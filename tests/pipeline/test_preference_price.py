@@ -156,7 +156,7 @@ def test_a_preference_stage_is_cured(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["cure", str(path), "--steps", "4"]) == 0
     told = capsys.readouterr().out
     assert "cures of liked, against prose:" in told
-    assert all(f"  {how}: gain " in told for how in ("none", "self", "self-kl", "lower rate"))
+    assert all(f"  {how}: gain " in told for how in ("no cure", "self", "self-kl", "lower rate"))
     assert math.isfinite(tiny.scores(tmp_path / "run/cure")["liked-self", "general", "bits_per_byte"])
 
 
