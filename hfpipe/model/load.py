@@ -65,8 +65,15 @@ AUTO_CLASSES: dict[str, Any] = {
     "classification": AutoModelForSequenceClassification,
 }
 # Options of `from_pretrained` that are no fields of a config.
-_PASSED = {"dtype", "config", "quantization_config", "attn_implementation", "ignore_mismatched_sizes", "device_map"}
-_PASSED |= {"distributed_config"}
+_PASSED = {
+    "attn_implementation",
+    "config",
+    "device_map",
+    "distributed_config",
+    "dtype",
+    "ignore_mismatched_sizes",
+    "quantization_config",
+}
 # PEFT's words; it has none for masked models.
 ADAPTER_TASKS = {"CAUSAL_LM": "causal", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
 

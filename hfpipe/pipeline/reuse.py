@@ -236,7 +236,8 @@ def bound_to_length(stage: Stage) -> str | None:
         return "its warmup is a share of the steps (with `warmup_steps: NUMBER` it would go on from a checkpoint)"
     if isinstance(stage, Pretrain) and (stage.exhausted == "stop" or not stage.training.get("max_steps")):
         return "the end of the data is packed otherwise (with max_steps and `exhausted: repeat` it would go on)"
-    if stage.training.get("max_steps") and stage.kept.replay is not None and stage.kept.replay.rows is None:
+    makes_texts = stage.kept.replay is not None and stage.kept.replay.rows is None
+    if makes_texts and stage.training.get("max_steps", -1) > 0:
         return "its parent makes as many texts as its length has room for (with `rows: NUMBER` it would go on)"
     if any(source.cleaned and source.passed_through.get("streaming") for source in stage.data):
         return "its streams are cleaned as far as they are read"

@@ -13,7 +13,8 @@ from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig
 
 from hfpipe.cli import main
-from hfpipe.pipeline.reuse import WITHOUT_EFFECT
+from hfpipe.pipeline.reuse import WITHOUT_EFFECT, bound_to_length
+from hfpipe.recipe import Sft
 
 STEPS = 4
 
@@ -142,3 +143,21 @@ def test_clean_shows_what_was_moved_aside_and_removes_it_when_told_to(tmp_path: 
 def test_the_words_without_effect_are_words_of_the_installed_libraries() -> None:
     fields = {field.name for one in (SFTConfig, Seq2SeqTrainingArguments) for field in dataclasses.fields(one)}
     assert fields | {"save_minutes"} >= WITHOUT_EFFECT  # a word of ours beside the library's
+
+
+@pytest.mark.parametrize(
+    ("training", "rows", "bound"),
+    [
+        ({"max_steps": 4}, None, True),
+        ({"max_steps": 4}, 10, False),
+        ({"max_steps": -1}, None, False),
+        ({}, None, False),
+    ],
+)
+def test_own_texts_as_many_as_the_steps_need_bind_a_stage_to_its_length(
+    training: dict[str, Any], rows: int | None, bound: bool
+) -> None:
+    replay = {"replay": {}} if rows is None else {"replay": {"rows": rows}}
+    words = {"name": "chat", "kind": "sft", "data": [{"path": "json"}], "keep": replay}
+    stage = Sft.model_validate({**words, "training": {**training, "lr_scheduler_type": "constant"}})
+    assert (bound_to_length(stage) is not None) == bound
