@@ -59,6 +59,14 @@ def test_ctrl_c_at_the_start_ends_it_with_one_line(tmp_path: Path, seconds: floa
     assert said.count("interrupted; run the same command again") == 1
 
 
+def test_ctrl_c_on_a_server_speaks_of_nothing_to_continue(tmp_path: Path) -> None:
+    process = tiny.start("board", str(tmp_path), "--port", "0")
+    read_until(process, "Ctrl-C ends it")
+    time.sleep(0.2)  # a signal within Python's write of that line has it written twice
+    code, said = ended(process, signal.SIGINT)
+    assert (code, said) == (130, "hfpipe: stopped by Ctrl-C\n")
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_folder_has_one_run_at_a_time_and_the_dead_hold_no_lock(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hfpipe.core import display, ending
+from hfpipe.core import display, ending, signals
 from hfpipe.core.errors import MachineError, RecipeError
 from hfpipe.core.importing import importing
 from hfpipe.core.launch import require_launch
@@ -168,6 +168,7 @@ def chat(options: argparse.Namespace) -> None:
     with importing():
         from hfpipe.pipeline.use import chat
 
+    signals.serves()
     chat(folder, **_speaking(options))
 
 
@@ -179,6 +180,7 @@ def serve(options: argparse.Namespace) -> None:
     with importing():
         from hfpipe.pipeline.serve import serve
 
+    signals.serves()
     serve(folder, options.stage, options.port)
 
 
@@ -265,6 +267,7 @@ def diff(options: argparse.Namespace) -> None:
 def board(options: argparse.Namespace) -> None:
     from hfpipe.report.board import serve_board
 
+    signals.serves()
     serve_board(Path(options.runs), options.port)
 
 

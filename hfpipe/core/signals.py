@@ -29,6 +29,11 @@ LINES = {
     signal.SIGTERM: "stopped by SIGTERM; what was finished stays. Run the same command again to continue",
     signal.SIGHUP: "the terminal is gone; what was finished stays. Run the same command again to continue",
 }
+SERVER_LINES = {
+    signal.SIGINT: "stopped by Ctrl-C",
+    signal.SIGTERM: "stopped by SIGTERM",
+    signal.SIGHUP: "stopped: the terminal is gone",
+}
 _IMPORTING = "<frozen importlib._bootstrap>"
 
 
@@ -45,6 +50,7 @@ class _State:
         self.ending: int | None = None  # the signal that ends the program
         self.code: int | None = None  # the exit code, once it is certain
         self.told = False
+        self.lines = LINES
         self.wakeup = -1
 
 
@@ -76,6 +82,11 @@ def heed() -> None:
     if _state.pending is not None and not _state.depth:
         _end_by(_state.pending)
         raise Interrupted
+
+
+def serves() -> None:
+    """Says that the command lasts until a signal ends it, and has nothing to continue."""
+    _state.lines = SERVER_LINES
 
 
 @contextmanager
@@ -193,7 +204,7 @@ def tell(number: int | None = None) -> None:
         return
     _state.told = True
     with suppress(OSError):  # there may be no terminal any more
-        os.write(2, f"hfpipe: {LINES[signal.Signals(number)]}\n".encode())
+        os.write(2, f"hfpipe: {_state.lines[signal.Signals(number)]}\n".encode())
 
 
 def finish(code: int) -> int:
