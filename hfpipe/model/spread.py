@@ -159,16 +159,12 @@ def differs_at_its_ends(one: Any, other: Any) -> bool:
 @torch.no_grad()
 def take_ends(shapes: Any, model: Any) -> None:
     """Gives a model without memory the embeddings and the head of a spread one, whole; every rank has to call this."""
-    first, *more = zip(_ends(shapes), _ends(model), strict=True)
-    for whole, parted in (first, *more):
+    wholes: dict[int, torch.nn.Parameter] = {}  # by the part: a tied head is the embeddings again
+    for whole, parted in zip(_ends(shapes), _ends(model), strict=True):
         for key, part in parted.named_parameters(recurse=False):
-            is_tied = parted is not first[1] and part is first[1].get_parameter("weight")
-            tensor = (
-                first[0].get_parameter("weight")
-                if is_tied
-                else torch.nn.Parameter(cast(DTensor, part).full_tensor().cpu())
-            )
-            whole.register_parameter(key, tensor)
+            if id(part) not in wholes:
+                wholes[id(part)] = torch.nn.Parameter(cast(DTensor, part).full_tensor().cpu())
+            whole.register_parameter(key, wholes[id(part)])
 
 
 @torch.no_grad()
