@@ -27,6 +27,7 @@ from hfpipe.recipe.signatures import encoder_types, model_types, seq2seq_types
 from hfpipe.recipe.stage_config import KINDS
 
 BASE = "base"
+_SCORED_COLUMNS = tuple(dict.fromkeys((*TRAINED_COLUMNS, *LABELLED_COLUMNS, *SUITE_COLUMNS)))  # of a suite
 
 
 def check_rules(data: dict[str, Any]) -> Iterator[Fault]:
@@ -80,7 +81,7 @@ def check_suites_file(data: dict[str, Any]) -> Iterator[Fault]:
 
 def _check_suites(data: dict[str, Any]) -> Iterator[Fault]:
     for suite in suites(data):
-        yield from check_source(suite.source, TRAINED_COLUMNS + LABELLED_COLUMNS[1:] + SUITE_COLUMNS)
+        yield from check_source(suite.source, _SCORED_COLUMNS)
         yield from _check_metrics(suite)
         yield from _check_swap(suite)
         yield from _check_lm_eval(suite)
