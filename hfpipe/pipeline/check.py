@@ -96,11 +96,7 @@ def preflight(recipe: Recipe, note: Note) -> None:
             note.look("length", warning)
         _tell_stage(recipe, stage, tokenizer, answers.samples, fit, note)
         _tell_memory(recipe, fit, note)
-    for pair, line in zip(answers.overlap, overlap_lines(answers.overlap), strict=True):
-        if pair["which"]:
-            note.look("overlap", line, "to do: `decontaminate: true` of that source leaves these rows out")
-        else:
-            note.fine("overlap", line)
+    _tell_overlap(answers.overlap, note)
     _check_disk(recipe, parameters, note)
     if recipe.fit != "auto":
         require_memory(recipe, answers.fits)
@@ -120,6 +116,24 @@ def _tell_suites(recipe: Recipe, loaded: Loaded, note: Note) -> None:
             note.look("suite", told, taken, "so few rows tell only large changes from noise: score more, if you can")
         else:
             note.fine("suite", told, taken)
+
+
+def _tell_overlap(pairs: Sequence[Mapping[str, Any]], note: Note) -> None:
+    """Tells which suites' rows stand in which source; of the suites without any, in one line for each source."""
+    told = list(zip(pairs, overlap_lines(pairs), strict=True))
+    suites = len({pair["suite"] for pair in pairs})
+    for begin in range(0, len(told), suites or 1):  # each source with all suites
+        free = []
+        for pair, line in told[begin : begin + suites]:
+            if pair["which"]:
+                note.look("overlap", line, "to do: `decontaminate: true` of that source leaves these rows out")
+            elif pair["near"]:
+                note.fine("overlap", line)
+            else:
+                free.append(line.removeprefix(f"suite {pair['suite']}: "))
+                first = line
+        if free:
+            note.fine("overlap", first if len(free) == 1 else f"{len(free):,} suites: {free[0]}")
 
 
 def _tell_memory(recipe: Recipe, fit: Fit, note: Note) -> None:

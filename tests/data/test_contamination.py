@@ -127,7 +127,7 @@ def test_a_run_refuses_it_unless_the_recipe_says_report(tmp_path: Path, capsys: 
     dirty = [*clean, {"id": "copy", "text": f"{text(200)} {text(4)}"}]
     assert run(tmp_path, dirty, "run") == 5
     said = capsys.readouterr().err
-    assert "suite general: 1 of 20 rows stand in 61 rows of stages.prose (json)" in said
+    assert "suite general: 1 of 20 rows stands in 61 rows of stages.prose (json)" in said
     assert f"h4 '{' '.join(text(4).split()[:8])}" in said
     assert "`overlap: report`" in said
     assert not (tmp_path / "run/stages/prose").exists(), "before anything is trained"

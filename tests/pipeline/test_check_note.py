@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -88,6 +89,47 @@ def test_a_terminal_has_colours_and_short_lines(tmp_path: Path, monkeypatch: pyt
     assert ("\x1b[33m!" in page) is not plain
     note = re.sub(r"\x1b\[\d+m", "", page).partition("\n\n")[0].splitlines()
     assert max(len(line) for line in note if "/" not in line) <= 70, "a path is not broken"
+
+
+def test_suites_without_overlap_share_a_line_for_each_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(of: str, rows: int) -> list[str]:
+        return [" ".join(f"{of}{10 * row + word}" for word in range(9)) for row in range(rows)]
+
+    def source(name: str, texts: list[str]) -> dict[str, Any]:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return {"path": "json", "data_files": str(tmp_path / f"{name}.jsonl"), "split": "train"}
+
+    content = tiny.recipe(tmp_path, merge=False, shift=False)
+    trained = words("a", 30)
+    stage = {**content["stages"][0], "data": [source("first", trained), source("second", words("b", 40))]}
+    suites = {
+        "known": [trained[3], *words("c", 4)],
+        "near": [trained[4].replace("a42", "other"), *words("d", 4)],
+        "one": words("e", 5),
+        "two": words("f", 5),
+        "three": words("g", 5),
+    }
+    content["evaluate"] = {
+        name: {"data": source(name, rows), "metrics": ["bits_per_byte"]} for name, rows in suites.items()
+    }
+    recipe = str(tiny.write(tmp_path, content | {"stages": [stage]}))
+    assert main(["check", recipe]) == 0
+    told = [(mark, lines[0]) for mark, label, lines in findings(capsys.readouterr().out) if label == "overlap"]
+    first, second = "30 rows of stages.prose (json)", "40 rows of stages.prose (json)"
+    (mark, copied), *rest = told
+    assert mark == "!"
+    assert copied.startswith(f"suite known: 1 of 5 rows stands in {first}, as a whole")
+    near = "1 short one is near to rows of it, within about a word"
+    assert rest == [
+        ("✓", f"suite near: no row stands in {first}; {near}"),
+        ("✓", f"3 suites: no row stands in {first}"),
+        ("✓", f"5 suites: no row stands in {second}"),
+    ]
+    assert main(["check", recipe, "--set", "evaluate.two=null", "--set", "evaluate.three=null"]) == 0
+    told = [(mark, lines[0]) for mark, label, lines in findings(capsys.readouterr().out) if label == "overlap"]
+    assert told[2:] == [("✓", f"suite one: no row stands in {first}"), ("✓", f"3 suites: no row stands in {second}")]
 
 
 @pytest.mark.slow

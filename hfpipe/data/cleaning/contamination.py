@@ -423,11 +423,14 @@ def overlap_lines(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     for pair in pairs:
         source = f"{pair['looked_at']:,} rows of stages.{pair['stage']} ({pair['source']})"
         if pair["which"]:
-            text = f"suite {pair['suite']}: {pair['held']:,} of {pair['rows']:,} rows stand in {source}"
+            stand = "stands" if pair["held"] == 1 else "stand"
+            text = f"suite {pair['suite']}: {pair['held']:,} of {pair['rows']:,} rows {stand} in {source}"
             lines.append(f"{text}, as a whole or by half or more of their words: {'; '.join(pair['which'])}")
         else:
-            near = f"; {pair['near']:,} short ones are near to rows of it, within about a word" if pair["near"] else ""
-            lines.append(f"suite {pair['suite']}: no row stands in {source}{near}")
+            many = pair["near"]
+            near = f"; {many:,} short {'one is' if many == 1 else 'ones are'} near to rows of it" if many else ""
+            about = ", within about a word" if many else ""
+            lines.append(f"suite {pair['suite']}: no row stands in {source}{near}{about}")
     return lines
 
 
