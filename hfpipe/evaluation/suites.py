@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,11 +18,12 @@ from hfpipe.data.sources.batches import rows_of
 from hfpipe.data.sources.decoding import unmarked
 from hfpipe.data.sources.load import load_rows
 from hfpipe.evaluation.answers import ANSWERS, answers_of
-from hfpipe.evaluation.bias_rows import bbq_rows, stereoset_rows
+from hfpipe.evaluation.bias_rows import bbq_rows, families, stereoset_rows
 from hfpipe.evaluation.lm_eval import lm_eval_rows, score_lm_eval
 from hfpipe.evaluation.metrics import arguments_of, higher_is_better, is_row_metric, load_metric, needs_of
 from hfpipe.evaluation.multiple_choice import common_choices, plain_choices
 from hfpipe.recipe import Suite
+from hfpipe.recipe.faults import listed
 from hfpipe.recipe.row_formats import BESIDE_MESSAGES, COMPLETION_TURNS, NUMBERS, format_of, question_of
 from hfpipe.scores.scorecard import Paired, Score
 
@@ -58,6 +59,7 @@ def suite_rows(suite: Suite) -> list[dict[str, Any]]:
     if chooses and "completion" in rows[0] and "choices" not in rows[0]:
         common_choices(suite, rows)
     _require_two_classes(suite, rows)
+    _require_rows_for(suite, rows)
     return rows
 
 
@@ -74,6 +76,24 @@ def _require_two_classes(suite: Suite, rows: list[dict[str, Any]]) -> None:
         raise DataError(
             f"the suite on {suite.data.path}: matthews_correlation is undefined where all right answers are one class, "
             f"and all {len(rows):,} rows say {named[0]!r}. Take rows of two classes or more, or accuracy."
+        )
+
+
+def _require_rows_for(suite: Suite, rows: list[dict[str, Any]]) -> None:
+    """Refuses metrics of BBQ without a row of their kind of context, and a swap of words that no row has."""
+    metrics = suite_metrics(suite)
+    for name, metric in metrics.items():
+        if getattr(metric, "rows", None) == "bbq" and all(row["bbq"]["context"] != metric.context for row in rows):
+            raise DataError(
+                f"the suite on {suite.data.path}: {name} is about rows with {metric.context} context, and none of its "
+                f"{len(rows):,} rows has one. Leave it out, or take other rows (`take`, `skip`)."
+            )
+    swap = suite.swap
+    if swap is not None and not any(families(row, swap) for row in rows):
+        words = [f"{{{mark}}}" for mark in swap] if isinstance(swap, Mapping) else [word for each in swap for word in each]
+        raise DataError(
+            f"the suite on {suite.data.path}: `swap` has nothing to swap, as none of its {len(rows):,} rows has one of "
+            f"{listed(words)}. Correct the words, or leave flip_rate and `swap` out."
         )
 
 

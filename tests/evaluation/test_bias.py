@@ -348,6 +348,24 @@ def test_swaps_are_checked_by_the_file_alone(tmp_path: Path, capsys: pytest.Capt
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_bias_of_which_no_row_tells_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path)
+    rows = tmp_path / "bbq.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in bbq() if row["context_condition"] == "ambig"))
+    suite = {"data": {"path": "json", "data_files": str(rows), "split": "train"}, "metrics": ["bias_disambiguated"]}
+    content["evaluate"]["bbq"] = suite
+    assert main([command, str(tiny.write(tmp_path, content))]) == 5
+    assert "bias_disambiguated is about rows with disambiguated context, and none of its 24" in capsys.readouterr().err
+    content["evaluate"]["bbq"] = suite | {"metrics": ["flip_rate"], "swap": [["lawyer", "nurse"]]}
+    assert main([command, str(tiny.write(tmp_path, content))]) == 5
+    assert "none of its 24 rows has one of lawyer, nurse" in capsys.readouterr().err
+    assert not (tmp_path / "run/stages/prose").exists()
+
+
 def test_what_can_be_too_high_and_too_low_chooses_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
