@@ -90,7 +90,8 @@ def _require_rows_for(suite: Suite, rows: list[dict[str, Any]]) -> None:
             )
     swap = suite.swap
     if swap is not None and not any(families(row, swap) for row in rows):
-        words = [f"{{{mark}}}" for mark in swap] if isinstance(swap, Mapping) else [word for each in swap for word in each]
+        marks = [f"{{{mark}}}" for mark in swap] if isinstance(swap, Mapping) else None
+        words = marks or [word for words in swap for word in words]
         raise DataError(
             f"the suite on {suite.data.path}: `swap` has nothing to swap, as none of its {len(rows):,} rows has one of "
             f"{listed(words)}. Correct the words, or leave flip_rate and `swap` out."

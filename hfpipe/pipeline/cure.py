@@ -80,7 +80,8 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bo
     cures = cures_of(recipe, stage, steps)
     folder = recipe.run_folder / CURE
     before = recipe.stages[: [one.name for one in recipe.stages].index(stage.name)]
-    changes: dict[str, Any] = {"stages": [*before, *cures.values()], "output_dir": str(folder)}
+    own_first = sorted(cures.values(), key=lambda one: one.name != stage.name)  # its parent may be the one before it
+    changes: dict[str, Any] = {"stages": [*before, *own_first], "output_dir": str(folder)}
     # The shift of the data is that of the recipe's own run, the same for each cure.
     compared = recipe.model_copy(update={**changes, "push": None, "merge": False, "cures": False, "shift": False})
     if ranks.is_main():
@@ -106,23 +107,24 @@ def cure_recipe(recipe: Recipe, name: str | None, steps: int | None, *, dial: bo
 
 
 def cures_of(recipe: Recipe, stage: Stage, steps: int | None = None) -> dict[str, Stage]:
-    """Returns the stage with each cure, by its name: none, the parent's own texts, with KL, a lower rate or rank."""
+    """Returns the stage with each cure, by its name: none, the parent's own texts, with KL, a lower rate or rank.
+
+    What the recipe has stays as it is, with the stage's name, and so what the recipe's run has trained of it counts.
+    """
     training = {**stage.training, **({} if steps is None else {"max_steps": steps})}
-    parent = recipe.parent_of(stage.name)
-    none = stage.model_copy(update={"training": training, "keep": None})
-    plain = none.model_copy(update={"parent": parent})
+    own = stage.model_copy(update={"training": training})
+    plain = own.model_copy(update={"keep": None, "parent": recipe.parent_of(stage.name)})
     fields = training_fields(stage.kind) or {}
     rate = float(training.get("learning_rate", fields["learning_rate"].default if fields else 5e-5)) / LOWER
-    keeps: dict[str, dict[str, Any]] = {"self": {"replay": {}}}
+    keeps = {"none": Keep.model_validate({}), "self": Keep.model_validate({"replay": {}})}
     if stage.parent_adapter != "continue":
-        keeps["self-kl"] = {"replay": {}, "kl": {}}
-    found = {"none": none}
-    for how, words in keeps.items():
-        changes: dict[str, Any] = {"name": f"{stage.name}-{how}", "keep": Keep.model_validate(words)}
-        found[how] = plain.model_copy(update=changes)
-    if stage.kept != Keep.model_validate({}):
-        own = {"name": f"{stage.name}-own", "keep": stage.kept}
-        found["as the recipe has it"] = plain.model_copy(update=own)
+        keeps["self-kl"] = Keep.model_validate({"replay": {}, "kl": {}})
+    if stage.kept not in keeps.values():
+        keeps["as the recipe has it"] = stage.kept
+    found = {}
+    for how, keep in keeps.items():
+        changes = {"name": f"{stage.name}-{how}", "keep": None if how == "none" else keep}
+        found[how] = own if keep == stage.kept else plain.model_copy(update=changes)
     slower = {"name": f"{stage.name}-slower", "training": {**training, "learning_rate": rate}}
     found[SLOWER] = plain.model_copy(update=slower)
     if (adapter := _narrower(stage)) is not None:

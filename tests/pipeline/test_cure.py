@@ -59,7 +59,9 @@ def test_cures_are_compared_and_the_best_is_written(tmp_path: Path, capsys: pyte
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_cured_run_says_what_it_would_have_lost_where_that_is_known(tmp_path: Path) -> None:
+def test_a_cured_run_says_what_it_would_have_lost_where_that_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`cures:` compares at the end of a run; then the report and the card tell what was measured."""
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, merge=False)
@@ -71,7 +73,13 @@ def test_a_cured_run_says_what_it_would_have_lost_where_that_is_known(tmp_path: 
     assert main(["run", str(tiny.write(tmp_path, content)), "--set", "cures=false"]) in (0, 3)
     assert "What it would have lost without was not measured" in report.read_text()
     assert "Measured:" not in report.read_text()
+    capsys.readouterr()
     code = main(["run", str(tmp_path / "tiny.yaml")])
+    compared = capsys.readouterr().out.split("into ")[-1]
+    assert "sounds: done before, skipped" in compared, "what the recipe has is one of the cures"
+    assert [line.split(":")[0] for line in compared.splitlines() if ": sft (" in line] == [
+        f"sounds-{how}" for how in ("none", "self-kl", "slower", "narrower")
+    ]
     assert (tmp_path / "run/cure/scorecard.json").is_file()
     card = (tmp_path / "run/stages/sounds/model/README.md").read_text()
     for page in (report.read_text(), card):
