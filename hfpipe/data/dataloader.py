@@ -174,6 +174,20 @@ class ResumableSampler:
             return np.arange(len(self.lengths))
         return np.unique(np.concatenate([self._examples(n) for n in range(self.total)]))
 
+    def longest(self, lengths: np.ndarray | None = None) -> int:
+        """Returns the tokens of the longest row that is given at all, on any rank.
+
+        Later epochs have rows of the same lengths as the first one, in another order.
+
+        Args:
+            lengths: (N,) tokens of each example, where others are meant than those of the order.
+        """
+        epoch = self._epoch(0)
+        sizes = (self.lengths if lengths is None else lengths)[epoch.examples]
+        if epoch.starts is not None:
+            sizes = np.add.reduceat(sizes, epoch.starts[:-1])
+        return int(sizes[: self.total].max())
+
     def _examples(self, n: int) -> np.ndarray:
         """Returns the examples of row n of the run."""
         while n >= self._begins[-1]:

@@ -56,7 +56,7 @@ def run_classification(run: StageRun) -> dict[str, Any]:
     collated = hold_together(run, trainer, collate_labelled, problem)
     multiple = stage.training.get("pad_to_multiple_of", 1)
     loader = BatchLoader(source, plan.per_device, run.tokenizer.pad_token_id, multiple, collated)
-    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(int(lengths.max()), 0))
+    facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=(source.longest(), 0))
     facts["data"]["sources"] = found.sources
     return facts
 

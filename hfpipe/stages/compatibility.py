@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import nlargest
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from hfpipe.core.errors import DataError, RecipeError
@@ -37,6 +39,8 @@ from hfpipe.stages.trainer import require_positions
 
 LABELS = 100_000  # rows of a source whose labels are looked at
 FIRST_ROWS = 200  # of a source, that are made into tokens
+LONGEST_ROWS = 50  # and of those with the most text, among so many
+LOOKED_AT = 100_000
 TAKEN = ("prediction", "reference")
 METRIC_ROWS = 200  # of a suite, whose right answers a metric of texts is asked about
 
@@ -103,17 +107,21 @@ def _require_classifier(stage: Stage, config: Any) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """The first rows of a source.
+    """The first rows of a source, and the longest.
 
     Args:
-        rows: Those with content.
+        rows: The first rows, those with content.
         count: Rows of the whole source; None of a stream.
         taken: The format that the source was taken for.
+        longest: The rows with the most text among the others; none of a stream.
+        whole: Whether every row of the source was looked at for it.
     """
 
     rows: Rows
     count: int | None
     taken: Taken
+    longest: Rows
+    whole: bool
 
 
 def require_rows(recipe: Recipe, tokenizer: Any) -> dict[tuple[str, int], Sample]:
@@ -156,7 +164,22 @@ def _first_rows(recipe: Recipe, stage: Stage, source: Source, tokenizer: Any) ->
                     break
             else:
                 raise nothing_to_train(stage, source, read.rows - len(read.dirty))
-    return Sample(first, count, opened.taken)
+    if ended or not isinstance(rows, Dataset) or stage.kind == "pretrain":  # whose rows are as long as max_length
+        return Sample(first, count, opened.taken, [], ended)
+    return Sample(first, count, opened.taken, _longest_rows(rows, source), len(rows) <= LOOKED_AT)
+
+
+def _longest_rows(rows: Dataset, source: Source) -> Rows:
+    """Returns the rows with the most text behind the first ones; of a large table, of some at even distances."""
+    if len(rows) > LOOKED_AT:
+        rows = rows.select([place * len(rows) // LOOKED_AT for place in range(LOOKED_AT)])
+    later = islice(tidy_rows(rows, source, Read()), FIRST_ROWS, None)
+    return nlargest(LONGEST_ROWS, later, key=lambda row: _size("".join(map(str, row.values()))))
+
+
+def _size(text: str) -> int:
+    """Returns the characters of a text, each further byte of one for three: in other scripts they are more tokens."""
+    return 3 * len(text.encode(errors="replace")) - 2 * len(text)
 
 
 def _require_answerable(recipe: Recipe, name: str, rows: Rows, task: str, heads: Mapping[str, Head]) -> None:

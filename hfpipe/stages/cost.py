@@ -188,17 +188,18 @@ class CostMeter(TrainerCallback):
         peak = self.record["peak_flops"]
         return tokens_per_second * self._flops_per_token / peak if peak else None
 
-    def predict(self, longest: tuple[int, int]) -> None:
+    def predict(self, tokens: int, targets: int) -> None:
         """Records a prediction of the peak memory, beside which the measured one stands.
 
         Args:
-            longest: Tokens of the longest row, and of the longest target beside it.
+            tokens: Of the longest row of a batch.
+            targets: Of the longest target beside it.
         """
         if ranks.is_main() and self._predict is not None:
             with torch.random.fork_rng(devices=[]):  # the training draws the same with and without
-                memory = self._predict(longest, self._peak.before)
+                memory = self._predict((tokens, targets), self._peak.before)
             if memory is not None:
-                self.record["predicted_memory"] = memory.parts()
+                self.record |= {"predicted_memory": memory.parts(), "predicted_tokens": max(tokens, targets)}
 
     def total(self) -> dict[str, Any]:
         """The sums over all attempts at the stage so far, see `total_of`; on the main process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ from hfpipe.model.classifier import DEFAULT_MAX_LENGTH as CLASSIFIER_LENGTH
 from hfpipe.model.memory import PARTS, Memory, held_memory
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
-from hfpipe.recipe import Pretrain, Recipe, Stage
+from hfpipe.recipe import Pretrain, Recipe, Source, Stage
 from hfpipe.stages.arguments import recomputes
 from hfpipe.stages.compatibility import Sample, encode_rows
 from hfpipe.stages.memory import DEFAULT_LENGTH, Setting, available, predicted, setting_of
+from hfpipe.stages.own_texts import LONGEST
 
 SPARE = 0.9  # of the memory: a stage that is predicted to take more recomputes its activations
-UNSEEN = 2  # rows that were not sampled may be longer by this factor
+NEARLY = 1.1  # a row with less text than those that were made into tokens may have more tokens by this factor
+UNSEEN = 2  # and one that was not looked at by this one
 RANKS = (2, 4, 8, 16, 32, 64)
 
 
@@ -57,6 +60,7 @@ class Fit:
         place: Of what: "GPU" or "machine".
         chosen: What was chosen for this machine, and why, in words.
         held: Bytes that this process holds, in every prediction.
+        length: What the length of the rows follows from, in words.
     """
 
     stage: Stage
@@ -68,6 +72,7 @@ class Fit:
     place: str
     chosen: str = ""
     held: int = 0
+    length: str = ""
 
     def predicted(self, setting: Setting) -> tuple[Memory | None, str]:
         """The prediction for another setting, and the reason where there is none."""
@@ -82,7 +87,7 @@ class Fit:
         if self.memory is None:
             return f"not predicted: this model's code needs the values of its tensors ({self.unknown})"
         parts = [f"{part} {gibibytes(size)}" for part in PARTS if (size := getattr(self.memory, part)) >= GIB / 200]
-        rows = f"{self.setting.rows} rows of {self.setting.tokens:,} tokens"
+        rows = f"{self.setting.rows} rows of {self.setting.tokens:,} tokens{self.length and ', ' + self.length}"
         peak = f"peak memory {gibibytes(self.memory.total)} of {gibibytes(self.room)} GiB, predicted for {rows}"
         return f"{peak}: {', '.join(parts)}"
 
@@ -97,11 +102,11 @@ def fit_of(recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, samples: Ma
         tokenizer: The run's tokenizer.
         samples: The first rows of every source, see `require_rows`.
     """
-    tokens, targets = _longest(recipe, stage, model, tokenizer, samples)
+    tokens, targets, length = _longest(recipe, stage, model, tokenizer, samples)
     setting = setting_of(recipe, stage, tokens=tokens, targets=targets, vocabulary=len(tokenizer))
     held = held_memory()
     memory, unknown = predicted(model.config, setting, held)
-    found = Fit(stage, model.config, setting, memory, unknown, *available(setting.device), held=held)
+    found = Fit(stage, model.config, setting, memory, unknown, *available(setting.device), held=held, length=length)
     return with_checkpointing(found) if recomputes(stage) is None else found
 
 
@@ -127,28 +132,50 @@ def with_checkpointing(fit: Fit) -> Fit:
 
 def _longest(
     recipe: Recipe, stage: Stage, model: Any, tokenizer: Any, samples: Mapping[tuple[str, int], Sample]
-) -> tuple[int, int]:
-    """Tokens of the longest row, and of the longest target of a translation, as far as the first rows tell."""
+) -> tuple[int, int, str]:
+    """Tokens of the longest row and of the longest target of a translation, at most, and in words why.
+
+    The run knows them, and which it comes to: see `ResumableSampler.longest`.
+    """
     asked = stage.training.get("max_length")
     if isinstance(stage, Pretrain):
-        return asked or min(getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH), DEFAULT_LENGTH), 0
+        return asked or min(getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH), DEFAULT_LENGTH), 0, ""
     default = min(tokenizer.model_max_length, CLASSIFIER_LENGTH if stage.kind == "classification" else DEFAULT_LENGTH)
     positions = most_tokens(model) if stage.kind == "translation" else learned_positions(model)
     limit = asked or int(min(default, positions or default))
-    rows = targets = 1
-    for place, source in enumerate(stage.data):
-        sample = samples[stage.name, place]
-        factor = 1 if sample.count is not None and sample.count <= len(sample.rows) else UNSEEN
-        for row in encode_rows(sample.rows, stage, tokenizer, limit, recipe.seed, source) if sample.rows else ():
-            said = 0
-            if stage.kind == "translation":
-                said = sum(label != IGNORED for label in row["labels"])
-            longest = max(len(row[side]) for side in SIDES if side in row)
-            rows = max(rows, factor * (longest - said))
-            targets = max(targets, factor * said)
+    if stage.task == "causal" and positions is None and stage.training.get("max_length", limit) is None:
+        limit = sys.maxsize  # `max_length: null`: no row is cut
+    targets = stage.training.get("max_target_length") or limit
     if stage.training.get("packing"):
-        rows = limit
-    return min(rows, limit), min(targets, stage.training.get("max_target_length") or limit)
+        return limit, targets, "which examples share"
+    sampled = _sampled(recipe, stage, samples)
+    if any(sample.count is None and not sample.whole for _, sample in sampled):
+        return min(limit, DEFAULT_LENGTH), targets, "the most that a row of a stream may have"
+    rows = said = 1
+    for source, sample in sampled:
+        factor = UNSEEN if not sample.whole else NEARLY if sample.longest else 1
+        for row in encode_rows([*sample.rows, *sample.longest], stage, tokenizer, limit, recipe.seed, source):
+            target = sum(label != IGNORED for label in row["labels"]) if stage.kind == "translation" else 0
+            longest = max(len(row[side]) for side in SIDES if side in row)
+            rows = max(rows, round(factor * (longest - target)))
+            said = max(said, round(factor * target))
+    if stage.kept.replay is not None and not stage.PAIRS and rows < min(limit, LONGEST):
+        return min(limit, LONGEST), 0, "the most that the parent's own texts may have"
+    if max(rows, said) >= limit:
+        length = "at which longer rows are cut"
+    else:
+        length = "the longest of the data" + (
+            "" if all(one.whole for _, one in sampled) else ", as its first rows tell"
+        )
+    return min(rows, limit), min(said, targets), length
+
+
+def _sampled(recipe: Recipe, stage: Stage, samples: Mapping[tuple[str, int], Sample]) -> list[tuple[Source, Sample]]:
+    """The sources of a stage and of one that it replays, each with its sample."""
+    replay = getattr(stage, "replay", None)
+    names = [stage.name, *([] if replay is None else [replay.stage])]
+    stages = [next(other for other in recipe.stages if other.name == name) for name in names]
+    return [(source, samples[one.name, place]) for one in stages for place, source in enumerate(one.data)]
 
 
 def remedies(fit: Fit, recipe: Recipe) -> list[Remedy]:

@@ -101,7 +101,7 @@ class _Data(NamedTuple):
         source: Serves them.
         plan: Their division.
         tokens_per_step: Over all ranks, on average; None where it is not known before.
-        longest: Tokens of the longest row.
+        longest: Tokens of the longest row that is trained on.
         sources: What was read of each source, where all is read before the training.
         parents_own: Of the trained tokens, the share of the parent's own texts.
     """
@@ -121,11 +121,10 @@ def _tables(run: StageRun, model: Any, length: int | None) -> _Data:
     lengths = rows.lengths
     packed = _packed(run, model, lengths, length)
     plan = plan_of(run.stage, len(rows), packed)
-    longest = (packed is not None and length) or int(lengths.max())
     marked = Marked(rows, sum(map(len, own))) if run.stage.kept.kl is not None else rows
     source = plan.serve(run, marked, lengths)
     share = sum(part.trained for part in own) / rows.trained
-    return _Data(source, plan, plan.tokens_per_step(lengths), longest, sources, share)
+    return _Data(source, plan, plan.tokens_per_step(lengths), source.longest(), sources, share)
 
 
 def _streamed(run: StageRun, model: Any, length: int | None) -> _Data:

@@ -217,7 +217,7 @@ def train(
         trainer: Trainer or SFTTrainer, with its model and arguments.
         loader: Serves this rank's batches in place of the trainer's own loader.
         tokens_per_step: Tokens of a step over all ranks, for the log.
-        longest: Tokens of the longest row, and of the longest target beside it.
+        longest: Tokens of the longest row that is trained on, and of the longest target, before they are padded.
 
     Returns:
         Facts about the training for done.json.
@@ -239,7 +239,7 @@ def train(
     selection = Selection(run, trainer) if run.stage.early_stopping is not None else None
     make_saveable(trainer.model)
     checkpoints = _add_callbacks(run, trainer, loader, tokens_per_step)
-    run.cost.predict(longest)
+    run.cost.predict(*(size + -size % loader.multiple for size in longest))
     with signals.held():
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoints.stopped_at is not None:

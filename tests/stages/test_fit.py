@@ -79,6 +79,43 @@ def test_check_shows_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
 
 
+@pytest.mark.slow
+def test_the_longest_row_counts_and_in_a_run_only_what_it_comes_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False, shift=False)
+    content["stages"] = [{**content["stages"][1], "global_batch_size": 4}]
+    content["stages"][0]["training"] = {"max_length": 120}
+    rows = [{"note": f"number {n}", "animal": "cat", "sound": "mew"} for n in range(300)]
+    rows[250]["sound"] = "mew " * 12  # behind those that are made into tokens anyway
+    (tmp_path / "sounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def told(*changes: str) -> tuple[int, str]:
+        assert main(["check", str(tiny.write(tmp_path, content)), *changes]) == 0
+        found = re.search(r"predicted for 4 rows of (\d+) tokens, ([\w ,']+):", capsys.readouterr().out)
+        assert found is not None
+        return int(found[1]), found[2]
+
+    def ran(name: str, **training: Any) -> dict[str, Any]:
+        stage = {**content["stages"][0], "training": {"max_length": 120, **training}}
+        words = {"stages": [stage], "output_dir": str(tmp_path / name)}
+        assert main(["run", str(tiny.write(tmp_path, content | words))]) == 0
+        return json.loads((tmp_path / name / "stages/sounds/cost.json").read_text())["attempts"][-1]
+
+    expected, why = told()
+    whole, part = ran("whole", num_train_epochs=1), ran("part", max_steps=1)
+    assert why == "the longest of the data"
+    assert whole["predicted_tokens"] <= expected <= 1.1 * whole["predicted_tokens"] + 1 < 120
+    assert part["predicted_tokens"] < 0.6 * whole["predicted_tokens"], "the long row is in no batch of one step"
+    assert part["predicted_memory"]["activations"] < 0.7 * whole["predicted_memory"]["activations"]
+    cut = whole["predicted_tokens"] - 3
+    assert told("--set", f"stages.sounds.training.max_length={cut}") == (cut, "at which longer rows are cut")
+    content["stages"][0]["data"][0]["streaming"] = True
+    content["stages"][0]["training"]["max_steps"] = 1
+    assert told() == (120, "the most that a row of a stream may have")
+
+
 @pytest.mark.parametrize(("room", "chosen"), [(2.0, False), (0.8, True)])
 def test_a_gpu_recomputes_activations_only_where_they_do_not_fit(room: float, chosen: bool) -> None:
     config = AutoConfig.for_model("llama", hidden_size=512, num_hidden_layers=8, vocab_size=1000)
