@@ -106,7 +106,7 @@ class Setting:
     @property
     def has_linear_loss(self) -> bool:
         """True where `hfpipe.model.linear_loss` takes the place of logits, but for heads that it does not know."""
-        return self.device == "cpu" and self.dtype == torch.float32 and self.autocast is None and self.plain_loss
+        return self.device == "cpu" and self.dtype == torch.float32 and self.plain_loss
 
 
 def setting_of(
