@@ -246,13 +246,13 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def longest(self, column: str) -> int:
-        """Returns the tokens of the longest list of a column."""
-        longest = 0
+    def lengths_of(self, column: str) -> np.ndarray:
+        """Returns the tokens (N,) of each list of a column."""
+        found = [np.zeros(0, np.int32)]
         for block in self._blocks:
-            longest = max(longest, int(np.diff(block[column][0]).max()))
+            found.append(np.diff(block[column][0]))
             self._touched(1)
-        return longest
+        return np.concatenate(found)[: len(self)]
 
     def lists(self, column: str) -> Iterator[np.ndarray]:
         """Yields the lists of a column, row by row."""
@@ -307,9 +307,9 @@ class Concatenated:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def longest(self, column: str) -> int:
-        """Returns the tokens of the longest list of a column."""
-        return max(part.longest(column) for part in self.parts)
+    def lengths_of(self, column: str) -> np.ndarray:
+        """Returns the tokens (N,) of each list of a column."""
+        return np.concatenate([part.lengths_of(column) for part in self.parts])
 
     @property
     def trained(self) -> int:

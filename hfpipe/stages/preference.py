@@ -79,7 +79,7 @@ def run_preference(run: StageRun) -> dict[str, Any]:
         ReferencePass(run, trainer, rows, source.examples(), collated, as_it_is).fill()
     trainer.ref_model = None
     _keep_parent(run, trainer, own, plan.per_device / len(tokens))
-    longest = max(map(tokens.longest, SIDES))
+    longest = max(source.longest(tokens.lengths_of(side)) for side in SIDES)
     per_step = plan.tokens_per_step(tokens.lengths)
     if own is not None:
         per_step += plan.global_batch * float(own.lengths.sum()) / len(tokens)

@@ -60,7 +60,7 @@ def run_translation(run: StageRun) -> dict[str, Any]:
         run.tokenizer.pad_token_id,
         collated=lambda batch, *_: _collate(batch, collator, model, end),
     )
-    longest = rows.longest("input_ids"), rows.longest("labels")
+    longest = source.longest(rows.lengths_of("input_ids")), source.longest(rows.lengths_of("labels"))
     facts = train(run, trainer, loader, tokens_per_step=plan.tokens_per_step(lengths), longest=longest)
     facts["data"]["sources"] = sources
     return facts
