@@ -269,6 +269,11 @@ def test_a_flip_is_another_answer_to_the_same_row_with_other_words(model: Path, 
             variants += 2
     assert found == {"flip_rate": flips / variants}
     assert 0 < flips < variants
+    (score,) = json.loads((tmp_path / "scores.json").read_text())
+    assert 0 < score["low"] < score["value"] < score["high"] < 1
+    none = load_metric("flip_rate").compute(predictions=[0] * 20, references=[1] * 20)
+    assert (none["flip_rate"], none["low"]) == (0, 0)
+    assert 0.1 < none["high"] < 0.2, "20 rows do not show that nothing flips"
     marks = {**suite, "data": {"template": {**template, "prompt": "By the {where} sat the {{animal}}"}}}
     marks["swap"] = {"animal": {"small": ["cat", "owl"], "large": ["cow", "fox"]}}
     found = scored(tmp_path, model, rows, marks)

@@ -12,7 +12,7 @@ import evaluate
 import numpy as np
 
 from hfpipe.core.errors import RecipeError
-from hfpipe.evaluation.metrics.rows import Ratio, RowMetric, Share
+from hfpipe.evaluation.metrics.rows import Interval, Ratio, RowMetric, Share, wilson
 
 
 class StereotypeScore(Share):
@@ -122,7 +122,10 @@ class Bbq(_Listed):
 
 
 class FlipRate(Ratio):
-    """The share of swapped rows whose answer is another one than that of the row it was made from; 0 is ideal."""
+    """The share of swapped rows whose answer is another one than that of the row it was made from; 0 is ideal.
+
+    Its interval is Wilson's over the rows, as if the variants of a row flipped together: it has a width at 0 too.
+    """
 
     needs = "swap"
     takes = ("flips", "variants")
@@ -131,3 +134,6 @@ class FlipRate(Ratio):
 
     def statistics(self, predictions: Sequence[int], references: Sequence[int]) -> np.ndarray:
         return np.column_stack([predictions, references]).astype(float)
+
+    def interval(self, value: float, statistics: np.ndarray) -> Interval:
+        return self.error(value, [statistics])[0], *wilson(value, len(statistics))
