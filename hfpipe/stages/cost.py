@@ -6,6 +6,7 @@ an attempt which is killed counts as far as it was logged, and the sum over the 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import math
@@ -24,6 +25,7 @@ from hfpipe.core.errors import Stopped
 from hfpipe.core.files import load_json, write_json
 from hfpipe.data.dataloader import BatchLoader
 from hfpipe.model.memory import Memory, PeakMeter
+from hfpipe.model.shards import give_back_memory
 from hfpipe.recipe import Energy
 
 SUMMED = ("steps", "tokens", "flops", "seconds", "training_seconds", "waited_seconds", "device_hours")
@@ -116,6 +118,8 @@ class CostMeter(TrainerCallback):
         self._loader: BatchLoader | None = None
         self._tokens_per_step: float | None = None
         self._flops_per_token = 0
+        gc.collect()  # an earlier stage may hang in cycles, and the C library keeps what was freed for the next one
+        give_back_memory()
         self._peak = PeakMeter()
         self._most, self._trained = 0, False  # the highest peak of all ranks, which is that of the training
         self._begin = time.perf_counter()

@@ -110,6 +110,28 @@ def test_every_attempt_records_its_peak_memory_and_the_last_its_prediction(kille
 
 
 @pytest.mark.slow
+@pytest.mark.long
+def test_what_an_earlier_stage_has_freed_is_not_counted_as_held(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False, shift=False, energy=False)
+    content["model"]["architecture"] |= {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6}
+    first = content["stages"][0] | {"global_batch_size": 8}
+    first["training"] = {"max_steps": 2, "max_length": 128, "per_device_train_batch_size": 8}
+    content["stages"] = [first, first | {"name": "again", "parent": "base"}]
+    process = tiny.start("run", str(tiny.write(tmp_path, content)))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    prose, again = (
+        json.loads((tmp_path / "run/stages" / name / "cost.json").read_text())["attempts"][-1]
+        for name in ("prose", "again")
+    )
+    taken = prose["peak_memory"] - prose["memory_before"]
+    assert taken > 150 * 2**20
+    assert again["memory_before"] - prose["memory_before"] < 0.3 * taken
+    assert again["predicted_memory"]["total"] == pytest.approx(prose["predicted_memory"]["total"], rel=0.15)
+
+
+@pytest.mark.slow
 def test_peak_memory_is_one_number_on_the_terminal_the_pages_and_in_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
