@@ -247,6 +247,24 @@ def takes_flash_attention(model: Any) -> bool:
     return bool(model._supports_flash_attn)
 
 
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Keeps ZeRO-3 from dividing a model that one rank builds inside the block.
+
+    transformers divides every model that is built as long as a trainer under ZeRO-3 lives, by calls in which all ranks
+    have to take part. It has a function that ends this, and none that tells what was there. No issue found.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    library: Any = integration
+    before = library._hf_deepspeed_config_weak_ref
+    library.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        library._hf_deepspeed_config_weak_ref = before
+
+
 def left_out_of_checkpoints(model: Any) -> Collection[str]:
     """Returns the names of tensors that `save_pretrained` works out again at a load; no issue found."""
     return model._keys_to_ignore_on_save or ()
@@ -375,6 +393,66 @@ def copied_whole(model: Any) -> Iterator[None]:
     finally:
         for module in divided:
             del vars(module)["__deepcopy__"]
+
+
+def take_fsdp_away(model: Any) -> None:
+    """Takes from the modules of a model what FSDP2 made of them: their class and its hooks, which gather weights.
+
+    Its parameters stay as they are, and are held by the model alone then. Nothing undoes `fully_shard`. No issue found.
+    """
+    from torch.distributed._composable.contract import STATE_KEY
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        for name, hooks in vars(module).items():
+            if "_hooks" in name and isinstance(hooks, dict):
+                for key, hook in list(hooks.items()):
+                    if str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp"):
+                        del hooks[key]
+        vars(module).pop(STATE_KEY, None)
+        if isinstance(module, FSDPModule):
+            plain: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+            module.__class__ = plain
+
+
+# deepspeed
+
+
+def divide_one_by_one(weights: Iterator[Any], config: dict[str, Any]) -> None:
+    """Has ZeRO-3 divide weights among the ranks, each before the next is made; every rank has to call this.
+
+    Its public form takes a module whose weights are all there. It asks that module for its parameters, and has divided
+    one when it asks for the next. No issue found. What follows divides, by `deepspeed.initialize`, the rest.
+
+    Args:
+        weights: Parameters, whole and the same on every rank.
+        config: DeepSpeed's.
+    """
+    import deepspeed
+    import torch
+
+    deepspeed.init_distributed()  # what reads the config asks it for the number of ranks
+    module = torch.nn.Module()
+    override(module, parameters=lambda recurse=True: weights)
+    deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+
+def shape_of(weight: Any) -> Any:
+    """Returns the shape of a weight, which ZeRO-3 takes from one that it divides. No issue found."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def gathered_by_deepspeed(weight: Any) -> Any:
+    """Returns a weight that ZeRO-3 has divided, whole, and any other as it is; every rank has to call this.
+
+    No public function tells whether it has. No issue found.
+    """
+    if not hasattr(weight, "ds_id"):
+        return weight
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
 
 
 # huggingface_hub

@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hfpipe.core import ranks
 from hfpipe.core.files import write_json
-from hfpipe.core.upstream import left_out_of_checkpoints, save_code_of
+from hfpipe.core.upstream import gathered_by_deepspeed, left_out_of_checkpoints, save_code_of, shape_of
 
 FILE_BYTES = 5_000_000_000  # of tensors in a file; one larger tensor has a file of its own
 _WORDS = {
@@ -66,7 +66,7 @@ def write_parts(model: Any, folder: Path) -> None:
     if ranks.is_main() and len(files) > 1:
         places = {name: _name(number, len(files)) for number, one in enumerate(files, start=1) for name in one}
         total = sum(tensor.numel() * tensor.element_size() for one in files for tensor in one.values())
-        parameters = model.num_parameters()
+        parameters = sum(shape_of(part).numel() for part in model.parameters())
         facts = {"total_parameters": parameters, "total_size": total}
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": facts, "weight_map": places})
 
@@ -97,14 +97,16 @@ def verify_parts(model: Any, folder: Path) -> None:
 def _saved(model: Any) -> Tensors:
     """Returns the tensors of a model that are saved, each part as it lies here; one of several names stands once."""
     tied, left_out = model.all_tied_weights_keys, left_out_of_checkpoints(model)
-    return {name: part for name, part in model.state_dict().items() if name not in tied and name not in left_out}
+    state = model.state_dict(keep_vars=True).items()
+    return {name: part for name, part in state if name not in tied and name not in left_out}
 
 
 @torch.no_grad()
 def _gathered(model: Any) -> Iterator[Tensors]:
     """Yields the tensors of the files in their order, gathered from the ranks one parameter at a time."""
     for name, part in _saved(model).items():
-        yield revert_weight_conversion(model, {name: part.full_tensor() if isinstance(part, DTensor) else part})
+        whole = part.full_tensor() if isinstance(part, DTensor) else gathered_by_deepspeed(part)
+        yield revert_weight_conversion(model, {name: whole.detach()})
 
 
 def _files_of(model: Any) -> list[Tensors]:
@@ -113,7 +115,9 @@ def _files_of(model: Any) -> list[Tensors]:
     Raises:
         RuntimeError: transformers makes tensors of several parameters when it saves this model.
     """
-    shapes = {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in _saved(model).items()}
+    shapes = {
+        name: torch.empty(shape_of(part), dtype=part.dtype, device="meta") for name, part in _saved(model).items()
+    }
     files: list[Tensors] = [{}]
     size = 0
     for name, shape in shapes.items():

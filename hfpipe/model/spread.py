@@ -27,11 +27,13 @@ from transformers.distributed import DistributedConfig
 
 from hfpipe.core import ranks
 from hfpipe.core.upstream import (
+    divide_one_by_one,
     draw_weights,
     files_read_by_rows,
     layer_classes,
     leave_training_to_accelerate,
     override,
+    take_fsdp_away,
 )
 from hfpipe.model.shards import give_back_memory, hold_no_free_memory
 
@@ -39,9 +41,17 @@ RELOADED = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's way: the first rank 
 
 
 def launched() -> bool:
+    """Returns True if this launch has several ranks and spreads weights over them, by FSDP2 or by ZeRO-3."""
+    return launched_by_fsdp() or _asks_for("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+
+
+def launched_by_fsdp() -> bool:
     """Returns True if this launch has several ranks and asks for FSDP2."""
-    asked = parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "2"
-    return asked and ranks.ranks() > 1
+    return _asks_for("ACCELERATE_USE_FSDP", "FSDP_VERSION", "2")
+
+
+def _asks_for(flag: str, kind: str, wanted: str) -> bool:
+    return parse_flag_from_env(flag) and os.environ.get(kind) == wanted and ranks.ranks() > 1
 
 
 def ranks_of_a_copy() -> int:
@@ -51,12 +61,12 @@ def ranks_of_a_copy() -> int:
 
 def copies() -> int:
     """Copies of the weights that the ranks of this launch hold together: with hybrid sharding more than one."""
-    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1) if launched() else 1
+    return int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE") or 1) if launched_by_fsdp() else 1
 
 
 def is_offloaded() -> bool:
     """Returns True if this launch keeps the parts of weights that are spread in the memory of the machine."""
-    return launched() and parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
+    return launched_by_fsdp() and parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
 
 
 def device_of(model: Any) -> torch.device:
@@ -187,6 +197,45 @@ def end_reading(model: Any) -> None:
     """
     model.set_reshard_after_forward(True)
     leave_training_to_accelerate(model)
+
+
+@torch.no_grad()
+def hand_to_deepspeed(model: Any, config: Any) -> None:
+    """Has DeepSpeed's ZeRO-3 divide a spread model before it is trained, one weight at a time; on every rank.
+
+    No rank ever holds more than its part and one weight. What an adapter has added stays whole: DeepSpeed divides it
+    when it begins to train.
+
+    Args:
+        model: A spread model, with an adapter or without; it is no longer spread after that.
+        config: transformers' `HfTrainerDeepSpeedConfig`, once the trainer's arguments are in it.
+    """
+    halved = None if config.dtype() == torch.float32 else config.dtype()  # as DeepSpeed itself does of a whole model
+    places: dict[DTensor, list[tuple[torch.nn.Module, str]]] = {}  # a tied weight has two
+    for module in model.modules():
+        for key, part in module.named_parameters(recurse=False):
+            if isinstance(part, DTensor):
+                places.setdefault(part, []).append((module, key))
+            elif halved and part.is_floating_point():
+                part.data = part.data.to(halved)
+
+    def whole() -> Iterator[torch.nn.Parameter]:
+        while places:
+            part = next(iter(places))
+            names = places.pop(part)
+            gathered = part.full_tensor()
+            gathered = gathered.to(halved) if halved and part.is_floating_point() else gathered
+            weight = torch.nn.Parameter(gathered, requires_grad=part.requires_grad)
+            for module, key in names:
+                module.register_parameter(key, weight)
+            del part, gathered
+            yield weight
+
+    take_fsdp_away(model)  # which holds all parts to its end, in objects that hold each other
+    gc.collect()
+    divide_one_by_one(whole(), config.config)
+    # By it `save_pretrained` waits for all ranks, and one rank alone calls that.
+    vars(model.config).pop("distributed_config", None)
 
 
 def gather_head(model: Any, head: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from hfpipe.core import ranks
 from hfpipe.core.files import GIB
-from hfpipe.core.upstream import layer_classes
+from hfpipe.core.upstream import layer_classes, undivided
 from hfpipe.model.adapter import add_adapter
 from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.head import backbone_of, head_of
@@ -249,7 +249,7 @@ def _model(config: Any, setting: Setting) -> Any:
     """The model as it is trained, on the meta device."""
     task = {"sft": "causal", "translation": "seq2seq"}.get(setting.kind, setting.kind)
     options = {"attn_implementation": setting.attention} if setting.attention in ("eager", "sdpa") else {}
-    with torch.device("meta"):
+    with undivided(), torch.device("meta"):
         # A copy: embeddings that grow write their size into it.
         model = AUTO_CLASSES[task].from_config(copy.deepcopy(config), dtype=setting.dtype, **options)
         make_room(model, setting.vocabulary)

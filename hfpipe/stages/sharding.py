@@ -131,6 +131,12 @@ REFUSALS = (
         "modules in `modules_to_save`, or start plain ranks.",
     ),
     Refusal(
+        "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with ZeRO-3",
+        lambda stage, plan, recipe: plan == "zero3" and _trains_rows(stage, recipe),
+        "PEFT reads the rows past DeepSpeed, which gathers a weight for the pass of its own module alone. Use FSDP2 or "
+        "ZeRO-2, or name the whole modules in `modules_to_save`.",
+    ),
+    Refusal(
         "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole",
         lambda stage, plan, _: plan == "fsdp" and _copies_modules(stage) and (stage.PAIRS or reads_whole(stage)),
         "what it trained was not the same as on one rank when it was tried. Start plain ranks, or leave it out.",

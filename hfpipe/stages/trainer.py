@@ -32,7 +32,7 @@ from hfpipe.model.muon import with_muon
 from hfpipe.model.parameters import set_learning_rates, train_part
 from hfpipe.model.positions import learned_positions
 from hfpipe.model.seq2seq import most_tokens
-from hfpipe.model.spread import average_gradients, is_spread, launched
+from hfpipe.model.spread import average_gradients, hand_to_deepspeed, is_spread, launched_by_fsdp
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
@@ -156,8 +156,8 @@ def load_parent(run: StageRun, **options: Any) -> Any:
         run: The stage.
         options: As of `load_model`.
     """
-    # Who speaks is asked batch by batch, each rank its own.
-    spread = run.stage.kept.replay is None
+    # Who speaks is asked batch by batch, each rank its own; and a stage's own file of DeepSpeed may be of any level.
+    spread = run.stage.kept.replay is None and not run.stage.training.get("deepspeed")
     return load_model(run.parent, frozen=run.stage.adapter is not None, spread=spread, **options)
 
 
@@ -173,7 +173,7 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
     """
     adapted = model
     rows = run.stage.adapter is not None and (run.added_tokens or trains_rows(run.stage.adapter))
-    if rows and launched() and not is_spread(model):
+    if rows and launched_by_fsdp() and not is_spread(model):
         raise RecipeError(
             f"stages.{run.stage.name}: rows of this model's embeddings are not trained beside an adapter with FSDP: "
             "more than its embeddings and head depends on the number of tokens, and each rank reads it whole. Name the "
@@ -184,7 +184,7 @@ def with_adapter(run: StageRun, model: Any, **fields: Any) -> Any:
     elif run.stage.adapter is not None:
         block = train_rows(model, run.stage.adapter | fields, run.added_tokens)
         adapted = add_adapter(model, block, run.recipe.seed)
-    if adapted is not model and is_spread(model):
+    if adapted is not model and launched_by_fsdp() and is_spread(model):
         average_gradients(adapted)
     train_part(adapted, run.stage)
     return adapted
@@ -229,6 +229,9 @@ def train(
     original = original_state(trainer.model) if run.stage.adapter is not None else {}
     _keep_every_layer(trainer.model)
     in_parts = is_spread(trainer.model)
+    if in_parts and trainer.is_deepspeed_enabled:
+        _hand_over(trainer)
+        in_parts = run.stage.adapter is None  # DeepSpeed has divided an adapter too, and gathers it to save it
     checkpoint = _taken_up(run, trainer, loader)
     # Trainer would let accelerate shard the loader again, or let one rank read for all.
     override(trainer, get_train_dataloader=lambda: loader)
@@ -261,6 +264,13 @@ def train(
         "last_loss": losses[-1] if losses else None,
         "data": loader.source.facts(),
     }
+
+
+def _hand_over(trainer: Trainer) -> None:
+    """Has DeepSpeed divide a model that was read in parts, in the precision in which it trains all weights."""
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    config.trainer_config_finalize(trainer.args, trainer.model, trainer.args.max_steps)
+    hand_to_deepspeed(trainer.model, config)
 
 
 def _hold_to_plan(trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 import tomllib
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +50,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.distributed import fsdp, mixin
+from transformers.integrations import deepspeed as integration
 
 from hfpipe.core import upstream
 from hfpipe.data.sources.load import load_rows
@@ -366,6 +368,69 @@ def test_fsdp_refuses_to_copy_what_it_has_divided() -> None:
         assert plain(torch.ones(1, 8)).shape == (1, 8)
         with pytest.raises(AssertionError, match="does not support deepcopy"):
             copy.deepcopy(model[0])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_fsdp_does_not_give_back_what_it_has_divided() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+        seen: list[bool] = []
+        model[0].register_forward_hook(lambda *_: seen.append(True))
+        for module in (model[0], model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)))
+        model(torch.ones(1, 8))
+        model[0].register_parameter("weight", torch.nn.Parameter(torch.ones(8, 8)))
+        upstream.take_fsdp_away(model)
+        assert [type(module) for module in model.modules()] == [torch.nn.Sequential, torch.nn.Linear]
+        seen.clear()
+        assert model(torch.ones(1, 8)).tolist() == [[8.0] * 8]
+        assert model.state_dict()["0.weight"].shape == (8, 8)
+        assert seen == [True]  # what others have hung there stays
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class OfZero3:
+    """The part that transformers keeps of a trainer under ZeRO-3."""
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+def test_transformers_does_not_tell_what_divides_the_models_that_are_built() -> None:
+    state = OfZero3()
+    integration.set_hf_deepspeed_config(state)
+    try:
+        assert integration.is_deepspeed_zero3_enabled()
+        with upstream.undivided():
+            assert not integration.is_deepspeed_zero3_enabled()
+        assert integration.is_deepspeed_zero3_enabled()
+        assert not [name for name in vars(integration) if re.match("get.*deepspeed_config", name)]
+    finally:
+        integration.unset_hf_deepspeed_config()
+
+
+def test_deepspeed_divides_one_weight_before_it_asks_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    pytest.importorskip("deepspeed")
+    made: list[torch.nn.Parameter] = []
+
+    def weights() -> Iterator[torch.nn.Parameter]:
+        for _ in range(3):
+            assert all(upstream.shape_of(one) == (8, 4) and one.shape == (0,) for one in made)
+            made.append(torch.nn.Parameter(torch.ones(8, 4)))
+            yield made[-1]
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plan = {"stage": 3, "memory_efficient_linear": False}  # without a change of torch's own function
+        upstream.divide_one_by_one(weights(), {"train_batch_size": 1, "zero_optimization": plan})
+        assert len(made) == 3
+        assert upstream.gathered_by_deepspeed(made[0]).tolist() == torch.ones(8, 4).tolist()
+        assert made[0].shape == (0,)
     finally:
         torch.distributed.destroy_process_group()
 

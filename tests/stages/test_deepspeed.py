@@ -4,7 +4,9 @@ Skipped where DeepSpeed is not installed: `DS_BUILD_OPS=0 pip install --no-build
 """
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from fsdp_on_cpu import environment_of
-from test_spread import assert_same, labelled, steps, translated
+from safetensors.torch import load_file
+from test_spread import QUIET, assert_same, base, labelled, steps, translated
 
 from hfpipe.cli import main
 
@@ -24,18 +28,21 @@ pytestmark = [
 ]
 
 
-def spread(path: Path, level: int) -> str:
-    """Runs a recipe on two CPU ranks under DeepSpeed; what they said."""
-    plan = environment_of(f"deepspeed_zero{level}.yaml", "--num_processes", "2") | {"ACCELERATE_MIXED_PRECISION": "no"}
+PEAKS = Path(__file__).parents[1] / "peaks_by_phase.py"
+
+
+def spread(path: Path, level: int, ranks: int = 2, peaks: Path | None = None) -> str:
+    """Runs a recipe on CPU ranks under DeepSpeed, which leave their peaks in a folder if given; what they said."""
+    plan = environment_of(f"deepspeed_zero{level}.yaml", "--num_processes", str(ranks))
     here = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ended = subprocess.run(
-        [*launcher, "-m", "hfpipe", "run", str(path)],
-        env=os.environ | plan | here,
+        [*launcher, *((str(PEAKS),) if peaks else ("-m", "hfpipe")), "run", str(path)],
+        env=os.environ | plan | {"ACCELERATE_MIXED_PRECISION": "no"} | here | {"PEAKS": str(peaks)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert ended.returncode == 0, ended.stdout
     return ended.stdout
@@ -78,3 +85,61 @@ def test_a_checkpoint_is_continued(tmp_path: Path, level: int) -> None:
         said = spread(steps(tmp_path / "two", count), level)
     assert "continuing from checkpoint-4" in said
     assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", ["prose"])
+
+
+def both(folder: Path, place: str, count: int) -> Path:
+    """Steps of all weights, of an adapter, and of one that trains a head in full beside it."""
+    tiny.write_data(folder)
+    content = tiny.recipe(folder, merge=False, output_dir=str(folder / place), **QUIET)
+    prose, sounds = content["stages"]
+    for stage in (prose, sounds):
+        stage["training"] |= {"max_steps": count, "save_steps": 2, "lr_scheduler_type": "constant", "logging_steps": 1}
+    with_head = sounds["lora"] | {"modules_to_save": ["lm_head"]}
+    sounds |= {"parent": "base"}
+    content["stages"] = [prose, sounds, {**sounds, "name": "head", "lora": with_head}]
+    return tiny.write(folder, content, f"{place}.yaml")
+
+
+def test_what_is_continued_on_as_many_ranks_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    spread(both(tmp_path, "through", 4), 3)
+    shutil.copytree(tmp_path / "through/stages/base", tmp_path / "halves/stages/base")
+    for count in (2, 4):
+        said = spread(both(tmp_path, "halves", count), 3)
+    assert said.count("continuing from checkpoint-2") == 3
+    for stage in ("prose", "sounds", "head"):
+        (file,) = (tmp_path / "through/stages" / stage / "model").glob("*.safetensors")
+        found, again = load_file(file), load_file(tmp_path / "halves" / file.relative_to(tmp_path / "through"))
+        assert found.keys() == again.keys()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "all"])
+def test_no_rank_reads_more_than_its_part_and_a_layer(tmp_path: Path, adapter: bool) -> None:
+    """The peaks until the first step, while the base is scored too, beside those of a model of nearly no size."""
+    peaks = {}
+    for hidden in (32, 320):
+        folder = tmp_path / str(hidden)
+        folder.mkdir()
+        tiny.write_data(folder)
+        content = tiny.recipe(folder, merge=False, **QUIET)
+        content["model"] = {"id": base(folder, hidden)}
+        stage = content["stages"][adapter]
+        if adapter:
+            stage["lora"] = {"r": 2, "target_modules": ["q_proj"]}
+        stage |= {"global_batch_size": 4}
+        stage["training"] |= {"max_steps": 1}
+        suite = content["evaluate"]["sounds"]
+        suite |= {"metrics": ["bits_per_byte"], "batch_size": 2}
+        suite["data"]["take"] = 8
+        content |= {"stages": [stage], "evaluate": {"sounds": suite}}
+        (folder / "peaks").mkdir()
+        spread(tiny.write(folder, content), 3, ranks=4, peaks=folder / "peaks")
+        peaks[hidden] = [json.loads(path.read_text()) for path in sorted((folder / "peaks").iterdir())]
+    size = (tmp_path / "320" / "base" / "model.safetensors").stat().st_size
+    assert size >= 200e6
+    shares = [
+        {phase: (large[phase] - small[phase]) / size for phase in large}
+        for small, large in zip(peaks[32], peaks[320], strict=True)
+    ]
+    assert len(shares) == 4
+    assert max(share["read"] for share in shares) <= 0.4

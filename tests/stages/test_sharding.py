@@ -24,6 +24,10 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         FSDP,
         {"lora": LORA, "tokenizer": {"add_tokens": ["<cat>"]}, "keep": {"replay": {}}},
     ),
+    "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with ZeRO-3": (
+        ZERO3,
+        {"lora": LORA | {"trainable_token_indices": {"embed_tokens": [1, 5]}}},
+    ),
     "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole": (
         FSDP,
         {"lora": LORA | {"modules_to_save": ["lm_head"]}, "keep": {"replay": {}}},
