@@ -239,9 +239,19 @@ def read_across(run: StageRun, trainer: Trainer, checkpoint: Path) -> None:
     """Has a trainer read a checkpoint that was saved under another plan than that of this launch.
 
     Raises:
-        MachineError: It was saved whole under FSDP (quantized weights are), or this launch divides weights that it has
-            read whole.
+        MachineError: It was saved whole under FSDP (quantized weights are), this launch divides weights that it has
+            read whole, or it is DeepSpeed's, which continues on as many ranks alone.
     """
+    saved = list(checkpoint.glob("global_step*"))  # DeepSpeed's folder, with a file of each rank
+    count = len([file for folder in saved for file in folder.glob("*zero_pp_rank_*_optim_states.pt")])
+    if bool(saved) != trainer.is_deepspeed_enabled or count not in (0, ranks.ranks()):
+        raise MachineError(
+            f"stages.{run.stage.name}: {checkpoint.name} was saved "
+            f"{f'by DeepSpeed on {max(1, count)} rank(s)' if saved else 'without DeepSpeed'}, and is continued in that "
+            f"way alone; this launch is {'of' if trainer.is_deepspeed_enabled else 'without'} DeepSpeed, on "
+            f"{ranks.ranks()} rank(s). Start the run as before. Or move {checkpoint} away: the checkpoint before it is "
+            "used then."
+        )
     in_parts, spread = (checkpoint / WEIGHTS).is_dir(), is_spread(trainer.model)
     whole_of_fsdp = (checkpoint / f"{FSDP_MODEL_NAME}.bin").exists()
     if (whole_of_fsdp and (spread or not trainer.is_fsdp_enabled)) or (

@@ -4,7 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
+import tiny
 
+from hfpipe.cli import main
 from hfpipe.stages.checkpoints import MANIFEST, fault_of, shared_out, write_manifest
 
 OF_RANKS = {
@@ -44,3 +46,26 @@ def test_a_damaged_file_is_found_whoever_hashes_it(tmp_path: Path, damage: str) 
     assert name in (fault_of(tmp_path, {"hash"}) or "")
     (tmp_path / MANIFEST).write_text("{}")
     assert fault_of(tmp_path, {"hash"}) == "its manifest cannot be read"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_deepspeed_is_continued_by_as_many_ranks_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What DeepSpeed itself says of another number is an assertion. See also test_deepspeed.py."""
+    tiny.write_data(tmp_path)
+    content = tiny.recipe(tmp_path, evaluate={}, merge=False, shift=False, energy=False)
+    content["stages"] = content["stages"][:1]
+    words = {"save_steps": 2, "max_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    content["stages"][0]["training"] |= words
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 0
+    content["stages"][0]["training"]["max_steps"] = 4
+    place = tmp_path / "run/stages/prose/checkpoint-2/global_step2"
+    place.mkdir()
+    for rank in range(2):
+        (place / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["run", str(tiny.write(tmp_path, content))]) == 4
+    said = capsys.readouterr().err
+    assert "checkpoint-2 was saved by DeepSpeed on 2 rank(s), and is continued in that way alone" in said
+    assert "this launch is without DeepSpeed, on 1 rank(s)" in said
