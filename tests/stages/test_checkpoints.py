@@ -52,7 +52,7 @@ def test_a_damaged_file_is_found_whoever_hashes_it(tmp_path: Path, damage: str) 
 def test_a_checkpoint_of_deepspeed_is_continued_by_as_many_ranks_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What DeepSpeed itself says of another number is an assertion. See also test_deepspeed.py."""
+    """DeepSpeed itself ends in an assertion where their number differs. See also test_deepspeed.py."""
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, evaluate={}, merge=False, shift=False, energy=False)
     content["stages"] = content["stages"][:1]
