@@ -30,7 +30,7 @@ def test_tokens_that_were_read_leave_the_memory(tmp_path: Path) -> None:
     before = mapped()
     store = TokenStore(tmp_path / "t.arrow")
     most = mapped()
-    assert (store.longest("input_ids"), store.trained) == (400, 400 * 100_000)
+    assert (store.lengths_of("input_ids").max(), store.trained) == (400, 400 * 100_000)
     most = max(most, mapped())
     for count, number in enumerate(np.random.default_rng(0).permutation(len(store))):
         store[int(number)]["labels"].sum()
