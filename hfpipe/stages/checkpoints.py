@@ -242,15 +242,15 @@ def read_across(run: StageRun, trainer: Trainer, checkpoint: Path) -> None:
         MachineError: It was saved whole under FSDP (quantized weights are), this launch divides weights that it has
             read whole, or it is DeepSpeed's, which continues on as many ranks alone.
     """
-    saved = list(checkpoint.glob("global_step*"))  # DeepSpeed's folder, with a file of each rank
-    count = len([file for folder in saved for file in folder.glob("*zero_pp_rank_*_optim_states.pt")])
+    saved = list(checkpoint.glob("global_step*"))  # DeepSpeed's folder
+    count = len([file for folder in saved for file in folder.glob("*zero_pp_rank_*_optim_states.pt")])  # of each rank
     if bool(saved) != trainer.is_deepspeed_enabled or count not in (0, ranks.ranks()):
+        before = f"DeepSpeed on {max(1, count)} rank(s)" if saved else "no DeepSpeed"
+        now = f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'no DeepSpeed'} on {ranks.ranks()} rank(s)"
         raise MachineError(
-            f"stages.{run.stage.name}: {checkpoint.name} was saved "
-            f"{f'by DeepSpeed on {max(1, count)} rank(s)' if saved else 'without DeepSpeed'}, and is continued in that "
-            f"way alone; this launch is {'of' if trainer.is_deepspeed_enabled else 'without'} DeepSpeed, on "
-            f"{ranks.ranks()} rank(s). Start the run as before. Or move {checkpoint} away: the checkpoint before it is "
-            "used then."
+            f"stages.{run.stage.name}: {checkpoint.name} was saved by a launch with {before}, and this one has {now}; "
+            "such a checkpoint is continued as it was saved. Start the run as before. Or move "
+            f"{checkpoint} away: the checkpoint before it is used then."
         )
     in_parts, spread = (checkpoint / WEIGHTS).is_dir(), is_spread(trainer.model)
     whole_of_fsdp = (checkpoint / f"{FSDP_MODEL_NAME}.bin").exists()

@@ -67,5 +67,4 @@ def test_a_checkpoint_of_deepspeed_is_continued_by_as_many_ranks_alone(
     capsys.readouterr()
     assert main(["run", str(tiny.write(tmp_path, content))]) == 4
     said = capsys.readouterr().err
-    assert "checkpoint-2 was saved by DeepSpeed on 2 rank(s), and is continued in that way alone" in said
-    assert "this launch is without DeepSpeed, on 1 rank(s)" in said
+    assert "checkpoint-2 was saved by a launch with DeepSpeed on 2 rank(s), and this one has no DeepSpeed on 1" in said
