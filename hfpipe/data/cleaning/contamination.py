@@ -427,10 +427,9 @@ def overlap_lines(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
             text = f"suite {pair['suite']}: {pair['held']:,} of {pair['rows']:,} rows {stand} in {source}"
             lines.append(f"{text}, as a whole or by half or more of their words: {'; '.join(pair['which'])}")
         else:
-            many = pair["near"]
-            near = f"; {many:,} short {'one is' if many == 1 else 'ones are'} near to rows of it" if many else ""
-            about = ", within about a word" if many else ""
-            lines.append(f"suite {pair['suite']}: no row stands in {source}{near}{about}")
+            short = "1 short one is" if pair["near"] == 1 else f"{pair['near']:,} short ones are"
+            near = f"; {short} near to rows of it, within about a word" if pair["near"] else ""
+            lines.append(f"suite {pair['suite']}: no row stands in {source}{near}")
     return lines
 
 
