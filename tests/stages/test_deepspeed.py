@@ -17,7 +17,7 @@ import tiny
 import torch
 from fsdp_on_cpu import environment_of
 from safetensors.torch import load_file
-from test_spread import QUIET, assert_same, base, labelled, steps, translated
+from test_spread import QUIET, assert_same, labelled, sized, steps, translated
 
 from hfpipe.cli import main
 
@@ -119,20 +119,8 @@ def test_no_rank_reads_more_than_its_part_and_a_layer(tmp_path: Path, adapter: b
     peaks = {}
     for hidden in (32, 320):
         folder = tmp_path / str(hidden)
-        folder.mkdir()
-        tiny.write_data(folder)
-        content = tiny.recipe(folder, merge=False, **QUIET)
-        content["model"] = {"id": base(folder, hidden)}
-        stage = content["stages"][adapter]
-        if adapter:
-            stage["lora"] = {"r": 2, "target_modules": ["q_proj"]}
-        stage |= {"global_batch_size": 4}
-        stage["training"] |= {"max_steps": 1}
-        suite = content["evaluate"]["sounds"]
-        suite |= {"metrics": ["bits_per_byte"], "batch_size": 2}
-        suite["data"]["take"] = 8
-        content |= {"stages": [stage], "evaluate": {"sounds": suite}}
-        (folder / "peaks").mkdir()
+        content = sized(folder, hidden, adapter)
+        content["stages"][0]["training"] |= {"max_steps": 1}
         spread(tiny.write(folder, content), 3, ranks=4, peaks=folder / "peaks")
         peaks[hidden] = [json.loads(path.read_text()) for path in sorted((folder / "peaks").iterdir())]
     size = (tmp_path / "320" / "base" / "model.safetensors").stat().st_size

@@ -360,24 +360,27 @@ def base(folder: Path, hidden: int) -> str:
     return str(target)
 
 
+def sized(folder: Path, hidden: int, adapter: bool = True) -> dict[str, Any]:
+    """One stage, of an adapter or of all weights, and one small suite on a model of some size; makes `peaks` too."""
+    (folder / "peaks").mkdir(parents=True)
+    tiny.write_data(folder)
+    content = tiny.recipe(folder, merge=False, **QUIET)
+    content["model"] = {"id": base(folder, hidden)}
+    stage, suite = content["stages"][adapter] | {"global_batch_size": 4}, content["evaluate"]["sounds"]
+    if adapter:
+        stage["lora"] = {"r": 2, "target_modules": ["q_proj"]}
+    suite |= {"metrics": ["bits_per_byte"], "batch_size": 2}
+    suite["data"]["take"] = 8
+    return content | {"stages": [stage], "evaluate": {"sounds": suite}}
+
+
 def test_no_rank_ever_holds_more_than_its_part_and_a_layer(tmp_path: Path) -> None:
     """The peak beside that of a run on a model of nearly no size: scored, trained beside an adapter, saved, scored."""
     peaks = {}
     for hidden in (32, 320):
         folder = tmp_path / str(hidden)
-        folder.mkdir()
-        tiny.write_data(folder)
-        content = tiny.recipe(folder, merge=False, **QUIET)
-        content["model"] = {"id": base(folder, hidden)}
-        content["stages"] = content["stages"][1:]
-        content["stages"][0]["global_batch_size"] = 4
-        content["stages"][0]["lora"] = {"r": 2, "target_modules": ["q_proj"]}
+        content = sized(folder, hidden)
         content["stages"][0]["training"] |= {"max_steps": 2, "activation_checkpointing": True}
-        content["evaluate"] = {"sounds": content["evaluate"]["sounds"]}
-        content["evaluate"]["sounds"]["data"]["take"] = 8
-        content["evaluate"]["sounds"]["metrics"] = ["bits_per_byte"]
-        content["evaluate"]["sounds"]["batch_size"] = 2
-        (folder / "peaks").mkdir()
         spread(tiny.write(folder, content), 4, PEAKS=str(folder / "peaks"))
         peaks[hidden] = [int(path.read_text()) for path in sorted((folder / "peaks").iterdir())]
     size = (tmp_path / "320" / "base" / "model.safetensors").stat().st_size
