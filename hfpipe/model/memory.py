@@ -28,8 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-HEAP = 2**25  # glibc gives freed blocks below 32 MiB back to no one (mallopt(3), M_MMAP_THRESHOLD)
-HOLES = 0.75  # and this share of them is lost in holes: 0.2 to 1.2 on glibc 2.36, see benchmarks/memory.py
+# glibc takes blocks up to about this size from its heap, which holds on to what is free below one in use (mallopt(3),
+# M_TRIM_THRESHOLD). An aligned block as torch asks for leaves pieces beside it, where small ones settle that stay: what
+# is free between them no longer fits a block of that size (https://sourceware.org/bugzilla/show_bug.cgi?id=14581).
+HEAP = 2**26
+HOLES = 0.11  # bytes lost so for each byte that a micro-batch takes: 0.04 to 0.2; see docs/benchmarks.md
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporary", "framework")
 Step = Callable[[Any], torch.Tensor]  # a model's forward pass to its loss
 
@@ -106,7 +109,7 @@ class _Trace(TorchDispatchMode):
         self.live = dict.fromkeys(PARTS, 0)
         self.peak = dict(self.live)
         self._total = self._most = 0
-        self._sizes, self.largest = [0, 0], [0, 0]  # live bytes in blocks below HEAP and from it on, and their maxima
+        self.taken = 0  # bytes of all blocks below HEAP, however soon they were freed
         # What is there already is counted elsewhere, and a transposed weight is no tensor of its own.
         known = [*model.parameters(), *model.buffers()]
         self._storages = {id(tensor.untyped_storage()): (0, "weights") for tensor in known}
@@ -141,8 +144,7 @@ class _Trace(TorchDispatchMode):
         weakref.finalize(storage, self._drop, key)
         self.live[part] += size
         self._total += size
-        self._sizes[size >= HEAP] += size
-        self.largest = [*map(max, self.largest, self._sizes)]
+        self.taken += size if size < HEAP else 0
         if self._total > self._most:
             self._most, self.peak = self._total, dict(self.live)
 
@@ -150,7 +152,6 @@ class _Trace(TorchDispatchMode):
         size, part = self._storages.pop(key)
         self.live[part] -= size
         self._total -= size
-        self._sizes[size >= HEAP] -= size
 
     def keep(self, weight: torch.Tensor) -> None:
         """Counts the gradient of a weight as one, from now on; a hook of the weight."""
@@ -402,8 +403,7 @@ def trace(
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    at_peak = sum(seen.peak.values())
-    waste = max(0, round((1 + HOLES) * seen.largest[0]) + seen.largest[1] - at_peak) if device.kind == "cpu" else 0
+    waste = round(HOLES * seen.taken / (1 + accumulate)) if device.kind == "cpu" else 0
     return replace(Memory(**seen.peak), weights=weight_bytes(model), framework=waste)
 
 
