@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
@@ -27,6 +28,7 @@ from hfpipe.recipe import Pretrain, Recipe, Stage
 from hfpipe.stages.trackers import require_login
 
 SHARDING_WORDS = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config")
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # accelerate writes the word of its launch there
 _OF_THE_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules")
 
 
@@ -93,8 +95,11 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
     }
     if stage.early_stopping is not None:  # schedules that follow a score ask for it here
         decided["eval_strategy"] = "steps"
-    with clear_refusal(stage, cls.__name__):
-        arguments = cls(**{**defaults, **training, **decided, **more})
+    words = {**defaults, **training, **decided, **more}
+    precision = "bf16" if words["bf16"] else "fp16" if words["fp16"] else "no"
+    # Trainer takes the launch's where the stage says neither, and what DeepSpeed is told has to be the trainer's.
+    with clear_refusal(stage, cls.__name__), patch_environment(**{PRECISION: precision}):
+        arguments = cls(**words)
     arguments.eval_strategy = IntervalStrategy.NO  # a trainer would want rows; see stages/scored.py
     return arguments
 

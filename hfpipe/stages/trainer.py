@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from hfpipe.model.spread import average_gradients, hand_to_deepspeed, is_spread,
 from hfpipe.model.tokenizer import train_rows
 from hfpipe.model.varlen_attention import use_varlen_attention
 from hfpipe.recipe import Stage
-from hfpipe.stages.arguments import stage_arguments
+from hfpipe.stages.arguments import PRECISION, stage_arguments
 from hfpipe.stages.checkpoints import DATA_STATE, MANIFEST, CheckpointCallback, newest_whole, read_across
 from hfpipe.stages.divergence import StopWhenNotFinite
 from hfpipe.stages.progress import LogCallback
@@ -132,7 +133,15 @@ def trainer_arguments(run: StageRun, max_steps: int, per_device: int, accumulati
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
     # Where a tracker takes a run of the same name for the same one, it has to be.
     name = run.stage.training.get("run_name", f"{run.recipe.name}-{run.stage.name}-{run.hash[:6]}")
-    return stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, run_name=name, **batch, **more)
+    arguments = stage_arguments(run.stage, run.folder, run.recipe.seed, max_steps, run_name=name, **batch, **more)
+    launched, taken = os.environ.get(PRECISION, "no"), arguments.mixed_precision
+    if launched not in ("no", taken):
+        shown = "float32" if taken == "no" else taken
+        ranks.say(
+            f"  trains in {shown}, and not in {launched} as the launch says (mixed_precision): the stage decides, by "
+            "`training:` (bf16, fp16) or else by what this machine computes in"
+        )
+    return arguments
 
 
 def warmup_warning(stage: Stage, max_steps: int) -> str | None:

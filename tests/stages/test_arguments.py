@@ -139,6 +139,22 @@ def test_what_is_trained_by_autocast_is_what_is_saved(tmp_path: Path, data: Path
     assert json.loads((tmp_path / "run" / "stages" / name / "done.json").read_text())["steps"] == 2
 
 
+@pytest.mark.slow
+def test_the_stage_decides_its_precision_and_not_the_launch(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for precision in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        folder = tmp_path / precision
+        folder.mkdir()
+        assert main(["run", str(_stage(folder, data, "pretrain"))]) == 0
+        told = "trains in float32, and not in bf16 as the launch says" in capsys.readouterr().out
+        assert told == (precision == "bf16")
+        weights.append((folder / "run" / "stages" / "prose" / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 class AwayCallback(TrainerCallback):
     """A tracker whose server goes away."""
 

@@ -38,7 +38,7 @@ def spread(path: Path, level: int, ranks: int = 2, peaks: Path | None = None) ->
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ended = subprocess.run(
         [*launcher, *((str(PEAKS),) if peaks else ("-m", "hfpipe")), "run", str(path)],
-        env=os.environ | plan | {"ACCELERATE_MIXED_PRECISION": "no"} | here | {"PEAKS": str(peaks)},
+        env=os.environ | plan | here | {"PEAKS": str(peaks)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,6 +60,19 @@ def taken(folder: Path) -> dict[str, Any]:
     content = tiny.recipe(folder, energy=False, shift=False)
     content["stages"][1]["lora"]["init_lora_weights"] = "pissa"
     return content
+
+
+def test_the_peak_memory_of_each_stage_is_predicted_in_bf16(tmp_path: Path) -> None:
+    """DeepSpeed leaves its own linear layers behind the first stage."""
+    tiny.write_data(tmp_path)
+    content = chain(tmp_path)
+    for stage in content["stages"]:
+        stage["training"]["bf16"] = True
+    told = spread(tiny.write(tmp_path, content), 3)
+    assert "no prediction of the peak memory" not in told and "as the launch says" not in told
+    for stage in content["stages"]:
+        cost = json.loads((tmp_path / "run" / "stages" / stage["name"] / "cost.json").read_text())
+        assert cost["attempts"][-1]["predicted_memory"]["total"] > 0
 
 
 @pytest.mark.parametrize("level", [2, 3])
