@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 TRIED = {  # the lowest and the highest version
     "accelerate": ("1.15.0", "1.15.0"),
@@ -249,20 +250,25 @@ def takes_flash_attention(model: Any) -> bool:
 
 @contextmanager
 def undivided() -> Iterator[None]:
-    """Keeps ZeRO-3 from dividing a model that one rank builds inside the block.
+    """Keeps ZeRO-3 from dividing a model that one rank builds inside the block, and from its linear layers.
 
     transformers divides every model that is built as long as a trainer under ZeRO-3 lives, by calls in which all ranks
-    have to take part. It has a function that ends this, and none that tells what was there. No issue found.
+    have to take part. It has a function that ends this, and none that tells what was there. And DeepSpeed replaces
+    torch's function of a linear layer for good, by one that fails on shapes alone. No issue found.
     """
+    from torch.nn import functional
     from transformers.integrations import deepspeed as integration
 
-    library: Any = integration
-    before = library._hf_deepspeed_config_weak_ref
+    library, torch_functions = cast(Any, integration), cast(Any, functional)
+    zero3 = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    before, linear = library._hf_deepspeed_config_weak_ref, functional.linear
     library.unset_hf_deepspeed_config()
+    if zero3 is not None:
+        torch_functions.linear = getattr(zero3.InsertPostInitMethodToModuleSubClasses, "linear_bk", linear)
     try:
         yield
     finally:
-        library._hf_deepspeed_config_weak_ref = before
+        library._hf_deepspeed_config_weak_ref, torch_functions.linear = before, linear
 
 
 def left_out_of_checkpoints(model: Any) -> Collection[str]:

@@ -183,6 +183,7 @@ def _parent(config: Any, setting: Setting) -> Any:
     return _model(config, replace(plain, bits=4 if setting.rounded else None, attention=setting.attention))
 
 
+@undivided()
 def predict(config: Any, setting: Setting) -> Memory:
     """The peak memory of one rank, by parts, without what the process holds before the model is loaded.
 
