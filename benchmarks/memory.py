@@ -26,6 +26,10 @@ GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_s
 BERT = {"model_type": "bert", **SIZE, "max_position_embeddings": 512}
 MODERNBERT = {"model_type": "modernbert", **SIZE}
 T5 = {"model_type": "t5", "d_model": 512, "d_ff": 1024, "num_layers": 6, "num_heads": 8}
+BART = {"model_type": "bart", "d_model": 512, "encoder_layers": 6, "decoder_layers": 6}
+BART |= {"encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "encoder_attention_heads": 8, "decoder_attention_heads": 8}
+DISTILBERT = {"model_type": "distilbert", "dim": 512, "hidden_dim": 2048, "n_layers": 6, "n_heads": 8}
+OPT = {"model_type": "opt", "hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_hidden_layers": 8}
 LORA = {"lora": {"r": 16}}
 VOCABULARY = 32_000  # rows of the embeddings
 
@@ -89,6 +93,17 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         BERT,
         {"kind": "classification", **LORA},
         {"per_device_train_batch_size": 16, "max_length": 256},
+    ),
+    "distilbert classification": (
+        DISTILBERT,
+        {"kind": "classification"},
+        {"per_device_train_batch_size": 16, "max_length": 128},
+    ),
+    "opt sft lora": (OPT, {"kind": "sft", **LORA}, {"per_device_train_batch_size": 4, "max_length": 384}),
+    "bart translation lora": (
+        BART,
+        {"kind": "translation", **LORA},
+        {"per_device_train_batch_size": 4, "max_length": 128},
     ),
     "t5 translation": (T5, {"kind": "translation"}, {"per_device_train_batch_size": 4, "max_length": 256}),
 }
