@@ -69,7 +69,8 @@ def test_the_peak_memory_of_each_stage_is_predicted_in_bf16(tmp_path: Path) -> N
     for stage in content["stages"]:
         stage["training"]["bf16"] = True
     told = spread(tiny.write(tmp_path, content), 3)
-    assert "no prediction of the peak memory" not in told and "as the launch says" not in told
+    assert "no prediction of the peak memory" not in told
+    assert "as the launch says" not in told
     for stage in content["stages"]:
         cost = json.loads((tmp_path / "run" / "stages" / stage["name"] / "cost.json").read_text())
         assert cost["attempts"][-1]["predicted_memory"]["total"] > 0
