@@ -23,7 +23,7 @@ from hfpipe.core.files import link_or_copy, read_json, whole_folder, write_json
 from hfpipe.core.run_layout import MODEL, damage_of
 from hfpipe.recipe import Pretrain, Stage
 from hfpipe.recipe.signatures import training_fields
-from hfpipe.stages.checkpoints import by_step, version_of
+from hfpipe.stages.checkpoints import by_step, step_of, version_of
 
 STAGE = "stage.json"
 LENGTH = ("max_steps", "num_train_epochs")
@@ -131,11 +131,16 @@ def take_up(folder: Path, version: Version) -> list[str]:
         if read_json(earlier / STAGE)["hash"] == version.hash:
             os.replace(earlier, folder)
             return [*lines, f"what this recipe trained before is back from {earlier}"]
-    for earlier in () if version.bound else aside:
+    for earlier in () if version.bound else sorted(aside, key=_steps_of):  # the log of the longest is kept
         if read_json(earlier / STAGE).get("any_length") == version.any_length and _lend(earlier, folder, version):
             lines.append(f"it differs from {earlier} in its length only, and may go on from its checkpoints")
     write_json(folder / STAGE, {"hash": version.hash, "any_length": version.any_length})
     return lines
+
+
+def _steps_of(folder: Path) -> int:
+    """Steps of the newest checkpoint of a stage folder; 0 without one."""
+    return max(map(step_of, by_step(folder)), default=0)
 
 
 def _set_aside_damaged(folder: Path, version: Version, damage: str) -> list[str]:

@@ -93,6 +93,14 @@ def test_a_longer_training_goes_on_and_is_what_it_would_have_been(trained: Path,
 
 
 @pytest.mark.slow
+def test_a_stage_that_is_lengthened_several_times_has_the_log_of_all_its_steps(tmp_path: Path) -> None:
+    for count in range(1, 6):
+        run(recipe(tmp_path / "one", max_steps=count))
+        lines = (stage_of(tmp_path / "one") / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, count + 1))
+
+
+@pytest.mark.slow
 def test_a_last_batch_that_was_filled_up_is_trained_again(tmp_path: Path, capsys: Any) -> None:
     epochs = {"max_steps": -1, "num_train_epochs": 1, "save_steps": 3, "save_total_limit": 9}
     path = recipe(tmp_path / "grown", **epochs)  # 97 rows of 16 at once: 6 whole steps and one of one row
