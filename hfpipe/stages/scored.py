@@ -7,6 +7,7 @@ keeping (`load_best_model_at_end`); its evaluation is replaced by the suite, on 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,6 +155,10 @@ class Selection(TrainerCallback):
         control.should_training_stop = self._is_over(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.best_global_step == state.global_step:
+            # Trainer leaves it out on a rank that is here before another has made the folder, and then that rank does
+            # not take part when the best is read. No issue found.
+            state.best_model_checkpoint = str(Path(args.output_dir or "", f"checkpoint-{state.global_step}"))
         if self._is_over(state):  # the evaluation of this step is in the state by now
             control.should_training_stop = True
 
