@@ -221,12 +221,16 @@ def adapters_of_whole_layers() -> Iterator[None]:
             update(layer, *words, config=config, **more)
             return
         base.weight = torch.nn.Parameter(part.full_tensor(), requires_grad=part.requires_grad)
+        quantized = getattr(base, "quant_state", None) is not None
+        if quantized:
+            state_its_rounding(base)
         update(layer, *words, config=config, **more)
         for name, made in layer.named_parameters():
             if not name.startswith("base_layer."):
                 torch.distributed.broadcast(made.data, src=0)
-        left = distribute_tensor(base.weight.data, part.device_mesh, part.placements)
-        part.to_local().copy_(left.to_local())
+        if not quantized:
+            left = distribute_tensor(base.weight.data, part.device_mesh, part.placements)
+            part.to_local().copy_(left.to_local())
         base.weight = part
 
     library: Any = tuners_utils
@@ -241,6 +245,16 @@ def adapters_of_whole_layers() -> Iterator[None]:
         library._torch_supports_distributed = before
         for kind, update in zip(kinds, updates, strict=True):
             kind.update_layer = update
+
+
+def state_its_rounding(layer: Any) -> None:
+    """Tells a 4-bit weight, which FSDP2 or another has made a plain one, how it is rounded, which its layer knows.
+
+    bitsandbytes does so in a pass of the layer, and PEFT reads weights outside of one. No issue found.
+    """
+    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+    fix_4bit_weight_quant_state_from_module(layer)
 
 
 def takes_flash_attention(model: Any) -> bool:
@@ -401,12 +415,28 @@ def copied_whole(model: Any) -> Iterator[None]:
             del vars(module)["__deepcopy__"]
 
 
+def gathered_together(model: Any) -> list[list[str]]:
+    """Returns the names of the modules of a model that FSDP2 gathers and divides at once, those of the model first.
+
+    A module does not tell with which others it was given to `fully_shard`. No issue found.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    units: dict[Any, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            units.setdefault(module._get_fsdp_state(), []).append(name)
+    return list(units.values())
+
+
 def take_fsdp_away(model: Any) -> None:
     """Takes from the modules of a model what FSDP2 made of them: their class and its hooks, which gather weights.
 
-    Its parameters stay as they are, and are held by the model alone then. Nothing undoes `fully_shard`. No issue found.
+    Its parameters stay as they are, and are held by the model alone then. The modules can be divided again. Nothing
+    undoes `fully_shard`. No issue found.
     """
-    from torch.distributed._composable.contract import STATE_KEY
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -415,7 +445,9 @@ def take_fsdp_away(model: Any) -> None:
                 for key, hook in list(hooks.items()):
                     if str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp"):
                         del hooks[key]
-        vars(module).pop(STATE_KEY, None)
+        for key in (STATE_KEY, REGISTRY_KEY):
+            vars(module).pop(key, None)
+        _module_state_mapping.pop(module, None)
         if isinstance(module, FSDPModule):
             plain: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
             module.__class__ = plain

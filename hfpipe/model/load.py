@@ -49,6 +49,7 @@ from hfpipe.model.spread import (
     plan_for,
     take_ends,
 )
+from hfpipe.model.spread_quantized import is_spread_in, quantize_spread
 from hfpipe.model.tokenizer import give_words, make_room
 from hfpipe.recipe import Model, Qat, Quantization
 from hfpipe.recipe.annotations import explain, fits
@@ -323,7 +324,8 @@ def load_model(
         head: Fields of the config that make a classification head; None for the model as it is.
         with_new_modules: Whether to return the names of the modules with fresh weights too.
         place: Where it goes instead of this rank's device; not with `quantization`.
-        spread: Whether each rank reads its own part, where the launch spreads weights; every rank has to call this.
+        spread: Whether each rank reads its own part, where the launch spreads weights (of 4 bits those that are not
+            stored in bytes); every rank has to call this.
 
     Returns:
         A `PreTrainedModel` or `PeftModel` in evaluation mode, on this rank's device; and the new modules where asked.
@@ -333,9 +335,9 @@ def load_model(
     unset_hf_deepspeed_config()  # of a stage that was trained before: it would divide this model, and generation wait
     task = "classification" if head is not None else task_of(ref)
     options = _options_of(ref, task, head, frozen=frozen)
-    if ref.quantization or place is not None:
-        options["device_map"] = {"": place or device()}
     shapes = _shapes_to_spread(ref, task, options) if spread else None
+    if shapes is None and (ref.quantization or place is not None):
+        options["device_map"] = {"": place or device()}
     if shapes is None:
         model, new, _ = _read(ref, task, options)
     else:
@@ -387,6 +389,7 @@ def _read_in_parts(
     """
     now, grown = shapes
     options = options | {"distributed_config": plan_for(now, frozen=frozen)}
+    quantization = options.pop("quantization_config", None)
     with each_rank_reads():
         model, new, state = _read(ref, task, options)
     new = sorted({name for names in ranks.gather(new) for name in names})
@@ -399,6 +402,8 @@ def _read_in_parts(
             model, _, _ = _read(ref, task, {key: options[key] for key in options if key in _PASSED} | config)
         give_ends(model, now)
     draw_fresh(model, [name for name, _ in model.named_modules() if name in new], state)
+    if quantization is not None:
+        quantize_spread(model, quantization)
     end_reading(model)
     return model, new
 
@@ -452,10 +457,12 @@ def trains_rows(adapter: Mapping[str, Any]) -> bool:
 def _shapes_to_spread(ref: ModelRef, task: str, options: dict[str, Any]) -> tuple[Any, Any] | None:
     """Returns the shapes of a model of which each rank of this launch can read its part, and None of any other.
 
-    It can be read as it is, without rounding it, and grow at its embeddings and head. The second of the shapes are
-    those of the grown model; None where it does not grow.
+    It can be read as it is or be quantized after that, and grow at its embeddings and head. The second of the shapes
+    are those of the grown model; None where it does not grow.
     """
-    if not launched() or ref.quantization is not None or ref.qat is not None or is_quantized(config_of(ref)):
+    if not launched() or ref.qat is not None or is_quantized(config_of(ref)):
+        return None
+    if "quantization_config" in options and not is_spread_in(options["quantization_config"]):
         return None
     shapes, size = _shapes(ref, task, options), ref.vocabulary or 0
     if size <= shapes.config.get_text_config().vocab_size:

@@ -33,6 +33,7 @@ from hfpipe.core.upstream import (
     layer_classes,
     leave_training_to_accelerate,
     override,
+    state_its_rounding,
     take_fsdp_away,
 )
 from hfpipe.model.shards import give_back_memory, hold_no_free_memory
@@ -153,6 +154,21 @@ def _put(part: DTensor, whole: torch.Tensor) -> None:
     part.to_local().copy_(own.to_local())
 
 
+def part_of(whole: torch.Tensor, like: DTensor) -> torch.nn.Parameter:
+    """Returns what this rank has of a tensor that is the same on every rank, divided as another one is.
+
+    Args:
+        whole: The tensor.
+        like: One of its shape and type; it may be without memory.
+    """
+    place = "cpu" if is_offloaded() else whole.device
+    own = torch.empty(like.to_local().shape, dtype=whole.dtype, device=place)
+    divided: Any = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+    part = DTensor.from_local(own, like.device_mesh, like.placements, **divided)
+    _put(part, whole)
+    return torch.nn.Parameter(part, requires_grad=like.requires_grad)
+
+
 def _ends(model: Any) -> list[torch.nn.Module]:
     """Returns the embeddings of a model, and its head where it has one of their size."""
     return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
@@ -223,11 +239,16 @@ def hand_to_deepspeed(model: Any, config: Any) -> None:
         while places:
             part = next(iter(places))
             names = places.pop(part)
-            gathered = part.full_tensor()
-            gathered = gathered.to(halved) if halved and part.is_floating_point() else gathered
+            gathered, (module, key) = part.full_tensor(), names[0]
+            packed = key == "weight" and getattr(module, "quant_state", None) is not None
+            if halved and part.is_floating_point() and not packed:
+                gathered = gathered.to(halved)
             weight = torch.nn.Parameter(gathered, requires_grad=part.requires_grad)
             for module, key in names:
                 module.register_parameter(key, weight)
+            if packed:
+                state_its_rounding(module)
+                weight = module.get_parameter(key)
             del part, gathered
             yield weight
 

@@ -35,7 +35,7 @@ class Quantization(StrictBlock):
         description="of nf4: the precision of matrix products; bfloat16 where the hardware computes in it when absent",
     )
     bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = Field(
-        None, description="of nf4: the type that packed weights are kept in; FSDP needs that of the other weights"
+        None, description="of nf4: the type that packed weights are kept in; FSDP divides any but uint8"
     )
     llm_int8_threshold: float = Field(
         6.0, description="of int8: activations above it are multiplied in 16 bits (outliers)"

@@ -239,7 +239,7 @@ def read_across(run: StageRun, trainer: Trainer, checkpoint: Path) -> None:
     """Has a trainer read a checkpoint that was saved under another plan than that of this launch.
 
     Raises:
-        MachineError: It was saved whole under FSDP (quantized weights are), this launch divides weights that it has
+        MachineError: It was saved whole under FSDP (of quantized files it is), this launch divides weights that it has
             read whole, or it is DeepSpeed's, which continues on as many ranks alone.
     """
     saved = list(checkpoint.glob("global_step*"))  # DeepSpeed's folder
@@ -259,7 +259,7 @@ def read_across(run: StageRun, trainer: Trainer, checkpoint: Path) -> None:
     ):
         raise MachineError(
             f"stages.{run.stage.name}: {checkpoint.name} was saved under another plan of FSDP than this launch has "
-            "(a model that is quantized, or that writes texts of its own, is read whole and divided later). Start the "
+            "(a model that writes texts of its own, or of quantized files, is read whole and divided later). Start the "
             f"run as before, on any number of ranks. Or move {checkpoint} away: the checkpoint before it is used then."
         )
     rest = partial(_rest, trainer, checkpoint)

@@ -253,12 +253,14 @@ def flops_per_token(model: Any) -> int:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     looked_up -= {id(head.weight)} if head is not None else set()
+    # Of 4 bits, two to a byte: the layer knows the shape, and a weight that is spread does not.
+    stored = {id(module.weight): module.quant_state for module in model.modules() if hasattr(module, "quant_state")}
     total = 0
     for name, parameter in model.named_parameters():
         if id(parameter) in looked_up or ".original_module." in name:  # PEFT keeps the first weights of what it copies
             continue
-        stored = getattr(parameter, "quant_state", None)  # of 4 bits, two to a byte
-        size = math.prod(stored.shape) if stored is not None else getattr(parameter, "ds_numel", parameter.numel())
+        whole = stored.get(id(parameter))
+        size = math.prod(whole.shape) if whole is not None else getattr(parameter, "ds_numel", parameter.numel())
         total += (6 if parameter.requires_grad else 4) * size
     return total
 

@@ -69,7 +69,7 @@ def _size(name: str) -> int:
 
 def reads_whole(stage: Stage) -> bool:
     """Returns True if every rank reads all weights of the stage's model under FSDP, or asks it part by part."""
-    return bool(stage.quantized or stage.fake_quantized or stage.kept.replay is not None or stage.task == "seq2seq")
+    return bool(stage.fake_quantized or stage.kept.replay is not None or stage.task == "seq2seq")
 
 
 def _trains_rows(stage: Stage, recipe: Recipe) -> bool:
@@ -161,8 +161,8 @@ REFUSALS = (
     Refusal(
         "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole",
         lambda stage, plan, _: plan == "fsdp" and stage.early_stopping is not None and reads_whole(stage),
-        "a rank does not have the whole model to score (quantized weights and what makes own texts are read whole and "
-        "divided later). Start plain ranks, or leave it out.",
+        "a rank does not have the whole model to score (what makes own texts is read whole and divided later). Start "
+        "plain ranks, or leave it out.",
     ),
     Refusal(
         "FSDP on CPUs",

@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from datasets import DownloadConfig, IterableDataset, load_dataset
 from datasets.utils.file_utils import xopen
 from hub_server import HubServer
@@ -28,6 +29,7 @@ from huggingface_hub import CacheNotFound, CommitOperationAdd, HfApi
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from sacrebleu.metrics import BLEU, CHRF, TER
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -388,8 +390,35 @@ def test_fsdp_does_not_give_back_what_it_has_divided() -> None:
         assert model(torch.ones(1, 8)).tolist() == [[8.0] * 8]
         assert model.state_dict()["0.weight"].shape == (8, 8)
         assert seen == [True]  # what others have hung there stays
+        for module in (model[0], model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_modules_that_fsdp_gathers_at_once_are_told() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard([model[1], model[3]], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert upstream.gathered_together(model) == [[""], ["0"], ["1", "3"]]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_plain_4_bit_weight_does_not_know_how_it_is_rounded_and_its_layer_does() -> None:
+    layer = Linear4bit(64, 64, bias=False, quant_type="nf4", quant_storage=torch.float32)
+    layer.weight = Params4bit(torch.randn(64, 64), quant_type="nf4", quant_storage=torch.float32, module=layer).to(
+        "cpu"
+    )
+    rounded = dequantize_module_weight(layer)
+    layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+    assert dequantize_module_weight(layer).shape != (64, 64)
+    upstream.state_its_rounding(layer)
+    assert torch.equal(dequantize_module_weight(layer), rounded)
 
 
 class OfZero3:

@@ -23,6 +23,10 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": {"lora": {"r": 4}},
+    "LoRA in 4 bits": {
+        "lora": {"r": 4},
+        "quantization": {"type": "nf4", "bnb_4bit_quant_storage": "float32"},
+    },
     "LoRA and rows": {"lora": {"r": 4, "trainable_token_indices": [5, 40]}},
     "full and kept": {"keep": {"replay": {"share": 0.3, "rows": 24}}},
     "full and near": {"keep": {"replay": {"share": 0.3, "rows": 24}, "kl": {"weight": 2.0}, "l2": {"weight": 0.5}}},
