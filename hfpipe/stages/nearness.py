@@ -53,7 +53,9 @@ def near_parent(run: StageRun, trainer: Trainer, share: float) -> NearParent | N
         return None
     parent = None
     if run.stage.adapter is None:
-        block = None if keep.kl.parent is None else Quantization.model_validate({"type": keep.kl.parent})
+        # In a type that can be spread; the numbers are the same in any.
+        form = {"type": keep.kl.parent, "bnb_4bit_quant_storage": "bfloat16"}
+        block = None if keep.kl.parent is None else Quantization.model_validate(form)
         parent = load_model(replace(run.parent, quantization=block), frozen=True, spread=True)
     return NearParent(trainer, parent, keep.kl.weight, share)
 
