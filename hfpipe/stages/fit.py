@@ -268,11 +268,12 @@ def _steps(fit: Fit, recipe: Recipe) -> Iterator[Step]:
     if setting.adapter is not None and setting.bits is None and has_bitsandbytes and setting.qat is None:
         setting = replace(setting, bits=4, compute=setting.autocast)
         yield "quantization: nf4", "the base is rounded to 4 bits; slower", {"quantization": "nf4"}, setting
-    if setting.bits is None:
+    if setting.bits != 8:
         for count in RANKS:
             spread = replace(setting, ranks=count, sharding="fsdp")
             if _fits(fit, spread) or count == RANKS[-1]:
-                yield f"{count} ranks with FSDP", f"{count} devices", None, spread
+                stored = ", and bnb_4bit_quant_storage: bfloat16 of `quantization`" if setting.bits else ""
+                yield f"{count} ranks with FSDP", f"{count} devices{stored}", None, spread
                 break
     for tokens in (setting.tokens // 2, setting.tokens // 4):
         if tokens >= 64:

@@ -20,7 +20,7 @@ from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.head import backbone_of, head_of
 from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
-from hfpipe.model.memory import Device, Memory, TiledHead, quantize, trace, weight_bytes
+from hfpipe.model.memory import Device, Memory, QuantizedLinear, TiledHead, quantize, trace, weight_bytes
 from hfpipe.model.parameters import freeze
 from hfpipe.model.spread import is_offloaded, ranks_of_a_copy
 from hfpipe.model.tokenizer import make_room
@@ -66,7 +66,7 @@ class Setting:
         packed: Whether several examples of `sft` share a row, which takes a mask.
         plain_loss: Whether a causal model's loss is plain cross-entropy, without label smoothing or `loss_type`.
         parent: Dtype of a frozen copy of the parent, which is asked; None without.
-        rounded: Whether that copy is in 4 bits, whole on each rank.
+        rounded: Whether that copy is in 4 bits.
         drawn: Dtype of a copy of the parent's weights, towards which those that are trained are drawn; None without.
         forms: Forms of a row: 2 where each may have a swapped one beside it.
         pairs: Whether a row is a pair of texts, whose probabilities are compared with those of the parent.
@@ -214,18 +214,19 @@ def predict(config: Any, setting: Setting) -> Memory:
         share=MASKED_SHARE if setting.kind == "masked" else 1.0,
     )
     held = copies(config, setting)
-    whole = held.pop(0) if setting.rounded else 0
     found = replace(found, weights=found.weights + sum(held))
     states, host, moment = _optimizer_bytes(setting, trained)
     gradients = sum(weight.nbytes for weight in trained)
-    backward = replace(found, optimizer=states)
-    step_end = Memory(found.weights, gradients, states, temporary=moment, framework=found.framework)
+    moments = [
+        replace(found, optimizer=states),
+        Memory(found.weights, gradients, states, temporary=moment, framework=found.framework),
+    ]
     if setting.ranks > 1:
-        backward, step_end = (_spread(one, setting, gradients, _unit(model, setting)) for one in (backward, step_end))
-        if setting.parent is not None and setting.sharding in SPREADING and not setting.rounded:
-            whole += head_of(model).weight.numel() * setting.parent.itemsize  # gathered too
-    peak = max(backward, step_end, key=lambda one: one.total)
-    peak = replace(peak, weights=peak.weights + whole)
+        whole = _scales(model) + (_scales(_parent(config, setting)) if setting.rounded else 0)
+        moments = [_spread(one, setting, gradients, model, whole) for one in moments]
+        if setting.sharding in SPREADING and setting.bits == 4:
+            moments.append(_quantizing(config, setting))
+    peak = max(moments, key=lambda one: one.total)
     if setting.device == "cuda":
         return replace(peak, framework=0, host=host)
     return replace(peak, framework=peak.framework + LIBRARIES, host=host)
@@ -377,27 +378,51 @@ def _optimizer_bytes(setting: Setting, trained: list[torch.Tensor]) -> tuple[int
     return states, 0, 0 if fused else total if setting.device == "cuda" else 2 * largest
 
 
-def _spread(memory: Memory, setting: Setting, gradients: int, unit: int) -> Memory:
+def _spread(memory: Memory, setting: Setting, gradients: int, model: Any, scales: int) -> Memory:
     """The share of one rank of a memory that was predicted for one process.
 
     Args:
         memory: Of one process.
         setting: Its ranks and sharding.
         gradients: Bytes of all gradients.
-        unit: Bytes of the largest part of the model that is gathered at once.
+        model: As it is trained, on the meta device.
+        scales: Bytes of the scales of 4-bit weights, which every rank has.
     """
-    count = setting.ranks
     if setting.sharding == "none":  # DDP keeps the gradients in buckets beside them
         return replace(memory, gradients=memory.gradients + gradients)
-    share = {"optimizer": memory.optimizer // count}
+    beside = setting.adapter is not None and setting.sharding == "fsdp"  # an adapter lies whole on each rank
+    count, trained = setting.ranks, 1 if beside else setting.ranks
+    share = {"optimizer": memory.optimizer // trained}
     if setting.sharding in ("zero2", *SPREADING):
-        share["gradients"] = memory.gradients // count
+        share["gradients"] = memory.gradients // trained
     if setting.sharding in SPREADING:
-        share |= {"weights": memory.weights // count, "temporary": memory.temporary + 2 * unit}
-    if setting.offloaded and setting.device != "cpu":
-        trained_too = {"gradients": 0, "optimizer": 0} if setting.adapter is None else {}
-        share |= {"weights": 0} | trained_too
+        whole = scales + (gradients if beside else 0)
+        waits = setting.offloaded and setting.device != "cpu"
+        weights = whole + (0 if waits else (memory.weights - whole) // count)
+        if setting.parent is not None:
+            weights += head_of(model).weight.numel() * setting.parent.itemsize  # gathered too
+        share |= {"weights": weights, "temporary": memory.temporary + 2 * _unit(model, setting)}
+        if waits and not beside:
+            share |= {"gradients": 0, "optimizer": 0}
     return replace(memory, **share)
+
+
+def _scales(model: Any) -> int:
+    """Bytes of the scales of 4-bit weights."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(layer.stored_bytes - layer.weight.numel() // 2 for layer in layers)
+
+
+def _quantizing(config: Any, setting: Setting) -> Memory:
+    """The memory of one rank while a base that it has read its part of is quantized, one weight after another."""
+    model = _model(config, replace(setting, adapter=None, train_only=None, freeze=None))
+    layers = [module.weight.numel() for module in model.modules() if isinstance(module, QuantizedLinear)]
+    largest = max(layers, default=0)
+    rest = sum(weight.numel() for weight in model.parameters()) * setting.dtype.itemsize // setting.ranks
+    waits = setting.offloaded and setting.device != "cpu"
+    # bitsandbytes quantizes by a kernel on a GPU, and on a CPU by steps that make float32 tensors.
+    moment = largest * (2 * setting.dtype.itemsize + (16 if setting.device == "cpu" else 0))
+    return Memory(weights=_scales(model) + (0 if waits else rest), temporary=moment)
 
 
 def _unit(model: Any, setting: Setting) -> int:
@@ -407,7 +432,9 @@ def _unit(model: Any, setting: Setting) -> int:
     layers = [weight_bytes(module) for module in inner.modules() if type(module).__name__ in names]
     rest = weight_bytes(inner) - sum(layers)
     largest = max([*layers, rest])
-    return largest * setting.autocast.itemsize // setting.dtype.itemsize if setting.autocast else largest
+    if setting.autocast is None or setting.bits:  # packed numbers are not cast
+        return largest
+    return largest * setting.autocast.itemsize // setting.dtype.itemsize
 
 
 def available(device: str) -> tuple[int, str]:
