@@ -97,7 +97,9 @@ def _plan(recipe: Recipe, ranks: int, gibibytes: float) -> tuple[bool, list[str]
             tokens = stage.training.get("max_length") or DEFAULT_LENGTH
             here = setting_of(recipe, stage, tokens=tokens, targets=tokens if stage.kind == "translation" else 0)
             checkpointing = {} if here.checkpointing is None else here.checkpointing
-            there = replace(here, device="cuda", autocast=torch.bfloat16, checkpointing=checkpointing)
+            halved = stage.adapter is not None and recipe.model.dtype == "auto"  # as on a GPU that computes in bfloat16
+            dtype = torch.bfloat16 if halved else here.dtype
+            there = replace(here, device="cuda", dtype=dtype, autocast=torch.bfloat16, checkpointing=checkpointing)
             memory, _ = predicted(config, replace(there, ranks=ranks, sharding=sharding), held=0)
             sizes[stage.name] = None if memory is None else memory.total / GIB
         if all(size is None or size <= room for size in sizes.values()):

@@ -4,6 +4,7 @@ And the files that ship for `accelerate launch`, read by accelerate.
 """
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -108,6 +109,20 @@ def test_the_plan_follows_from_the_predicted_memory(tmp_path: Path, capsys: pyte
     assert "export FSDP_VERSION=2" in large
     assert main(["launch", str(tmp_path / "tiny.yaml"), "--gpus", "2", "--memory", "24"]) == 4
     assert "Take more GPUs (--nodes, --gpus)" in capsys.readouterr().err
+
+
+def test_the_base_of_an_adapter_is_predicted_in_half_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = tiny.recipe(tmp_path, output_dir="run", merge=False)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4}
+    content["model"]["architecture"] |= sizes
+    content["stages"] = content["stages"][1:]
+    assert main(["launch", str(tiny.write(tmp_path, content)), "--on", "slurm"]) == 0
+    found = re.search(r"sounds ([\d.]+) GiB", capsys.readouterr().out)
+    assert found is not None
+    weights = 4 * (2 * 4096**2 + 2 * 4096 * 2048 + 3 * 4096 * 14336)
+    assert 2 * weights <= float(found[1]) * 2**30 <= 3 * weights
 
 
 # Of each file: the plan that hfpipe sees, and what else of it accelerate tells the ranks.
