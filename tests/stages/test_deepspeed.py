@@ -76,8 +76,15 @@ def test_the_peak_memory_of_each_stage_is_predicted_in_bf16(tmp_path: Path) -> N
         assert cost["attempts"][-1]["predicted_memory"]["total"] > 0
 
 
+def rounded(folder: Path) -> dict[str, Any]:
+    """An adapter on a base in 4 bits."""
+    content = tiny.recipe(folder, energy=False, shift=False)
+    content["stages"][1]["quantization"] = {"type": "nf4", "bnb_4bit_quant_storage": "float32"}
+    return content
+
+
 @pytest.mark.parametrize("level", [2, 3])
-@pytest.mark.parametrize("made", [chain, labelled, taken, translated], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [chain, labelled, taken, translated, rounded], ids=lambda made: made.__name__)
 def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any, level: int) -> None:
     for place in ("one", "two"):
         folder = tmp_path / place
