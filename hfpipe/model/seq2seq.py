@@ -104,6 +104,8 @@ def encode_pairs(
 
 def encode_cut(tokenizer: Any, word: str, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[bool]]:
     """Tokens of texts, and which of them were cut; only those are tokenized again, to have their marks."""
+    if not texts:  # of a rank that has no row, which tokenizers do not take
+        return [], []
     ids = tokenizer(**{word: list(texts)}, return_attention_mask=False)["input_ids"]
     too_long = [len(row) > limit for row in ids]
     if any(too_long):
