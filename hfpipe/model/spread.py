@@ -80,6 +80,18 @@ def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
     """Returns the division of a model over all ranks of this launch.
 
     Each layer is gathered alone. What remains (embeddings, the last norm, the head) is gathered together and stays so
+def layers_of(shapes: Any) -> list[torch.nn.Module]:
+    """Returns the layers of a model, each of which is gathered alone: those that it names, or all in its lists.
+
+    Args:
+        shapes: The model; its shapes are enough.
+    """
+    classes = set(layer_classes(shapes))
+    named = [module for module in shapes.modules() if type(module).__name__ in classes]
+    lists = [module for module in shapes.modules() if isinstance(module, torch.nn.ModuleList)]
+    return named or [layer for one in lists for layer in one]
+
+
     for a pass, but embeddings that the input alone reads go where all weights are trained: an adapter reads theirs.
 
     Args:
@@ -87,11 +99,7 @@ def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
         frozen: Whether its weights stay as they are.
     """
     names = {module: name for name, module in shapes.named_modules()}
-    classes = set(layer_classes(shapes))
-    layers = [name for module, name in names.items() if type(module).__name__ in classes]
-    if not layers:
-        lists = [module for module in names if isinstance(module, torch.nn.ModuleList)]
-        layers = [names[layer] for one in lists for layer in one]
+    layers = [names[layer] for layer in layers_of(shapes)]
     embeddings, head = shapes.get_input_embeddings(), shapes.get_output_embeddings()
     tied = getattr(shapes.config.get_text_config(), "tie_word_embeddings", False)
     if not (frozen or tied or head is None or shapes.config.is_encoder_decoder):

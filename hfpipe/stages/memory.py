@@ -14,7 +14,7 @@ import torch
 
 from hfpipe.core import ranks
 from hfpipe.core.files import GIB
-from hfpipe.core.upstream import layer_classes, undivided
+from hfpipe.core.upstream import undivided
 from hfpipe.model.adapter import add_adapter
 from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.head import backbone_of, head_of
@@ -22,7 +22,7 @@ from hfpipe.model.linear_loss import PIECE, LinearLoss
 from hfpipe.model.load import AUTO_CLASSES, compute_dtype, weights_dtype
 from hfpipe.model.memory import Device, Memory, QuantizedLinear, TiledHead, quantize, trace, weight_bytes
 from hfpipe.model.parameters import freeze
-from hfpipe.model.spread import is_offloaded, ranks_of_a_copy
+from hfpipe.model.spread import is_offloaded, layers_of, ranks_of_a_copy
 from hfpipe.model.tokenizer import make_room
 from hfpipe.recipe import Qat, Recipe, Stage
 from hfpipe.stages.arguments import stage_arguments
@@ -428,8 +428,9 @@ def _quantizing(config: Any, setting: Setting) -> Memory:
 def _unit(model: Any, setting: Setting) -> int:
     """Bytes of the largest layer, or of what lies outside of the layers, in the precision that it is gathered in."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = layer_classes(inner)
-    layers = [weight_bytes(module) for module in inner.modules() if type(module).__name__ in names]
+    found = layers_of(inner)
+    within = {module for layer in found for module in layer.modules() if module is not layer}
+    layers = [weight_bytes(layer) for layer in found if layer not in within]  # mBART names the attention in them too
     rest = weight_bytes(inner) - sum(layers)
     largest = max([*layers, rest])
     if setting.autocast is None or setting.bits:  # packed numbers are not cast

@@ -112,6 +112,21 @@ def test_sharding_spreads_weights_gradients_and_states_over_the_ranks() -> None:
     assert plans["none"].gradients >= weights_of()  # the buckets in which they are exchanged
 
 
+def test_layers_of_an_encoder_and_a_decoder_are_gathered_one_at_a_time() -> None:
+    """Marian names no classes of layers, and mBART those within its layers too."""
+    shapes: dict[str, Any] = {"vocab_size": 500, "d_model": 64, "max_position_embeddings": 16, "pad_token_id": 0}
+    for side in ("encoder", "decoder"):
+        shapes |= {f"{side}_layers": 6, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 512}
+    setting = Setting("translation", rows=1, tokens=8)
+    for model_type in ("marian", "mbart"):
+        config = AutoConfig.for_model(model_type, decoder_start_token_id=0, **shapes)
+        alone = predict(config, setting)
+        spread = predict(config, replace(setting, ranks=4, sharding="fsdp"))
+        layer = 4 * (8 * 64 * 64 + 2 * 64 * 512)  # of a decoder, which reads the encoder too
+        assert 2 * layer < spread.temporary - alone.temporary < 3 * layer
+        assert spread.weights == alone.weights // 4
+
+
 def test_autocast_halves_what_linear_layers_keep() -> None:
     single, half = (
         predict(LLAMA, Setting("causal", "cuda", rows=8, tokens=128, autocast=one)) for one in (None, torch.bfloat16)
