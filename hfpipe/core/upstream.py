@@ -186,6 +186,84 @@ def files_read_by_rows() -> Iterator[None]:
         library.safe_open = mapped
 
 
+@contextmanager
+def computed_weights_divided() -> Iterator[None]:
+    """Lets `from_pretrained` give a divided module weights that it works out, inside the block.
+
+    No file holds the sinusoidal positions of Marian and Pegasus. transformers copies the whole table into the part of
+    this rank, which fails. No issue found.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from transformers import initialization
+
+    library: Any = initialization
+    copy = library.copy_
+
+    def copied(tensor: Any, other: Any) -> Any:
+        if isinstance(tensor, DTensor) and not isinstance(other, DTensor):
+            whole = other.to(tensor.device)
+            other = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        return copy(tensor, other)
+
+    library.copy_ = copied
+    try:
+        yield
+    finally:
+        library.copy_ = copy
+
+
+@contextmanager
+def shared_weights_divided_together() -> Iterator[None]:
+    """Has `from_pretrained` divide weights that modules share with the rest of a model, inside the block.
+
+    By its own plan it divides the embeddings of an encoder and of a decoder each for itself, which are one weight once
+    they are read. No issue found.
+    """
+    from transformers.distributed import mixin
+
+    library: Any = mixin
+    divide = library.apply_fully_sharded_data_parallelism
+
+    def divided(model: Any, mesh: Any, fsdp_plan: dict[str, str], ep_plan: dict[str, str]) -> Any:
+        shared = [name for pair in model.all_tied_weights_keys.items() for name in pair]
+        alone = {
+            module: style
+            for module, style in fsdp_plan.items()
+            if not any(name.startswith(f"{module}.") for name in shared)
+        }
+        return divide(model, mesh, alone, ep_plan)
+
+    library.apply_fully_sharded_data_parallelism = divided
+    try:
+        yield
+    finally:
+        library.apply_fully_sharded_data_parallelism = divide
+
+
+def gather_shared_weights_once(model: Any) -> None:
+    """Has FSDP2 take a weight that several modules share for one, in a model that was just read in parts.
+
+    transformers ties weights once they are read, which FSDP2 has divided as several by then. It would gather each; and
+    where their rows do not divide by the ranks it pads each for itself, so that all but one of them stay what they were
+    before the first step. No issue found.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+            places: dict[Any, Any] = {}  # by the weight
+            kept = []
+            for one in group.fsdp_params:
+                place = one._module_info
+                first = places.setdefault(getattr(place.module, place.param_name), place)
+                if first is place:
+                    kept.append(one)
+                else:
+                    first.shared_modules.append(place.module)
+                    first.shared_param_names.append(place.param_name)
+            group.fsdp_params = kept
+
+
 def leave_training_to_accelerate(model: Any) -> None:
     """Takes the marks from a model that was loaded in parts by which the libraries treat it as such. No issue found.
 

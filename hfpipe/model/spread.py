@@ -28,13 +28,16 @@ from transformers.distributed import DistributedConfig
 from hfpipe.core import ranks
 from hfpipe.core.upstream import (
     divide_one_by_one,
+    computed_weights_divided,
     draw_weights,
     files_read_by_rows,
     layer_classes,
+    gather_shared_weights_once,
     leave_training_to_accelerate,
     override,
     state_its_rounding,
     take_fsdp_away,
+    shared_weights_divided_together,
 )
 from hfpipe.model.shards import give_back_memory, hold_no_free_memory
 
@@ -125,7 +128,7 @@ def each_rank_reads() -> Iterator[None]:
     given = parse_flag_from_env(RELOADED)
     disable_fsdp_ram_efficient_loading()
     try:
-        with files_read_by_rows():
+        with files_read_by_rows(), computed_weights_divided(), shared_weights_divided_together():
             yield
     finally:
         if given:
@@ -217,7 +220,9 @@ def is_spread(model: Any) -> bool:
 def end_reading(model: Any) -> None:
     """Makes a model that was just read in parts ready for a pass, or for accelerate to train.
 
-    All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts.
+    All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts. Tables of
+    positions that never learn (Marian's) count as trained, as they do where transformers reads them whole: states of
+    optimizers are continued on one rank and on several.
     """
     model.set_reshard_after_forward(True)
     leave_training_to_accelerate(model)
@@ -225,6 +230,10 @@ def end_reading(model: Any) -> None:
 
 @torch.no_grad()
 def hand_to_deepspeed(model: Any, config: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.requires_grad_(True)
+    gather_shared_weights_once(model)
     """Has DeepSpeed's ZeRO-3 divide a spread model before it is trained, one weight at a time; on every rank.
 
     No rank ever holds more than its part and one weight. What an adapter has added stays whole: DeepSpeed divides it

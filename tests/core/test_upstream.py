@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from sacrebleu.metrics import BLEU, CHRF, TER
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
@@ -51,7 +51,7 @@ from transformers import (
     TrainingArguments,
     modeling_utils,
 )
-from transformers.distributed import fsdp, mixin
+from transformers.distributed import DistributedConfig, fsdp, mixin
 from transformers.integrations import deepspeed as integration
 
 from hfpipe.core import upstream
@@ -312,6 +312,59 @@ def test_transformers_marks_a_model_that_it_loaded_in_parts() -> None:
     assert not model.is_distributed_loading_by_transformers
     assert not fsdp.is_fsdp_managed_module(model)
     assert model.tp_size is None
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """A group of two ranks whose first is this process; the other one says nothing."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def read_in_parts(folder: Path, model_type: str, layers: str) -> Any:
+    """The first part of an encoder-decoder model; its embeddings have an odd number of rows."""
+    sides: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8}
+    if model_type == "marian":
+        one = {"layers": 1, "attention_heads": 2, "ffn_dim": 8}
+        sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in one.items()}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=33, d_model=8, pad_token_id=0, decoder_start_token_id=0, **sides
+    )
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
+    parts = DistributedConfig(fsdp_size=2, fsdp_plan={layers: "free_full_weight"})
+    return AutoModelForSeq2SeqLM.from_pretrained(folder, distributed_config=parts)
+
+
+def test_transformers_works_no_table_of_positions_out_for_a_part(two_ranks: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        read_in_parts(tmp_path, "marian", "model.encoder.layers.*")
+    with upstream.computed_weights_divided():
+        found = read_in_parts(tmp_path, "marian", "model.encoder.layers.*")
+    part = found.model.encoder.embed_positions.weight.to_local()
+    whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).model.encoder.embed_positions.weight
+    assert torch.equal(part, whole[: len(part)])
+
+
+def test_transformers_divides_what_is_tied_several_times(two_ranks: None, tmp_path: Path) -> None:
+    """Embeddings of a T5: shared, the encoder's, the decoder's and the head are one weight."""
+    assert isinstance(read_in_parts(tmp_path, "t5", "encoder.block.*").encoder.embed_tokens, FSDPModule)
+    with upstream.shared_weights_divided_together():
+        model = read_in_parts(tmp_path, "t5", "encoder.block.*")
+    assert [name for name, module in model.named_modules() if isinstance(module, FSDPModule)] == ["", "encoder.block.0"]
+    (group,) = model._get_fsdp_state()._fsdp_param_groups
+
+    def gathered() -> int:
+        return sum(getattr(one._module_info.module, "weight", None) is model.shared.weight for one in group.fsdp_params)
+
+    assert gathered() == 4
+    upstream.gather_shared_weights_once(model)
+    assert gathered() == 1
+    ids = torch.ones((1, 2), dtype=torch.long)
+    assert model(input_ids=ids, decoder_input_ids=ids).logits.shape == (1, 2, 33)
+    model.reshard()
+    assert all(isinstance(one.weight, DTensor) for one in (model.shared, model.decoder.embed_tokens, model.lm_head))
 
 
 def test_peft_makes_an_adapter_for_the_part_of_a_layer_under_hybrid_sharding() -> None:

@@ -126,9 +126,10 @@ def labelled(folder: Path) -> dict[str, Any]:
 
 
 def chosen_and_kept(folder: Path) -> dict[str, Any]:
-    """On tied embeddings: all weights, the best of them by a suite, and an adapter beside the parent's own texts."""
+    """On tied embeddings of odd rows: all weights, the best by a suite, an adapter beside the parent's own texts."""
     content = tiny.recipe(folder, merge=False, **QUIET)
     content["model"]["architecture"]["tie_word_embeddings"] = True
+    content["model"]["tokenizer"]["train"]["vocab_size"] = 321
     first, adapter = content["stages"]
     training = {"max_steps": 4, "learning_rate": "2e-3", "max_length": 64}
     best = {"name": "best", "early_stopping": {"suite": "general"}, "training": training | {"eval_steps": 2}}
