@@ -416,6 +416,8 @@ def _shapes(ref: ModelRef, task: str, options: dict[str, Any], size: int | None 
             setattr(config, name, value)
     if size is not None:
         config.get_text_config().vocab_size = size
+        if getattr(config, "share_encoder_decoder_embeddings", False):  # Marian's
+            config.decoder_vocab_size = size
     with clear_errors("model", ref.path), torch.device("meta"):
         return AUTO_CLASSES[task].from_config(config, trust_remote_code=ref.options.trust_remote_code)
 

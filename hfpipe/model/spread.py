@@ -189,6 +189,7 @@ def differs_at_its_ends(one: Any, other: Any) -> bool:
     """Returns True if two models of one class have other shapes in their embeddings and head alone."""
     ends = {id(weight) for end in _ends(one) for weight in end.parameters(recurse=False)}
     shapes = {name: tensor.shape for name, tensor in (*other.named_parameters(), *other.named_buffers())}
+    ends |= {id(bias) for bias in one.buffers(recurse=False)}
     tensors = (*one.named_parameters(), *one.named_buffers())
     return all(id(tensor) in ends or tensor.shape == shapes.get(name) for name, tensor in tensors)
 
@@ -203,6 +204,8 @@ def take_ends(shapes: Any, model: Any) -> None:
                 wholes[id(part)] = torch.nn.Parameter(cast(DTensor, part).full_tensor().cpu())
             whole.register_parameter(key, wholes[id(part)])
 
+    for key, bias in model.named_buffers(recurse=False):  # Marian's and mBART's, of their head; not divided
+        shapes.register_buffer(key, bias.cpu())
 
 @torch.no_grad()
 def give_ends(model: Any, shapes: Any) -> None:
@@ -211,6 +214,8 @@ def give_ends(model: Any, shapes: Any) -> None:
         for key, part in parted.named_parameters(recurse=False):
             _put(cast(DTensor, part), whole.get_parameter(key).data.to(part.device))
 
+    for key, bias in model.named_buffers(recurse=False):
+        bias.copy_(shapes.get_buffer(key))
 
 def is_spread(model: Any) -> bool:
     """Returns True if weights of a model are spread over the ranks."""
