@@ -23,6 +23,7 @@ from hfpipe.model.seq2seq import (
     set_languages,
     target_marks,
 )
+from hfpipe.model.spread import device_of, sources_read
 from hfpipe.recipe import Suite
 
 Rows = list[dict[str, Any]]
@@ -97,7 +98,7 @@ def target_likelihoods(
         ids, mask = padded([row.input_ids for row in rows], pad_token_id)
         labels, _ = padded([row.labels for row in rows], IGNORED)
         where, _ = padded([row.scored.astype(int).tolist() for row in rows], 0)
-        ids, mask, labels, where = (tensor.to(model.device) for tensor in (ids, mask, labels, where.bool()))
+        ids, mask, labels, where = (tensor.to(device_of(model)) for tensor in (ids, mask, labels, where.bool()))
         shifted = decoder_input(model, labels)
         logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
         chosen, row_of = logits[where].float(), where.nonzero()[:, 0]
@@ -148,8 +149,8 @@ def generate_targets(
     answers = [""] * len(sources)
     for indices in by_length([len(ids) for ids in encoded], batch_size):
         ids, mask = padded([encoded[index] for index in indices], tokenizer.pad_token_id)
-        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        output = model.generate(**inputs, **{**settings, **options})
+        inputs = {"input_ids": ids.to(device_of(model)), "attention_mask": mask.to(device_of(model))}
+        output = model.generate(**sources_read(model, inputs), **{**settings, **options})
         for index, said in zip(indices, output.tolist(), strict=True):
             answers[index] = decode(_without_marks(said, marks), tokenizer)
     return answers

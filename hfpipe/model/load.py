@@ -443,12 +443,8 @@ def _options_of(ref: ModelRef, task: str, head: dict[str, Any] | None, *, frozen
 
 
 def load_to_score(ref: ModelRef) -> Any:
-    """Loads a model to ask it rows, spread over the ranks where the launch does that; every rank has to call this.
-
-    An encoder-decoder model is whole on each rank: it generates by its two parts, and passes through one of them would
-    leave a rank that is done with its rows behind.
-    """
-    return load_model(ref, spread=task_of(ref) != "seq2seq")
+    """Loads a model to ask it rows, spread over the ranks where the launch does that; every rank has to call this."""
+    return load_model(ref, spread=True)
 
 
 def trains_rows(adapter: Mapping[str, Any]) -> bool:

@@ -24,20 +24,21 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.distributed import DistributedConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from hfpipe.core import ranks
 from hfpipe.core.upstream import (
-    divide_one_by_one,
     computed_weights_divided,
+    divide_one_by_one,
     draw_weights,
     files_read_by_rows,
-    layer_classes,
     gather_shared_weights_once,
+    layer_classes,
     leave_training_to_accelerate,
     override,
+    shared_weights_divided_together,
     state_its_rounding,
     take_fsdp_away,
-    shared_weights_divided_together,
 )
 from hfpipe.model.shards import give_back_memory, hold_no_free_memory
 
@@ -79,10 +80,6 @@ def device_of(model: Any) -> torch.device:
     return ranks.state().device if spread else model.device
 
 
-def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
-    """Returns the division of a model over all ranks of this launch.
-
-    Each layer is gathered alone. What remains (embeddings, the last norm, the head) is gathered together and stays so
 def layers_of(shapes: Any) -> list[torch.nn.Module]:
     """Returns the layers of a model, each of which is gathered alone: those that it names, or all in its lists.
 
@@ -95,6 +92,10 @@ def layers_of(shapes: Any) -> list[torch.nn.Module]:
     return named or [layer for one in lists for layer in one]
 
 
+def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
+    """Returns the division of a model over all ranks of this launch.
+
+    Each layer is gathered alone. What remains (embeddings, the last norm, the head) is gathered together and stays so
     for a pass, but embeddings that the input alone reads go where all weights are trained: an adapter reads theirs.
 
     Args:
@@ -188,8 +189,8 @@ def _ends(model: Any) -> list[torch.nn.Module]:
 def differs_at_its_ends(one: Any, other: Any) -> bool:
     """Returns True if two models of one class have other shapes in their embeddings and head alone."""
     ends = {id(weight) for end in _ends(one) for weight in end.parameters(recurse=False)}
-    shapes = {name: tensor.shape for name, tensor in (*other.named_parameters(), *other.named_buffers())}
     ends |= {id(bias) for bias in one.buffers(recurse=False)}
+    shapes = {name: tensor.shape for name, tensor in (*other.named_parameters(), *other.named_buffers())}
     tensors = (*one.named_parameters(), *one.named_buffers())
     return all(id(tensor) in ends or tensor.shape == shapes.get(name) for name, tensor in tensors)
 
@@ -203,9 +204,9 @@ def take_ends(shapes: Any, model: Any) -> None:
             if id(part) not in wholes:
                 wholes[id(part)] = torch.nn.Parameter(cast(DTensor, part).full_tensor().cpu())
             whole.register_parameter(key, wholes[id(part)])
-
     for key, bias in model.named_buffers(recurse=False):  # Marian's and mBART's, of their head; not divided
         shapes.register_buffer(key, bias.cpu())
+
 
 @torch.no_grad()
 def give_ends(model: Any, shapes: Any) -> None:
@@ -213,9 +214,9 @@ def give_ends(model: Any, shapes: Any) -> None:
     for parted, whole in zip(_ends(model), _ends(shapes), strict=True):
         for key, part in parted.named_parameters(recurse=False):
             _put(cast(DTensor, part), whole.get_parameter(key).data.to(part.device))
-
     for key, bias in model.named_buffers(recurse=False):
         bias.copy_(shapes.get_buffer(key))
+
 
 def is_spread(model: Any) -> bool:
     """Returns True if weights of a model are spread over the ranks."""
@@ -229,16 +230,16 @@ def end_reading(model: Any) -> None:
     positions that never learn (Marian's) count as trained, as they do where transformers reads them whole: states of
     optimizers are continued on one rank and on several.
     """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.requires_grad_(True)
+    gather_shared_weights_once(model)
     model.set_reshard_after_forward(True)
     leave_training_to_accelerate(model)
 
 
 @torch.no_grad()
 def hand_to_deepspeed(model: Any, config: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.requires_grad_(True)
-    gather_shared_weights_once(model)
     """Has DeepSpeed's ZeRO-3 divide a spread model before it is trained, one weight at a time; on every rank.
 
     No rank ever holds more than its part and one weight. What an adapter has added stays whole: DeepSpeed divides it
@@ -299,32 +300,97 @@ def in_step(model: Any) -> Iterator[None]:
     """Lets each rank make as many passes through a model as it has to, inside the block; every rank has to call this.
 
     All ranks take part in a pass through a spread model. So a rank says before each of its passes that it makes one,
-    and one that is done makes passes of one token until no rank says so.
+    and one that is done makes passes of one token until no rank says so. A pass that is given what the encoder has read
+    gathers no layer of the encoder: while any rank reads a source, those that go on with theirs read one token.
 
     Args:
-        model: A model, spread or not; an encoder-decoder model whose parts are called one by one may not be spread.
+        model: A model, spread or not. Passes begin at the whole model; see `sources_read`.
     """
     root: Any = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
     if root is None:
         yield
         return
     vars(root).pop("generate", None)  # Trainer's, which gathers the model before the first pass, where no rank says so
-    goes_on = torch.zeros(1, device=device_of(model))
-
-    def says(makes_one: bool) -> bool:
-        goes_on.fill_(makes_one)
-        torch.distributed.all_reduce(goes_on)
-        return bool(goes_on)
-
-    hook = root.register_forward_pre_hook(lambda *_: says(True) and None, prepend=True)
+    passes = _Passes(root, device_of(model))
+    hooks = [
+        root.register_forward_pre_hook(passes.before, with_kwargs=True, prepend=True),
+        root.register_forward_hook(passes.behind),
+    ]
     try:
         yield
+        passes.wait_for_others()
     finally:
-        hook.remove()
-    token = torch.zeros((1, 1), dtype=torch.long, device=device_of(model))
-    with torch.no_grad():
-        while says(False):
-            root(input_ids=token)
+        for hook in hooks:
+            hook.remove()
+
+
+class _Passes:
+    """Agrees with all other ranks on the kind of each pass through a spread model.
+
+    Args:
+        root: The model; FSDP2 has divided it.
+        device: Where it computes.
+    """
+
+    NONE, GOES_ON, READS = range(3)  # the kinds; by the second a decoder goes on with what its encoder has read
+
+    def __init__(self, root: Any, device: torch.device) -> None:
+        self.root = root
+        self.kind = torch.zeros(1, device=device)
+        self.token = torch.zeros((1, 1), dtype=torch.long, device=device)
+        self.read: torch.Tensor | None = None  # (1, 1, D) what an encoder has said of some token
+        self.stands_in = False
+
+    def before(self, _: Any, words: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Makes passes of one token before a pass of this rank, as long as others make such as come before it."""
+        if not self.stands_in:
+            kind = self.READS if named.get("encoder_outputs") is None else self.GOES_ON
+            while (agreed := self._agreed(kind)) > kind:
+                self._stand_in(agreed)
+
+    def behind(self, _: Any, words: tuple[Any, ...], output: Any) -> None:
+        """Keeps what an encoder says of a token; every rank takes part in a pass that reads before one that goes on."""
+        if (read := getattr(output, "encoder_last_hidden_state", None)) is not None:
+            self.read = read[:1, :1].clone()
+
+    def wait_for_others(self) -> None:
+        """Makes passes of one token until no rank makes any."""
+        while agreed := self._agreed(self.NONE):
+            self._stand_in(agreed)
+
+    def _agreed(self, kind: int) -> int:
+        self.kind.fill_(kind)
+        torch.distributed.all_reduce(self.kind, op=torch.distributed.ReduceOp.MAX)
+        return int(self.kind)
+
+    @torch.no_grad()
+    def _stand_in(self, kind: int) -> None:
+        goes_on = kind == self.GOES_ON
+        inputs: dict[str, Any] = (
+            {"encoder_outputs": BaseModelOutput(self.read)} if goes_on else {"input_ids": self.token}
+        )
+        if self.root.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = self.token
+        self.stands_in = True
+        self.root(**inputs)
+        self.stands_in = False
+
+
+def sources_read(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Returns what a spread encoder-decoder model is given to generate: its inputs, and what its encoder says of them.
+
+    Given the inputs alone, `generate` calls the encoder by itself, and FSDP2 gathers weights in a pass of the whole
+    model. Other models get their inputs as they are.
+
+    Args:
+        model: The model, spread or not.
+        inputs: `input_ids` and `attention_mask` (B, L) of sources.
+    """
+    if not is_spread(model):
+        return inputs
+    start = torch.zeros_like(inputs["input_ids"][:, :1])
+    output = model(**inputs, decoder_input_ids=start, use_cache=False)
+    return inputs | {"encoder_outputs": BaseModelOutput(output.encoder_last_hidden_state)}
 
 
 def make_trained_whole(model: Any, saved: Path | None = None) -> None:

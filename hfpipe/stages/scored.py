@@ -42,8 +42,7 @@ class ScoredWhileTraining(TrainerCallback):
         self.run, self.trainer = run, trainer
         self.path = run.folder / FILE
         self.suites = [name for name, suite in run.recipe.evaluate.items() if suite.every and self._is_asked(name)]
-        asked_whole = run.stage.task == "seq2seq" or not is_spread(trainer.model)
-        if self.suites and is_sharded(trainer) and asked_whole:
+        if self.suites and is_sharded(trainer) and not is_spread(trainer.model):
             self.suites = []
             text = f"  no suite is scored while stage {run.stage.name} trains: each rank holds a part of a whole model"
             ranks.say(text, "warning")

@@ -68,8 +68,8 @@ def _size(name: str) -> int:
 
 
 def reads_whole(stage: Stage) -> bool:
-    """Returns True if every rank reads all weights of the stage's model under FSDP, or asks it part by part."""
-    return bool(stage.fake_quantized or stage.kept.replay is not None or stage.task == "seq2seq")
+    """Returns True if every rank reads all weights of the stage's model under FSDP."""
+    return bool(stage.fake_quantized or stage.kept.replay is not None)
 
 
 def _trains_rows(stage: Stage, recipe: Recipe) -> bool:
@@ -124,8 +124,8 @@ REFUSALS = (
         "plain ranks, or leave it out.",
     ),
     Refusal(
-        "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, of an encoder-"
-        "decoder model or with what is read whole",
+        "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, with what is read "
+        "whole",
         lambda stage, plan, recipe: plan == "fsdp" and _trains_rows(stage, recipe) and reads_whole(stage),
         "PEFT reads the rows past FSDP2, which has gathered nothing where it divides a whole model. Name the whole "
         "modules in `modules_to_save`, or start plain ranks.",
@@ -137,7 +137,7 @@ REFUSALS = (
         "ZeRO-2, or name the whole modules in `modules_to_save`.",
     ),
     Refusal(
-        "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole",
+        "`modules_to_save` with FSDP, of a stage of pairs or with what is read whole",
         lambda stage, plan, _: plan == "fsdp" and _copies_modules(stage) and (stage.PAIRS or reads_whole(stage)),
         "what it trained was not the same as on one rank when it was tried. Start plain ranks, or leave it out.",
     ),
@@ -159,7 +159,7 @@ REFUSALS = (
         "a rank does not have the whole model to score. Use FSDP, or leave it out.",
     ),
     Refusal(
-        "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole",
+        "`early_stopping` with FSDP, with what is read whole",
         lambda stage, plan, _: plan == "fsdp" and stage.early_stopping is not None and reads_whole(stage),
         "a rank does not have the whole model to score (what makes own texts is read whole and divided later). Start "
         "plain ranks, or leave it out.",

@@ -19,8 +19,8 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "tensor, context or sequence parallelism (`parallelism_config`)": ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}),
     "`quantization: int8` with FSDP or ZeRO-3": (ZERO3, {"quantization": "int8", "lora": LORA}),
     "`quantization: nf4` in bytes with FSDP or ZeRO-3": (FSDP, {"quantization": "nf4", "lora": LORA}),
-    "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, of an encoder-"
-    "decoder model or with what is read whole": (
+    "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, with what is read "
+    "whole": (
         FSDP,
         {"lora": LORA, "tokenizer": {"add_tokens": ["<cat>"]}, "keep": {"replay": {}}},
     ),
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         ZERO3,
         {"lora": LORA | {"trainable_token_indices": {"embed_tokens": [1, 5]}}},
     ),
-    "`modules_to_save` with FSDP, of an encoder-decoder model, a stage of pairs or with what is read whole": (
+    "`modules_to_save` with FSDP, of a stage of pairs or with what is read whole": (
         FSDP,
         {"lora": LORA | {"modules_to_save": ["lm_head"]}, "keep": {"replay": {}}},
     ),
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "`kl` or `l2` of `keep:` with DeepSpeed": (ZERO3, {"keep": {"l2": {"weight": 0.1}}}),
     "own texts of the parent (`keep:`) with ZeRO-3": (ZERO3, {"keep": {"replay": {}}}),
     "`early_stopping` with DeepSpeed": (ZERO3, {"early_stopping": {"suite": "sounds"}}),
-    "`early_stopping` with FSDP, of an encoder-decoder model or with what is read whole": (
+    "`early_stopping` with FSDP, with what is read whole": (
         FSDP,
         {"early_stopping": {"suite": "sounds"}, "keep": {"replay": {}}},
     ),
