@@ -38,6 +38,7 @@ from hfpipe.core.upstream import adapters_of_whole_layers, copied_whole
 from hfpipe.model.classifier import HEAD_MODULES, SUFFIX, read_head
 from hfpipe.model.fake_quantized import fake_quantize
 from hfpipe.model.load_errors import clear_errors, pickles_only, require_token_ids
+from hfpipe.model.parameters import freeze_tables
 from hfpipe.model.spread import (
     differs_at_its_ends,
     draw_fresh,
@@ -340,6 +341,8 @@ def load_model(
         options["device_map"] = {"": place or device()}
     if shapes is None:
         model, new, _ = _read(ref, task, options)
+        if task == "seq2seq" and not frozen:
+            freeze_tables(model)
     else:
         model, new = _read_in_parts(ref, task, options, shapes, frozen=frozen)
     require_token_ids(model, ref.path)

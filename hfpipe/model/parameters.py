@@ -49,6 +49,20 @@ def freeze(model: Any, train_only: Sequence[str] | None, frozen: Sequence[str] |
             weight.requires_grad_(name in left)
 
 
+def freeze_tables(model: Any) -> None:
+    """Freezes what a model makes frozen, such as Marian's table of positions; transformers forgets it at a load.
+
+    A model that is read in parts has it so: the states of its optimizer are continued on one rank and on several.
+
+    Args:
+        model: The model as it was read, on one rank.
+    """
+    with torch.device("meta"):
+        made = type(model)(model.config)
+    for name, weight in made.named_parameters():
+        model.get_parameter(name).requires_grad_(weight.requires_grad)
+
+
 def _named_by(patterns: Iterable[str], names: Sequence[str], word: str) -> set[str]:
     """Returns the names in which a pattern is found."""
     named: set[str] = set()

@@ -226,13 +226,8 @@ def is_spread(model: Any) -> bool:
 def end_reading(model: Any) -> None:
     """Makes a model that was just read in parts ready for a pass, or for accelerate to train.
 
-    All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts. Tables of
-    positions that never learn (Marian's) count as trained, as they do where transformers reads them whole: states of
-    optimizers are continued on one rank and on several.
+    All is divided again behind a pass, the head too: an optimizer that is made then has to find the parts.
     """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.requires_grad_(True)
     gather_shared_weights_once(model)
     model.set_reshard_after_forward(True)
     leave_training_to_accelerate(model)

@@ -289,11 +289,14 @@ def _parts_of_weights(run: StageRun, trainer: Trainer, checkpoint: Path) -> None
     """Reads each rank's part of weights that were saved whole."""
     model = _model(trainer)
     if hasattr(model, "peft_config"):
-        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        own, saved = model.state_dict(), load_file(checkpoint / "adapter_model.safetensors")
+        # PEFT saves embeddings that have grown, and are not trained, too.
+        trained = {name: whole for name, whole in saved.items() if not isinstance(own.get(name), DTensor)}
+        set_peft_model_state_dict(model, trained)
         return
     head = read_head(checkpoint) if is_classifier(model) else None
-    saved = replace(run.parent, path=str(checkpoint), revision=None)
-    read = load_model(saved, frozen=False, head=head, spread=True).state_dict()
+    parent = replace(run.parent, path=str(checkpoint), revision=None)
+    read = load_model(parent, frozen=False, head=head, spread=True).state_dict()
     for name, part in model.state_dict().items():
         part.copy_(read[name])
 
