@@ -3,6 +3,8 @@
 W(s) = (1 - s) W_parent + s W_trained, for every weight (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903). Of an adapter
 the same model is an adapter of the same kind again: the strength is folded into its own tensors, and plain PEFT loads
 it. What an adapter holds besides (whole modules, biases, rows of an embedding) goes the straight line too.
+
+Where the launch spreads weights over the ranks, each rank has its part of them, and every rank has to call all of this.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,17 @@ from peft import get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
+from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.model.adapter import ProbeText, probe, require_equal
+from hfpipe.core.upstream import state_its_rounding
+from hfpipe.model.adapter import ProbeText, probe, require_equal, verify_tensors
 from hfpipe.model.classifier import read_head
 from hfpipe.model.load import ModelRef, load_model, put_adapter, read_adapter, task_of
 from hfpipe.model.load_errors import clear_errors
+from hfpipe.model.parts import verify_parts, write_parts
+from hfpipe.model.spread import is_spread
 
 WEIGHTS = "adapter_model.safetensors"
 # By PEFT's type (those of recipe/adapters.py): the tensors in which the change of the weights is linear, one factor of
@@ -80,7 +88,7 @@ class AdapterDial:
                 f"The types that can are {', '.join(SCALED)}; so can a full fine-tune."
             )
         head = read_head(Path(trained.path)) if task_of(trained) == "classification" else None
-        loaded, new = load_model(trained.base, head=head, with_new_modules=True)
+        loaded, new = load_model(trained.base, head=head, with_new_modules=True, spread=True)
         with clear_errors("adapter", trained.path):
             self.tensors = load_file(Path(trained.path) / WEIGHTS)
         self.parents = self._parents(loaded.state_dict(), new)
@@ -106,14 +114,14 @@ class AdapterDial:
                 parents[name] = tensor
             elif place.endswith(TOKENS):
                 module = place.removesuffix(f".token_adapter.{TOKENS}").removesuffix(f".{TOKENS}")
-                parents[name] = base[f"{module}.weight"][self._rows(module)].to(tensor, copy=True).cpu()
+                parents[name] = _whole(base[f"{module}.weight"])[self._rows(module)].to(tensor, copy=True).cpu()
             elif place not in base or base[place].shape != tensor.shape:
                 raise RecipeError(
                     f"{self.ref.path}: the tensor {name} has no counterpart in the base, so there is no strength "
                     "between the two. This adapter cannot be dialled."
                 )
             else:
-                parents[name] = base[place].to(tensor, copy=True).cpu()
+                parents[name] = _whole(base[place]).to(tensor, copy=True).cpu()
         return parents
 
     def _rows(self, module: str) -> list[int]:
@@ -155,7 +163,7 @@ class AdapterDial:
         if not all(other in self.tensors and self.tensors[other].ndim == 2 for other in names):
             raise RecipeError(f"{self.ref.path}: DoRA on {place} is not one of a linear layer, and cannot be dialled.")
         module: Any = self.model.get_submodule(place)
-        base = dequantize_module_weight(module.get_base_layer())
+        base = _weight_of(module.get_base_layer())
         weight = transpose(base, getattr(module, "fan_in_fan_out", False)).float().cpu()
         down, up = (self.tensors[other].float() for other in names)  # (r, in), (out, r)
         magnitude, scaling = self.tensors[name].float(), module.scaling["default"]
@@ -173,12 +181,17 @@ class AdapterDial:
         return self.model
 
     def save(self, folder: Path, strength: float) -> None:
-        """Writes the adapter at a strength into an empty folder and loads it again."""
-        for file in Path(self.ref.path).iterdir():
-            if file.is_file() and file.name != WEIGHTS:  # its config, the tokenizer, the classes of a head
-                shutil.copyfile(file, folder / file.name)
-        save_file(self.tensors_at(strength), folder / WEIGHTS, metadata={"format": "pt"})
-        _verify(self.at(strength), replace(self.ref, path=str(folder)), self)
+        """Writes the adapter at a strength into an empty folder of the main process, and loads it again."""
+        tensors = self.tensors_at(strength)
+        if ranks.is_main():
+            for file in Path(self.ref.path).iterdir():
+                if file.is_file() and file.name != WEIGHTS:  # its config, the tokenizer, the classes of a head
+                    shutil.copyfile(file, folder / file.name)
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        if is_spread(self.model):
+            ranks.on_main(partial(verify_tensors, folder, tensors))
+        elif ranks.is_main():
+            _verify(self.at(strength), replace(self.ref, path=str(folder)), self)
 
 
 class WeightsDial:
@@ -189,23 +202,23 @@ class WeightsDial:
     def __init__(self, trained: ModelRef, parent: ModelRef, tokenizer: Any, texts: Sequence[ProbeText]) -> None:
         self.ref, self.tokenizer, self.texts = trained, tokenizer, texts
         head = read_head(Path(trained.path)) if task_of(trained) == "classification" else None
-        started, new = load_model(parent, frozen=False, head=head, with_new_modules=True)
+        started, new = load_model(parent, frozen=False, head=head, with_new_modules=True, spread=True)
         self.parent = {
-            name: tensor.cpu()
+            name: _part(tensor).cpu()
             for name, tensor in started.state_dict().items()
             if tensor.is_floating_point() and name.rpartition(".")[0] not in new
         }
         del started
-        whole = load_model(trained, frozen=False)
-        self.trained = {name: tensor.cpu() for name, tensor in whole.state_dict().items() if name in self.parent}
+        whole = load_model(trained, frozen=False, spread=True)
+        self.trained = {name: _part(tensor).cpu() for name, tensor in whole.state_dict().items() if name in self.parent}
         del whole
-        self.model = load_model(trained)
+        self.model = load_model(trained, spread=True)
 
     @torch.no_grad()
     def _set(self, model: Any, strength: float) -> Any:
         for name, tensor in model.state_dict().items():
             if name in self.trained:
-                tensor.copy_(torch.lerp(self.parent[name].float(), self.trained[name].float(), strength))
+                _part(tensor).copy_(torch.lerp(self.parent[name].float(), self.trained[name].float(), strength))
         return model
 
     def at(self, strength: float) -> Any:
@@ -213,10 +226,40 @@ class WeightsDial:
         return self._set(self.model, strength)
 
     def save(self, folder: Path, strength: float) -> None:
-        """Writes the model at a strength into an empty folder, with its tokenizer, and loads it again."""
-        self._set(load_model(self.ref, frozen=False), strength).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        _verify(self.at(strength), replace(self.ref, path=str(folder)), self)
+        """Writes the model at a strength into an empty folder of the main process, and compares the files with it."""
+        model = self._set(load_model(self.ref, frozen=False, spread=True), strength)
+        if is_spread(model):
+            write_parts(model, folder)
+            verify_parts(model, folder)
+        if ranks.is_main():
+            self.tokenizer.save_pretrained(folder)
+            if not is_spread(model):
+                model.save_pretrained(folder)
+                _verify(self.at(strength), replace(self.ref, path=str(folder)), self)
+
+
+def _part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what this rank has of a tensor: all of one that is not spread."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns all of a tensor, gathered from the ranks if it is spread."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _weight_of(layer: Any) -> torch.Tensor:
+    """Returns the whole weight of a layer, dequantized."""
+    part = layer.weight
+    if not isinstance(part, DTensor):
+        return dequantize_module_weight(layer)
+    layer.weight = torch.nn.Parameter(part.full_tensor(), requires_grad=False)
+    try:
+        if getattr(layer, "quant_state", None) is not None:
+            state_its_rounding(layer)
+        return dequantize_module_weight(layer)
+    finally:
+        layer.weight = part
 
 
 def _verify(model: Any, saved: ModelRef, dial: AdapterDial | WeightsDial) -> None:

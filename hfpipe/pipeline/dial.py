@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -351,8 +352,8 @@ class _Sweep:
         if known | facts == known:
             return
         dial = self.dial()  # on every rank, as a parent that is an adapter may have to be merged
-        if ranks.is_main():
-            with whole_folder(folder) as beside:
-                dial.save(beside, strength)
+        with whole_folder(folder) if ranks.is_main() else nullcontext(folder) as beside:
+            dial.save(beside, strength)
+            if ranks.is_main():
                 write_json(beside / STRENGTH, facts | {"files": hashes_of(beside)})
         ranks.wait()
