@@ -46,14 +46,17 @@ def losses(run: Path, stage: str) -> list[float]:
 def assert_same(run: Path, one: Path, stages: list[str]) -> None:
     for stage in stages:
         assert losses(run, stage) == pytest.approx(losses(one, stage), abs=1e-4)
-        folder, other = (each / "stages" / stage / "model" for each in (run, one))
-        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
-        for file in folder.glob("*.safetensors"):
-            found, expected = load_file(file), load_file(other / file.name)
-            assert found.keys() == expected.keys()
-            for name, tensor in found.items():
-                torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-3, msg=f"{stage} {name}")
+        assert_same_weights(*(each / "stages" / stage / "model" for each in (run, one)))
     assert tiny.scores(run) == pytest.approx(tiny.scores(one), abs=2e-3)
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
+    for file in folder.glob("*.safetensors"):
+        found, expected = load_file(file), load_file(other / file.name)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-3, msg=f"{file} {name}")
 
 
 def test_a_causal_chain_is_that_of_one_rank(tmp_path: Path) -> None:
@@ -133,7 +136,8 @@ def chosen_and_kept(folder: Path) -> dict[str, Any]:
     first, adapter = content["stages"]
     training = {"max_steps": 4, "learning_rate": "2e-3", "max_length": 64}
     best = {"name": "best", "early_stopping": {"suite": "general"}, "training": training | {"eval_steps": 2}}
-    kept = {"name": "kept", "keep": {"replay": {"rows": 8}}, "training": training | {"max_steps": 2}}
+    kept = {"name": "kept", "keep": {"replay": {"rows": 8}}, "early_stopping": {"suite": "sounds"}}
+    kept |= {"training": training | {"max_steps": 2, "eval_steps": 1}}
     content["stages"] = [first, {key: value for key, value in adapter.items() if key != "lora"} | best, adapter | kept]
     content["evaluate"]["sounds"]["metrics"] = ["bits_per_byte"]
     return content
