@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 from fsdp_on_cpu import environment_of
-from test_spread import HYBRID, QUIET, assert_same, labelled, sized, spread
+from test_spread import HYBRID, QUIET, assert_same, labelled, sized, spread, translated
 
 from hfpipe.cli import main
 from hfpipe.core.files import read_json
@@ -82,6 +82,14 @@ def conv(folder: Path) -> dict[str, Any]:
     return content
 
 
+def translating(folder: Path) -> dict[str, Any]:
+    """An adapter of an encoder-decoder model, whose layers share embeddings with the head."""
+    content = translated(folder)
+    whole, part = content["stages"]
+    content["stages"] = [whole | {"name": "prose"}, part | {"parent": "prose", "quantization": NF4}]
+    return content
+
+
 def grown(folder: Path) -> dict[str, Any]:
     """The best of an adapter by a suite, on a base in 4 bits whose embeddings grow for added tokens; merged."""
     base = folder / "made/stages/base/model"
@@ -96,7 +104,7 @@ def grown(folder: Path) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("made", [encoder, conv, grown], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [encoder, conv, translating, grown], ids=lambda made: made.__name__)
 def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any) -> None:
     tiny.write_data(tmp_path)
     content = made(tmp_path)
