@@ -83,15 +83,8 @@ def rounded(folder: Path) -> dict[str, Any]:
     return content
 
 
-def spoken(folder: Path) -> dict[str, Any]:
-    """An adapter beside its parent's own texts."""
-    content = tiny.recipe(folder, merge=False, **QUIET)
-    content["stages"][1] |= {"keep": {"replay": {"rows": 8}}}
-    return content
-
-
 @pytest.mark.parametrize("level", [2, 3])
-@pytest.mark.parametrize("made", [chain, labelled, spoken, taken, translated, rounded], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [chain, labelled, taken, translated, rounded], ids=lambda made: made.__name__)
 def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any, level: int) -> None:
     for place in ("one", "two"):
         folder = tmp_path / place

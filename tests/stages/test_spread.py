@@ -136,8 +136,7 @@ def chosen_and_kept(folder: Path) -> dict[str, Any]:
     first, adapter = content["stages"]
     training = {"max_steps": 4, "learning_rate": "2e-3", "max_length": 64}
     best = {"name": "best", "early_stopping": {"suite": "general"}, "training": training | {"eval_steps": 2}}
-    kept = {"name": "kept", "keep": {"replay": {"rows": 8}}, "early_stopping": {"suite": "sounds"}}
-    kept |= {"training": training | {"max_steps": 2, "eval_steps": 1}}
+    kept = {"name": "kept", "keep": {"replay": {"rows": 8}}, "training": training | {"max_steps": 2}}
     content["stages"] = [first, {key: value for key, value in adapter.items() if key != "lora"} | best, adapter | kept]
     content["evaluate"]["sounds"]["metrics"] = ["bits_per_byte"]
     return content
