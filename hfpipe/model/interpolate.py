@@ -181,7 +181,7 @@ class AdapterDial:
         return self.model
 
     def save(self, folder: Path, strength: float) -> None:
-        """Writes the adapter at a strength into an empty folder of the main process, and loads it again."""
+        """Writes the adapter at a strength into an empty folder of the main process, and compares the file with it."""
         tensors = self.tensors_at(strength)
         if ranks.is_main():
             for file in Path(self.ref.path).iterdir():
@@ -227,13 +227,16 @@ class WeightsDial:
 
     def save(self, folder: Path, strength: float) -> None:
         """Writes the model at a strength into an empty folder of the main process, and compares the files with it."""
+        spread = is_spread(self.model)
+        if not (spread or ranks.is_main()):
+            return
         model = self._set(load_model(self.ref, frozen=False, spread=True), strength)
-        if is_spread(model):
+        if spread:
             write_parts(model, folder)
             verify_parts(model, folder)
         if ranks.is_main():
             self.tokenizer.save_pretrained(folder)
-            if not is_spread(model):
+            if not spread:
                 model.save_pretrained(folder)
                 _verify(self.at(strength), replace(self.ref, path=str(folder)), self)
 

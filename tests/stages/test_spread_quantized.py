@@ -128,7 +128,7 @@ def test_a_shipped_plan_makes_what_one_rank_makes(
     tmp_path: Path, file: str, ranks: int, words: tuple[str, ...]
 ) -> None:
     plan = environment_of(file, "--num_processes", str(ranks), *words)
-    plan |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+    plan |= {"ACCELERATE_USE_CPU": "true"}
     tiny.write_data(tmp_path)
     for place in ("one", "several"):
         content = tiny.recipe(tmp_path, output_dir=str(tmp_path / place), **QUIET)
