@@ -25,7 +25,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from hfpipe.data.dedup import Cleaner
 from hfpipe.data.sources.load import load_rows
 from hfpipe.model.create import train_tokenizer
-from hfpipe.model.load import load_tokenizer
+from hfpipe.model.tokenizer import load_tokenizer
 from hfpipe.recipe import Source
 
 FILES, LANES, SUITE_ROWS = 8, 8, 500

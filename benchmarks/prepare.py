@@ -44,7 +44,7 @@ from hfpipe.data.token_pool import encoded
 from hfpipe.data.token_store import Columns, TokenStore, columns_of, key_of, release_mapped, write_columns
 from hfpipe.data.tokenize import RowTokenizer
 from hfpipe.model.create import train_tokenizer
-from hfpipe.model.load import load_tokenizer
+from hfpipe.model.tokenizer import load_tokenizer
 from hfpipe.recipe import Source
 
 CHATML = (

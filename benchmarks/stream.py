@@ -42,7 +42,7 @@ from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream.dataset import WINDOW_DOCUMENTS, TokenStream
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.create import create_model, train_tokenizer
-from hfpipe.model.load import load_tokenizer
+from hfpipe.model.tokenizer import load_tokenizer
 from hfpipe.recipe import Source
 
 MAX_LENGTH = 1024

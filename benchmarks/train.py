@@ -22,7 +22,8 @@ import torch
 
 from hfpipe.data.sources.load import load_rows
 from hfpipe.data.stream.dataset import TokenStream
-from hfpipe.model.load import ModelRef, load_model, load_tokenizer
+from hfpipe.model.load import ModelRef, load_model
+from hfpipe.model.tokenizer import load_tokenizer
 from hfpipe.pipeline.run import run_recipe
 from hfpipe.recipe import Recipe
 

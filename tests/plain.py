@@ -21,7 +21,8 @@ from transformers import (
 from hfpipe.cli import main
 from hfpipe.evaluation.suites import score_suite, suite_rows
 from hfpipe.model.create import train_tokenizer
-from hfpipe.model.load import ModelRef, load_model, load_tokenizer
+from hfpipe.model.load import ModelRef, load_model
+from hfpipe.model.tokenizer import load_tokenizer
 from hfpipe.recipe import load_recipe
 from hfpipe.scores.scorecard import Score
 

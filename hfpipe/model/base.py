@@ -30,12 +30,11 @@ from hfpipe.model.load import (
     AUTO_CLASSES,
     ModelRef,
     config_of,
-    load_tokenizer,
     task_of,
     task_of_type,
 )
 from hfpipe.model.load_errors import clear_errors, pickles_only, require_token_ids
-from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
+from hfpipe.model.tokenizer import added_ids, load_tokenizer, prepare_tokenizer, template_warning
 from hfpipe.recipe import Recipe, TokenizerTraining, hash_of
 from hfpipe.recipe.config import Model
 from hfpipe.recipe.row_formats import formats_of_stage, texts_of

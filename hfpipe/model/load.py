@@ -1,4 +1,4 @@
-"""Loads tokenizers and models: a base of the Hub, a stage's folder, an adapter on its base, in 4 bits where asked."""
+"""Loads models: a base of the Hub, a stage's folder, an adapter on its base, in 4 bits where asked."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.models.auto.modeling_auto import (
@@ -31,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 
 from hfpipe.core import display, ranks
 from hfpipe.core.downloads import Download
-from hfpipe.core.errors import RecipeError, UserError
+from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import load_json
 from hfpipe.core.run_layout import ADAPTER_CONFIG
 from hfpipe.core.upstream import adapters_of_whole_layers, copied_whole
@@ -51,14 +49,13 @@ from hfpipe.model.spread import (
     take_ends,
 )
 from hfpipe.model.spread_quantized import is_spread_in, quantize_spread
-from hfpipe.model.tokenizer import give_words, make_room
+from hfpipe.model.tokenizer import make_room
 from hfpipe.recipe import Model, Qat, Quantization
 from hfpipe.recipe.annotations import explain, fits
 from hfpipe.recipe.passthrough import check_config
 from hfpipe.recipe.raw import Block
 from hfpipe.recipe.signatures import peft_fields
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # one of them, at least
 # What a model can be for, and the class that loads it for that.
 AUTO_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
@@ -206,55 +203,6 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
                 f"{path} is damaged: {name}: {explain(value, fields[name].kinds)} Correct it in that file."
             )
     return config
-
-
-def load_tokenizer(
-    path: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    task: str = "causal",
-    words: Mapping[str, Any] | None = None,
-) -> Any:
-    """Loads a tokenizer and makes sure that it has an EOS and a padding token.
-
-    Args:
-        path: A Hub id or a folder.
-        revision: Commit or branch of a Hub id.
-        trust_remote_code: Whether code of its repository may run.
-        task: What its model is for. That of an encoder-decoder model need not be fast: Marian's is not.
-        words: Words of transformers' own that the recipe gives it, such as `eos_token`.
-
-    Raises:
-        RecipeError: It does not exist, is not a fast tokenizer, or has no EOS token.
-    """
-    folder = Path(path)
-    try:
-        with clear_errors("tokenizer", path):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path, revision=revision or "main", trust_remote_code=trust_remote_code
-            )
-    except UserError as error:
-        if folder.is_dir() and not any(list(folder.glob(name)) for name in TOKENIZER_FILES):
-            raise RecipeError(
-                f"the folder {path!r} has no tokenizer (tokenizer.json, or a vocabulary). Save it beside the model, or "
-                "name another folder or Hub id: `model: {tokenizer: {id: ...}}`."
-            ) from error
-        raise
-    if not isinstance(tokenizer.model_max_length, int | float):
-        raise RecipeError(
-            f"tokenizer {path!r}: its tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}, "
-            "which is not a number of tokens. Correct it in that file."
-        )
-    give_words(tokenizer, words or {})
-    closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]
-    if not tokenizer.is_fast and task != "seq2seq":
-        raise RecipeError(f"tokenizer {path!r} has no fast (Rust) form, which hfpipe needs for offsets and speed.")
-    if closing is None:
-        raise RecipeError(f"tokenizer {path!r} has no EOS token. Name one: model.tokenizer: {{eos_token: ...}}.")
-    if tokenizer.pad_token_id is None:  # none is named, or one that the vocabulary does not have
-        tokenizer.pad_token = closing
-    return tokenizer
 
 
 def task_of_type(model_type: str) -> str:

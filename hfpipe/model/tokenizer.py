@@ -1,19 +1,72 @@
-"""Tokens that a recipe adds: to the tokenizer, to the embeddings, and to what an adapter trains."""
+"""Loads tokenizers; and the tokens that a recipe adds to one, to the embeddings, and to what an adapter trains."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hfpipe.core.errors import RecipeError
+from hfpipe.core.errors import RecipeError, UserError
 from hfpipe.core.upstream import part_shared_embeddings
+from hfpipe.model.load_errors import clear_errors
 from hfpipe.recipe import Tokenizer
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # one of them, at least
 # What chat templates mark turns and calls with: <|im_start|>, <start_of_turn>, </tool_call>, [INST].
 _MARKER = re.compile(r"<\|[^<>|\s]+\|>|</?[A-Za-z_][\w-]*>|\[/?[A-Z_]{2,}\]")
+
+
+def load_tokenizer(
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    task: str = "causal",
+    words: Mapping[str, Any] | None = None,
+) -> Any:
+    """Loads a tokenizer and makes sure that it has an EOS and a padding token.
+
+    Args:
+        path: A Hub id or a folder.
+        revision: Commit or branch of a Hub id.
+        trust_remote_code: Whether code of its repository may run.
+        task: What its model is for. That of an encoder-decoder model need not be fast: Marian's is not.
+        words: Words of transformers' own that the recipe gives it, such as `eos_token`.
+
+    Raises:
+        RecipeError: It does not exist, is not a fast tokenizer, or has no EOS token.
+    """
+    folder = Path(path)
+    try:
+        with clear_errors("tokenizer", path):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
+    except UserError as error:
+        if folder.is_dir() and not any(list(folder.glob(name)) for name in TOKENIZER_FILES):
+            raise RecipeError(
+                f"the folder {path!r} has no tokenizer (tokenizer.json, or a vocabulary). Save it beside the model, or "
+                "name another folder or Hub id: `model: {tokenizer: {id: ...}}`."
+            ) from error
+        raise
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise RecipeError(
+            f"tokenizer {path!r}: its tokenizer_config.json has model_max_length {tokenizer.model_max_length!r}, "
+            "which is not a number of tokens. Correct it in that file."
+        )
+    give_words(tokenizer, words or {})
+    closing = tokenizer.eos_token or tokenizer.sep_token  # an encoder's tokenizer ends a text with [SEP]
+    if not tokenizer.is_fast and task != "seq2seq":
+        raise RecipeError(f"tokenizer {path!r} has no fast (Rust) form, which hfpipe needs for offsets and speed.")
+    if closing is None:
+        raise RecipeError(f"tokenizer {path!r} has no EOS token. Name one: model.tokenizer: {{eos_token: ...}}.")
+    if tokenizer.pad_token_id is None:  # none is named, or one that the vocabulary does not have
+        tokenizer.pad_token = closing
+    return tokenizer
 
 
 def prepare_tokenizer(tokenizer: Any, block: Tokenizer | None) -> Any:

@@ -24,8 +24,8 @@ from hfpipe.data.sources.load import open_source
 from hfpipe.evaluation.suites import suite_rows
 from hfpipe.model.base import shapes_of, texts_for_tokenizer
 from hfpipe.model.create import architecture_of, create_model, train_tokenizer
-from hfpipe.model.load import ModelRef, load_tokenizer, task_of, task_of_type
-from hfpipe.model.tokenizer import added_ids, prepare_tokenizer, template_warning
+from hfpipe.model.load import ModelRef, task_of, task_of_type
+from hfpipe.model.tokenizer import added_ids, load_tokenizer, prepare_tokenizer, template_warning
 from hfpipe.pipeline.context import quiet_libraries
 from hfpipe.pipeline.first_rows import FEW, facts_of, flaws_of
 from hfpipe.pipeline.requirements import Loaded, require_start, require_training

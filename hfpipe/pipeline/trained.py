@@ -19,8 +19,9 @@ from hfpipe.core.files import read_json
 from hfpipe.core.run_layout import MERGED, MODEL, model_of, require_whole
 from hfpipe.core.run_state import require_whole_state
 from hfpipe.data.prompts import Asking
-from hfpipe.model.load import ModelRef, load_tokenizer, task_of
+from hfpipe.model.load import ModelRef, task_of
 from hfpipe.model.load_errors import clear_errors
+from hfpipe.model.tokenizer import load_tokenizer
 from hfpipe.pipeline.finished import finished_stage, require_merged, writing_stage
 from hfpipe.recipe import Model, Recipe, Stage, load_recipe
 from hfpipe.report.usage import lineage

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from hfpipe.cli import main
 from hfpipe.model.interpolate import open_dial
-from hfpipe.model.load import ModelRef, load_model, load_tokenizer
+from hfpipe.model.load import ModelRef, load_model
+from hfpipe.model.tokenizer import load_tokenizer
 from hfpipe.recipe import load_recipe
 
 KINDS = {
