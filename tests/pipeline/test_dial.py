@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from classifying import written
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
@@ -229,8 +230,6 @@ def test_what_cannot_be_dialled_is_refused_before_anything_is_loaded(
 @pytest.mark.long
 def test_a_quantized_base_and_a_classifier_are_dialled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
-    from test_classification import written
-
     content = written(tmp_path, "one", lora={"r": 4})
     usual = tiny.recipe(tmp_path)
     short = {"max_steps": 4, "learning_rate": 0.05, "max_length": 64, "save_strategy": "no"}

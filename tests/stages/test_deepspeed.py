@@ -17,7 +17,7 @@ import tiny
 import torch
 from fsdp_on_cpu import environment_of
 from safetensors.torch import load_file
-from test_spread import QUIET, assert_same, labelled, sized, steps, translated
+from spreading import QUIET, assert_same, labelled, sized, steps, translated
 
 from hfpipe.cli import main
 
@@ -83,8 +83,15 @@ def rounded(folder: Path) -> dict[str, Any]:
     return content
 
 
+def spoken(folder: Path) -> dict[str, Any]:
+    """An adapter beside its parent's own texts."""
+    content = tiny.recipe(folder, merge=False, **QUIET)
+    content["stages"][1] |= {"keep": {"replay": {"rows": 8}}}
+    return content
+
+
 @pytest.mark.parametrize("level", [2, 3])
-@pytest.mark.parametrize("made", [chain, labelled, taken, translated, rounded], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [chain, labelled, spoken, taken, translated, rounded], ids=lambda made: made.__name__)
 def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any, level: int) -> None:
     for place in ("one", "two"):
         folder = tmp_path / place

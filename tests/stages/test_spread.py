@@ -1,62 +1,18 @@
 """Weights spread over ranks from the first byte: the same losses, scores and weights as on one rank."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from fsdp_on_cpu import FSDP, environment_of
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from spreading import QUIET, SHIPPED, assert_same, labelled, run_on, shipped, sized, spread, steps, translated
 
 from hfpipe.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-LAUNCHER = Path(__file__).parents[1] / "fsdp_on_cpu.py"
-QUIET: dict[str, Any] = {"energy": False, "shift": False}
-
-
-def spread(
-    path: Path, ranks: int, *more: str, code: int = 0, plan: dict[str, str] | None = None, **environment: str
-) -> str:
-    """Runs a recipe under FSDP2 on CPU ranks; what they said."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    ended = subprocess.run(
-        [*line, str(LAUNCHER), "run", str(path), *more],
-        env=os.environ | FSDP | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (plan or {}) | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert (ended.returncode == 0) == (code == 0), ended.stdout
-    return ended.stdout
-
-
-def losses(run: Path, stage: str) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "stages" / stage / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same(run: Path, one: Path, stages: list[str]) -> None:
-    for stage in stages:
-        assert losses(run, stage) == pytest.approx(losses(one, stage), abs=1e-4)
-        assert_same_weights(*(each / "stages" / stage / "model" for each in (run, one)))
-    assert tiny.scores(run) == pytest.approx(tiny.scores(one), abs=2e-3)
-
-
-def assert_same_weights(folder: Path, other: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
-    for file in folder.glob("*.safetensors"):
-        found, expected = load_file(file), load_file(other / file.name)
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
-            torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-3, msg=f"{file} {name}")
 
 
 def test_a_causal_chain_is_that_of_one_rank(tmp_path: Path) -> None:
@@ -65,67 +21,24 @@ def test_a_causal_chain_is_that_of_one_rank(tmp_path: Path) -> None:
         folder.mkdir()
         tiny.write_data(folder)
         path = tiny.write(folder, tiny.recipe(folder, energy=False))
-        if ranks == 1:
-            assert main(["run", str(path)]) == 0
-        else:
-            spread(path, ranks)
+        run_on(path, ranks)
     assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", ["prose", "sounds"])
 
 
-HYBRID = "--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2"
-
-
-@pytest.mark.parametrize(
-    ("file", "ranks", "words"),
-    [("fsdp2_hybrid.yaml", 4, HYBRID), ("fsdp2_offload.yaml", 2, ())],
-    ids=["hybrid", "offload"],
-)
-def test_a_shipped_plan_makes_what_one_rank_makes_and_is_continued_by_it(
-    tmp_path: Path, file: str, ranks: int, words: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("file", SHIPPED)
+def test_a_shipped_plan_makes_what_one_rank_makes_and_is_continued_by_it(tmp_path: Path, file: str) -> None:
     """All weights, the best of them by a suite, an adapter beside the parent's texts; then more steps on one rank."""
-    plan = environment_of(file, "--num_processes", str(ranks), *words)
-    plan |= {"ACCELERATE_USE_CPU": "true"}
-    for place in ("one", "several"):
+    several, plan = shipped(file)
+    for place, ranks in (("one", 1), ("several", several)):
         folder = tmp_path / place
         folder.mkdir()
         tiny.write_data(folder)
-        path = tiny.write(folder, chosen_and_kept(folder))
-        if place == "one":
-            assert main(["run", str(path)]) == 0
-        else:
-            spread(path, ranks, plan=plan)
+        run_on(tiny.write(folder, chosen_and_kept(folder)), ranks, plan)
     assert_same(tmp_path / "several" / "run", tmp_path / "one" / "run", ["prose", "best", "kept"])
     assert main(["run", str(steps(tmp_path / "long", 6))]) == 0
-    for count in (4, 6):
-        path = steps(tmp_path / "other", count)
-        if count == 4:
-            spread(path, ranks, plan=plan)
-        else:
-            assert main(["run", str(path)]) == 0
+    for count, ranks in ((4, several), (6, 1)):
+        run_on(steps(tmp_path / "other", count), ranks, plan)
     assert_same(tmp_path / "other" / "run", tmp_path / "long" / "run", ["prose"])
-
-
-def labelled(folder: Path) -> dict[str, Any]:
-    """Three stages on an encoder from nothing: masked text, a head trained in full, and one beside an adapter."""
-    content = tiny.recipe(folder, merge=False, energy=False)
-    content["model"]["architecture"] = dict(tiny.ENCODER)
-    source = {"path": "json", "data_files": str(folder / "sounds.jsonl"), "split": "train"}
-    meaning = {"template": {"sentence": "{note}: the {animal}"}, "columns": {"label": "sound"}}
-    training = {"num_train_epochs": 1, "learning_rate": "2e-3", "max_length": 64}
-    kinds = {"kind": "classification", "data": [source | meaning], "global_batch_size": 16, "training": training}
-    content["stages"] = [
-        content["stages"][0] | {"objective": "masked"},
-        kinds | {"name": "whole"},
-        kinds | {"name": "beside", "parent": "prose", "lora": {"r": 4, "target_modules": "all-linear"}},
-    ]
-    held = {"path": "json", "data_files": str(folder / "held.jsonl"), "split": "train"}
-    asked = {"path": "json", "data_files": str(folder / "asked.jsonl"), "split": "train"}
-    content["evaluate"] = {
-        "masked": {"data": held, "metrics": ["masked_accuracy"]},
-        "kinds": {"data": asked | meaning, "metrics": ["accuracy"]},
-    }
-    return content
 
 
 def chosen_and_kept(folder: Path) -> dict[str, Any]:
@@ -135,25 +48,12 @@ def chosen_and_kept(folder: Path) -> dict[str, Any]:
     content["model"]["tokenizer"]["train"]["vocab_size"] = 321
     first, adapter = content["stages"]
     training = {"max_steps": 4, "learning_rate": "2e-3", "max_length": 64}
+    first["samples"] = {"prompts": ["The cat said", "I heard a dog. It"], "every": 2, "max_new_tokens": 8}
     best = {"name": "best", "early_stopping": {"suite": "general"}, "training": training | {"eval_steps": 2}}
-    kept = {"name": "kept", "keep": {"replay": {"rows": 8}}, "training": training | {"max_steps": 2}}
+    kept = {"name": "kept", "keep": {"replay": {"rows": 8}}, "early_stopping": {"suite": "sounds"}}
+    kept |= {"training": training | {"max_steps": 2, "eval_steps": 1}}
     content["stages"] = [first, {key: value for key, value in adapter.items() if key != "lora"} | best, adapter | kept]
     content["evaluate"]["sounds"]["metrics"] = ["bits_per_byte"]
-    return content
-
-
-def translated(folder: Path) -> dict[str, Any]:
-    """All weights of an encoder-decoder model from nothing, and an adapter on it."""
-    content = tiny.recipe(folder, merge=False, **QUIET)
-    sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-    content["model"]["architecture"] = {"model_type": "t5"} | sizes
-    template = {"source": "{note}: {animal}", "target": "{sound}"}
-    source = {"path": "json", "data_files": str(folder / "sounds.jsonl"), "split": "train", "template": template}
-    training = {"max_steps": 4, "learning_rate": "2e-3", "max_length": 64}
-    stage = {"kind": "translation", "data": [source], "global_batch_size": 16, "training": training}
-    content["stages"] = [stage | {"name": "all"}, stage | {"name": "part", "lora": {"r": 4}}]
-    asked = source | {"data_files": str(folder / "asked.jsonl")}
-    content["evaluate"] = {"sounds": {"data": asked, "metrics": ["exact_match", "bits_per_byte"]}}
     return content
 
 
@@ -165,10 +65,7 @@ def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any) -> None:
         tiny.write_data(folder)
         content = made(folder)
         path = tiny.write(folder, content)
-        if ranks == 1:
-            assert main(["run", str(path)]) == 0
-        else:
-            spread(path, ranks)
+        run_on(path, ranks)
     assert_same(tmp_path / "two" / "run", tmp_path / "one" / "run", [stage["name"] for stage in content["stages"]])
 
 
@@ -218,16 +115,6 @@ def test_stages_held_near_their_parent_are_those_of_one_rank_and_continue_exactl
         (file,) = (tmp_path / "two/stages" / stage / "model").glob("*.safetensors")
         found, again = (load_file(tmp_path / place / file.relative_to(tmp_path / "two")) for place in ("two", "halves"))
         assert all(torch.equal(found[name], again[name]) for name in found)
-
-
-def steps(folder: Path, count: int, **training: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    tiny.write_data(folder)
-    content = tiny.recipe(folder, merge=False, evaluate={}, **QUIET)
-    content["stages"] = content["stages"][:1]
-    training = {"max_steps": count, "lr_scheduler_type": "constant", "logging_steps": 1} | training
-    content["stages"][0]["training"] |= training
-    return tiny.write(folder, content)
 
 
 def beside(folder: Path, ranks: int, count: int) -> Path:
@@ -285,6 +172,7 @@ def rows(folder: Path, ranks: int, count: int) -> Path:
         {key: value for key, value in sounds.items() if key != "lora"} | {"name": "whole"},
         {**sounds, "name": "own", "parent": "base", "lora": sounds["lora"] | {"trainable_token_indices": own}},
         {**sounds, "name": "added", "parent": "base"},
+        {**sounds, "name": "onto", "parent": "base", "lora": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}},
     ]
     return tiny.write(folder, content, f"{ranks}.yaml")
 
@@ -301,11 +189,8 @@ def test_an_adapter_that_needs_whole_weights_is_that_of_one_rank(
     stages = [each.name for each in (tmp_path / "0/stages").iterdir() if each.name not in ("base", "prose")]
     for ranks, count in ((first, 2), (second, 4)):
         path = made(tmp_path, 9, count)
-        if ranks == 1:
-            assert main(["run", str(path)]) == 0
-        else:
-            said = spread(path, ranks)
-            assert said.count("continuing from checkpoint-2") == (len(stages) if count == 4 else 0)
+        said = run_on(path, ranks)
+        assert ranks == 1 or said.count("continuing from checkpoint-2") == (len(stages) if count == 4 else 0)
     assert_same(tmp_path / "9", tmp_path / "0", stages)
 
 
@@ -316,12 +201,9 @@ def test_an_adapter_taken_from_weights_that_are_divided_later_is_that_of_one_ran
         content["stages"][1] |= {"keep": {"replay": {"rows": 8}}}
         content["stages"][1]["lora"]["init_lora_weights"] = "pissa"
         path = tiny.write(tmp_path, content, f"{place}.yaml")
-        if place == "one":
-            assert main(["run", str(path)]) == 0
-            for name in ("base", "prose"):
-                shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "two/stages" / name)
-        else:
-            spread(path, 2)
+        run_on(path, 1 if place == "one" else 2)
+        for name in ("base", "prose") if place == "one" else ():
+            shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "two/stages" / name)
     assert_same(tmp_path / "two", tmp_path / "one", ["sounds"])
 
 
@@ -336,46 +218,8 @@ def test_a_checkpoint_is_continued_on_other_ranks_and_without_fsdp(
     assert main(["run", str(steps(tmp_path / "one", 6, **training))]) == 0
     for ranks, count in ((first, 4), (second, 6)):
         path = steps(tmp_path / "other", count, **training)
-        if ranks == 1:
-            assert main(["run", str(path)]) == 0
-        else:
-            spread(path, ranks)
+        run_on(path, ranks)
     assert_same(tmp_path / "other" / "run", tmp_path / "one" / "run", ["prose"])
-
-
-def base(folder: Path, hidden: int) -> str:
-    """A Llama with random weights and a tokenizer of a run from nothing; 0.3 GB at a hidden size of 320."""
-    (folder / "made").mkdir(parents=True)
-    tiny.write_data(folder / "made")
-    content = tiny.recipe(folder / "made", merge=False, evaluate={}, **QUIET)
-    content["stages"] = content["stages"][:1]
-    content["stages"][0]["training"] |= {"max_steps": 1}
-    assert main(["run", str(tiny.write(folder / "made", content))]) == 0
-    made = folder / "made" / "run" / "stages" / "base" / "model"
-    config = LlamaConfig.from_pretrained(
-        made, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=48, num_attention_heads=4
-    )
-    config.num_key_value_heads, config.head_dim = 4, hidden // 4
-    target = folder / "base"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(target)
-    for file in made.glob("token*"):
-        (target / file.name).write_bytes(file.read_bytes())
-    return str(target)
-
-
-def sized(folder: Path, hidden: int, adapter: bool = True) -> dict[str, Any]:
-    """One stage, of an adapter or of all weights, and one small suite on a model of some size; makes `peaks` too."""
-    (folder / "peaks").mkdir(parents=True)
-    tiny.write_data(folder)
-    content = tiny.recipe(folder, merge=False, **QUIET)
-    content["model"] = {"id": base(folder, hidden)}
-    stage, suite = content["stages"][adapter] | {"global_batch_size": 4}, content["evaluate"]["sounds"]
-    if adapter:
-        stage["lora"] = {"r": 2, "target_modules": ["q_proj"]}
-    suite |= {"metrics": ["bits_per_byte"], "batch_size": 2}
-    suite["data"]["take"] = 8
-    return content | {"stages": [stage], "evaluate": {"sounds": suite}}
 
 
 def test_no_rank_ever_holds_more_than_its_part_and_a_layer(tmp_path: Path) -> None:

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
-from test_spread import QUIET, assert_same, assert_same_weights, spread
-
-from hfpipe.cli import main
+from spreading import QUIET, assert_same, assert_same_weights, run_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -33,10 +31,7 @@ def test_a_dialled_stage_is_that_of_one_rank(tmp_path: Path) -> None:
         folder.mkdir()
         tiny.write_data(folder)
         path = tiny.write(folder, dialled(folder))
-        if ranks == 1:
-            assert main(["run", str(path)]) == 0
-        else:
-            spread(path, ranks)
+        run_on(path, ranks)
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     assert_same(two, one, ["whole", "beside"])
     for stage in ("whole", "beside"):

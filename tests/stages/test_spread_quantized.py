@@ -1,13 +1,13 @@
 """A base in 4 bits that is spread over ranks from the first byte: the same losses, scores and adapters as on one."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from fsdp_on_cpu import environment_of
-from test_spread import HYBRID, QUIET, assert_same, labelled, sized, spread, translated
+from spreading import QUIET, SHIPPED, assert_same, labelled, run_on, shipped, sized, spread, translated
 
 from hfpipe.cli import main
 from hfpipe.core.files import read_json
@@ -53,11 +53,8 @@ def test_adapters_are_those_of_one_rank_and_are_continued_on_other_ranks(
         shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "other/stages" / name)
     for number, ranks in enumerate(counts):
         path = adapters(tmp_path, "other", 2 * (number + 1))
-        if ranks == 1:
-            assert main(["run", str(path)]) == 0
-        else:
-            said = spread(path, ranks)
-            assert said.count(f"continuing from checkpoint-{2 * number}") == (len(stages) if number else 0)
+        said = run_on(path, ranks)
+        assert ranks == 1 or said.count(f"continuing from checkpoint-{2 * number}") == (len(stages) if number else 0)
     assert_same(tmp_path / "other", tmp_path / "one", stages)
 
 
@@ -110,36 +107,23 @@ def test_every_kind_is_that_of_one_rank(tmp_path: Path, made: Any) -> None:
     content = made(tmp_path)
     for place in ("one", "two"):
         path = tiny.write(tmp_path, content | {"output_dir": str(tmp_path / place)}, f"{place}.yaml")
-        if place == "one":
-            assert main(["run", str(path)]) == 0
-            for name in {"base", "prose"} & {each.name for each in (tmp_path / "one/stages").iterdir()}:
-                shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "two/stages" / name)
-        else:
-            spread(path, 2)
+        run_on(path, 1 if place == "one" else 2)
+        for name in {"base", "prose"} & set(os.listdir(tmp_path / "one/stages")) if place == "one" else ():
+            shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "two/stages" / name)
     assert_same(tmp_path / "two", tmp_path / "one", stages_of(tmp_path / "one"))
 
 
-@pytest.mark.parametrize(
-    ("file", "ranks", "words"),
-    [("fsdp2_hybrid.yaml", 4, HYBRID), ("fsdp2_offload.yaml", 2, ())],
-    ids=["hybrid", "offload"],
-)
-def test_a_shipped_plan_makes_what_one_rank_makes(
-    tmp_path: Path, file: str, ranks: int, words: tuple[str, ...]
-) -> None:
-    plan = environment_of(file, "--num_processes", str(ranks), *words)
-    plan |= {"ACCELERATE_USE_CPU": "true"}
+@pytest.mark.parametrize("file", SHIPPED)
+def test_a_shipped_plan_makes_what_one_rank_makes(tmp_path: Path, file: str) -> None:
+    several, plan = shipped(file)
     tiny.write_data(tmp_path)
     for place in ("one", "several"):
         content = tiny.recipe(tmp_path, output_dir=str(tmp_path / place), **QUIET)
         content["stages"][1]["quantization"] = NF4
         path = tiny.write(tmp_path, content, f"{place}.yaml")
-        if place == "one":
-            assert main(["run", str(path)]) == 0
-            for name in ("base", "prose"):
-                shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "several/stages" / name)
-        else:
-            spread(path, ranks, plan=plan)
+        run_on(path, 1 if place == "one" else several, plan)
+        for name in ("base", "prose") if place == "one" else ():
+            shutil.copytree(tmp_path / "one/stages" / name, tmp_path / "several/stages" / name)
     assert_same(tmp_path / "several", tmp_path / "one", ["sounds"])
     flops = [read_json(tmp_path / place / "stages/sounds/cost.json")["total"]["flops"] for place in ("one", "several")]
     assert flops[0] == flops[1]
