@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partialmethod
@@ -262,6 +263,23 @@ def gather_shared_weights_once(model: Any) -> None:
                     first.shared_modules.append(place.module)
                     first.shared_param_names.append(place.param_name)
             group.fsdp_params = kept
+
+
+@contextmanager
+def without_hooks(module: Any) -> Iterator[None]:
+    """Has a module, and those below it, be called without hooks inside the block.
+
+    By FSDP2's every rank takes part in each call. `forward` passes the hooks of a module by, but an adapter's layer
+    calls the layer below it. No public function takes hooks off for a time. No issue found.
+    """
+    kept = [(each, each._forward_pre_hooks, each._forward_hooks) for each in module.modules()]
+    for each, _, _ in kept:
+        each._forward_pre_hooks, each._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for each, before, behind in kept:
+            each._forward_pre_hooks, each._forward_hooks = before, behind
 
 
 def leave_training_to_accelerate(model: Any) -> None:

@@ -284,10 +284,30 @@ def gather_head(model: Any, head: torch.nn.Module) -> None:
         model: A causal model after its pass; of one that is spread every rank has to call this.
         head: Its head.
     """
-    weights = {id(weight) for weight in head.parameters()}
-    for module in model.modules():
-        if any(id(weight) in weights for weight in module.parameters()) and isinstance(module, FSDPModule):
-            module.unshard()
+    for module in _around(model, head):
+        module.unshard()
+
+
+def gather_ends(model: Any) -> None:
+    """Makes the embeddings and the head of a spread model whole on each rank until its next pass; see `gather_head`."""
+    for end in _ends(model):
+        gather_head(model, end)
+
+
+@contextmanager
+def gathered_head(model: Any, head: torch.nn.Module) -> Iterator[None]:
+    """Makes the head of a spread model whole on each rank inside the block; see `gather_head`."""
+    gather_head(model, head)
+    yield
+    for module in _around(model, head):
+        module.reshard()
+
+
+def _around(model: Any, part: torch.nn.Module) -> list[FSDPModule]:
+    """Returns the modules that FSDP2 gathers the weights of a part of a model with."""
+    weights = {id(weight) for weight in part.parameters()}
+    divided = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [one for one in divided if any(id(weight) in weights for weight in cast(Any, one).parameters())]
 
 
 @contextmanager

@@ -259,8 +259,8 @@ def read_across(run: StageRun, trainer: Trainer, checkpoint: Path) -> None:
     ):
         raise MachineError(
             f"stages.{run.stage.name}: {checkpoint.name} was saved under another plan of FSDP than this launch has "
-            "(a model that writes texts of its own, or of quantized files, is read whole and divided later). Start the "
-            f"run as before, on any number of ranks. Or move {checkpoint} away: the checkpoint before it is used then."
+            "(a model of quantized files is read whole and divided later). Start the run as before, on any number of "
+            f"ranks. Or move {checkpoint} away: the checkpoint before it is used then."
         )
     rest = partial(_rest, trainer, checkpoint)
     if in_parts and not spread:

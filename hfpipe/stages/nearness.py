@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfpipe.core.upstream import override
+from hfpipe.core.upstream import override, without_hooks
 from hfpipe.data.tokenize import IGNORED
 from hfpipe.model.head import Scale, head_of, hidden_by, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.load import load_model
@@ -158,10 +158,11 @@ class NearParent:
         scale = Scale(inner.config)
 
         def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            # By `forward`, without FSDP2's hooks, in which every rank takes part: each has chunks of its own.
-            with torch.no_grad():
-                expected = scale(parents_head.forward(theirs)).float().log_softmax(-1)
-            predicted = scale(head.forward(ours)).float().log_softmax(-1)
+            # Each rank has chunks of its own, and by FSDP2's hooks every rank would take part in each.
+            with without_hooks(head), without_hooks(parents_head):
+                with torch.no_grad():
+                    expected = scale(parents_head(theirs)).float().log_softmax(-1)
+                predicted = scale(head(ours)).float().log_softmax(-1)
             return (expected.exp() * (expected - predicted)).sum()
 
         with self._trainer.accelerator.autocast():

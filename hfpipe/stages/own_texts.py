@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from hfpipe.evaluation.continuations import beginning
 from hfpipe.evaluation.generation import Generated, decode, generate
 from hfpipe.model.load import compute_dtype, load_model
 from hfpipe.model.positions import window_of
+from hfpipe.model.spread import device_of, in_step
 from hfpipe.recipe import Recipe, Sft, Stage, Suite, hash_of
 from hfpipe.stages.stage_run import StageRun
 
@@ -66,7 +66,7 @@ def own_texts(run: StageRun, model: Any, length: int | None, tokens: float | Non
     keys = {name: hash_of([name, opening, *words]) for name in series}
     found = ranks.from_main({name: _found(run, folder, name, keys[name]) if ranks.is_main() else {} for name in series})
     if not all(found[name].get("done") for name in series):
-        speaker = model if run.continued is None else load_model(run.continued)
+        speaker = model if run.continued is None else load_model(run.continued, spread=True)
         was_training, cached = speaker.training, getattr(speaker.config, "use_cache", None)
         speaker.eval()
         speaker.config.use_cache = True
@@ -145,7 +145,7 @@ class _Maker:
         recipe = self.run.recipe
         name = f"{recipe.parent_of(self.run.stage.name)} {self.name}"
         seed = np.random.SeedSequence([recipe.seed, zlib.crc32(name.encode()), number]).generate_state(1)[0]
-        device, dtype = self.model.device, compute_dtype()
+        device, dtype = device_of(self.model), compute_dtype()
         half = device.type == "cuda" and dtype == torch.bfloat16
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.autocast(device.type, dtype) if half else nullcontext():
@@ -213,8 +213,9 @@ def _made(
 
     first, begun, is_told = share(), time.monotonic(), False
     while share() < 1:
-        mine = done + ranks.rank()
-        for batch in ranks.each(_later(maker, mine)):
+        with in_step(maker.model):
+            mine = maker.batch(done + ranks.rank())
+        for batch in ranks.gather(mine):
             if share() >= 1:
                 break  # so that as many texts are made by any number of ranks
             done, texts = done + 1, texts + batch
@@ -233,10 +234,6 @@ def _made(
         _write(path, told, texts[:most], {"key": maker.key, "batches": done, "done": share() >= 1})
     _write(path, told, texts[:most], {"key": maker.key, "batches": done, "done": True})
     return ranks.from_main(read_json(told) if ranks.is_main() else None)
-
-
-def _later(maker: _Maker, number: int) -> Callable[[], list[dict[str, Any]]]:
-    return lambda: maker.batch(number)
 
 
 def _write(path: Path, told: Path, texts: list[dict[str, Any]], facts: dict[str, Any]) -> None:

@@ -67,11 +67,6 @@ def _size(name: str) -> int:
     return int(given) if given.isdigit() else 1
 
 
-def reads_whole(stage: Stage) -> bool:
-    """Returns True if every rank reads all weights of the stage's model under FSDP."""
-    return bool(stage.fake_quantized or stage.kept.replay is not None)
-
-
 def _trains_rows(stage: Stage, recipe: Recipe) -> bool:
     given = recipe.model.tokenizer
     added = given is not None and bool(given.add_tokens or given.add_special_tokens)
@@ -124,21 +119,14 @@ REFUSALS = (
         "plain ranks, or leave it out.",
     ),
     Refusal(
-        "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, with what is read "
-        "whole",
-        lambda stage, plan, recipe: plan == "fsdp" and _trains_rows(stage, recipe) and reads_whole(stage),
-        "PEFT reads the rows past FSDP2, which has gathered nothing where it divides a whole model. Name the whole "
-        "modules in `modules_to_save`, or start plain ranks.",
-    ),
-    Refusal(
         "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with ZeRO-3",
         lambda stage, plan, recipe: plan == "zero3" and _trains_rows(stage, recipe),
         "PEFT reads the rows past DeepSpeed, which gathers a weight for the pass of its own module alone. Use FSDP2 or "
         "ZeRO-2, or name the whole modules in `modules_to_save`.",
     ),
     Refusal(
-        "`modules_to_save` with FSDP, of a stage of pairs or with what is read whole",
-        lambda stage, plan, _: plan == "fsdp" and _copies_modules(stage) and (stage.PAIRS or reads_whole(stage)),
+        "`modules_to_save` with FSDP, of a stage of pairs",
+        lambda stage, plan, _: plan == "fsdp" and _copies_modules(stage) and stage.PAIRS,
         "what it trained was not the same as on one rank when it was tried. Start plain ranks, or leave it out.",
     ),
     Refusal(
@@ -148,21 +136,9 @@ REFUSALS = (
         "out.",
     ),
     Refusal(
-        "own texts of the parent (`keep:`) with ZeRO-3",
-        lambda stage, plan, _: plan == "zero3" and stage.kept.replay is not None,
-        "no rank has the whole model, which has to speak before it is trained. Use ZeRO-2 or FSDP, or replay an "
-        "earlier stage (`replay:`).",
-    ),
-    Refusal(
         "`early_stopping` with DeepSpeed",
         lambda stage, plan, _: plan.startswith("zero") and stage.early_stopping is not None,
         "a rank does not have the whole model to score. Use FSDP, or leave it out.",
-    ),
-    Refusal(
-        "`early_stopping` with FSDP, with what is read whole",
-        lambda stage, plan, _: plan == "fsdp" and stage.early_stopping is not None and reads_whole(stage),
-        "a rank does not have the whole model to score (what makes own texts is read whole and divided later). Start "
-        "plain ranks, or leave it out.",
     ),
     Refusal(
         "FSDP on CPUs",

@@ -165,8 +165,7 @@ def load_parent(run: StageRun, **options: Any) -> Any:
         run: The stage.
         options: As of `load_model`.
     """
-    # Who speaks is asked batch by batch, each rank its own; and a stage's own file of DeepSpeed may be of any level.
-    spread = run.stage.kept.replay is None and not run.stage.training.get("deepspeed")
+    spread = not run.stage.training.get("deepspeed")  # its file may be of any level
     return load_model(run.parent, frozen=run.stage.adapter is not None, spread=spread, **options)
 
 

@@ -427,6 +427,20 @@ def test_fsdp_refuses_to_copy_what_it_has_divided() -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_the_layer_below_an_adapter_is_called_with_its_hooks() -> None:
+    model: Any = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    layer, seen = model.base_model.model[0], []
+    layer.get_base_layer().register_forward_hook(lambda *_: seen.append("behind"))
+    layer.get_base_layer().register_forward_pre_hook(lambda *_: seen.append("before"))
+    expected = layer.forward(torch.ones(1, 8))
+    assert seen == ["before", "behind"]
+    with upstream.without_hooks(layer):
+        assert torch.equal(layer(torch.ones(1, 8)), expected)
+    assert seen == ["before", "behind"]
+    layer(torch.ones(1, 8))
+    assert seen == ["before", "behind"] * 2
+
+
 def test_fsdp_does_not_give_back_what_it_has_divided() -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:

@@ -12,6 +12,7 @@ from hfpipe.stages.sharding import REFUSALS
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 LORA = {"r": 4, "target_modules": "all-linear"}
+PAIRS = {"path": "team/pairs", "split": "train"}
 # Of each entry: how it is launched, and what the stage says.
 CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "FSDP on CPUs": (FSDP, {}),
@@ -19,28 +20,18 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "tensor, context or sequence parallelism (`parallelism_config`)": ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}),
     "`quantization: int8` with FSDP or ZeRO-3": (ZERO3, {"quantization": "int8", "lora": LORA}),
     "`quantization: nf4` in bytes with FSDP or ZeRO-3": (FSDP, {"quantization": "nf4", "lora": LORA}),
-    "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with FSDP, with what is read "
-    "whole": (
-        FSDP,
-        {"lora": LORA, "tokenizer": {"add_tokens": ["<cat>"]}, "keep": {"replay": {}}},
-    ),
     "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with ZeRO-3": (
         ZERO3,
         {"lora": LORA | {"trainable_token_indices": {"embed_tokens": [1, 5]}}},
     ),
-    "`modules_to_save` with FSDP, of a stage of pairs or with what is read whole": (
+    "`modules_to_save` with FSDP, of a stage of pairs": (
         FSDP,
-        {"lora": LORA | {"modules_to_save": ["lm_head"]}, "keep": {"replay": {}}},
+        {"kind": "preference", "data": [PAIRS], "lora": LORA | {"modules_to_save": ["lm_head"]}},
     ),
     "`muon` with FSDP or ZeRO-3": (FSDP, {"muon": {}}),
     "`qat` with FSDP or ZeRO-3": (ZERO3, {"qat": {"weights": "int4"}}),
     "`kl` or `l2` of `keep:` with DeepSpeed": (ZERO3, {"keep": {"l2": {"weight": 0.1}}}),
-    "own texts of the parent (`keep:`) with ZeRO-3": (ZERO3, {"keep": {"replay": {}}}),
     "`early_stopping` with DeepSpeed": (ZERO3, {"early_stopping": {"suite": "sounds"}}),
-    "`early_stopping` with FSDP, with what is read whole": (
-        FSDP,
-        {"early_stopping": {"suite": "sounds"}, "keep": {"replay": {}}},
-    ),
 }
 
 
@@ -58,8 +49,7 @@ def test_a_combination_is_refused_before_anything_is_loaded_and_the_docs_say_why
     content["stages"] = content["stages"][1:]
     content["stages"][0].pop("lora")
     content["stages"][0]["training"].pop("save_steps")
-    content["model"] |= {key: value for key, value in words.items() if key == "tokenizer"}
-    content["stages"][0] |= {key: value for key, value in words.items() if key != "tokenizer"}
+    content["stages"][0] |= words
     path = tiny.write(tmp_path, content)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
