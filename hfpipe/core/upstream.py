@@ -269,8 +269,9 @@ def gather_shared_weights_once(model: Any) -> None:
 def without_hooks(module: Any) -> Iterator[None]:
     """Has a module, and those below it, be called without hooks inside the block.
 
-    By FSDP2's every rank takes part in each call. `forward` passes the hooks of a module by, but an adapter's layer
-    calls the layer below it. No public function takes hooks off for a time. No issue found.
+    By FSDP2's every rank takes part in each call, and a call outside of a pass is taken for the beginning of one.
+    `forward` passes the hooks of a module by, but an adapter's layer calls the layer below it. No public function
+    takes hooks off for a time. No issue found.
     """
     kept = [(each, each._forward_pre_hooks, each._forward_hooks) for each in module.modules()]
     for each, _, _ in kept:

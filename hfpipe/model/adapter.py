@@ -194,15 +194,19 @@ def original_state(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items() if _is_lora_matrix(name)}
 
 
-def adapter_state(model: Any, original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def adapter_state(
+    model: Any, original: dict[str, torch.Tensor], *, grown: bool, state: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors of an adapter as they are saved: for the base as it came.
 
     Args:
         model: The trained model.
         original: See `original_state`; what was taken from the base is taken from the adapter again, at twice its rank:
             A'B' = [A, A0][B, -B0]. PEFT's own conversion does the same but leaves out every other tensor.
+        grown: Whether the embeddings of the base have grown, see `_saves_embeddings`.
+        state: That of the model, if not `state_dict()`.
     """
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=_saves_embeddings(model))
+    tensors = get_peft_model_state_dict(model, state, save_embedding_layers=_saves_embeddings(model, grown))
     return _given_back({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, original)
 
 
@@ -213,12 +217,14 @@ def _given_back(state: dict[str, torch.Tensor], original: dict[str, torch.Tensor
     return state
 
 
-def save_adapter(model: Any, folder: Path, original: dict[str, torch.Tensor]) -> None:
+def save_adapter(
+    model: Any, folder: Path, original: dict[str, torch.Tensor], *, grown: bool, state: dict[str, Any] | None = None
+) -> None:
     """Writes an adapter that loads on the base as it came; see `adapter_state`."""
     if not original:
-        model.save_pretrained(folder, save_embedding_layers=_saves_embeddings(model))
+        model.save_pretrained(folder, save_embedding_layers=_saves_embeddings(model, grown), state_dict=state)
         return
-    _write_given_back(model, folder, adapter_state(model, original))
+    _write_given_back(model, folder, adapter_state(model, original, grown=grown, state=state))
 
 
 def give_back(model: Any, folder: Path, original: dict[str, torch.Tensor]) -> None:
@@ -237,11 +243,14 @@ def _write_given_back(model: Any, folder: Path, state: dict[str, torch.Tensor]) 
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _saves_embeddings(model: Any) -> Any:
-    """PEFT's `save_embedding_layers`: of embeddings that have grown it saves all rows beside those that are trained."""
+def _saves_embeddings(model: Any, grown: bool) -> bool:
+    """Returns True if an adapter's file needs the embeddings and the head of its base: it is on them, and they grew.
+
+    PEFT's own choice is to save them of any base, whose weights an adapter on its head then carries along.
+    """
     config = model.peft_config["default"]
     named = (getattr(config, key, None) for key in ("trainable_token_indices", "modules_to_save"))
-    return False if any(named) else "auto"
+    return grown and not any(named)
 
 
 def _is_lora_matrix(name: str) -> bool:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from hfpipe.core.errors import RecipeError
+from hfpipe.core.upstream import without_hooks
 from hfpipe.model.adapter import TOLERANCE
 from hfpipe.model.spread import device_of, gathered_head
 
@@ -73,10 +74,11 @@ def hidden_by(model: Any, **words: torch.Tensor) -> torch.Tensor:
         model: A causal model, with its adapter.
         words: What it reads, as `forward` takes it.
     """
-    backbone = backbone_of(model)
     # What gathers them is the whole model: as accelerate divides it with its adapter, as it is read in parts without.
-    root: Any = next((module for module in model.modules() if isinstance(module, FSDPModule)), model)
-    root.hidden_alone = lambda **given: backbone(**given, use_cache=False)[0]
+    root: Any = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+    if root is None:
+        return backbone_of(model)(**words, use_cache=False)[0]
+    root.hidden_alone = lambda **given: backbone_of(model)(**given, use_cache=False)[0]
     register_fsdp_forward_method(root, "hidden_alone")
     try:
         return root.hidden_alone(**words)
@@ -123,8 +125,9 @@ def require_known_head(model: Any, word: str, instead: str) -> None:
     ids = torch.arange(_PROBE, device=device_of(model))[None] % model.config.get_text_config().vocab_size
     with hidden_of(model) as seen:
         logits = model(input_ids=ids, use_cache=False).logits
-    with gathered_head(model, head_of(model)):
-        found = Scale(model.config)(head_of(model)(seen[-1])).to(logits.dtype)
+    head = head_of(model)
+    with gathered_head(model, head), without_hooks(head):
+        found = Scale(model.config)(head(seen[-1])).to(logits.dtype)
     model.train(training)
     difference = float((found.float().log_softmax(-1) - logits.float().log_softmax(-1)).abs().max())
     if not difference <= TOLERANCE.get(model.dtype, 0.25):

@@ -236,6 +236,11 @@ def config_of(ref: ModelRef) -> Any:
     return config
 
 
+def grows(ref: ModelRef) -> bool:
+    """Returns True if the embeddings of a model that is not an adapter grow when it is loaded."""
+    return (ref.vocabulary or 0) > config_of(ref).get_text_config().vocab_size
+
+
 def is_quantized(config: Any) -> bool:
     """Returns True if the files of a model are quantized already."""
     return getattr(config, "quantization_config", None) is not None

@@ -288,10 +288,13 @@ def gather_head(model: Any, head: torch.nn.Module) -> None:
         module.unshard()
 
 
-def gather_ends(model: Any) -> None:
-    """Makes the embeddings and the head of a spread model whole on each rank until its next pass; see `gather_head`."""
-    for end in _ends(model):
-        gather_head(model, end)
+@torch.no_grad()
+def state_of_whole_ends(model: Any) -> dict[str, Any]:
+    """Returns the state of a spread model with its embeddings and head whole; every rank has to call this."""
+    state = model.state_dict(keep_vars=True)
+    ends = {id(weight) for end in _ends(model) for weight in end.parameters()}
+    whole = {name: one.full_tensor() for name, one in state.items() if id(one) in ends and isinstance(one, DTensor)}
+    return {name: whole.get(name, one.detach()) for name, one in state.items()}
 
 
 @contextmanager

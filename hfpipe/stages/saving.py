@@ -28,8 +28,9 @@ from hfpipe.model.adapter import (
     verify_tensors,
 )
 from hfpipe.model.classifier import is_classifier
-from hfpipe.model.load import load_model
+from hfpipe.model.load import grows, load_model
 from hfpipe.model.parts import verify_parts, write_parts
+from hfpipe.model.spread import state_of_whole_ends
 from hfpipe.stages.stage_run import StageRun
 
 SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
@@ -135,7 +136,7 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, 
         return
     with whole_folder(target if ranks.is_main() else run.folder / f"rank{ranks.rank()}") as beside:
         if run.stage.adapter is not None and not sharded:
-            save_adapter(model, beside, original)
+            save_adapter(model, beside, original, grown=grows(run.parent))
         else:
             if sharded and run.stage.adapter is None:
                 _leave_out_tied(trainer, model)
@@ -146,7 +147,8 @@ def save(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor], *, 
             if sharded:
                 give_back(model, beside, original)
             _record_base(beside, run)
-            verify_tensors(beside, None if sharded else adapter_state(model, original))
+            expected = None if sharded else adapter_state(model, original, grown=grows(run.parent))
+            verify_tensors(beside, expected)
             if is_classifier(model):
                 model.config.save_pretrained(beside)  # the classes, which an adapter's own config does not name
         if trained is not None:
@@ -173,13 +175,15 @@ def _leave_out_tied(trainer: Trainer, model: Any) -> None:
 def _save_spread(run: StageRun, trainer: Trainer, original: dict[str, torch.Tensor]) -> None:
     """Writes a model whose weights are spread over the ranks, and compares the files with it, tensor by tensor."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    grown = run.stage.adapter is not None and grows(run.parent)
+    state = state_of_whole_ends(model) if grown else None
     with whole_folder(run.folder / "model") if ranks.is_main() else nullcontext(run.folder) as beside:
         if run.stage.adapter is None:
             write_parts(model, beside)
             verify_parts(model, beside)
         elif ranks.is_main():
-            save_adapter(model, beside, original)
-            verify_tensors(beside, adapter_state(model, original))
+            save_adapter(model, beside, original, grown=grown, state=state)
+            verify_tensors(beside, adapter_state(model, original, grown=grown, state=state))
             _record_base(beside, run)
             if is_classifier(model):
                 model.config.save_pretrained(beside)

@@ -17,6 +17,7 @@ ADAPTERS = {
     "pissa": {"lora": {"r": 4, "init_lora_weights": "pissa", "use_rslora": True}},
     "olora": {"lora": {"r": 4, "init_lora_weights": "olora", "modules_to_save": ["lm_head"], "use_dora": True}},
     "dora": {"lora": {"r": 4, "use_dora": True, "use_rslora": True, "trainable_token_indices": [1, 2]}},
+    "head": {"lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
     "ia3": {"peft": {"type": "ia3"}},
     "oft": {"peft": {"type": "oft", "r": 8, "oft_block_size": 0, "target_modules": "all-linear"}},
     "vera": {"peft": {"type": "vera", "r": 8, "target_modules": ["q_proj"]}},
@@ -76,6 +77,14 @@ def test_plain_peft_loads_every_adapter_on_the_base_as_it_came(trained: Path) ->
             ours = load_model(ModelRef(str(trained / "stages" / name / "model"), options))(ids).logits[:, -20:]
         torch.testing.assert_close(plain[name], ours, atol=1e-5, rtol=0)
         assert (plain[name] - plain["base"]).abs().max() > 1e-4, f"{name} has learned nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_adapter_on_the_head_carries_no_weight_of_the_base(trained: Path) -> None:
+    tensors = load_file(trained / "stages/head/model/adapter_model.safetensors")
+    assert any("lm_head" in name for name in tensors)
+    assert all("lora_" in name for name in tensors)
 
 
 @pytest.mark.slow
