@@ -17,6 +17,7 @@ from hfpipe.data.prompts import Asking
 from hfpipe.data.sources.load import open_source
 from hfpipe.evaluation.generation import encode_prompts, generate
 from hfpipe.evaluation.row_text import RowText, text_of_prompt
+from hfpipe.model.spread import in_step, is_spread
 from hfpipe.recipe import Recipe, Samples, Stage, Suite
 from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.stages.saving import is_sharded
@@ -77,37 +78,42 @@ class Sampling(TrainerCallback):
         self.run, self.trainer, self.block = run, trainer, block
         self.path = run.folder / FILE
         self.texts = ranks.on_main(lambda: asked_texts(run.stage, run.tokenizer))
-        self.possible = not is_sharded(trainer)
+        self.possible = not is_sharded(trainer) or is_spread(trainer.model)
         self._every = 0
         if not self.possible:
-            text = f"  samples: none of stage {run.stage.name}, as FSDP and DeepSpeed spread the model over the ranks"
+            text = f"  samples: none of stage {run.stage.name}, as each rank holds a part of a whole model"
             ranks.say(text, "warning")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._every = self.block.every or max(1, state.max_steps // TIMES)
-        if not ranks.is_main():
-            return
-        known = read_jsonl(self.path) if self.path.exists() and state.global_step else []
-        write_jsonl(self.path, [row for row in known if row["step"] <= state.global_step])
+        if ranks.is_main():
+            known = read_jsonl(self.path) if self.path.exists() and state.global_step else []
+            write_jsonl(self.path, [row for row in known if row["step"] <= state.global_step])
         if not state.global_step:
             self._sample(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
-        if ranks.is_main() and (step % self._every == 0 or step == state.max_steps):
+        if step % self._every == 0 or step == state.max_steps:
             self._sample(step)
 
     def _sample(self, step: int) -> None:
-        """Answers all prompts with the model as it is at a step."""
+        """Has the main process answer all prompts with the model as it is at a step; every rank has to call this."""
         if not self.possible:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        suite = Suite.model_validate({"generation": {"max_new_tokens": self.block.max_new_tokens}, "batch_size": 8})
-        tokenizer, training = self.run.tokenizer, model.training
+        training = model.training
         model.eval()
-        with display.doing(f"samples at step {step}"):
-            found = generate(model, encode_prompts(self.texts, tokenizer), tokenizer, suite, self.block.max_new_tokens)
+        with in_step(model):
+            if ranks.is_main():
+                self._answer(model, step)
         model.train(training)
+
+    def _answer(self, model: Any, step: int) -> None:
+        tokenizer, new = self.run.tokenizer, self.block.max_new_tokens
+        suite = Suite.model_validate({"generation": {"max_new_tokens": new}, "batch_size": 8})
+        with display.doing(f"samples at step {step}"):
+            found = generate(model, encode_prompts(self.texts, tokenizer), tokenizer, suite, new)
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, one in zip(self.block.prompts, found, strict=True):
                 answer = tokenizer.decode(one.ids, skip_special_tokens=True)
