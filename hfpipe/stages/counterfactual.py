@@ -16,13 +16,11 @@ import torch
 from torch.nn import functional
 from transformers import Trainer
 
-from hfpipe.core.errors import MachineError
 from hfpipe.core.upstream import override
 from hfpipe.data.counterfactual import PLACES, SWAPPED, Collated, Swapper, with_swapped, with_swapped_sentences
 from hfpipe.data.text_tokens import IGNORED
 from hfpipe.model.head import Scale, backbone_of, head_of, hidden_of, require_known_head, sum_in_chunks
 from hfpipe.model.positions import learned_positions
-from hfpipe.stages.saving import is_sharded
 from hfpipe.stages.stage_run import StageRun
 
 
@@ -39,18 +37,12 @@ def hold_together(run: StageRun, trainer: Trainer, collated: Collated, problem: 
         `collated`, or what adds the swapped forms to a batch.
 
     Raises:
-        MachineError: The model is spread over the ranks.
         RecipeError: The model computes its logits in another way than is known here.
     """
     block = getattr(run.stage, "counterfactual", None)
     if block is None:
         return collated
     word = f"stages.{run.stage.name}.counterfactual"
-    if is_sharded(trainer):
-        raise MachineError(
-            f"{word} needs the whole model on each rank, and here FSDP or DeepSpeed spreads it. Start plain ranks, or "
-            "write `augment: {swap: gender}` at the source, which works there."
-        )
     model: Any = trainer.model
     swapper = Swapper(run.tokenizer, block.swap, learned_positions(model))
     if problem is not None:

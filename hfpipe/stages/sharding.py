@@ -136,6 +136,12 @@ REFUSALS = (
         "out.",
     ),
     Refusal(
+        "`counterfactual` with FSDP or DeepSpeed",
+        lambda stage, plan, _: plan != "none" and getattr(stage, "counterfactual", None) is not None,
+        "it asks the model and its head twice in a step, which was never compared with one rank here. Start plain "
+        "ranks, or write `augment: {swap: gender}` at the source, which works there.",
+    ),
+    Refusal(
         "`early_stopping` with DeepSpeed",
         lambda stage, plan, _: plan.startswith("zero") and stage.early_stopping is not None,
         "a rank does not have the whole model to score. Use FSDP, or leave it out.",

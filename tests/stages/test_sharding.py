@@ -31,6 +31,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "`muon` with FSDP or ZeRO-3": (FSDP, {"muon": {}}),
     "`qat` with FSDP or ZeRO-3": (ZERO3, {"qat": {"weights": "int4"}}),
     "`kl` or `l2` of `keep:` with DeepSpeed": (ZERO3, {"keep": {"l2": {"weight": 0.1}}}),
+    "`counterfactual` with FSDP or DeepSpeed": (FSDP, {"counterfactual": {"weight": 1.0, "swap": "gender"}}),
     "`early_stopping` with DeepSpeed": (ZERO3, {"early_stopping": {"suite": "sounds"}}),
 }
 
