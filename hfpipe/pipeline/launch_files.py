@@ -21,6 +21,7 @@ from hfpipe.model.create import architecture_of
 from hfpipe.model.load import ModelRef, config_of
 from hfpipe.recipe import Recipe
 from hfpipe.stages.memory import CACHED, DEFAULT_LENGTH, predicted, setting_of
+from hfpipe.stages.sharding import require_plan
 
 GRACE = 240  # seconds that the ranks have to save a checkpoint once they are told to stop
 PORT = 29500
@@ -79,6 +80,7 @@ def launch(recipe: Recipe, path: str, nodes: int, gpus: int, gibibytes: float, o
 
     Raises:
         MachineError: A stage does not fit on so many GPUs, however it is spread.
+        RecipeError: A stage fits by FSDP2 alone, and asks for what cannot be combined with it.
     """
     sharded, lines = _plan(recipe, nodes * gpus, gibibytes)
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16"} | (FSDP if sharded else {})
@@ -94,6 +96,7 @@ def _plan(recipe: Recipe, ranks: int, gibibytes: float) -> tuple[bool, list[str]
     for sharding in ("none", "fsdp") if ranks > 1 else ("none",):
         sizes: dict[str, float | None] = {}
         for stage in recipe.stages:
+            require_plan(recipe, stage, sharding)
             tokens = stage.training.get("max_length") or DEFAULT_LENGTH
             here = setting_of(recipe, stage, tokens=tokens, targets=tokens if stage.kind == "translation" else 0)
             checkpointing = {} if here.checkpointing is None else here.checkpointing

@@ -164,7 +164,15 @@ def require_combinations(recipe: Recipe) -> None:
     """
     _require_copies()
     for stage in recipe.stages:
-        plan = plan_of_launch(stage)
-        for refusal in REFUSALS:
-            if refusal.holds(stage, plan, recipe):
-                raise RecipeError(f"stages.{stage.name}: {refusal.name} cannot be: {refusal.reason}")
+        require_plan(recipe, stage, plan_of_launch(stage))
+
+
+def require_plan(recipe: Recipe, stage: Stage, plan: str) -> None:
+    """Refuses what a stage cannot combine with a plan, see `plan_of_launch`.
+
+    Raises:
+        RecipeError: The stage asks for it; the message says why and what to do.
+    """
+    for refusal in REFUSALS:
+        if refusal.holds(stage, plan, recipe):
+            raise RecipeError(f"stages.{stage.name}: {refusal.name} cannot be: {refusal.reason}")

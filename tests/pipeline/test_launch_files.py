@@ -125,6 +125,19 @@ def test_the_base_of_an_adapter_is_predicted_in_half_precision(
     assert 2 * weights <= float(found[1]) * 2**30 <= 3 * weights
 
 
+def test_a_stage_that_fits_by_a_plan_which_it_cannot_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = tiny.recipe(tmp_path, output_dir="run", merge=False)
+    content["model"]["architecture"] |= {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    content["stages"] = [content["stages"][1] | {"quantization": "nf4"}]
+    path = tiny.write(tmp_path, content)
+    assert main(["launch", str(path), "--gpus", "4", "--memory", "24GB"]) == 0
+    assert "Weights whole on every rank." in capsys.readouterr().out
+    assert main(["launch", str(path), "--gpus", "4", "--memory", "5GB"]) == 2
+    assert "bnb_4bit_quant_storage: bfloat16" in capsys.readouterr().err
+
+
 # Of each file: the plan that hfpipe sees, and what else of it accelerate tells the ranks.
 PLANS: dict[str, tuple[str, dict[str, str]]] = {
     "cpu.yaml": ("none", {"ACCELERATE_MIXED_PRECISION": "no"}),
