@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hfpipe.core import display, ranks
+from hfpipe.core.errors import RecipeError
 from hfpipe.core.files import read_jsonl, write_jsonl
 from hfpipe.core.output import printable
 from hfpipe.data.prompts import Asking
@@ -19,6 +20,7 @@ from hfpipe.evaluation.generation import encode_prompts, generate
 from hfpipe.evaluation.row_text import RowText, text_of_prompt
 from hfpipe.model.spread import in_step, is_spread
 from hfpipe.recipe import Recipe, Samples, Stage, Suite
+from hfpipe.recipe.faults import listed
 from hfpipe.recipe.row_formats import formats_of_stage
 from hfpipe.stages.saving import is_sharded
 from hfpipe.stages.stage_run import StageRun
@@ -49,6 +51,12 @@ def asked_texts(stage: Stage, tokenizer: Any) -> list[RowText]:
     if stage.kind == "sft":
         source = stage.data[0]
         asking = Asking(open_source(source, kinds=formats_of_stage(stage.kind)).taken.format.name, source)
+        if len(asking.fields) > 1:
+            raise RecipeError(
+                f"stages.{stage.name}.samples: the stage's template builds a prompt of the columns "
+                f"{listed(asking.fields)}, and one text of `prompts` does not fill them. Leave `samples` out; a suite "
+                "with `every: N` asks its rows while the stage trains."
+            )
     else:
         asking = Asking("text" if stage.kind == "pretrain" or not tokenizer.chat_template else "messages")
     return [text_of_prompt(asking.of_text(prompt), tokenizer) for prompt in block.prompts]

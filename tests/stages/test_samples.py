@@ -64,7 +64,10 @@ def test_prompts_that_make_no_row_are_refused_by_check(tmp_path: Path, capsys: p
     content = tiny.recipe(tmp_path)
     content["stages"][1]["samples"] = {"prompts": ["cat"]}  # its template is made of two columns
     assert main(["check", str(tiny.write(tmp_path, content))]) == 2
-    assert "one text does not make a prompt" in capsys.readouterr().err
+    assert (
+        "stages.sounds.samples: the stage's template builds a prompt of the columns note, animal"
+        in capsys.readouterr().err
+    )
 
 
 def test_samples_of_what_writes_no_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
