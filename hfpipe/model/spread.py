@@ -95,8 +95,9 @@ def layers_of(shapes: Any) -> list[torch.nn.Module]:
 def plan_for(shapes: Any, *, frozen: bool) -> DistributedConfig:
     """Returns the division of a model over all ranks of this launch.
 
-    Each layer is gathered alone. What remains (embeddings, the last norm, the head) is gathered together and stays so
-    for a pass, but embeddings that the input alone reads go where all weights are trained: an adapter reads theirs.
+    Each layer is gathered alone, and so are embeddings that the input alone reads where all weights are trained.
+    transformers adds what a model itself names (`_fsdp_plan`), as Llama its embeddings, and its last norm with its
+    head. What remains is gathered with the whole model, and stays so for a pass.
 
     Args:
         shapes: The model; its shapes are enough.
