@@ -317,18 +317,14 @@ def adapters_of_whole_layers() -> Iterator[None]:
         if not (reads and isinstance(part, DTensor)):
             update(layer, *words, config=config, **more)
             return
-        base.weight = torch.nn.Parameter(part.full_tensor(), requires_grad=part.requires_grad)
-        quantized = getattr(base, "quant_state", None) is not None
-        if quantized:
-            state_its_rounding(base)
-        update(layer, *words, config=config, **more)
-        for name, made in layer.named_parameters():
-            if not name.startswith("base_layer."):
-                torch.distributed.broadcast(made.data, src=0)
-        if not quantized:
-            left = distribute_tensor(base.weight.data, part.device_mesh, part.placements)
-            part.to_local().copy_(left.to_local())
-        base.weight = part
+        with whole_weight(base):
+            update(layer, *words, config=config, **more)
+            for name, made in layer.named_parameters():
+                if not name.startswith("base_layer."):
+                    torch.distributed.broadcast(made.data, src=0)
+            if getattr(base, "quant_state", None) is None:
+                left = distribute_tensor(base.weight.data, part.device_mesh, part.placements)
+                part.to_local().copy_(left.to_local())
 
     library: Any = tuners_utils
     kinds: tuple[Any, ...] = layers.LoraLayer, layers.Embedding, TrainableTokensLayer
@@ -342,6 +338,33 @@ def adapters_of_whole_layers() -> Iterator[None]:
         library._torch_supports_distributed = before
         for kind, update in zip(kinds, updates, strict=True):
             kind.update_layer = update
+
+
+@contextmanager
+def whole_weight(layer: Any, place: Any = None) -> Iterator[None]:
+    """Gives a layer whose weight is spread over ranks the whole of it inside the block; every rank has to call this.
+
+    What reads weights outside of a pass, as PEFT does, finds the part of this rank there; see `state_its_rounding`.
+
+    Args:
+        layer: The layer; one whose weight is whole stays as it is.
+        place: A device, if not that of the part.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    part = layer.weight
+    if not isinstance(part, DTensor):
+        yield
+        return
+    whole = part.full_tensor().to(place or part.device)
+    layer.weight = torch.nn.Parameter(whole, requires_grad=part.requires_grad)
+    try:
+        if getattr(layer, "quant_state", None) is not None:
+            state_its_rounding(layer)
+        yield
+    finally:
+        layer.weight = part
 
 
 def state_its_rounding(layer: Any) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from hfpipe.core import ranks
 from hfpipe.core.errors import RecipeError
-from hfpipe.core.upstream import state_its_rounding
+from hfpipe.core.upstream import whole_weight
 from hfpipe.model.adapter import ProbeText, probe, require_equal, verify_tensors
 from hfpipe.model.classifier import read_head
 from hfpipe.model.load import ModelRef, load_model, put_adapter, read_adapter, task_of
@@ -163,7 +163,8 @@ class AdapterDial:
         if not all(other in self.tensors and self.tensors[other].ndim == 2 for other in names):
             raise RecipeError(f"{self.ref.path}: DoRA on {place} is not one of a linear layer, and cannot be dialled.")
         module: Any = self.model.get_submodule(place)
-        base = _weight_of(module.get_base_layer())
+        with whole_weight(module.get_base_layer()):
+            base = dequantize_module_weight(module.get_base_layer())
         weight = transpose(base, getattr(module, "fan_in_fan_out", False)).float().cpu()
         down, up = (self.tensors[other].float() for other in names)  # (r, in), (out, r)
         magnitude, scaling = self.tensors[name].float(), module.scaling["default"]
@@ -249,20 +250,6 @@ def _part(tensor: torch.Tensor) -> torch.Tensor:
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """Returns all of a tensor, gathered from the ranks if it is spread."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _weight_of(layer: Any) -> torch.Tensor:
-    """Returns the whole weight of a layer, dequantized."""
-    part = layer.weight
-    if not isinstance(part, DTensor):
-        return dequantize_module_weight(layer)
-    layer.weight = torch.nn.Parameter(part.full_tensor(), requires_grad=False)
-    try:
-        if getattr(layer, "quant_state", None) is not None:
-            state_its_rounding(layer)
-        return dequantize_module_weight(layer)
-    finally:
-        layer.weight = part
 
 
 def _verify(model: Any, saved: ModelRef, dial: AdapterDial | WeightsDial) -> None:

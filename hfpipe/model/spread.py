@@ -39,6 +39,7 @@ from hfpipe.core.upstream import (
     shared_weights_divided_together,
     state_its_rounding,
     take_fsdp_away,
+    whole_weight,
 )
 from hfpipe.model.shards import give_back_memory, hold_no_free_memory
 
@@ -449,14 +450,8 @@ def _with_rows(layer: Any, merged: Callable[..., torch.Tensor], adapters: Sequen
         merged: Its own function.
         adapters: Names of the adapters.
     """
-    base, part = layer.get_base_layer(), layer.get_base_layer().weight
-    if not isinstance(part, DTensor):
+    with whole_weight(layer.get_base_layer(), ranks.state().device):  # with CPU offload the part lies elsewhere
         return merged(adapters)
-    base.weight = torch.nn.Parameter(part.full_tensor().to(ranks.state().device), requires_grad=False)
-    try:
-        return merged(adapters)
-    finally:
-        base.weight = part
 
 
 def average_gradients(model: Any) -> None:

@@ -476,6 +476,23 @@ def test_modules_that_fsdp_gathers_at_once_are_told() -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_a_layer_shows_the_part_of_a_rank_outside_of_a_pass() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        layer = torch.nn.Linear(8, 8, bias=False)
+        with upstream.whole_weight(layer):
+            assert layer.weight.shape == (8, 8)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)))
+        part: Any = layer.weight
+        assert part.to_local().shape == (4, 8)
+        with upstream.whole_weight(layer):
+            assert type(layer.weight.data) is torch.Tensor
+            assert layer.weight.shape == (8, 8)
+        assert layer.weight is part
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_plain_4_bit_weight_does_not_know_how_it_is_rounded_and_its_layer_does() -> None:
     layer = Linear4bit(64, 64, bias=False, quant_type="nf4", quant_storage=torch.float32)
     layer.weight = Params4bit(torch.randn(64, 64), quant_type="nf4", quant_storage=torch.float32, module=layer).to(
