@@ -73,10 +73,6 @@ def _trains_rows(stage: Stage, recipe: Recipe) -> bool:
     return stage.adapter is not None and (added or trains_rows(stage.adapter))
 
 
-def _copies_modules(stage: Stage) -> bool:
-    return stage.kind != "classification" and bool((stage.adapter or {}).get("modules_to_save"))
-
-
 def _stores_bytes(stage: Stage) -> bool:
     block = stage.quantized
     return block is not None and block.type == "nf4" and (block.bnb_4bit_quant_storage or "uint8") == "uint8"
@@ -123,11 +119,6 @@ REFUSALS = (
         lambda stage, plan, recipe: plan == "zero3" and _trains_rows(stage, recipe),
         "PEFT reads the rows past DeepSpeed, which gathers a weight for the pass of its own module alone. Use FSDP2 or "
         "ZeRO-2, or name the whole modules in `modules_to_save`.",
-    ),
-    Refusal(
-        "`modules_to_save` with FSDP, of a stage of pairs",
-        lambda stage, plan, _: plan == "fsdp" and _copies_modules(stage) and stage.PAIRS,
-        "what it trained was not the same as on one rank when it was tried. Start plain ranks, or leave it out.",
     ),
     Refusal(
         "`kl` or `l2` of `keep:` with DeepSpeed",

@@ -20,6 +20,7 @@ from hfpipe.cli import main
 from hfpipe.model.create import create_model, train_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+BESIDE = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": {"lora": {"r": 4}},
@@ -27,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "lora": {"r": 4},
         "quantization": {"type": "nf4", "bnb_4bit_quant_storage": "float32"},
     },
+    "LoRA and modules": {"lora": BESIDE},
+    "LoRA, modules and near": {"lora": BESIDE, "keep": {"replay": {"share": 0.3, "rows": 24}, "kl": {"weight": 2.0}}},
     "LoRA and rows": {"lora": {"r": 4, "trainable_token_indices": [5, 40]}},
     "full and kept": {"keep": {"replay": {"share": 0.3, "rows": 24}}},
     "full and near": {"keep": {"replay": {"share": 0.3, "rows": 24}, "kl": {"weight": 2.0}, "l2": {"weight": 0.5}}},

@@ -12,7 +12,6 @@ from hfpipe.stages.sharding import REFUSALS
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 LORA = {"r": 4, "target_modules": "all-linear"}
-PAIRS = {"path": "team/pairs", "split": "train"}
 # Of each entry: how it is launched, and what the stage says.
 CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "FSDP on CPUs": (FSDP, {}),
@@ -23,10 +22,6 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "rows of embeddings beside an adapter (`trainable_token_indices`, added tokens) with ZeRO-3": (
         ZERO3,
         {"lora": LORA | {"trainable_token_indices": {"embed_tokens": [1, 5]}}},
-    ),
-    "`modules_to_save` with FSDP, of a stage of pairs": (
-        FSDP,
-        {"kind": "preference", "data": [PAIRS], "lora": LORA | {"modules_to_save": ["lm_head"]}},
     ),
     "`muon` with FSDP or ZeRO-3": (FSDP, {"muon": {}}),
     "`qat` with FSDP or ZeRO-3": (ZERO3, {"qat": {"weights": "int4"}}),
