@@ -194,7 +194,7 @@ def test_an_adapter_that_needs_whole_weights_is_that_of_one_rank(
     assert_same(tmp_path / "9", tmp_path / "0", stages)
 
 
-def test_an_adapter_taken_from_weights_that_are_divided_later_is_that_of_one_rank(tmp_path: Path) -> None:
+def test_an_adapter_taken_from_its_base_beside_own_texts_is_that_of_one_rank(tmp_path: Path) -> None:
     tiny.write_data(tmp_path)
     for place in ("one", "two"):
         content = tiny.recipe(tmp_path, output_dir=str(tmp_path / place), **QUIET)
