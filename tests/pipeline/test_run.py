@@ -233,7 +233,7 @@ def test_a_merge_that_would_lose_too_much_ends_with_3(tmp_path: Path, capsys: py
     tiny.write_data(tmp_path)
     content = tiny.recipe(tmp_path, merge={"max_loss": 0.0})
     content["model"]["dtype"] = "bfloat16"
-    content["stages"][1]["training"] |= {"learning_rate": 0.5, "max_grad_norm": 1000}  # a large adapter is rounded more
+    content["stages"][1]["training"] |= {"learning_rate": 2.0, "max_grad_norm": 1000}  # a large adapter is rounded more
     assert main(["run", str(tiny.write(tmp_path, content))]) == 3
     assert "would lose more than merge.max_loss" in capsys.readouterr().err
     sounds = tmp_path / "run" / "stages" / "sounds"
