@@ -81,8 +81,9 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
         "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
     }
-    if not recomputes(stage):
-        defaults["activation_checkpointing"] = False  # TRL's default is True; fit.py turns it on where it is needed
+    if not training.get("gradient_checkpointing"):  # its older name
+        # TRL's default is True; fit.py turns it on where it is needed.
+        defaults["activation_checkpointing"] = bool(recomputes(stage))
     decided = {
         **stage.decided,
         "output_dir": str(folder),
@@ -105,9 +106,14 @@ def stage_arguments(stage: Stage, folder: Path, seed: int, max_steps: int, **mor
 
 
 def recomputes(stage: Stage) -> bool | None:
-    """Returns whether a stage asks to recompute its activations in the backward pass; None if it says nothing of it."""
-    asked = [stage.training.get(word) for word in ("activation_checkpointing", "gradient_checkpointing")]
-    return next((bool(one) for one in asked if one is not None), None)
+    """Returns whether a stage asks to recompute its activations in the backward pass; None if it says nothing of it.
+
+    One that only says how to do it (`activation_checkpointing_kwargs`) asks for it.
+    """
+    words = "activation_checkpointing", "gradient_checkpointing"
+    asked = [stage.training.get(word) for word in words]
+    said = any(stage.training.get(f"{word}_kwargs") for word in words)
+    return next((bool(one) for one in asked if one is not None), True if said else None)
 
 
 def require_arguments(recipe: Recipe, tokenizer: Any) -> None:

@@ -11,10 +11,12 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hfpipe.cli import main
+from hfpipe.recipe import load_recipe
 from hfpipe.recipe.passthrough import stage_fields
 from hfpipe.recipe.raw import RawStage
 from hfpipe.recipe.rules.training import check_ranges
 from hfpipe.recipe.stage_config import KINDS
+from hfpipe.stages.arguments import stage_arguments
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,14 @@ def test_the_plain_schedules_and_optimizers_read_their_words(tmp_path: Path, dat
     words = {"optim": "sgd", "optim_args": "momentum=0.9", "lr_scheduler_type": "cosine_with_min_lr"}
     words |= {"lr_scheduler_kwargs": {"min_lr": 1e-5}, "warmup_steps": 1}
     assert main(["check", str(_stage(tmp_path, data, "sft", **words))]) == 0
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_activations_are_recomputed_where_a_stage_asks_or_says_how(tmp_path: Path, data: Path, kind: str) -> None:
+    how = {"activation_checkpointing_kwargs": {"every_n_layers": 2}}
+    for training, expected in (({}, False), (how, True), (how | {"activation_checkpointing": False}, False)):
+        stage = load_recipe(_stage(tmp_path, data, kind, **training)).stages[0]
+        assert stage_arguments(stage, tmp_path, 0, 2).activation_checkpointing == expected
 
 
 @pytest.mark.slow
